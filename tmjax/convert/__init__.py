@@ -1,0 +1,1 @@
+"""Hugging Face, orbax and Flax, both ways, all derived from the ParamSpec tables."""

@@ -1,0 +1,66 @@
+"""A loaded model, and `load_model`, which reads a Hugging Face directory, a hub id or an orbax directory of ours."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tmjax.models.families.base import Family
+from tmjax.models.spec import DecoderSpec, ParamSpec
+from tmjax.typing import Params
+
+#: Chooses where a parameter lives: (row, stacked shape) -> sharding, or None for the default device.
+Placement = Callable[[ParamSpec, tuple[int, ...]], jax.sharding.Sharding | None]
+
+
+def default_placement(_row: ParamSpec, _shape: tuple[int, ...]) -> None:
+    """Everything on the default device."""
+    return None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint in memory: parameters by Flax path in their stored dtypes, and what is needed to write it again.
+
+    `directory` holds the tokenizer and companion files. `written_ties` are names of tied copies that the checkpoint
+    repeated on disk, written again on export.
+    """
+
+    family: Family
+    spec: DecoderSpec
+    params: Params
+    config: Mapping[str, Any]
+    directory: Path
+    written_ties: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> tuple[ParamSpec, ...]:
+        """The family's tensor table for this spec."""
+        return self.family.params(self.spec)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(value.size for value in self.params.values())
+
+    def with_params(self, params: Params) -> "Model":
+        """The same model with other values: each new array is cast to the dtype that the old one is stored in."""
+        cast = {path: jnp.asarray(params[path], old.dtype) for path, old in self.params.items()}
+        return replace(self, params=cast)
+
+
+def load_model(path: str | Path, *, placement: Placement = default_placement) -> Model:
+    """Loads a checkpoint directory, hub id or orbax directory written by `tmjax convert`; dtypes are kept.
+
+    Raises InputError if there is no such checkpoint or its family is not supported, CheckpointError listing all
+    missing, unexpected and mis-shaped tensors, NonFiniteError for NaN or infinity.
+    """
+    from tmjax.convert import hf, orbax
+    from tmjax.hub.checkpoint import resolve
+
+    directory = resolve(str(path))
+    reader = orbax if orbax.is_orbax(directory) else hf
+    return reader.load(directory, placement=placement)

@@ -1,0 +1,1 @@
+"""Files: checkpoints, tokenizers, texts, atomic writes. No model code."""

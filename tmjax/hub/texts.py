@@ -1,0 +1,98 @@
+"""Texts: `.jsonl` with a `text` field, `.txt` with one document per line, or `hf:NAME[:split[:field]]`."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tmjax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents in order, each with an id; `path` is how the user named them."""
+
+    path: str
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of ids and texts, in order."""
+        digest = hashlib.sha256()
+        for item in (*self.ids, *self.texts):
+            digest.update(item.encode() + b"\0")
+        return digest.hexdigest()
+
+    def first(self, count: int | None) -> "Texts":
+        """The first `count` documents (all for None)."""
+        return self if count is None else Texts(self.path, self.ids[:count], self.texts[:count])
+
+
+def read_texts(name: str) -> Texts:
+    """Reads documents; blank lines are skipped. Raises InputError naming the file and line."""
+    if name.startswith("hf:"):
+        return _from_hub(name)
+    path = Path(name).expanduser()
+    if path.suffix not in (".jsonl", ".txt"):
+        raise InputError(f"{name}: texts are a .jsonl or .txt file, or hf:NAME[:split[:field]]")
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"cannot read texts {name}: {error.strerror}") from None
+    rows = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    parse = _json_line if path.suffix == ".jsonl" else _plain_line
+    return _checked(name, [parse(name, number, line) for number, line in rows])
+
+
+def _plain_line(_name: str, number: int, line: str) -> tuple[str, str]:
+    return str(number), line
+
+
+def _json_line(name: str, number: int, line: str) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{name} line {number} is not JSON: {error}") from None
+    text = entry.get("text") if isinstance(entry, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f"{name} line {number} has no text field")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} line {number} holds half of a surrogate pair, which is not valid text") from None
+    return str(entry.get("id", number)), text
+
+
+def _from_hub(name: str) -> Texts:
+    dataset, *rest = name.removeprefix("hf:").split(":")
+    split, field = (*rest, *("train", "text")[len(rest) :])[:2]
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{name} needs the datasets package: pip install 'tmjax[eval]'") from None
+    try:
+        rows = datasets.load_dataset(dataset, split=split)
+    except Exception as error:  # the library raises many unrelated types for the same user mistakes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot load {name}: {reason}") from None
+    if field not in rows.column_names:
+        raise InputError(f"{name} has no column {field}; it has {', '.join(rows.column_names)}")
+    return _checked(name, [(str(number), text) for number, text in enumerate(rows[field]) if text and text.strip()])
+
+
+def _checked(name: str, rows: Sequence[tuple[str, str]]) -> Texts:
+    if not rows:
+        raise InputError(f"{name} holds no text")
+    ids, texts = zip(*rows, strict=True)
+    if len(set(ids)) != len(ids):
+        seen: set[str] = set()
+        twice = next(i for i in ids if i in seen or seen.add(i))
+        raise InputError(f"{name}: document id {twice} occurs twice")
+    return Texts(name, ids, texts)

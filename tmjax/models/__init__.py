@@ -1,0 +1,1 @@
+"""The one decoder, its spec, and the tables of every family."""

@@ -1,0 +1,106 @@
+"""The one decoder of all families: embedding, stacked blocks run by `jax.lax.scan`, final norm, head.
+
+Parameters live in a flat mapping from dotted Flax path to array; `forward` and `logits` are pure functions over it.
+"""
+
+import functools
+from collections.abc import Callable, Collection
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tmjax.models.layers import INIT_STD, Block, Linear, RMSNorm, einsum, rotary_tables
+from tmjax.models.spec import DecoderSpec
+from tmjax.typing import Array, Params
+
+#: What is done with the activations [B, T, unit] of a recorded site inside the scanned forward.
+Collect = Callable[[Array], Array]
+
+
+class Embedding(nnx.Module):
+    """Token embedding table `[vocab, embed]`."""
+
+    def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs) -> None:
+        self.weight = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (vocab, size)))
+
+
+class Decoder(nnx.Module):
+    """Decoder-only transformer driven by a `DecoderSpec`, its blocks stacked on a leading layer axis."""
+
+    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs) -> None:
+        @nnx.split_rngs(splits=spec.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(spec, rngs=rngs)
+
+        self.spec = spec
+        self.embed = Embedding(spec.vocab, spec.hidden, rngs=rngs)
+        self.blocks = stacked(rngs)
+        self.norm = RMSNorm(spec.hidden, spec.norm_eps)
+        if not spec.tied_embeddings:
+            self.head = Linear(spec.hidden, spec.vocab, rngs=rngs)
+
+    def hidden(
+        self, ids_bt: Array, dtype: jnp.dtype, sites: Collection[str], collect: Collect
+    ) -> tuple[Array, dict[str, Array]]:
+        """Final normed states [B, T, embed] and `collect`ed activations [layer, ...] of each named site."""
+        tokens = ids_bt.shape[1]
+        position = jnp.arange(tokens)
+        distance = position[:, None] - position[None, :]
+        tables = rotary_tables(self.spec.rotary, self.spec.head_dim, position)
+        graph, state = nnx.split(self.blocks)
+
+        def step(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, dict[str, Array]]:
+            state, window = layer
+            captured = {}
+
+            def record(site: str, value: Array) -> Array:
+                if site in sites:
+                    captured[site] = collect(value)
+                return value
+
+            mask = (distance >= 0) & (distance < window)
+            return nnx.merge(graph, state)(x, tables, mask, record), captured
+
+        x = self.embed.weight[...][ids_bt].astype(dtype)
+        x, captured = jax.lax.scan(step, x, (state, jnp.asarray(self.spec.layer_windows, jnp.int32)))
+        return self.norm(x), captured
+
+    def logits(self, hidden: Array) -> Array:
+        """Logits [..., vocab] of normed states, in float32."""
+        weight = self.embed.weight[...] if self.spec.tied_embeddings else self.head.weight[...]
+        return einsum("...e,ve->...v", hidden, weight.astype(hidden.dtype)).astype(jnp.float32)
+
+
+@functools.lru_cache(maxsize=32)
+def _skeleton(spec: DecoderSpec) -> tuple[nnx.GraphDef, tuple[tuple[tuple[str, ...], nnx.Variable], ...]]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))))
+    return graph, tuple(nnx.to_flat_state(state))
+
+
+def parameter_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter that the decoder has, by path."""
+    return {".".join(map(str, path)): tuple(value.shape) for path, value in _skeleton(spec)[1]}
+
+
+def bind(spec: DecoderSpec, params: Params) -> Decoder:
+    """A `Decoder` that holds `params`; cheap, meant to be called inside jitted functions."""
+    graph, flat = _skeleton(spec)
+    return nnx.merge(
+        graph, nnx.from_flat_state([(path, value.replace(params[".".join(map(str, path))])) for path, value in flat])
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+def forward(spec: DecoderSpec, params: Params, ids_bt: Array, dtype: jnp.dtype = jnp.float32) -> Array:
+    """Logits [B, T, vocab] float32 of right-padded token ids, computed in `dtype`; positions count from 0."""
+    model = bind(spec, params)
+    hidden, _ = model.hidden(ids_bt, dtype, (), lambda x: x)
+    return model.logits(hidden)
+
+
+def init_params(spec: DecoderSpec, key: Array) -> dict[str, Array]:
+    """Fresh random float32 parameters: matrices N(0, 0.02), norms one, biases zero."""
+    model = jax.jit(lambda key: nnx.state(Decoder(spec, rngs=nnx.Rngs(params=key))))(key)
+    return {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(model)}

@@ -1,0 +1,18 @@
+"""Registry of families by Hugging Face `model_type`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tmjax.errors import InputError
+from tmjax.models.families import llama, qwen2
+from tmjax.models.families.base import Family
+
+FAMILIES: Mapping[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2)}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config; raises InputError with the list of those supported."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise InputError(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]

@@ -1,0 +1,194 @@
+"""What a family is: a table from config keys to `DecoderSpec` and a table from tensor names to parameters.
+
+This folder is the only place where Hugging Face names appear.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tmjax.errors import InputError
+from tmjax.models.spec import DecoderSpec, ParamSpec, Rotary
+
+REQUIRED = object()
+#: Config keys that say nothing about the forward pass of a dense text decoder at inference. Reviewed; add with care.
+IGNORED = frozenset(
+    """
+    architectures model_type dtype torch_dtype transformers_version use_cache attention_dropout initializer_range
+    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id pretraining_tp
+    _name_or_path _attn_implementation_autoset _attn_implementation unsloth_version unsloth_fixed is_decoder
+    is_encoder_decoder add_cross_attention chunk_size_feed_forward output_attentions output_hidden_states
+    return_dict return_dict_in_generate output_scores id2label label2id problem_type task_specific_params
+    tokenizer_class prefix finetuning_task rope_interleaved
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A config key that is one field of the spec; `default` is a value or a function of the config so far read."""
+
+    key: str
+    attribute: str
+    default: Any = REQUIRED
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face `model_type`.
+
+    `fields` are the config keys that map one to one, `fixed` what the family never varies, `read` and `write` what
+    takes more than a table (rotary settings, windows), `params` the tensor table.
+    """
+
+    model_type: str
+    architecture: str
+    fields: tuple[Field, ...]
+    params: Callable[[DecoderSpec], tuple[ParamSpec, ...]]
+    fixed: Mapping[str, Any]
+    read: Callable[["ConfigView", dict[str, Any]], dict[str, Any]]
+    write: Callable[[DecoderSpec], dict[str, Any]]
+
+    def spec(self, config: Mapping[str, Any]) -> DecoderSpec:
+        """The spec of a config; raises InputError for a key it lacks, cannot use or does not know."""
+        view = ConfigView(config, self.model_type)
+        values = dict(self.fixed)
+        for item in self.fields:
+            default = item.default(values) if callable(item.default) else item.default
+            values[item.attribute] = view.take(item.key, default)
+        values |= self.read(view, values)
+        view.refuse_unread()
+        spec = DecoderSpec(**values)
+        _check(spec, self.model_type)
+        return spec
+
+    def config(self, spec: DecoderSpec) -> dict[str, Any]:
+        """The `config.json` of a spec: the inverse of `spec`, from the same table."""
+        held = {item.key: getattr(spec, item.attribute) for item in self.fields}
+        result = {"architectures": [self.architecture], "model_type": self.model_type} | held | self.write(spec)
+        if self.spec(result) != spec:
+            different = [f.name for f in fields(spec) if getattr(spec, f.name) != getattr(self.spec(result), f.name)]
+            raise InputError(f"a {self.model_type} config cannot say {', '.join(different)} of this model")
+        return result
+
+
+class ConfigView:
+    """Reads a config and remembers which keys were read, so that none is silently without effect."""
+
+    def __init__(self, config: Mapping[str, Any], model_type: str) -> None:
+        self._config = config
+        self._model_type = model_type
+        self._read: set[str] = set()
+
+    def take(self, key: str, default: Any = REQUIRED) -> Any:
+        """The value of `key`; a missing key or null gives `default`, or InputError if there is none."""
+        self._read.add(key)
+        value = self._config.get(key)
+        if value is None:
+            if default is REQUIRED:
+                raise InputError(f"config.json of type {self._model_type} lacks {key}")
+            return default
+        return value
+
+    def refuse_unread(self) -> None:
+        """Raises InputError for keys that nobody read and that are not known to be without effect."""
+        unread = sorted(
+            k for k, v in self._config.items() if k not in self._read and k not in IGNORED and v is not None
+        )
+        if unread:
+            raise InputError(
+                f"config.json of type {self._model_type} has settings that are not supported: {', '.join(unread)}"
+            )
+
+
+def _check(spec: DecoderSpec, model_type: str) -> None:
+    sizes = {
+        name: getattr(spec, name)
+        for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions")
+    }
+    bad = [
+        f"{name}={value!r}"
+        for name, value in sizes.items()
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1
+    ]
+    if bad:
+        raise InputError(f"config.json of type {model_type} has impossible sizes: {', '.join(bad)}")
+    if spec.heads % spec.kv_heads:
+        raise InputError(f"config.json: {spec.heads} query heads cannot share {spec.kv_heads} key-value heads")
+    if spec.head_dim % 2:
+        raise InputError(f"config.json: rotary embedding needs an even head size, not {spec.head_dim}")
+    if spec.windows and len(spec.windows) != spec.layers:
+        raise InputError(f"config.json: {len(spec.windows)} attention windows for {spec.layers} layers")
+
+
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def read_activation(view: ConfigView, key: str = "hidden_act") -> str:
+    """Our name of the activation function."""
+    name = view.take(key)
+    if name not in ACTIVATION_NAMES:
+        raise InputError(f"config.json: {key} {name!r} is not supported; supported are {', '.join(ACTIVATION_NAMES)}")
+    return ACTIVATION_NAMES[name]
+
+
+def write_activation(spec: DecoderSpec, key: str = "hidden_act") -> dict[str, Any]:
+    """The config key of the activation function."""
+    return {key: {ours: hf for hf, ours in reversed(ACTIVATION_NAMES.items())}[spec.activation]}
+
+
+#: Rotary scaling: type -> config keys and the attributes of `Rotary` that they set.
+_SCALING: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_positions",
+    },
+}
+
+
+def read_rotary(view: ConfigView) -> Rotary:
+    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    new, old = view.take("rope_parameters", None), view.take("rope_scaling", None)
+    theta = view.take("rope_theta", 10000.0)
+    settings = dict(new if new is not None else old or {})
+    kind = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
+    settings.pop("type", None)
+    theta = settings.pop("rope_theta", theta)
+    if kind not in _SCALING:
+        raise InputError(f"config.json: rope scaling {kind!r} is not supported; supported are {', '.join(_SCALING)}")
+    keys = _SCALING[kind]
+    unknown, missing = settings.keys() - keys.keys(), keys.keys() - settings.keys()
+    if unknown or missing:
+        named = [f"lacks {key}" for key in sorted(missing)] + [f"has unknown {key}" for key in sorted(unknown)]
+        raise InputError(f"config.json: rope scaling {kind!r} {', '.join(named)}")
+    return Rotary(theta=float(theta), scaling=kind, **{keys[key]: value for key, value in settings.items()})
+
+
+def write_rotary(spec: DecoderSpec) -> dict[str, Any]:
+    """The rotary settings as transformers 5 spells them."""
+    rotary = spec.rotary
+    held = {"rope_type": rotary.scaling} | {
+        key: getattr(rotary, attribute) for key, attribute in _SCALING[rotary.scaling].items()
+    }
+    return {"rope_parameters": {"rope_theta": rotary.theta} | held}
+
+
+def projection(
+    hf: str, path: str, out_axis: str, in_axis: str, input_site: str, output_site: str, *, bias: bool
+) -> tuple[ParamSpec, ...]:
+    """Rows of one projection: its weight `[out, in]` and, if it has one, its bias."""
+    role = path.rsplit(".", 1)[-1]
+    sites = {"role": role, "input_site": input_site, "output_site": output_site}
+    weight = ParamSpec(f"{hf}.weight", f"{path}.weight", (out_axis, in_axis), **sites)
+    return (weight, ParamSpec(f"{hf}.bias", f"{path}.bias", (out_axis,), **sites)) if bias else (weight,)
