@@ -1,1 +1,1 @@
-"""align"""
+"""Which units and layers of the source correspond to which of the target, with certificates."""

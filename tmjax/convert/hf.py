@@ -55,9 +55,10 @@ def _check(index: TensorIndex, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -
         for name, row in held.items()
         if row.path in first and index[name].dtype != first[row.path]
     ]
-    problems = [f"missing tensor {n}" for n in missing] + [f"unexpected tensor {n}" for n in extra] + shapes + dtypes
-    if problems:
-        raise CheckpointError(f"{index.directory} does not match its config.json: {summarise(problems)}")
+    kinds = [f"missing tensor {n}" for n in missing], [f"unexpected tensor {n}" for n in extra], shapes, dtypes
+    if any(kinds):
+        problems = "; ".join(summarise(kind) for kind in kinds if kind)
+        raise CheckpointError(f"{index.directory} does not match its config.json: {problems}")
     return {name: row for name, row in held.items() if row.tied_to is not None}
 
 
@@ -81,7 +82,7 @@ def _finite(index: TensorIndex, name: str, slices: tuple[slice, ...]) -> np.ndar
     array = index.read(name, slices)
     # The sum is finite only if every entry is, unless it overflows, which a second, exact look decides.
     with np.errstate(all="ignore"):
-        suspicious = not np.isfinite(array.sum(dtype=np.float64 if array.dtype == np.float64 else np.float32))
+        suspicious = not np.isfinite(array.sum(dtype=np.float32))
     if suspicious and not np.isfinite(array).all():
         raise NonFiniteError(f"{index[name].file}: tensor {name} holds NaN or infinity")
     return array

@@ -1,1 +1,1 @@
-"""fuse"""
+"""From an alignment and two models to new target parameters, with a table of what came from the source."""

@@ -20,9 +20,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 
-#: safetensors dtype names to NumPy dtypes; everything else (quantised formats) is refused.
+#: safetensors dtype names to NumPy dtypes; everything else is refused: quantised formats, and F64, which JAX rounds.
 DTYPES: Mapping[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -85,10 +84,12 @@ def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{file}: header entry of {name} is damaged") from None
+        raise CheckpointError(f"{file}: header entry of {name!r} is damaged") from None
+    if not name.isprintable() or not isinstance(dtype_name, str):
+        raise CheckpointError(f"{file}: header entry of {name!r} is damaged")
     numbers = (*shape, begin, end)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
-        raise CheckpointError(f"{file}: header entry of {name} is damaged")
+        raise CheckpointError(f"{file}: header entry of {name!r} is damaged")
     if dtype_name not in DTYPES:
         raise CheckpointError(
             f"{file}: tensor {name} has dtype {dtype_name}; supported are {', '.join(DTYPES)}, not quantised ones"
@@ -107,10 +108,10 @@ class TensorIndex(Mapping[str, TensorInfo]):
         self._tensors: dict[str, TensorInfo] = {}
         index_file = self.directory / INDEX_NAME
         single = self.directory / SINGLE_NAME
-        if index_file.is_file():
-            self._read_sharded(index_file)
-        elif single.is_file():
+        if single.is_file():  # before an index, as in transformers
             self._tensors = read_header(single)
+        elif index_file.is_file():
+            self._read_sharded(index_file)
         else:
             raise InputError(f"{self.directory} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 
@@ -120,11 +121,13 @@ class TensorIndex(Mapping[str, TensorInfo]):
                 "weight_map"
             ]
             shards = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not all(isinstance(shard, str) for shard in shards):
+                raise ValueError("weight_map holds something that is not a file name")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index_file} is damaged: {error}") from None
         problems = []
         for shard in shards:
-            if Path(shard).name != shard:
+            if Path(shard).name != shard or shard in ("", ".."):
                 raise CheckpointError(f"{index_file} names a shard outside its folder: {shard}")
             file = self.directory / shard
             if not file.is_file():
@@ -154,6 +157,7 @@ class TensorIndex(Mapping[str, TensorInfo]):
         shape, start, count = info.shape, info.start, math.prod(info.shape)
         if rows != slice(None):
             first, stop, step = rows.indices(info.shape[0])
+            stop = max(first, stop)
             if step != 1:
                 raise ValueError(f"slices with a step are not read lazily: {rows}")
             row = math.prod(info.shape[1:])

@@ -33,9 +33,10 @@ class TensorMeta:
 def parse_size(text: str) -> int:
     """Bytes of a size such as `5GB`, `200MiB` or `1000000`; raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
         raise InputError(f"{text!r} is not a size; write for example 5GB or 200MiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return size
 
 
 def plan_shards(tensors: Sequence[TensorMeta], max_shard_bytes: int) -> list[list[TensorMeta]]:
@@ -93,7 +94,7 @@ def _write_file(path: Path, tensors: Sequence[TensorMeta], read: Callable[[str],
         stream.write(len(raw).to_bytes(8, "little"))
         stream.write(raw)
         for tensor in ordered:
-            array = np.ascontiguousarray(read(tensor.name))
+            array = np.asarray(read(tensor.name), order="C")
             if array.dtype != tensor.dtype or array.shape != tuple(tensor.shape):
                 raise ValueError(
                     f"{tensor.name}: announced {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}"

@@ -1,1 +1,9 @@
-"""ot"""
+"""Optimal transport: costs, problems, results with certificates, one registry of solvers."""
+
+from tmjax.ot.cost import correlation, standardise
+from tmjax.ot.problem import Problem, uniform
+from tmjax.ot.result import OTResult
+from tmjax.ot.solve import solve
+from tmjax.ot.solvers import SOLVERS, Solver, make_solver
+
+__all__ = ["SOLVERS", "OTResult", "Problem", "Solver", "correlation", "make_solver", "solve", "standardise", "uniform"]

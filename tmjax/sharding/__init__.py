@@ -1,1 +1,1 @@
-"""sharding"""
+"""Device meshes and the rules by which logical axes are laid over them."""

@@ -1,1 +1,1 @@
-"""sweep"""
+"""Grids of settings and comparison of solvers."""

@@ -13,6 +13,6 @@ FAMILIES: Mapping[str, Family] = {module.FAMILY.model_type: module.FAMILY for mo
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config; raises InputError with the list of those supported."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]

@@ -3,14 +3,17 @@
 This folder is the only place where Hugging Face names appear.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from tmjax.errors import InputError
 from tmjax.models.spec import DecoderSpec, ParamSpec, Rotary
 
 REQUIRED = object()
+#: Type of a config value.
+Kind: TypeAlias = type[int] | type[float] | type[bool] | type[str] | type[list] | type[dict]
 #: Config keys that say nothing about the forward pass of a dense text decoder at inference. Reviewed; add with care.
 IGNORED = frozenset(
     """
@@ -19,9 +22,11 @@ IGNORED = frozenset(
     _name_or_path _attn_implementation_autoset _attn_implementation unsloth_version unsloth_fixed is_decoder
     is_encoder_decoder add_cross_attention chunk_size_feed_forward output_attentions output_hidden_states
     return_dict return_dict_in_generate output_scores id2label label2id problem_type task_specific_params
-    tokenizer_class prefix finetuning_task rope_interleaved
+    tokenizer_class prefix finetuning_task is_llama_config transformers.js_config
     """.split()  # noqa: SIM905
 )
+#: Config keys that some checkpoints hold and that mean nothing while they are false.
+OFF = frozenset({"rope_interleaved", "use_mrope"})
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Field:
     key: str
     attribute: str
     default: Any = REQUIRED
+    kind: Kind = int
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,11 @@ class Family:
         values = dict(self.fixed)
         for item in self.fields:
             default = item.default(values) if callable(item.default) else item.default
-            values[item.attribute] = view.take(item.key, default)
+            values[item.attribute] = view.take(item.key, default, item.kind)
         values |= self.read(view, values)
         view.refuse_unread()
         spec = DecoderSpec(**values)
-        _check(spec, self.model_type)
+        _check(spec)
         return spec
 
     def config(self, spec: DecoderSpec) -> dict[str, Any]:
@@ -80,20 +86,30 @@ class ConfigView:
         self._model_type = model_type
         self._read: set[str] = set()
 
-    def take(self, key: str, default: Any = REQUIRED) -> Any:
-        """The value of `key`; a missing key or null gives `default`, or InputError if there is none."""
+    def take(self, key: str, default: Any = REQUIRED, kind: Kind = int, *, zero: bool = False) -> Any:
+        """The value of `key`; a missing key or null gives `default`.
+
+        Raises InputError if it is missing and there is no default, or if it is not of `kind` (see `check_kind`).
+        """
         self._read.add(key)
         value = self._config.get(key)
         if value is None:
             if default is REQUIRED:
                 raise InputError(f"config.json of type {self._model_type} lacks {key}")
             return default
+        check_kind(key, value, kind, zero=zero)
         return value
+
+    def null(self, key: str) -> bool:
+        """Whether `key` is there and null."""
+        return key in self._config and self._config[key] is None
 
     def refuse_unread(self) -> None:
         """Raises InputError for keys that nobody read and that are not known to be without effect."""
         unread = sorted(
-            k for k, v in self._config.items() if k not in self._read and k not in IGNORED and v is not None
+            key
+            for key, value in self._config.items()
+            if key not in self._read | IGNORED and value is not None and not (key in OFF and value is False)
         )
         if unread:
             raise InputError(
@@ -101,18 +117,19 @@ class ConfigView:
             )
 
 
-def _check(spec: DecoderSpec, model_type: str) -> None:
-    sizes = {
-        name: getattr(spec, name)
-        for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions")
-    }
-    bad = [
-        f"{name}={value!r}"
-        for name, value in sizes.items()
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1
-    ]
-    if bad:
-        raise InputError(f"config.json of type {model_type} has impossible sizes: {', '.join(bad)}")
+def check_kind(key: str, value: Any, kind: Kind, *, zero: bool = False) -> None:
+    """Raises InputError if a config value is not of the kind; `float` takes whole numbers too.
+
+    Numbers are finite and positive, or `zero` if that is allowed.
+    """
+    number = kind in (int, float)
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if not fits or (number and not (0 < value < math.inf or (zero and value == 0))):
+        name = {int: "a positive whole number", float: "a positive number", bool: "true or false"}
+        raise InputError(f"config.json: {key} {value!r} is not {name.get(kind, f'a {kind.__name__}')}")
+
+
+def _check(spec: DecoderSpec) -> None:
     if spec.heads % spec.kv_heads:
         raise InputError(f"config.json: {spec.heads} query heads cannot share {spec.kv_heads} key-value heads")
     if spec.head_dim % 2:
@@ -133,7 +150,7 @@ ACTIVATION_NAMES = {
 
 def read_activation(view: ConfigView, key: str = "hidden_act") -> str:
     """Our name of the activation function."""
-    name = view.take(key)
+    name = view.take(key, kind=str)
     if name not in ACTIVATION_NAMES:
         raise InputError(f"config.json: {key} {name!r} is not supported; supported are {', '.join(ACTIVATION_NAMES)}")
     return ACTIVATION_NAMES[name]
@@ -159,20 +176,25 @@ _SCALING: dict[str, dict[str, str]] = {
 
 def read_rotary(view: ConfigView) -> Rotary:
     """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    new, old = view.take("rope_parameters", None), view.take("rope_scaling", None)
-    theta = view.take("rope_theta", 10000.0)
-    settings = dict(new if new is not None else old or {})
-    kind = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
+    new, old = (view.take(key, {}, dict) for key in ("rope_parameters", "rope_scaling"))
+    theta = view.take("rope_theta", 10000.0, float)
+    settings = dict(old or new)  # the order in which transformers looks
+    kind = settings.pop("rope_type", None) or settings.get("type") or "default"
     settings.pop("type", None)
     theta = settings.pop("rope_theta", theta)
-    if kind not in _SCALING:
+    if not isinstance(kind, str) or kind not in _SCALING:
         raise InputError(f"config.json: rope scaling {kind!r} is not supported; supported are {', '.join(_SCALING)}")
     keys = _SCALING[kind]
     unknown, missing = settings.keys() - keys.keys(), keys.keys() - settings.keys()
     if unknown or missing:
         named = [f"lacks {key}" for key in sorted(missing)] + [f"has unknown {key}" for key in sorted(unknown)]
         raise InputError(f"config.json: rope scaling {kind!r} {', '.join(named)}")
-    return Rotary(theta=float(theta), scaling=kind, **{keys[key]: value for key, value in settings.items()})
+    for key, value in ({"rope_theta": theta} | settings).items():
+        check_kind(key, value, float)
+    rotary = Rotary(theta=float(theta), scaling=kind, **{keys[key]: value for key, value in settings.items()})
+    if rotary.high_freq_factor <= rotary.low_freq_factor:
+        raise InputError("config.json: high_freq_factor must be larger than low_freq_factor")
+    return rotary
 
 
 def write_rotary(spec: DecoderSpec) -> dict[str, Any]:

@@ -23,8 +23,8 @@ FIELDS = (
     Field("head_dim", "head_dim", lambda read: read["hidden"] // read["heads"]),
     Field("intermediate_size", "mlp"),
     Field("max_position_embeddings", "max_positions", 2048),
-    Field("rms_norm_eps", "norm_eps", 1e-6),
-    Field("tie_word_embeddings", "tied_embeddings", False),
+    Field("rms_norm_eps", "norm_eps", 1e-6, float),
+    Field("tie_word_embeddings", "tied_embeddings", False, bool),
 )
 
 
@@ -52,13 +52,13 @@ def params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
 
 
 def _read(view: ConfigView, _: dict[str, Any]) -> dict[str, Any]:
-    bias = bool(view.take("attention_bias", False))
+    bias = view.take("attention_bias", False, bool)
     return {
         "activation": read_activation(view),
         "rotary": read_rotary(view),
         "qkv_bias": bias,
         "o_bias": bias,
-        "mlp_bias": bool(view.take("mlp_bias", False)),
+        "mlp_bias": view.take("mlp_bias", False, bool),
     }
 
 

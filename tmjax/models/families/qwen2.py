@@ -31,16 +31,14 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _windows(view: ConfigView, layers: int) -> tuple[int, ...]:
-    use, size = view.take("use_sliding_window", False), view.take("sliding_window", 4096)
-    first = view.take("max_window_layers", 28)
+    size = view.take("sliding_window", 4096)
+    use = view.take("use_sliding_window", False, bool) and not view.null("sliding_window")
+    first = view.take("max_window_layers", 28, zero=True)
     kinds = view.take(
-        "layer_types", ["sliding_attention" if use and i >= first else "full_attention" for i in range(layers)]
+        "layer_types", ["sliding_attention" if use and i >= first else "full_attention" for i in range(layers)], list
     )
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
-    if unknown or len(kinds) != layers:
-        raise InputError(
-            f"config.json: layer_types {sorted(set(kinds))} x {len(kinds)} does not describe {layers} layers"
-        )
+    if len(kinds) != layers or not all(kind in ("sliding_attention", "full_attention") for kind in kinds):
+        raise InputError(f"config.json: layer_types {kinds} does not describe {layers} layers")
     if "sliding_attention" not in kinds or not use:
         return ()
     return tuple(size if kind == "sliding_attention" else FULL_ATTENTION for kind in kinds)

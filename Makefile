@@ -1,0 +1,35 @@
+# `make demo` and `make test` each make .venv and install what they need by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROJECT := pyproject.toml
+
+.PHONY: demo test test-slow lint clean
+.DELETE_ON_ERROR:
+
+$(VENV)/core.stamp: $(PROJECT)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+# torch first and pinned: the plain name would bring gigabytes of CUDA libraries on some indexes.
+$(VENV)/test.stamp: $(PROJECT) $(VENV)/core.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+demo: $(VENV)/core.stamp
+	$(BIN)/tmjax merge experiments/swahili/recipe.yaml
+
+test: $(VENV)/test.stamp lint
+	$(BIN)/python -m pytest -n 2 -m 'not slow' --durations=10
+
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

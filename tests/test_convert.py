@@ -1,0 +1,226 @@
+"""Checkpoint -> Flax -> checkpoint, bit for bit, and every way in which a checkpoint can be damaged."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import QWEN2, SPEC, edit_config, edit_tensors, read_config, refused, stored
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from tmjax.convert import hf, orbax
+from tmjax.convert.model import load_model
+from tmjax.errors import InputError, NonFiniteError
+from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME
+from tmjax.models.decoder import init_params, parameter_shapes
+from tmjax.models.families import FAMILIES
+from tools.make_checkpoint import make_checkpoint
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    """A small untied float32 Llama checkpoint, to be damaged."""
+    return make_checkpoint(tmp_path / "llama", "llama", SPEC)
+
+
+@pytest.fixture(scope="module", params=["source", "target", "bf16-sharded", "f16-sharded-tied", "biases"])
+def checkpoint(request, tmp_path_factory, llama_dir, qwen2_dir) -> Path:
+    path = tmp_path_factory.mktemp("made") / "checkpoint"
+    biased = dataclasses.replace(SPEC, qkv_bias=True, o_bias=True, mlp_bias=True)
+    return {
+        "source": lambda: llama_dir,
+        "target": lambda: qwen2_dir,
+        "bf16-sharded": lambda: make_checkpoint(path, "llama", SPEC, dtype="bfloat16", max_shard_size="3KB"),
+        "f16-sharded-tied": lambda: make_checkpoint(path, "qwen2", QWEN2, dtype="float16", max_shard_size="3KB"),
+        "biases": lambda: make_checkpoint(path, "llama", biased),
+    }[request.param]()
+
+
+def test_hf_to_flax_to_hf_is_bit_exact(checkpoint, tmp_path):
+    model = load_model(checkpoint)
+    again = hf.export(model, tmp_path / "again", max_shard_size="100KB")
+    assert stored(again) == stored(checkpoint)
+    assert read_config(again) == read_config(checkpoint)
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors" and file.name not in ("config.json", INDEX_NAME):
+            assert (again / file.name).read_bytes() == file.read_bytes()
+    assert {path: value.shape for path, value in model.params.items()} == parameter_shapes(model.spec)
+
+
+def test_hf_to_orbax_to_hf_is_bit_exact(checkpoint, tmp_path):
+    model = load_model(checkpoint)
+    saved = orbax.save(model, tmp_path / "orbax")
+    loaded = load_model(saved)
+    again = hf.export(loaded, tmp_path / "again")
+    assert loaded.spec == model.spec
+    assert stored(again) == stored(checkpoint)
+    assert read_config(again) == read_config(checkpoint)
+
+
+def test_mixed_dtypes_and_large_values_survive(llama, tmp_path):
+    def change(tensors: dict) -> None:
+        for name, value in tensors.items():
+            if value.ndim > 1:
+                tensors[name] = value.astype(ml_dtypes.bfloat16)
+        tensors["model.embed_tokens.weight"][:] = 3e38  # the sum overflows, no entry does
+
+    edit_tensors(llama, change)
+    assert stored(hf.export(load_model(llama), tmp_path / "again")) == stored(llama)
+
+
+def test_with_params_keeps_dtypes(qwen2_dir, llama_dir):
+    model = load_model(llama_dir)
+    doubled = model.with_params({path: value.astype(jnp.float32) * 2 for path, value in model.params.items()})
+    assert {value.dtype for value in doubled.params.values()} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(doubled.params["embed.weight"], model.params["embed.weight"] * 2)
+    assert model.size == sum(np.prod(shape) for _, shape, _ in stored(llama_dir).values())
+
+
+@pytest.mark.skipif("jax.device_count() < 4", reason="needs four devices (fake ones on a CPU)")
+def test_placement_on_a_mesh(llama_dir):
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
+
+    def placement(row, shape):
+        axis = "model" if shape[-1] % 4 == 0 else None
+        return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), axis))
+
+    plain, sharded = load_model(llama_dir), load_model(llama_dir, placement=placement)
+    assert len(sharded.params["blocks.q.weight"].addressable_shards) == 4
+    assert sharded.params["blocks.q.weight"].addressable_shards[0].data.shape == (6, 192, 48)
+    for path, value in plain.params.items():
+        np.testing.assert_array_equal(value, sharded.params[path])
+
+
+def test_export_never_leaves_half_a_checkpoint(llama, tmp_path):
+    model = load_model(llama)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("")
+    with pytest.raises(InputError, match="--overwrite"):
+        hf.export(model, out)
+    broken = dataclasses.replace(model, params={k: v for k, v in model.params.items() if k != "norm.weight"})
+    with pytest.raises(KeyError):
+        hf.export(broken, out, overwrite=True)
+    assert [file.name for file in out.iterdir()] == ["precious"]
+    assert not list(tmp_path.glob("*.partial"))
+    hf.export(model, out, overwrite=True)
+    assert stored(out) == stored(llama)
+    assert not (out / "precious").exists()
+
+
+def test_all_differences_in_one_error(llama):
+    def change(tensors: dict) -> None:
+        for layer in range(3):
+            for name in ("q", "k", "v"):
+                del tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"]
+        tensors["stray.weight"] = np.zeros(3, np.float32)
+        tensors["model.norm.weight"] = np.zeros(25, np.float32)
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].astype(np.float16)
+
+    edit_tensors(llama, change)
+    refused(
+        llama,
+        "missing tensor model.layers.0.self_attn.q_proj.weight",
+        "and 3 more",
+        "unexpected tensor stray.weight",
+        "model.norm.weight has shape [25], expected [24]",
+        "model.layers.1.mlp.up_proj.weight is float16, other layers are float32",
+    )
+
+
+def test_a_config_of_another_size_is_refused(llama):
+    edit_config(llama, num_key_value_heads=3, num_hidden_layers=4)
+    refused(llama, "missing tensor model.layers.3.", "k_proj.weight has shape [16, 24], expected [24, 24]")
+
+
+def test_transposed_and_flattened_tensors_are_refused(llama):
+    edit_tensors(llama, lambda t: t.update({"lm_head.weight": np.ascontiguousarray(t["lm_head.weight"].T)}))
+    refused(llama, "lm_head.weight has shape [24, 50], expected [50, 24]")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_non_finite_weights(tmp_path, value, dtype):
+    directory = make_checkpoint(tmp_path / "x", "llama", SPEC, dtype=dtype)
+    name = "model.layers.2.mlp.down_proj.weight"
+    edit_tensors(directory, lambda tensors: tensors[name].__setitem__((3, 5), value))
+    refused(directory, name, "NaN or infinity", kind=NonFiniteError)
+
+
+def test_float64_is_refused_rather_than_rounded(llama):
+    edit_tensors(llama, lambda t: t.update({name: value.astype(np.float64) for name, value in t.items()}))
+    refused(llama, "dtype F64")
+
+
+def test_rotary_buffers_of_old_checkpoints_are_ignored(llama, tmp_path):
+    expected = stored(llama)
+    edit_tensors(llama, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}))
+    assert stored(hf.export(load_model(llama), tmp_path / "again")) == expected
+
+
+def test_tied_head_on_disk(tmp_path):
+    directory = make_checkpoint(tmp_path / "x", "qwen2", QWEN2, dtype="bfloat16")
+    assert "lm_head.weight" not in stored(directory)
+    edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    model = load_model(directory)
+    assert stored(hf.export(model, tmp_path / "again")) == stored(directory)
+    orbax.save(model, tmp_path / "orbax")
+    assert stored(hf.export(load_model(tmp_path / "orbax"), tmp_path / "and again")) == stored(directory)
+    edit_tensors(directory, lambda t: t["lm_head.weight"].__setitem__((0, 0), 9))
+    refused(directory, "lm_head.weight is tied, but it differs")
+
+
+def test_damaged_orbax_directories(llama, tmp_path):
+    model = load_model(llama)
+    good = orbax.save(model, tmp_path / "good")
+    marker = json.loads((good / "tmjax.json").read_text())
+
+    def damaged(name: str, change: dict | None = None) -> Path:
+        copy = Path(shutil.copytree(good, tmp_path / name))
+        if change is not None:
+            (copy / "tmjax.json").write_text(json.dumps(marker | change))
+        return copy
+
+    refused(damaged("format", {"format": 99}), "format 99", kind=InputError)
+    refused(damaged("shapes", {"params": {}}), "embed.weight")
+    shutil.rmtree(damaged("gone") / "params")
+    refused(tmp_path / "gone", "damaged")
+    (damaged("json") / "tmjax.json").write_text("{")
+    refused(tmp_path / "json", "not readable JSON", kind=InputError)
+    bad = model.with_params(dict(model.params) | {"norm.weight": model.params["norm.weight"].at[0].set(jnp.nan)})
+    refused(orbax.save(bad, tmp_path / "nan"), "norm.weight holds NaN", kind=NonFiniteError)
+
+
+def test_paths_that_are_no_checkpoint(llama, tmp_path):
+    refused(tmp_path / "absent", "does not exist", kind=InputError)
+    refused(llama / "config.json", "is a file", kind=InputError)
+    refused(tmp_path, "config.json does not exist", kind=InputError)
+    (llama / SINGLE_NAME).unlink()
+    refused(llama, "has neither", kind=InputError)
+
+
+@pytest.mark.parametrize(("family", "spec"), [("llama", SPEC), ("qwen2", QWEN2)])
+def test_table_and_decoder_hold_the_same_parameters(family, spec):
+    rows = FAMILIES[family].params(spec)
+    table = {row.path: row.stacked_shape(spec) for row in rows if row.tied_to is None}
+    fresh = jax.eval_shape(lambda key: init_params(spec, key), jax.random.key(0))
+    assert table == parameter_shapes(spec) == {path: value.shape for path, value in fresh.items()}
+    names = [name for row in rows for name in row.names(spec)]
+    assert len(set(names)) == len(names)
+
+
+def test_fresh_parameters():
+    for path, value in init_params(QWEN2, jax.random.key(0)).items():
+        if path.endswith("norm.weight"):
+            assert (value == 1).all()
+        elif path.endswith(".bias"):
+            assert (value == 0).all()
+        else:
+            assert value.std() == pytest.approx(0.02, rel=0.1)
+            assert value.ndim == 2 or not np.array_equal(value[0], value[1])

@@ -1,0 +1,86 @@
+"""Numbers of the authors' released code, stored: costs, plans, layer plans and the transported sum (Eq. 16)."""
+
+import types
+
+import numpy as np
+import pytest
+
+from tmjax.align.alignment import Alignment
+from tmjax.align.layers import LayerPlan, layer_plan
+from tmjax.align.plans import solve_site
+from tmjax.align.statistics import statistics
+from tmjax.fuse.transport import transport_projection
+from tmjax.models.spec import ParamSpec
+from tmjax.ot import make_solver
+from tmjax.recipe import AlignmentOptions
+
+
+@pytest.fixture(scope="module")
+def stored(repo):
+    return np.load(repo / "tests/data/released_code_outputs.npz")
+
+
+def _solve(stored, epsilon: float):
+    x = np.stack([stored[f"X{i}"] for i in range(3)])
+    y = np.stack([stored[f"Y{i}"] for i in range(5)])
+    solver = make_solver("sinkhorn", epsilon=epsilon, threshold=1e-6, max_iterations=10000)
+    return x, y, solve_site(x, y, solver, memory_mib=1)
+
+
+def _couplings(plans) -> np.ndarray:
+    return np.stack([np.stack([np.asarray(plans.plan(layer, m)) for m in range(5)]) for layer in range(3)])
+
+
+def _close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None:
+    assert np.abs(np.asarray(ours) - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.03])
+def test_plans_and_layer_plans(stored, epsilon: float) -> None:
+    _, _, plans = _solve(stored, epsilon)
+    assert plans.converged.all() and plans.dense
+    _close(plans.costs[0, 0], stored["cost_00"])
+    # At 0.03 the stored plan stopped 1.7e-5 short of convergence.
+    _close(_couplings(plans), stored[f"Q_eps{epsilon}"], 1e-5 if epsilon == 0.1 else 5e-5)
+    _close(plans.layer_cost, stored[f"C_layer_eps{epsilon}"])
+    for eta in (0.1, 0.5):
+        options = AlignmentOptions(layer_epsilon=eta, layer_cost_scale="median", layer_threshold=1e-6)
+        _close(layer_plan(plans.layer_cost, options).matrix(), stored[f"P_eps{epsilon}_eta{eta}"])
+
+
+def test_layer_plan_without_the_unprinted_scaling_is_another_one(stored) -> None:
+    theirs = stored["P_eps0.1_eta0.1"]
+    options = AlignmentOptions(layer_epsilon=0.1, layer_cost_scale="none")
+    assert np.abs(layer_plan(stored["C_layer_eps0.1"], options).matrix() - theirs).max() > 0.3 * theirs.max()
+
+
+def test_transported_sum(stored) -> None:
+    x, y, plans = _solve(stored, 0.1)
+    row = ParamSpec("w", "w", ("embed", "embed"), role="q", input_site="in", output_site="out")
+    coupling = np.asarray(layer_plan(plans.layer_cost, AlignmentOptions(layer_epsilon=0.1)).matrix())
+    site = {"in": plans, "out": plans}
+    alignment = Alignment(
+        True,
+        len(x[0]),
+        site,
+        dict.fromkeys(site, statistics(x)),
+        dict.fromkeys(site, statistics(y)),
+        {"q": LayerPlan(coupling, coupling, coupling, coupling)},
+        {},
+    )
+    weight, bias = transport_projection(alignment, row, stored["W_source"], None, kind="paper")
+    _close(weight, stored["delta_eq16_eps0.1_eta0.1"])
+    np.testing.assert_array_equal(bias, 0)
+
+
+def test_features_and_dense_costs_give_the_same_plans(stored) -> None:
+    """What is kept on disk depends on size only: with few rows the features are smaller than the costs."""
+    x = np.stack([stored[f"X{i}"][:10] for i in range(3)])
+    y = np.stack([stored[f"Y{i}"][:10] for i in range(5)])
+    solver = make_solver("sinkhorn", epsilon=0.1, threshold=1e-6)
+    plans = solve_site(x, y, solver)
+    assert not plans.dense and plans.features[0].shape == (3, 10, 24)
+    held = types.SimpleNamespace(**{name: getattr(plans, name) for name in ("f", "g", "epsilon")})
+    costs = 1 - np.einsum("lrn,mrk->lmnk", *plans.features)
+    dense = np.exp((held.f[..., None] + held.g[..., None, :] - costs) / held.epsilon)
+    _close(_couplings(plans), dense)

@@ -1,0 +1,155 @@
+"""Who may import whom: every module only from levels below its own, and PyTorch never unasked."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+#: Top-level modules and folders of the package, lowest level first; those on one level do not see each other.
+LEVELS = (
+    ("typing", "errors"),
+    ("recipe",),
+    ("hub", "sharding", "ot"),
+    ("models",),
+    ("convert",),
+    ("activations",),
+    ("align",),
+    ("fuse",),
+    ("adapt", "evaluate"),
+    ("sweep", "report"),
+    ("pipeline",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+FAMILIES = "models/families"
+#: Parameter names of Hugging Face checkpoints, of which only the family tables know.
+HF_NAMES = re.compile(
+    r"[qkvo]_proj|(gate|up|down)_proj|self_attn|input_layernorm|post_attention_layernorm|embed_tokens|lm_head"
+    r"|model\.layers|model\.norm\b"
+)
+
+PACKAGE = Path(__file__).resolve().parent.parent / "tmjax"
+MODULES = {file.relative_to(PACKAGE).as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def owner(path: str) -> str:
+    """Top-level folder or module of a file of the package."""
+    return path.split("/")[0].removesuffix(".py")
+
+
+def imports(path: str, tree: ast.AST) -> Iterator[str]:
+    """Full dotted names of everything imported anywhere in a file: `from m import n` as m.n, `tmjax.m` where used."""
+    package = ("tmjax", *path.split("/")[:-1])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if (alias.name, alias.asname) != ("tmjax", None))
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            yield from (".".join((*base, *filter(None, [node.module]), alias.name)) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tmjax":
+            yield f"tmjax.{node.attr}"
+
+
+def violations(path: str, source: str) -> list[str]:
+    own = owner(path)
+    found = []
+    for name in imports(path, ast.parse(source)):
+        top, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if top != "tmjax" or other in (own, "__version__"):
+            continue
+        if other not in LEVEL or LEVEL[other] >= LEVEL[own]:
+            found.append(f"{path} imports {name}")
+    return found
+
+
+def test_every_module_has_a_level():
+    assert {owner(path) for path in MODULES} - {"__init__"} <= set(LEVEL)
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path != "__init__.py"])
+def test_imports_go_down(path):
+    assert not violations(path, MODULES[path].read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("hub/x.py", "from tmjax.models.spec import DecoderSpec"),
+        ("hub/x.py", "def f():\n    from tmjax.ot import solve"),
+        ("models/families/x.py", "if TYPE_CHECKING:\n    import tmjax.convert.hf as hf"),
+        ("models/x.py", "from ..convert import hf"),
+        ("models/families/x.py", "from ... import convert"),
+        ("models/x.py", "from tmjax import load_model"),
+        ("pipeline.py", "from tmjax.cli import main"),
+        ("adapt/x.py", "from tmjax.evaluate.bits import score"),
+        ("errors.py", "import tmjax as everything"),
+        ("errors.py", "import tmjax\nprint(tmjax.convert)"),
+    ],
+)
+def test_the_rule_sees_violations(path, source):
+    assert violations(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("models/families/x.py", "from tmjax.models.spec import DecoderSpec\nfrom . import base\nfrom ..spec import x"),
+        ("cli.py", "from tmjax import __version__\nfrom tmjax.pipeline import run\nimport tmjax.hub.texts"),
+        ("hub/x.py", "import tmjax\nprint(tmjax.__version__, tmjax.errors)"),
+    ],
+)
+def test_the_rule_allows(path, source):
+    assert not violations(path, source)
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Statements that run when the module is imported: everything outside functions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from at_import(child)
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_torch_is_never_imported_with_a_module(path):
+    tree = ast.Module([n for n in at_import(ast.parse(MODULES[path].read_text())) if isinstance(n, ast.stmt)], [])
+    flat = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [name for name in imports(path, ast.Module(flat, [])) if name.split(".")[0] == "torch"]
+
+
+WITHOUT_TORCH = """
+import importlib, importlib.machinery, importlib.util, sys
+
+class Hidden(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "torch" else super().find_spec(name, path, target)
+
+sys.meta_path = [Hidden if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+assert importlib.util.find_spec("torch") is None
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+assert "torch" not in sys.modules
+"""
+
+
+def test_every_module_imports_without_torch():
+    """In an interpreter that does not find PyTorch (`sys.modules["torch"] = None` would upset scipy)."""
+    names = [".".join(("tmjax", *Path(path).with_suffix("").parts)).removesuffix(".__init__") for path in MODULES]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if not path.startswith(FAMILIES)])
+def test_checkpoint_names_stay_in_the_family_tables(path):
+    lines = MODULES[path].read_text().splitlines()
+    assert not [f"{path}:{i}: {line.strip()}" for i, line in enumerate(lines, 1) if HF_NAMES.search(line)]
+
+
+def test_family_tables_are_where_the_names_are():
+    assert any(HF_NAMES.search(MODULES[path].read_text()) for path in MODULES if path.startswith(FAMILIES))

@@ -1,0 +1,98 @@
+"""Capturing: the jitted forward pools every site inside its scan, so unpooled activations are never kept."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmjax.activations import store
+from tmjax.activations.batches import Batch, bucketed
+from tmjax.activations.rows import Rows, TokenisedDocument
+from tmjax.errors import InputError, NonFiniteError
+from tmjax.models.decoder import bind
+from tmjax.models.sites import SITES
+from tmjax.models.spec import DecoderSpec
+from tmjax.typing import Array, Params
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "sites", "dtype"))
+def pooled_forward(
+    spec: DecoderSpec, params: Params, ids_bt: Array, weights_brt: Array, sites: tuple[str, ...], dtype: jnp.dtype
+) -> dict[str, Array]:
+    """Activations of each site averaged over tokens by `weights`: `[layer, B, R, unit]` float32."""
+
+    def pool(x_btu: Array) -> Array:
+        return jnp.einsum("brt,btu->bru", weights_brt, x_btu.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+    _, captured = bind(spec, params).hidden(ids_bt, dtype, sites, pool)
+    return captured
+
+
+def _arrays(batch: Batch, documents: Sequence[TokenisedDocument], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.zeros((batch.size, batch.tokens), np.int32)
+    weights = np.zeros((batch.size, rows, batch.tokens), np.float32)
+    for slot, number in enumerate(batch.documents):
+        document = documents[number]
+        ids[slot, : len(document.ids)] = document.ids
+        for row, positions in enumerate(document.rows):
+            weights[slot, row, positions] = 1.0 / len(positions)
+    return ids, weights
+
+
+def capture(
+    spec: DecoderSpec,
+    params: Params,
+    rows: Rows,
+    documents: Sequence[TokenisedDocument],
+    directory: Path,
+    *,
+    sites: Sequence[str] = tuple(SITES),
+    batch_tokens: int = 8192,
+    memory_mib: int = 256,
+    dtype: jnp.dtype = jnp.float32,
+    place: Callable[[np.ndarray], Array] = jnp.asarray,
+    multiple: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> store.Activations:
+    """Runs the model over all documents and writes `[layer, row, unit]` of every site into `directory`, which exists.
+
+    Batches are of at most `batch_tokens` padded tokens, fewer where the pooled activations of that many rows would
+    exceed `memory_mib`. `place` puts a batch array on the devices, its leading axis divisible by `multiple`. Raises
+    NonFiniteError if an activation is NaN or infinite.
+    """
+    unknown = [site for site in sites if site not in SITES]
+    if unknown:
+        raise InputError(f"no site {', '.join(unknown)}; sites are {', '.join(SITES)}")
+    largest = max(max(document.ids) for document in documents)
+    if largest >= spec.vocab:
+        raise InputError(f"the tokenizer gives id {largest}, but the model's vocabulary has {spec.vocab} entries")
+    files = store.create(directory, rows, spec.layers, {site: spec.axis_size(SITES[site]) for site in sites})
+    counts = [len(document.rows) for document in documents]
+    first_row = np.concatenate([[0], np.cumsum(counts)])
+    row_bytes = 4 * spec.layers * sum(spec.axis_size(SITES[site]) for site in sites)
+    batch_tokens = max(1, min(batch_tokens, memory_mib * 2**20 // row_bytes))
+    used = [number for number, count in enumerate(counts) if count]
+    batches = list(bucketed([len(documents[n].ids) for n in used], batch_tokens=batch_tokens, multiple=multiple))
+    widest: dict[int, int] = {}
+    for batch in batches:
+        rows_here = max(counts[used[i]] for i in batch.documents)
+        widest[batch.tokens] = max(widest.get(batch.tokens, 1), rows_here)
+    for done, batch in enumerate(batches):
+        chosen = Batch(tuple(used[i] for i in batch.documents), batch.size, batch.tokens)
+        ids, weights = _arrays(chosen, documents, widest[batch.tokens])
+        captured = jax.device_get(pooled_forward(spec, params, place(ids), place(weights), tuple(sites), dtype))
+        for site, values in captured.items():
+            for slot, number in enumerate(chosen.documents):
+                start, count = first_row[number], counts[number]
+                files[site][:, start : start + count] = values[:, slot, :count]
+            if not np.isfinite(values).all():
+                raise NonFiniteError(
+                    f"activations of site {site} hold NaN or infinity; the model overflows on these texts"
+                )
+        progress(done + 1, len(batches))
+    for file in files.values():
+        file.flush()
+    return store.read(directory)

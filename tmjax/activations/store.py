@@ -1,0 +1,50 @@
+"""Activations on disk: one `[layer, row, unit]` float32 array per site, with the identity of the rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tmjax.activations.rows import Rows
+from tmjax.errors import InputError
+from tmjax.hub.atomic import write_json
+from tmjax.hub.checkpoint import read_json
+
+META = "meta.json"
+ROWS = "rows.npz"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Activations of one model: read lazily from a directory."""
+
+    directory: Path
+    rows: Rows
+    layers: int
+    sites: Mapping[str, int]
+
+    def site(self, name: str) -> np.ndarray:
+        """The `[layer, row, unit]` float32 array of a site, mapped from disk."""
+        if name not in self.sites:
+            raise InputError(f"{self.directory} holds no activations of site {name}; it has {', '.join(self.sites)}")
+        return np.load(self.directory / f"{name}.npy", mmap_mode="r")
+
+
+def create(directory: Path, rows: Rows, layers: int, sites: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Makes the files of an activation store in an existing directory; returns writable arrays to be filled."""
+    np.savez(directory / ROWS, document=rows.document, start=rows.start, end=rows.end)
+    meta = {"texts_sha256": rows.texts_sha256, "pooling": rows.pooling, "layers": layers, "sites": dict(sites)}
+    write_json(directory / META, meta)
+    return {
+        site: np.lib.format.open_memmap(directory / f"{site}.npy", "w+", np.float32, (layers, len(rows), units))
+        for site, units in sites.items()
+    }
+
+
+def read(directory: Path) -> Activations:
+    """Opens a store written by `create`."""
+    meta = read_json(directory / META)
+    with np.load(directory / ROWS) as held:
+        rows = Rows(meta["texts_sha256"], meta["pooling"], held["document"], held["start"], held["end"])
+    return Activations(directory, rows, meta["layers"], meta["sites"])

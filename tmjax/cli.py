@@ -1,0 +1,305 @@
+"""The command line: thin typer commands over the pipeline. Results to standard output, all else to standard error."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tmjax.errors import InputError, TmjaxError
+
+app = typer.Typer(
+    name="tmjax",
+    help="Merge large language models of different architectures by optimal transport.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe (YAML); flags win over it.", show_default=False)]
+Source = Annotated[str | None, typer.Option(help="Source checkpoint: directory or hub id.")]
+Target = Annotated[str | None, typer.Option(help="Target checkpoint, whose architecture is kept.")]
+TextFile = Annotated[
+    str | None, typer.Option("--texts", help="Calibration texts: .jsonl, .txt or hf:NAME[:split[:field]].")
+]
+Valid = Annotated[str | None, typer.Option(help="Texts on which coefficients are chosen.")]
+Test = Annotated[str | None, typer.Option(help="Texts on which the result is measured.")]
+Out = Annotated[str | None, typer.Option(help="Run directory.")]
+Preset = Annotated[str | None, typer.Option(help="barycentric or paper.")]
+Alpha = Annotated[float | None, typer.Option(help="Fixes alpha and switches fitting off.")]
+Controls = Annotated[bool | None, typer.Option("--controls/--no-controls", help="Run every control arm too.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Mesh = Annotated[str | None, typer.Option(help="Device mesh, for example data=2,fsdp=2,tensor=2.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Negligible = Annotated[
+    bool | None, typer.Option("--allow-negligible", help="Warn instead of refusing when nothing came from the source.")
+]
+
+
+@app.command()
+def merge(
+    recipe: RecipeFile = None,
+    source: Source = None,
+    target: Target = None,
+    texts: TextFile = None,
+    valid: Valid = None,
+    test: Test = None,
+    out: Out = None,
+    preset: Preset = None,
+    alpha: Alpha = None,
+    controls: Controls = None,
+    seed: Seed = None,
+    mesh: Mesh = None,
+    allow_negligible: Negligible = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Merge a source model into a target model: activations, alignment, fusion, controls, evaluation, report."""
+    told = _recipe(recipe, locals())
+    with _progress() as (progress, warn):
+        from tmjax.pipeline import Merge
+
+        manifest = Merge(told, overwrite=overwrite, progress=progress, warn=warn).all()
+    _show_run(told.out, manifest, as_json)
+
+
+@app.command()
+def align(
+    recipe: RecipeFile = None,
+    source: Source = None,
+    target: Target = None,
+    texts: TextFile = None,
+    valid: Valid = None,
+    test: Test = None,
+    out: Out = None,
+    preset: Preset = None,
+    alpha: Alpha = None,
+    controls: Controls = None,
+    seed: Seed = None,
+    mesh: Mesh = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Only activations and alignment; `tmjax fuse RUN` goes on from there."""
+    told = _recipe(recipe, locals())
+    with _progress() as (progress, warn):
+        from tmjax.pipeline import Merge
+
+        run = Merge(told, overwrite=overwrite, progress=progress, warn=warn)
+        run.align()
+    _show_run(told.out, run.run.manifest, as_json)
+
+
+@app.command()
+def fuse(
+    run: Annotated[Path, typer.Argument(help="Run directory of `tmjax align` or `tmjax merge`.")],
+    alpha: Alpha = None,
+    controls: Controls = None,
+    valid: Valid = None,
+    test: Test = None,
+    allow_negligible: Negligible = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Fuse, evaluate and report from an existing alignment, perhaps with another alpha."""
+    from tmjax.pipeline import Merge, open_run
+
+    changes = _given(locals(), ("alpha", "controls", "valid", "test", "allow_negligible"))
+    told = open_run(run, changes)
+    if changes and (run / "merged").exists() and not overwrite:
+        raise InputError(f"{run} already holds a merge; pass --overwrite to fuse it again with other settings")
+    with _progress() as (progress, warn):
+        manifest = Merge(told, amend=True, progress=progress, warn=warn).all()
+    _show_run(told.out, manifest, as_json)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints: directories or hub ids.")],
+    texts: Annotated[str, typer.Option("--texts", help="Held-out texts.")],
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 10000,
+    as_json: Json = False,
+) -> None:
+    """Bits per byte of checkpoints on held-out text, with 95% intervals over documents."""
+    with _progress() as (progress, _warn):
+        from tmjax.pipeline import evaluate_models
+
+        result = evaluate_models(models, texts, draws=draws, seed=seed, progress=progress)
+    if as_json:
+        _print_json(result)
+        return
+    from tmjax.report.tables import evaluation_rows, rich_table
+
+    _console().print(rich_table(f"Bits per byte on {texts}", *evaluation_rows(result)))
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id or orbax directory of ours.")],
+    out: Annotated[Path, typer.Argument(help="Output directory.")],
+    to: Annotated[str, typer.Option(help="hf or orbax.")],
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, for example 5GB.")] = "5GB",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint between Hugging Face and orbax, bit for bit."""
+    from tmjax.convert import hf, orbax
+    from tmjax.convert.model import load_model
+    from tmjax.hub.atomic import refuse_existing
+
+    if to not in ("hf", "orbax"):
+        raise InputError(f"--to {to!r} is not known; write hf or orbax")
+    refuse_existing(out, overwrite=overwrite)
+    loaded = load_model(model)
+    if to == "hf":
+        hf.export(loaded, out, max_shard_size=max_shard_size, overwrite=overwrite)
+    else:
+        orbax.save(loaded, out, overwrite=overwrite)
+    result = {
+        "input": model,
+        "output": str(out),
+        "to": to,
+        "model_type": loaded.family.model_type,
+        "parameters": loaded.size,
+    }
+    if as_json:
+        _print_json(result)
+    else:
+        _console().print(f"{model} -> {out} ({to}, {loaded.family.model_type}, {loaded.size:,} parameters)")
+
+
+_FLAGS = (
+    "source",
+    "target",
+    "texts",
+    "valid",
+    "test",
+    "out",
+    "preset",
+    "alpha",
+    "controls",
+    "seed",
+    "mesh",
+    "allow_negligible",
+)
+
+
+def _given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The options that were given on the command line."""
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def _recipe(file: Path | None, options: dict[str, Any]) -> Any:
+    from tmjax.recipe import build_recipe, read_recipe
+
+    values = read_recipe(file) if file else {}
+    given = _given(options, _FLAGS)
+    missing = [name for name in ("source", "target", "texts", "out") if name not in values | given]
+    if missing:
+        raise InputError(f"give {', '.join('--' + name for name in missing)} or name them in a recipe")
+    return build_recipe(values | given, base=file.parent if file else None)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    # A pipe or a log has no width of its own; 80 columns would fold every table.
+    return console if console.is_terminal else Console(stderr=stderr, width=120)
+
+
+def _show_run(out: str, manifest: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(manifest)
+        return
+    from tmjax.report.tables import run_summary
+
+    _console().print(run_summary(manifest))
+    done = [name for name in ("merged", "report.html", "plots") if (Path(out) / name).exists()]
+    _console().print(f"Run directory {out}" + (f" (with {', '.join(done)})" if done else ""))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
+    """A progress display on standard error, and a function that prints a warning above it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = _console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console) as display:
+
+        def step(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = display.add_task(stage, total=total)
+            display.update(tasks[stage], completed=done, total=total)
+
+        def warn(message: str) -> None:
+            display.console.print(f"tmjax: warning: {message}", markup=False, highlight=False, soft_wrap=True)
+
+        yield step, warn
+
+
+def _prepare() -> None:
+    """Settings of the process: quiet libraries, compiled programs kept between runs."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import jax
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tmjax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+# typer may use the click package or its own copy of it; the base of its errors is public in neither.
+_ClickError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"tmjax: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _interrupted() -> int:
+    return _fail("interrupted; the same command resumes", 130)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0 done, 2 bad input, 3 refused, 130 interrupted."""
+    try:
+        result = typer.main.get_command(app).main(arguments, prog_name="tmjax", standalone_mode=False)
+        # typer turns an interrupt inside a command into this status
+        return _interrupted() if result == 130 else 0
+    except TmjaxError as error:
+        return _fail(str(error), error.exit_code)
+    except _ClickError as error:
+        return _fail(f"{error.format_message()} (see tmjax --help)", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 2)
+
+
+@app.callback()
+def _main() -> None:
+    _prepare()
+
+
+def main() -> None:
+    """Console script."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Fusion of transported weights into the target: W = W_T + Mask (alpha W^ + beta W_T); beta = -alpha blends the two."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmjax.align.alignment import Alignment
+from tmjax.errors import InputError
+from tmjax.fuse.masks import masks
+from tmjax.fuse.transport import transport_projection
+from tmjax.models.spec import ParamSpec, biases, projections
+from tmjax.recipe import FusionOptions
+from tmjax.typing import Array, ArrayLike, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Transported:
+    """What the source contributes to one projection of the target, all layers.
+
+    weight [L, out, in] and bias [L, out] (None where the target has no bias), after norm matching; masks broadcastable
+    to them; `raw_norm` [L] is ||W^|| before norm matching; `input_mean` [L, in] is the target's mean input.
+    """
+
+    weight: Array
+    bias: Array | None
+    weight_mask: ArrayLike
+    bias_mask: ArrayLike
+    raw_norm: Array
+    input_mean: ArrayLike
+
+
+def _norm(x: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim))))
+
+
+def transport_model(
+    alignment: Alignment,
+    target_rows: tuple[ParamSpec, ...],
+    target: Params,
+    source_rows: tuple[ParamSpec, ...],
+    source: Params,
+    options: FusionOptions,
+    *,
+    permutations: dict[str, np.ndarray] | None = None,
+) -> dict[str, Transported]:
+    """Transports every projection that the recipe names, by role; raises InputError for a role a model lacks."""
+    rows, rows_source = projections(target_rows), projections(source_rows)
+    bias, bias_source = biases(target_rows), biases(source_rows)
+    result = {}
+    for role in options.roles:
+        if role not in rows or role not in rows_source:
+            raise InputError(f"fusion.roles: {role} is not a projection of both models")
+        row = rows[role]
+        weight, offset = transport_projection(
+            alignment,
+            row,
+            source[rows_source[role].path],
+            source[bias_source[role].path] if role in bias_source else None,
+            kind=options.map,
+            gain=options.gain,
+            top_k=options.plan_top_k,
+            permutations=permutations,
+        )
+        raw = _norm(weight)
+        mean_out = jnp.asarray(alignment.target[row.output_site].centre(alignment.centred))
+        if options.norm_match:
+            scale = jnp.where(raw > 0, _norm(jnp.asarray(target[row.path])) / jnp.where(raw > 0, raw, 1.0), 0.0)
+            weight = weight * scale[:, None, None]
+            # The affine map is scaled about the mean output, which both models' rows share.
+            offset = mean_out + scale[:, None] * (offset - mean_out)
+        weight_mask, bias_mask = masks(alignment, row, options.mask_top_k)
+        keeps = role in bias and options.bias != "none"
+        result[role] = Transported(
+            weight,
+            offset if keeps else None,
+            weight_mask,
+            bias_mask,
+            raw,
+            np.asarray(alignment.target[row.input_site].mean),
+        )
+    return result
+
+
+def without_source(transported: Mapping[str, Transported]) -> dict[str, Transported]:
+    """The same with the source's contribution set to zero: what the control `shrink` fuses."""
+    return {
+        role: replace(item, weight=item.weight * 0, bias=None if item.bias is None else item.bias * 0)
+        for role, item in transported.items()
+    }
+
+
+@jax.jit
+def _fuse_weight(old: Array, item: Transported, alpha: Array, beta: Array) -> Array:
+    wide = old.astype(jnp.float32)
+    return wide + item.weight_mask * (alpha * item.weight + beta * wide)
+
+
+@jax.jit
+def _fuse_bias(old: Array, item: Transported, alpha: Array, beta: Array) -> Array:
+    wide = old.astype(jnp.float32)
+    return wide + item.bias_mask * (alpha * item.bias + beta * wide)
+
+
+@jax.jit
+def _keep_mean(old: Array, old_weight: Array, new_weight: Array, mean: Array) -> Array:
+    moved = jnp.einsum(
+        "loi,li->lo", old_weight.astype(jnp.float32) - new_weight, mean, precision=jax.lax.Precision.HIGHEST
+    )
+    return old.astype(jnp.float32) + moved
+
+
+#: alpha and beta of each role.
+Coefficients = Mapping[str, tuple[float, float]]
+
+
+def fuse_params(
+    target_rows: tuple[ParamSpec, ...],
+    target: Params,
+    transported: Mapping[str, Transported],
+    coefficients: Coefficients,
+    *,
+    bias_rule: str = "transported",
+) -> dict[str, ArrayLike]:
+    """The target's parameters with every transported projection fused in (float32), the rest as they are.
+
+    `bias_rule`: `transported` treats a bias like its weight; `keep_mean` sets b = b_T + (W_T - W) mu_in, which keeps
+    the mean output; `none` leaves biases alone.
+    """
+    rows, bias = projections(target_rows), biases(target_rows)
+    fused = dict(target)
+    for role, item in transported.items():
+        alpha, beta = (jnp.float32(value) for value in coefficients[role])
+        path = rows[role].path
+        fused[path] = _fuse_weight(target[path], item, alpha, beta)
+        if item.bias is None or role not in bias:
+            continue
+        where = bias[role].path
+        if bias_rule == "keep_mean":
+            fused[where] = _keep_mean(target[where], target[path], fused[path], item.input_mean)
+        else:
+            fused[where] = _fuse_bias(target[where], item, alpha, beta)
+    return fused

@@ -1,0 +1,186 @@
+"""A run directory: manifest, stages that are skipped when their output is intact, nothing half-written."""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tmjax.errors import InputError
+from tmjax.hub.atomic import PARTIAL, partial_name, remove, write_json, write_text
+from tmjax.hub.checkpoint import COMPANIONS, CONFIG_NAME, read_json
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
+_PACKAGES = ("jax", "flax", "ott-jax", "transformers", "orbax-checkpoint", "numpy")
+_BLOCK = 2**22
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_files(files: list[Path]) -> str:
+    """SHA-256 over names and contents of files, in name order."""
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        total.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                total.update(block)
+    return total.hexdigest()
+
+
+def sha256_checkpoint(directory: Path) -> str:
+    """Hash of what a checkpoint directory says: weights, index, config, tokenizer; of an orbax directory every file."""
+    wanted = {CONFIG_NAME, *COMPANIONS}
+    files = [file for file in directory.iterdir() if file.is_file()]
+    files = [
+        file for file in files if file.name in wanted or ".safetensors" in file.suffixes or file.name == "tmjax.json"
+    ]
+    nested = [file for name in ("params", "hf") for file in (directory / name).rglob("*") if file.is_file()]
+    return sha256_files(files + nested)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of one file's contents."""
+    value = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            value.update(block)
+    return value.hexdigest()
+
+
+def peak_rss_mib() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide numbers."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a run directory; None if `path` is not one."""
+    if not (path / MANIFEST).is_file():
+        return None
+    manifest = read_json(path / MANIFEST)
+    return manifest if "tmjax" in manifest and "stages" in manifest else None
+
+
+class RunDirectory:
+    """One run: `manifest.json` is written first and after every stage; a finished stage with intact files is reused."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def start(
+        cls, path: Path, recipe_yaml: str, header: Mapping[str, Any], *, key: Mapping[str, str], overwrite: bool
+    ) -> "RunDirectory":
+        """Creates the run, or resumes the one that is there if its `key` (hashes of recipe and inputs) is the same.
+
+        Raises InputError if `path` holds anything else; `overwrite` replaces a run, never another directory.
+        """
+        previous = read_manifest(path)
+        if previous is not None and previous.get("key") == key:
+            return cls._resume(path, previous)
+        if path.exists() and (path.is_file() or any(path.iterdir())):
+            if previous is None:
+                raise InputError(f"{path} exists and is not a run of tmjax; choose another output directory")
+            if not overwrite:
+                raise InputError(
+                    f"{path} is a run with another recipe or other inputs; choose another --out or --overwrite"
+                )
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, {**header, "versions": versions(), "key": dict(key), "stages": {}, "outputs": {}})
+        run.save()
+        write_text(path / RECIPE, recipe_yaml)
+        return run
+
+    @classmethod
+    def _resume(cls, path: Path, manifest: dict[str, Any]) -> "RunDirectory":
+        run = cls(path, manifest)
+        for leftover in path.rglob(f"*{PARTIAL}"):
+            remove(leftover)
+        for stage in manifest["stages"].values():
+            stage["reused"] = True  # until it is run again
+        run.save()
+        return run
+
+    @classmethod
+    def amend(cls, path: Path, recipe_yaml: str, key: Mapping[str, str]) -> "RunDirectory":
+        """Resumes a run under another recipe: finished stages that it does not change stay."""
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise InputError(f"{path} is not a run of tmjax (no {MANIFEST})")
+        run = cls._resume(path, manifest)
+        manifest["key"] = dict(key)
+        run.save()
+        write_text(path / RECIPE, recipe_yaml)
+        return run
+
+    def save(self) -> None:
+        """Writes the manifest atomically."""
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def finished(self, stage: str, key: object) -> bool:
+        """Whether a stage with this input hash has finished and its files are still whole."""
+        entry = self.manifest["outputs"].get(stage)
+        if entry is None or entry["key"] != digest(key):
+            return False
+        return all(_size(self.path / name) == size for name, size in entry["files"].items())
+
+    def stage(self, name: str, key: object, output: str, work: Callable[[Path], Mapping[str, Any] | None]) -> Path:
+        """Runs `work(partial)` unless the stage is finished; returns the path of its output.
+
+        `work` writes a directory (or a file, if `output` has a suffix) under the temporary path it gets and returns
+        what goes into the manifest's top level. The output is renamed into place, then the manifest records it.
+        """
+        path = self.path / output
+        if self.finished(name, key):
+            return path
+        started = time.perf_counter()
+        partial = partial_name(path)
+        remove(partial)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if not path.suffix:
+            partial.mkdir()
+        try:
+            facts = work(partial)
+        except BaseException:
+            remove(partial)
+            raise
+        remove(path)
+        os.replace(partial, path)
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        self.manifest["outputs"][name] = {
+            "key": digest(key),
+            "files": {str(file.relative_to(self.path)): file.stat().st_size for file in sorted(files)},
+        }
+        seconds = round(time.perf_counter() - started, 3)
+        self.manifest["stages"][name] = {"seconds": seconds, "peak_rss_mib": peak_rss_mib(), "reused": False}
+        for key_path, value in (facts or {}).items():
+            place = self.manifest
+            *parents, last = key_path if isinstance(key_path, tuple) else (key_path,)
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = value
+        self.save()
+        return path
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1

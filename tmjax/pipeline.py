@@ -1,0 +1,417 @@
+"""The stages of a merge, each with its input hash: activations, alignment, fuse, controls, evaluate, report."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import tmjax
+from tmjax.activations import store as activation_store
+from tmjax.activations.capture import capture
+from tmjax.activations.rows import Rows, TokenisedDocument, pair_rows
+from tmjax.align import store as alignment_store
+from tmjax.align.alignment import Alignment, align, needed_sites, solver_of
+from tmjax.convert import hf
+from tmjax.convert.model import Model, load_model
+from tmjax.errors import InputError
+from tmjax.evaluate.bits import Scorer, Scores
+from tmjax.evaluate.bootstrap import resample, source_gain
+from tmjax.evaluate.controls import CONTROLS, Control, derangement, plan_permutations
+from tmjax.fuse.apply import fuse_params, transport_model, without_source
+from tmjax.fuse.coefficients import Fit, fit, fixed
+from tmjax.fuse.diagnostics import require_transfer, update_table
+from tmjax.hub.atomic import write_text
+from tmjax.hub.checkpoint import read_config, resolve
+from tmjax.hub.rundir import RECIPE, RunDirectory, digest, read_manifest, sha256_checkpoint
+from tmjax.hub.texts import Texts, read_texts
+from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.models.decoder import init_params
+from tmjax.models.spec import ParamSpec, projections
+from tmjax.recipe import Recipe, build_recipe, dump_recipe, read_recipe
+from tmjax.report.card import model_card
+from tmjax.report.html import write_report
+from tmjax.sharding.mesh import Layout
+
+#: (stage, steps done, steps in all) while a stage runs.
+Progress = Callable[[str, int, int], None]
+Warn = Callable[[str], None]
+_INPUTS = ("source", "target", "texts", "valid", "test")
+
+
+def _quiet(_stage: str, _done: int, _total: int) -> None:
+    """No progress display."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, loaded when first asked for."""
+
+    recipe: Recipe
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The device mesh."""
+        return Layout(self.recipe.mesh)
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        """The dtype that forward passes compute in."""
+        return jnp.dtype(self.recipe.dtype)
+
+    def _place(self, row: ParamSpec, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+        return self.layout.param_sharding(row.path, row.axes, shape)
+
+    @functools.cached_property
+    def source(self) -> Model:
+        """The source model."""
+        return load_model(self.recipe.source, placement=self._place)
+
+    @functools.cached_property
+    def target(self) -> Model:
+        """The target model."""
+        return load_model(self.recipe.target, placement=self._place)
+
+    @functools.cached_property
+    def source_tokenizer(self) -> TextTokenizer:
+        """The source's tokenizer."""
+        return load_tokenizer(self.source.directory)
+
+    @functools.cached_property
+    def target_tokenizer(self) -> TextTokenizer:
+        """The target's tokenizer."""
+        return load_tokenizer(self.target.directory)
+
+    @functools.cached_property
+    def texts(self) -> Texts:
+        """The calibration texts."""
+        return read_texts(self.recipe.texts).first(self.recipe.activations.max_texts)
+
+    @functools.cached_property
+    def valid(self) -> Texts | None:
+        """The texts on which coefficients are chosen."""
+        return read_texts(self.recipe.valid) if self.recipe.valid else None
+
+    @functools.cached_property
+    def test(self) -> Texts | None:
+        """The texts on which the result is measured, once."""
+        return read_texts(self.recipe.test) if self.recipe.test else None
+
+    @functools.cached_property
+    def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
+        """Shared rows of the calibration texts; documents of the target, then of the source."""
+        options = self.recipe.activations
+        tokenizers = [self.target_tokenizer, self.source_tokenizer]
+        return pair_rows(self.texts, tokenizers, pooling=options.pooling, max_tokens=options.max_tokens)
+
+    @functools.cached_property
+    def projections(self) -> dict[str, ParamSpec]:
+        """The target's rows of the projections that are transported, by role."""
+        rows = projections(self.target.rows)
+        return {role: rows[role] for role in self.recipe.fusion.roles}
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every input."""
+        models = {name: sha256_checkpoint(resolve(getattr(self.recipe, name))) for name in ("source", "target")}
+        texts = {name: getattr(self, name) for name in ("texts", "valid", "test")}
+        return models | {name: value.sha256 for name, value in texts.items() if value is not None}
+
+    def scorer(self, model: Model, tokenizer: TextTokenizer, texts: Texts) -> Scorer:
+        """Scorer of `texts` for models of this architecture."""
+        options = self.recipe.evaluation
+        return Scorer(
+            model.spec,
+            tokenizer,
+            texts,
+            batch_tokens=options.batch_tokens,
+            max_tokens=options.max_tokens,
+            dtype=self.dtype,
+            place=self.layout.place_batch,
+            multiple=self.layout.batch_multiple,
+        )
+
+    @functools.cached_property
+    def valid_scorer(self) -> Scorer:
+        """Scorer of the validation texts under the target's architecture."""
+        return self.scorer(self.target, self.target_tokenizer, self.valid)
+
+    def check(self) -> None:
+        """Loads everything, so that whatever is wrong is said before anything is written."""
+        if self.recipe.alpha is None and self.recipe.valid is None:
+            raise InputError("alpha is chosen on validation texts: give --valid FILE, or fix it with --alpha X")
+        solver_of(self.recipe.alignment)
+        for name in ("source", "target"):
+            read_config(resolve(getattr(self.recipe, name)))
+        for name in ("layout", "texts", "valid", "test", "target", "source", "rows"):
+            getattr(self, name)
+
+
+class Merge:
+    """One run of a recipe; every stage resumes."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        overwrite: bool = False,
+        amend: bool = False,
+        progress: Progress = _quiet,
+        warn: Warn = lambda message: None,
+    ) -> None:
+        self.recipe, self.inputs = recipe, Inputs(recipe)
+        self.progress, self.warn = progress, warn
+        path = Path(recipe.out)
+        hashes = self.inputs.hashes
+        told = recipe.model_dump(mode="json", exclude={"out", *_INPUTS})
+        key = {"recipe": digest(told)} | hashes
+        previous = read_manifest(path)
+        if previous is None or previous.get("key") != key:
+            self.inputs.check()
+        layout = self.inputs.layout
+        header = {
+            "tmjax": tmjax.__version__,
+            "seed": recipe.seed,
+            "mesh": layout.sizes,
+            "devices": layout.devices,
+            "platform": jax.devices()[0].platform,
+            "inputs": {name: {"path": getattr(recipe, name), "sha256": value} for name, value in hashes.items()},
+            "evaluation": {},
+            "source_gain": None,
+            "update": {},
+            "alignment": {},
+        }
+        if amend:
+            self.run = RunDirectory.amend(path, dump_recipe(recipe), key)
+        else:
+            self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite)
+
+    def _step(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(stage, done, total)
+
+    # Input hashes of the stages, each holding those of what it reads.
+
+    def _activation_key(self, model: str) -> object:
+        hashes = {name: self.inputs.hashes[name] for name in ("texts", "source", "target")}
+        return [model, hashes, self.recipe.activations.model_dump(), list(self.recipe.fusion.roles), self.recipe.dtype]
+
+    def _alignment_key(self) -> object:
+        return [self._activation_key("source"), self.recipe.alignment.model_dump(mode="json")]
+
+    def _fuse_key(self, arm: str) -> object:
+        options = self.recipe.model_dump(mode="json", include={"fusion", "alpha", "evaluation", "export", "seed"})
+        return [arm, self._alignment_key(), options, self.inputs.hashes.get("valid")]
+
+    # Stages.
+
+    def activations(self, which: str) -> activation_store.Activations:
+        """Captures the activations of `target`, `source` or `random_source`."""
+        name = f"activations:{which}"
+
+        def work(partial: Path) -> dict[Any, Any]:
+            rows, (target_documents, source_documents) = self.inputs.rows
+            model = self.inputs.target if which == "target" else self.inputs.source
+            params = self._random_source() if which == "random_source" else model.params
+            capture(
+                model.spec,
+                params,
+                rows,
+                target_documents if which == "target" else source_documents,
+                partial,
+                sites=needed_sites(self.inputs.projections.values()),
+                batch_tokens=self.recipe.activations.batch_tokens,
+                memory_mib=self.recipe.activations.memory_mib,
+                dtype=self.inputs.dtype,
+                place=self.inputs.layout.place_batch,
+                multiple=self.inputs.layout.batch_multiple,
+                progress=self._step(name),
+            )
+            return {("rows",): {"documents": len(self.inputs.texts), "rows": len(rows), "pooling": rows.pooling}}
+
+        key = [self._activation_key(which), self.recipe.seed if which == "random_source" else None]
+        return activation_store.read(self.run.stage(name, key, f"activations/{which}", work))
+
+    def _random_source(self) -> dict[str, jax.Array]:
+        params = init_params(self.inputs.source.spec, jax.random.key(self.recipe.seed))
+        rows = {row.path: row for row in self.inputs.source.rows}
+        shardings = {path: self.inputs._place(rows[path], value.shape) for path, value in params.items()}
+        return {
+            path: value if shardings[path] is None else jax.device_put(value, shardings[path])
+            for path, value in params.items()
+        }
+
+    def align(self) -> Alignment:
+        """Activations of both models, then all plans."""
+        target, source = self.activations("target"), self.activations("source")
+
+        def work(partial: Path) -> dict[Any, Any]:
+            found = align(
+                target, source, self.inputs.projections, self.recipe.alignment, progress=self._step("alignment")
+            )
+            alignment_store.save(found, partial)
+            return {"alignment": found.certificates()}
+
+        path = self.run.stage("alignment", self._alignment_key(), "alignment", work)
+        found = alignment_store.load(path)
+        for site, held in found.certificates().items():
+            if held["converged"] < held["problems"]:
+                missing = held["problems"] - held["converged"]
+                self.warn(
+                    f"{missing} of {held['problems']} plans of {site} did not converge (marginal error up to "
+                    f"{held['max_marginal_error']:.1e}); raise alignment.max_iterations or alignment.epsilon"
+                )
+        return found
+
+    def _fuse(
+        self, arm: str, alignment: Alignment, source: Mapping[str, Any], control: Control | None, partial: Path
+    ) -> dict[Any, Any]:
+        """Transports, chooses coefficients on `valid`, writes the checkpoint of one arm; returns manifest facts."""
+        inputs, options = self.inputs, self.recipe.fusion
+        target = inputs.target
+        permutations = plan_permutations(alignment, self.recipe.seed) if control and control.permute_plan else None
+        transported = transport_model(
+            alignment, target.rows, target.params, inputs.source.rows, source, options, permutations=permutations
+        )
+        if control and control.zero_source:
+            transported = without_source(transported)
+        combine = functools.partial(fuse_params, target.rows, target.params, transported, bias_rule=options.bias)
+        if self.recipe.alpha is None:
+            chosen = fit(options, lambda c: inputs.valid_scorer(combine(c)).bits_per_byte, self._step(arm))
+        else:
+            chosen = fixed(self.recipe.alpha, options)
+        fused = combine(chosen.coefficients)
+        table = update_table(target.spec, target.rows, target.params, fused, transported, chosen.coefficients)
+        if control is None:
+            warning = require_transfer(table, allow_negligible=self.recipe.allow_negligible)
+            if warning:
+                self.warn(warning)
+        hf.write(target.with_params(fused), partial, max_shard_size=self.recipe.export.max_shard_size)
+        facts = _fit_facts(chosen)
+        return (
+            {"update": table, "coefficients": facts}
+            if control is None
+            else {("controls", arm): facts | {"update": table}}
+        )
+
+    def fuse(self) -> Path:
+        """The merged checkpoint."""
+        alignment = self.align()
+
+        def work(partial: Path) -> dict[Any, Any]:
+            return self._fuse("fuse", alignment, self.inputs.source.params, None, partial)
+
+        return self.run.stage("fuse", self._fuse_key("merged"), "merged", work)
+
+    def control(self, control: Control) -> Path:
+        """The checkpoint of one control arm: intervenes before alignment, then everything is run again."""
+
+        def work(partial: Path) -> dict[Any, Any]:
+            params = self._random_source() if control.random_source else self.inputs.source.params
+            return self._fuse(control.name, self._control_alignment(control), params, control, partial)
+
+        return self.run.stage(control.name, self._fuse_key(control.name), f"controls/{control.name}", work)
+
+    def _control_alignment(self, control: Control) -> Alignment:
+        if not (control.random_source or control.shuffle_rows):
+            return self.align()
+        target = self.activations("target")
+        source = self.activations("random_source" if control.random_source else "source")
+        order = derangement(len(source.rows), self.recipe.seed) if control.shuffle_rows else None
+        step = self._step(control.name)
+        return align(target, source, self.inputs.projections, self.recipe.alignment, source_rows=order, progress=step)
+
+    def evaluate(self, checkpoints: Mapping[str, Path]) -> None:
+        """Scores every arm's checkpoint on the test texts, with paired intervals and the gain due to the source."""
+        inputs = self.inputs
+        if inputs.recipe.test is None:
+            return
+        arms = {"target": None, "source": None, **checkpoints}
+
+        def work(partial: Path) -> dict[Any, Any]:
+            scorer = inputs.scorer(inputs.target, inputs.target_tokenizer, inputs.test)
+            scores: dict[str, Scores] = {}
+            for done, (arm, path) in enumerate(arms.items()):
+                if arm == "source":
+                    own = inputs.scorer(inputs.source, inputs.source_tokenizer, inputs.test)
+                    scores[arm] = own(inputs.source.params)
+                else:
+                    params = inputs.target.params if path is None else load_model(path, placement=inputs._place).params
+                    scores[arm] = scorer(params)
+                self.progress("evaluate", done + 1, len(arms))
+            with partial.open("wb") as stream:
+                np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
+            return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed)
+
+        keys = [self._fuse_key(arm) for arm in checkpoints]
+        self.run.stage(
+            "evaluate", [keys, inputs.hashes["test"], self.recipe.evaluation.model_dump()], "scores.npz", work
+        )
+
+    def all(self) -> dict[str, Any]:
+        """Every stage of the recipe; returns the manifest."""
+        merged = self.fuse()
+        checkpoints = {"merged": merged}
+        if self.recipe.controls:
+            checkpoints |= {name: self.control(control) for name, control in CONTROLS.items()}
+        self.evaluate(checkpoints)
+        alignment = self.align()
+
+        def work(partial: Path) -> None:
+            write_text(merged / "README.md", model_card(self.recipe, self.run.manifest))
+            write_report(partial, self.run.path, self.recipe, self.run.manifest, alignment)
+
+        facts = {name: self.run.manifest.get(name) for name in ("evaluation", "coefficients", "source_gain", "update")}
+        self.run.stage("report", facts, "report.html", work)
+        return self.run.manifest
+
+
+def _fit_facts(chosen: Fit) -> dict[str, Any]:
+    return {
+        "by_role": {role: {"alpha": alpha, "beta": beta} for role, (alpha, beta) in chosen.coefficients.items()},
+        "valid_bits_per_byte": chosen.loss,
+        "trials": [
+            {"loss": trial.loss, "coefficients": {role: list(pair) for role, pair in trial.coefficients.items()}}
+            for trial in chosen.trials
+        ],
+    }
+
+
+def evaluation_facts(scores: Mapping[str, Scores], *, draws: int, seed: int) -> dict[str, Any]:
+    """Manifest entries `evaluation` and `source_gain` of scored arms."""
+    sampled = resample(scores, draws=draws, seed=seed)
+    evaluation = {
+        arm: {
+            "bits_per_byte": sampled.point[arm],
+            "ci95": list(sampled.interval(arm)),
+            "documents": len(value.nll),
+            "bytes": int(value.bytes.sum()),
+            "tokens": int(value.tokens.sum()),
+        }
+        for arm, value in scores.items()
+    }
+    controls = [arm for arm in scores if arm in CONTROLS]
+    return {"evaluation": evaluation, "source_gain": source_gain(sampled, controls) if controls else None}
+
+
+def open_run(path: Path, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe of an existing run, with changes; raises InputError if `path` is not a run."""
+    if read_manifest(path) is None:
+        raise InputError(f"{path} is not a run of tmjax (no manifest.json)")
+    return build_recipe(read_recipe(path / RECIPE) | {"out": str(path)} | dict(changes))
+
+
+def evaluate_models(
+    directories: list[str], texts: str, *, draws: int = 10000, seed: int = 0, progress: Progress = _quiet
+) -> dict[str, Any]:
+    """Bits per byte of checkpoints on one text file, with 95% intervals: the result of `tmjax evaluate`."""
+    documents = read_texts(texts)
+    scores = {}
+    for done, directory in enumerate(directories):
+        model = load_model(directory)
+        scores[directory] = Scorer(model.spec, load_tokenizer(model.directory), documents)(model.params)
+        progress("evaluate", done + 1, len(directories))
+    return {"evaluation": evaluation_facts(scores, draws=draws, seed=seed)["evaluation"]}

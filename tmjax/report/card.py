@@ -1,0 +1,35 @@
+"""The model card of a merged checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from tmjax.recipe import Recipe, dump_recipe
+from tmjax.report.tables import evaluation_rows, gain_sentence, markdown_table, update_rows
+
+
+def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
+    """Markdown with the metadata block that the Hugging Face hub reads."""
+    tags = {"library_name": "transformers", "tags": ["merge", "tmjax", "optimal-transport"]}
+    parts = [
+        f"---\n{yaml.safe_dump(tags, sort_keys=False)}---",
+        "# Merged by optimal transport",
+        f"Weights of `{recipe.source}` (source) were transported into `{recipe.target}` (target), whose "
+        f"architecture and tokenizer this model keeps, with tmjax {manifest['tmjax']}, preset `{recipe.preset}`, "
+        f"seed {recipe.seed}, calibrated on `{recipe.texts}`.",
+    ]
+    if manifest["evaluation"]:
+        parts += [
+            "## Held-out text",
+            f"Bits per byte on `{recipe.test}`:",
+            markdown_table(*evaluation_rows(manifest)),
+            gain_sentence(manifest),
+        ]
+    parts += [
+        "## What the merge did to every tensor",
+        markdown_table(*update_rows(manifest)),
+        "## Recipe",
+        f"```yaml\n{dump_recipe(recipe)}```",
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,62 @@
+"""`report.html`: one self-contained page, no network."""
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tmjax.align.alignment import Alignment
+from tmjax.recipe import Recipe, dump_recipe
+from tmjax.report.plots import plot_coefficients, plot_layer_plans
+from tmjax.report.tables import Row, alignment_rows, evaluation_rows, gain_sentence, stage_rows, update_rows
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem } th, td { padding: .2rem .7rem; border-bottom: 1px solid
+#ddd } td { text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align: left
+} pre { background: #f6f6f6; padding: 1rem; overflow-x: auto } img { max-width: 100% } .gain { font-size: 1.1rem;
+font-weight: 600 }
+"""
+
+
+def _table(name: str, header: Row, rows: list[Row]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _image(name: str, png: bytes) -> str:
+    return f'<img id="{name}" alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def write_report(file: Path, run: Path, recipe: Recipe, manifest: Mapping[str, Any], alignment: Alignment) -> None:
+    """Writes the page to `file` and the plots beside it into `run`/plots."""
+    plots = {"layer_plan": plot_layer_plans(alignment), "coefficients": plot_coefficients(manifest)}
+    (run / "plots").mkdir(exist_ok=True)
+    for name, png in plots.items():
+        (run / "plots" / f"{name}.png").write_bytes(png)
+    title = f"{Path(recipe.source).name} into {Path(recipe.target).name}"
+    sections = []
+    if manifest["evaluation"]:
+        sections += [
+            "<h2>Bits per byte on the test texts</h2>",
+            _table("evaluation", *evaluation_rows(manifest)),
+            f'<p class="gain" id="gain">{escape(gain_sentence(manifest))}</p>',
+        ]
+    sections += [
+        "<h2>Layers and coefficients</h2>",
+        *(_image(name, png) for name, png in plots.items()),
+        "<h2>Every tensor</h2>",
+        _table("update", *update_rows(manifest)),
+        "<h2>Alignment certificates</h2>",
+        _table("alignment", *alignment_rows(manifest)),
+        "<h2>Stages</h2>",
+        _table("stages", *stage_rows(manifest)),
+        f"<h2>Recipe</h2><pre>{escape(dump_recipe(recipe))}</pre>",
+    ]
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{''.join(sections)}</body></html>\n"
+    )
+    file.write_text(page, encoding="utf-8")

@@ -1,0 +1,74 @@
+"""Plots of a run: layer plans and coefficients, as PNG bytes."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tmjax.align.alignment import Alignment
+
+
+def _figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
+    # The object interface: no global state, no display, no default backend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def plot_layer_plans(alignment: Alignment) -> bytes:
+    """Heat maps [target layer, source layer] of the layer weights, one per projection."""
+    plans = alignment.layer_plans
+    columns = min(4, len(plans))
+    rows = -(-len(plans) // columns)
+    figure, axes = _figure(columns, rows, 3.0, 2.6)
+    top = max(plan.weights.max() for plan in plans.values())
+    image = None
+    for axis in axes.flat[len(plans) :]:
+        axis.set_visible(False)
+    for axis, (role, plan) in zip(axes.flat, plans.items(), strict=False):
+        image = axis.imshow(plan.weights, vmin=0, vmax=top, cmap="viridis", aspect="auto")
+        axis.set_title(role)
+        axis.set_xlabel("source layer")
+        axis.set_ylabel("target layer")
+        axis.set_xticks(np.arange(plan.weights.shape[1]))
+        axis.set_yticks(np.arange(plan.weights.shape[0]))
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="share of the source layer")
+    figure.suptitle("Layer plan P, rows scaled to 1")
+    return _png(figure)
+
+
+def plot_coefficients(manifest: Mapping[str, Any]) -> bytes:
+    """The chosen alpha and beta of every projection, and what the validation texts said of every setting tried."""
+    facts = manifest["coefficients"]
+    roles = list(facts["by_role"])
+    figure, axes = _figure(2, 1, 5.0, 3.4)
+    position = np.arange(len(roles))
+    for offset, key in ((-0.2, "alpha"), (0.2, "beta")):
+        axes[0, 0].bar(position + offset, [facts["by_role"][role][key] for role in roles], 0.4, label=key)
+    axes[0, 0].axhline(0, color="black", linewidth=0.8)
+    axes[0, 0].set_xticks(position, roles)
+    axes[0, 0].set_title("chosen coefficients")
+    axes[0, 0].legend()
+    arms = {"merged": facts} | manifest.get("controls", {})
+    for arm, item in arms.items():
+        losses = [trial["loss"] for trial in item["trials"]]
+        axes[0, 1].plot(
+            np.arange(1, len(losses) + 1), losses, marker="o", markersize=3, label=arm.removeprefix("control:")
+        )
+    axes[0, 1].set_title("validation bits/byte of each trial")
+    axes[0, 1].set_xlabel("trial")
+    if facts["trials"]:
+        axes[0, 1].legend(fontsize="small")
+    else:
+        axes[0, 1].text(0.5, 0.5, "alpha was given, nothing was fitted", ha="center", transform=axes[0, 1].transAxes)
+    return _png(figure)

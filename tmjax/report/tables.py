@@ -1,0 +1,119 @@
+"""Tables of a run's manifest, for the terminal, the report and the model card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+Row = tuple[str, ...]
+
+
+def evaluation_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows: arm, bits per byte, 95% interval, difference to the target."""
+    evaluation = manifest["evaluation"]
+    base = evaluation.get("target", {}).get("bits_per_byte")
+    rows = []
+    for arm, item in evaluation.items():
+        low, high = item["ci95"]
+        change = "" if base is None or arm == "target" else f"{item['bits_per_byte'] - base:+.4f}"
+        rows.append((arm, f"{item['bits_per_byte']:.4f}", f"[{low:.4f}, {high:.4f}]", change))
+    return ("arm", "bits/byte", "95% interval", "against target"), rows
+
+
+def gain_sentence(manifest: Mapping[str, Any]) -> str:
+    """What came from the source, in one sentence, without flattery."""
+    gain = manifest.get("source_gain")
+    if gain is None:
+        return "No controls were run: how much of the change is due to the source is not known (--controls)."
+    low, high = gain["ci95"]
+    value = f"{gain['bits_per_byte']:+.4f} [{low:+.4f}, {high:+.4f}] bits/byte"
+    share = gain["fraction_of_gap"]
+    part = "" if share is None else f", {share:.1%} of the gap between target and source"
+    against = f"against the best control ({gain['best_control'].removeprefix('control:')})"
+    if low > 0:
+        return f"Gain due to the source: {value}{part}, {against}."
+    return f"Not distinguishable from the controls: gain due to the source {value}{part}, {against}."
+
+
+def update_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows of the per-tensor table."""
+    columns = {
+        "raw_transported_to_target_norm": "‖Ŵ‖/‖W‖ raw",
+        "transported_to_target_norm": "‖Ŵ‖/‖W‖",
+        "source_part": "source part",
+        "effective_update": "update",
+        "cosine": "cosine",
+        "alpha": "alpha",
+        "beta": "beta",
+        "dropped_mean": "dropped mean",
+    }
+    rows = [(name, *(f"{item[key]:.3g}" for key in columns)) for name, item in manifest["update"].items()]
+    return ("tensor", *columns.values()), rows
+
+
+def alignment_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows of the convergence certificates."""
+    rows = [
+        (
+            site,
+            f"{item['converged']}/{item['problems']}",
+            f"{item['max_marginal_error']:.1e}",
+            str(item["max_iterations"]),
+            item["stored"],
+        )
+        for site, item in manifest["alignment"].items()
+    ]
+    return ("site", "converged", "largest marginal error", "most iterations", "cost kept as"), rows
+
+
+def stage_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows of the stages' times."""
+    rows = [
+        (name, f"{item['seconds']:.1f}", f"{item['peak_rss_mib']:.0f}", "yes" if item["reused"] else "no")
+        for name, item in manifest["stages"].items()
+    ]
+    return ("stage", "seconds", "peak MiB", "reused"), rows
+
+
+def rich_table(title: str, header: Row, rows: list[Row]) -> Table:
+    """A terminal table: first column left, numbers right."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(header: Row, rows: list[Row]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---", *("---:" for _ in header[1:])), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def update_summary(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """The per-tensor table averaged over layers, one row per kind of tensor."""
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for name, item in manifest["update"].items():
+        kind = ".".join(part for part in name.split(".") if not part.isdecimal())
+        groups.setdefault(kind, []).append(item)
+    means = {
+        kind: {key: sum(item[key] for item in items) / len(items) for key in items[0]} for kind, items in groups.items()
+    }
+    return update_rows({"update": means})
+
+
+def run_summary(manifest: Mapping[str, Any]) -> Group:
+    """What `tmjax merge` prints at its end."""
+    parts: list[object] = []
+    if manifest["evaluation"]:
+        parts += [
+            rich_table("Bits per byte on the test texts", *evaluation_rows(manifest)),
+            gain_sentence(manifest),
+            "",
+        ]
+    if manifest["update"]:
+        parts += [rich_table("What the merge did (mean over layers)", *update_summary(manifest))]
+    parts += [rich_table("Alignment", *alignment_rows(manifest)), rich_table("Stages", *stage_rows(manifest))]
+    return Group(*parts)

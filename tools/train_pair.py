@@ -1,0 +1,258 @@
+"""Trains a source and a target like the bundled pair, with our own models and trainer, and prints their bits per byte.
+
+    python tools/train_pair.py --texts DIR --out DIR
+
+`--texts` is a folder of `LANGUAGE.target-train.jsonl`, `LANGUAGE.calibration.jsonl` and `LANGUAGE.rest.jsonl` (or
+`LANGUAGE.train.jsonl`), `LANGUAGE.valid.jsonl` and `LANGUAGE.test.jsonl`. The target learns from the target-train file
+of one language, the source from all training text of several. Both are written as Hugging Face checkpoints,
+`OUT/source` and `OUT/target`, each with its own byte-level BPE tokenizer.
+"""
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+import typer
+
+from tmjax.adapt.data import batches, make_batch
+from tmjax.adapt.train import Progress, TrainConfig, train
+from tmjax.convert.hf import export
+from tmjax.convert.model import Model, load_model
+from tmjax.errors import InputError, TmjaxError
+from tmjax.hub.atomic import refuse_existing, write_json
+from tmjax.hub.texts import read_texts
+from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.models.decoder import forward, init_params
+from tmjax.models.families import FAMILIES
+from tmjax.models.spec import DecoderSpec
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+#: Files of a language that may be trained on, and the one that a target sees.
+TRAINING = ("train", "target-train", "calibration", "rest")
+TARGET_TRAINING = ("target-train",)
+#: Languages that the source learns where `--source-languages` does not say, as far as the folder has them.
+SOURCE_LANGUAGES = ("swahili", "wolof")
+#: Documents of each held-out file that are scored.
+SCORED = 400
+
+
+class Side(StrEnum):
+    """The two models of a pair."""
+
+    SOURCE = "source"
+    TARGET = "target"
+
+
+class Heldout(StrEnum):
+    """Text that no model is trained on: choose settings with valid, look at test once."""
+
+    VALID = "valid"
+    TEST = "test"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one side is made: family, sizes, dtype on disk, optimiser."""
+
+    family: str
+    spec: DecoderSpec
+    dtype: str
+    config: TrainConfig
+
+
+_SHARED = {"max_positions": 512, "head_dim": 32, "tied_embeddings": True}
+PLANS = {
+    Side.SOURCE: Plan(
+        "llama",
+        DecoderSpec(vocab=4096, hidden=192, layers=6, heads=6, kv_heads=3, mlp=512, **_SHARED),
+        "bfloat16",
+        TrainConfig(steps=1500, tokens_per_step=2048, lr=3e-3, warmup=100, weight_decay=0.3),
+    ),
+    Side.TARGET: Plan(
+        "qwen2",
+        DecoderSpec(vocab=2048, hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, qkv_bias=True, **_SHARED),
+        "float32",
+        # 1030 verses are soon learnt by heart: small batches and strong decay do better than large ones.
+        TrainConfig(steps=800, tokens_per_step=512, lr=3e-3, warmup=80, weight_decay=1.0),
+    ),
+}
+
+
+def training_texts(folder: Path, language: str, kinds: Sequence[str] = TRAINING) -> list[str]:
+    """All documents of a language's training files that are in the folder."""
+    files = [file for kind in kinds if (file := folder / f"{language}.{kind}.jsonl").is_file()]
+    if not files:
+        raise InputError(f"{folder} has no training text of {language}: no {language}.{kinds[0]}.jsonl")
+    return [text for file in files for text in read_texts(str(file)).texts]
+
+
+def train_tokenizer(texts: Sequence[str], vocab: int, directory: Path) -> TextTokenizer:
+    """Trains a byte-level BPE tokenizer and writes it so that transformers loads it whatever the model type."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    # Without an unk_token, transformers would add one of its own to the tokenizer of a Qwen2 model.
+    loading = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "unk_token": SPECIAL["pad_token"]}
+    write_json(directory / "tokenizer_config.json", SPECIAL | loading)
+    return load_tokenizer(directory)
+
+
+def new_model(plan: Plan, tokenizer: TextTokenizer, directory: Path, seed: int) -> Model:
+    """A model with fresh float32 parameters, its vocabulary as large as the tokenizer's."""
+    family = FAMILIES[plan.family]
+    spec = replace(plan.spec, vocab=len(tokenizer.fast))
+    ids = {f"{name}_id": tokenizer.fast.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
+    write_json(directory / "generation_config.json", ids)
+    config = family.config(spec) | ids | {"dtype": plan.dtype}
+    return Model(family, spec, init_params(spec, jax.random.key(seed)), config, directory)
+
+
+def reporter(name: str, steps: int) -> Progress:
+    """Writes loss and seconds per step to standard error, now and then."""
+    begin = time.perf_counter()
+
+    def progress(step: int, loss: float) -> None:
+        if step % 50 == 0 or step == steps:
+            pace = (time.perf_counter() - begin) / step
+            print(f"{name} step {step}/{steps}  loss {loss:.3f}  {pace:.2f} s/step", file=sys.stderr, flush=True)
+
+    return progress
+
+
+def make(side: Side, plan: Plan, texts: Sequence[str], out: Path, *, seed: int, overwrite: bool) -> None:
+    """Trains one side from scratch and writes its checkpoint to `out`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = train_tokenizer(texts, plan.spec.vocab, Path(scratch))
+        model = new_model(plan, tokenizer, Path(scratch), seed)
+        documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts)]
+        print(
+            f"{side}: {plan.family}, {model.size / 1e6:.2f}M parameters, {len(documents)} documents, "
+            f"{sum(map(len, documents))} tokens",
+            file=sys.stderr,
+        )
+        data = batches(documents, tokens=plan.config.tokens_per_step, seed=seed, max_tokens=plan.spec.max_positions)
+        result = train(model.spec, model.params, data, plan.config, progress=reporter(side, plan.config.steps))
+        stored = {path: value.astype(plan.dtype) for path, value in result.params.items()}
+        export(replace(model, params=stored), out, overwrite=overwrite)
+
+
+def score(model: Model, tokenizer: TextTokenizer, texts: Sequence[str]) -> float:
+    """Bits per byte: each text alone as `[BOS] ids [EOS]`, NLL of everything after BOS / ln 2 / UTF-8 bytes."""
+    documents = sorted((np.asarray(tokenizer.document(e.ids)) for e in tokenizer.encode(texts)), key=len)
+    params = {path: jnp.asarray(value, jnp.float32) for path, value in model.params.items()}
+    nats = 0.0
+    for start in range(0, len(documents), 32):
+        rows = documents[start : start + 32]
+        batch = make_batch(rows, 32 * math.ceil((len(rows[-1]) - 1) / 32))
+        logits = forward(model.spec, params, batch.ids_bt)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_bt[..., None], axis=-1)[..., 0]
+        nats -= float(np.sum(np.asarray(chosen, np.float64) * batch.mask_bt))
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def scores(
+    out: Path, texts: Path, languages: Mapping[Side, Sequence[str]], heldout: Heldout
+) -> dict[Side, dict[str, float]]:
+    """Bits per byte of each model on every one of its languages that has a held-out file."""
+    result = {}
+    for side, learnt in languages.items():
+        model, tokenizer = load_model(out / side), load_tokenizer(out / side)
+        files = {name: texts / f"{name}.{heldout}.jsonl" for name in learnt}
+        result[side] = {
+            name: score(model, tokenizer, read_texts(str(file)).first(SCORED).texts)
+            for name, file in files.items()
+            if file.is_file()
+        }
+    return result
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def train_pair(
+    texts: Annotated[Path, typer.Option(help="folder of LANGUAGE.KIND.jsonl files")],
+    out: Annotated[Path, typer.Option(help="where source/ and target/ are written")],
+    target_language: Annotated[str, typer.Option(help="what the target learns")] = "swahili",
+    source_languages: Annotated[
+        str | None, typer.Option(help="comma-separated; default: swahili,wolof, as far as the folder has them")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of initialisation and data order")] = 0,
+    steps_source: Annotated[int, typer.Option()] = PLANS[Side.SOURCE].config.steps,
+    steps_target: Annotated[int, typer.Option()] = PLANS[Side.TARGET].config.steps,
+    tokens_source: Annotated[int, typer.Option(help="per step, padding included")] = (
+        PLANS[Side.SOURCE].config.tokens_per_step
+    ),
+    tokens_target: Annotated[int, typer.Option(help="per step")] = PLANS[Side.TARGET].config.tokens_per_step,
+    only: Annotated[Side | None, typer.Option(help="train and score one side")] = None,
+    heldout: Annotated[Heldout, typer.Option(help="what is scored")] = Heldout.TEST,
+    overwrite: Annotated[bool, typer.Option(help="replace existing checkpoints")] = False,
+) -> None:
+    """Trains a source and a target and prints their bits per byte."""
+    if not texts.is_dir():
+        raise InputError(f"{texts} is not a folder of texts")
+    if source_languages is None:
+        learnt = [name for name in SOURCE_LANGUAGES if any(texts.glob(f"{name}.*.jsonl"))] or [target_language]
+    else:
+        learnt = [name.strip() for name in source_languages.split(",")]
+    wanted = {
+        Side.SOURCE: (steps_source, tokens_source, TRAINING, learnt),
+        Side.TARGET: (steps_target, tokens_target, TARGET_TRAINING, [target_language]),
+    }
+    jobs = {}
+    for side in [only] if only else list(Side):  # everything is checked before the first model is trained
+        steps, tokens, kinds, names = wanted[side]
+        refuse_existing(out / side, overwrite=overwrite)
+        config = PLANS[side].config
+        config = replace(config, steps=steps, tokens_per_step=tokens, warmup=min(config.warmup, max(steps, 0) // 10))
+        material = [text for name in names for text in training_texts(texts, name, kinds)]
+        jobs[side] = (replace(PLANS[side], config=config), material)
+    for side, (plan, material) in jobs.items():
+        make(side, plan, material, out / side, seed=seed, overwrite=overwrite)
+    found = scores(out, texts, {side: wanted[side][3] for side in jobs}, heldout)
+    print(f"| model | family | trained on | bits/byte, first {SCORED} {heldout} documents |\n|---|---|---|---|")
+    for side, (plan, material) in jobs.items():
+        figures = ", ".join(f"{name} {bits:.3f}" for name, bits in found[side].items())
+        print(f"| {side} | {plan.family} | {len(material)} documents of {', '.join(wanted[side][3])} | {figures} |")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        app(arguments, prog_name="train_pair", standalone_mode=False)
+    except (TmjaxError, OSError) as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer raises for wrong usage
+            raise
+        return _fail(error.format_message())
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"train_pair: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
