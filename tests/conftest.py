@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import pytest
+import yaml
 
 REPO = Path(__file__).resolve().parent.parent
 hypothesis.settings.register_profile("tmjax", deadline=None, derandomize=True, max_examples=50)
@@ -37,3 +38,39 @@ def qwen2_dir() -> Path:
 def stories_dir() -> Path:
     """A published Llama-layout checkpoint with its greedy continuation."""
     return REPO / "tests/data/stories260k"
+
+
+@pytest.fixture(scope="session")
+def texts(repo, tmp_path_factory) -> dict[str, str]:
+    """The first verses of the bundled files: enough to run everything, small enough to run it often."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, count in (("calibration", 24), ("valid", 12), ("test", 20)):
+        lines = (repo / f"experiments/swahili/texts/swahili.{name}.jsonl").read_text().splitlines()[:count]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return {name: str(folder / f"{name}.jsonl") for name in ("calibration", "valid", "test")}
+
+
+@pytest.fixture(scope="session")
+def flags(texts, llama_dir, qwen2_dir) -> list[str]:
+    models = ["--source", str(llama_dir), "--target", str(qwen2_dir)]
+    return [*models, "--texts", texts["calibration"], "--valid", texts["valid"], "--test", texts["test"]]
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory) -> str:
+    """What keeps the runs of these tests short: few sites, few trials."""
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump({"fusion": {"alphas": [0.03, 0.1], "betas": [-0.05, 0.0]}, "evaluation": {"draws": 500}})
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory, flags, recipe_file) -> Path:
+    """A run without controls in this process, to be compared with."""
+    from tmjax import cli
+
+    out = tmp_path_factory.mktemp("plain") / "run"
+    assert cli.run(["merge", recipe_file, *flags, "--out", str(out)]) == 0
+    return out

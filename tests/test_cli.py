@@ -29,32 +29,6 @@ ARMS = {"target", "source", "merged"} | {
 }
 
 
-@pytest.fixture(scope="session")
-def texts(repo, tmp_path_factory) -> dict[str, str]:
-    """The first verses of the bundled files: enough to run everything, small enough to run it often."""
-    folder = tmp_path_factory.mktemp("texts")
-    for name, count in (("calibration", 24), ("valid", 12), ("test", 20)):
-        lines = (repo / f"experiments/swahili/texts/swahili.{name}.jsonl").read_text().splitlines()[:count]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return {name: str(folder / f"{name}.jsonl") for name in ("calibration", "valid", "test")}
-
-
-@pytest.fixture(scope="session")
-def flags(texts, llama_dir, qwen2_dir) -> list[str]:
-    models = ["--source", str(llama_dir), "--target", str(qwen2_dir)]
-    return [*models, "--texts", texts["calibration"], "--valid", texts["valid"], "--test", texts["test"]]
-
-
-@pytest.fixture(scope="session")
-def recipe_file(tmp_path_factory) -> str:
-    """What keeps the runs of these tests short: few sites, few trials."""
-    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(
-        yaml.safe_dump({"fusion": {"alphas": [0.03, 0.1], "betas": [-0.05, 0.0]}, "evaluation": {"draws": 500}})
-    )
-    return str(path)
-
-
 def _run(capsys, *arguments: str) -> tuple[int, str, str]:
     capsys.readouterr()
     code = cli.run([str(argument) for argument in arguments])
@@ -206,13 +180,6 @@ STAGES = {
     "evaluate": (pipeline, "evaluation_facts"),
     "report": (pipeline, "write_report"),
 }
-
-
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory, flags, recipe_file) -> Path:
-    out = tmp_path_factory.mktemp("plain") / "run"
-    assert cli.run(["merge", recipe_file, *flags, "--out", str(out)]) == 0
-    return out
 
 
 def test_interrupted_at_every_stage_gives_the_same_result(

@@ -22,20 +22,21 @@ from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.bootstrap import resample, source_gain
 from tmjax.evaluate.controls import CONTROLS, Control, derangement, plan_permutations
-from tmjax.fuse.apply import fuse_params, transport_model, without_source
-from tmjax.fuse.coefficients import Fit, fit, fixed
-from tmjax.fuse.diagnostics import require_transfer, update_table
+from tmjax.fuse.coefficients import Fit
+from tmjax.fuse.diagnostics import require_transfer
+from tmjax.fuse.merge import fuse
 from tmjax.hub.atomic import write_text
 from tmjax.hub.checkpoint import read_config, resolve
 from tmjax.hub.rundir import RECIPE, RunDirectory, digest, read_manifest, sha256_checkpoint
 from tmjax.hub.texts import Texts, read_texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
 from tmjax.models.decoder import init_params
-from tmjax.models.spec import ParamSpec, projections
+from tmjax.models.spec import ParamSpec
 from tmjax.recipe import Recipe, build_recipe, dump_recipe, read_recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
 from tmjax.sharding.mesh import Layout
+from tmjax.typing import Params
 
 #: (stage, steps done, steps in all) while a stage runs.
 Progress = Callable[[str, int, int], None]
@@ -111,8 +112,7 @@ class Inputs:
     @functools.cached_property
     def projections(self) -> dict[str, ParamSpec]:
         """The target's rows of the projections that are transported, by role."""
-        rows = projections(self.target.rows)
-        return {role: rows[role] for role in self.recipe.fusion.roles}
+        return {role: self.target.projections[role] for role in self.recipe.fusion.roles}
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
@@ -267,42 +267,38 @@ class Merge:
         return found
 
     def _fuse(
-        self, arm: str, alignment: Alignment, source: Mapping[str, Any], control: Control | None, partial: Path
+        self, arm: str, alignment: Alignment, control: Control | None, source: Params, partial: Path
     ) -> dict[Any, Any]:
         """Transports, chooses coefficients on `valid`, writes the checkpoint of one arm; returns manifest facts."""
-        inputs, options = self.inputs, self.recipe.fusion
-        target = inputs.target
-        permutations = plan_permutations(alignment, self.recipe.seed) if control and control.permute_plan else None
-        transported = transport_model(
-            alignment, target.rows, target.params, inputs.source.rows, source, options, permutations=permutations
+        inputs = self.inputs
+        fused = fuse(
+            alignment,
+            inputs.target,
+            inputs.source,
+            self.recipe.fusion,
+            alpha=self.recipe.alpha,
+            loss=lambda params: inputs.valid_scorer(params).bits_per_byte,
+            source_params=source,
+            permutations=plan_permutations(alignment, self.recipe.seed) if control and control.permute_plan else None,
+            zero_source=control is not None and control.zero_source,
+            progress=self._step(arm),
         )
-        if control and control.zero_source:
-            transported = without_source(transported)
-        combine = functools.partial(fuse_params, target.rows, target.params, transported, bias_rule=options.bias)
-        if self.recipe.alpha is None:
-            chosen = fit(options, lambda c: inputs.valid_scorer(combine(c)).bits_per_byte, self._step(arm))
-        else:
-            chosen = fixed(self.recipe.alpha, options)
-        fused = combine(chosen.coefficients)
-        table = update_table(target.spec, target.rows, target.params, fused, transported, chosen.coefficients)
         if control is None:
-            warning = require_transfer(table, allow_negligible=self.recipe.allow_negligible)
+            warning = require_transfer(fused.table, allow_negligible=self.recipe.allow_negligible)
             if warning:
                 self.warn(warning)
-        hf.write(target.with_params(fused), partial, max_shard_size=self.recipe.export.max_shard_size)
-        facts = _fit_facts(chosen)
-        return (
-            {"update": table, "coefficients": facts}
-            if control is None
-            else {("controls", arm): facts | {"update": table}}
-        )
+        hf.write(fused.model, partial, max_shard_size=self.recipe.export.max_shard_size)
+        facts = _fit_facts(fused.fit)
+        if control is None:
+            return {"update": fused.table, "coefficients": facts}
+        return {("controls", arm): facts | {"update": fused.table}}
 
     def fuse(self) -> Path:
         """The merged checkpoint."""
         alignment = self.align()
 
         def work(partial: Path) -> dict[Any, Any]:
-            return self._fuse("fuse", alignment, self.inputs.source.params, None, partial)
+            return self._fuse("fuse", alignment, None, self.inputs.source.params, partial)
 
         return self.run.stage("fuse", self._fuse_key("merged"), "merged", work)
 
@@ -311,7 +307,7 @@ class Merge:
 
         def work(partial: Path) -> dict[Any, Any]:
             params = self._random_source() if control.random_source else self.inputs.source.params
-            return self._fuse(control.name, self._control_alignment(control), params, control, partial)
+            return self._fuse(control.name, self._control_alignment(control), control, params, partial)
 
         return self.run.stage(control.name, self._fuse_key(control.name), f"controls/{control.name}", work)
 

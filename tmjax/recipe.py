@@ -28,7 +28,7 @@ class ActivationOptions(_Section):
     max_texts: Positive | None = None
     max_tokens: Positive = 512
     batch_tokens: Positive = 8192
-    memory_mib: Positive = 256
+    memory_mib: Positive | None = None
 
 
 class AlignmentOptions(_Section):
@@ -73,7 +73,7 @@ class EvaluationOptions(_Section):
     """How bits per byte and their intervals are computed."""
 
     draws: Positive = 10000
-    batch_tokens: Positive = 8192
+    batch_tokens: Positive = 4096
     max_tokens: Positive | None = None
 
 

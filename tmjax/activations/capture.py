@@ -31,6 +31,13 @@ def pooled_forward(
     return captured
 
 
+def _default_memory_mib() -> int:
+    """64 MiB on the CPU, a sixteenth of the device's memory elsewhere."""
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    return 64 if limit is None else max(64, limit // 16 // 2**20)
+
+
 def _arrays(batch: Batch, documents: Sequence[TokenisedDocument], rows: int) -> tuple[np.ndarray, np.ndarray]:
     ids = np.zeros((batch.size, batch.tokens), np.int32)
     weights = np.zeros((batch.size, rows, batch.tokens), np.float32)
@@ -51,7 +58,7 @@ def capture(
     *,
     sites: Sequence[str] = tuple(SITES),
     batch_tokens: int = 8192,
-    memory_mib: int = 256,
+    memory_mib: int | None = None,
     dtype: jnp.dtype = jnp.float32,
     place: Callable[[np.ndarray], Array] = jnp.asarray,
     multiple: int = 1,
@@ -69,11 +76,11 @@ def capture(
     largest = max(max(document.ids) for document in documents)
     if largest >= spec.vocab:
         raise InputError(f"the tokenizer gives id {largest}, but the model's vocabulary has {spec.vocab} entries")
-    files = store.create(directory, rows, spec.layers, {site: spec.axis_size(SITES[site]) for site in sites})
+    store.create(directory, rows, spec.layers, {site: spec.axis_size(SITES[site]) for site in sites})
     counts = [len(document.rows) for document in documents]
     first_row = np.concatenate([[0], np.cumsum(counts)])
     row_bytes = 4 * spec.layers * sum(spec.axis_size(SITES[site]) for site in sites)
-    batch_tokens = max(1, min(batch_tokens, memory_mib * 2**20 // row_bytes))
+    batch_tokens = max(1, min(batch_tokens, (memory_mib or _default_memory_mib()) * 2**20 // row_bytes))
     used = [number for number, count in enumerate(counts) if count]
     batches = list(bucketed([len(documents[n].ids) for n in used], batch_tokens=batch_tokens, multiple=multiple))
     widest: dict[int, int] = {}
@@ -85,14 +92,11 @@ def capture(
         ids, weights = _arrays(chosen, documents, widest[batch.tokens])
         captured = jax.device_get(pooled_forward(spec, params, place(ids), place(weights), tuple(sites), dtype))
         for site, values in captured.items():
-            for slot, number in enumerate(chosen.documents):
-                start, count = first_row[number], counts[number]
-                files[site][:, start : start + count] = values[:, slot, :count]
+            blocks = {first_row[n]: values[:, slot, : counts[n]] for slot, n in enumerate(chosen.documents)}
+            store.write_rows(directory, site, blocks)
             if not np.isfinite(values).all():
                 raise NonFiniteError(
                     f"activations of site {site} hold NaN or infinity; the model overflows on these texts"
                 )
         progress(done + 1, len(batches))
-    for file in files.values():
-        file.flush()
     return store.read(directory)

@@ -31,15 +31,23 @@ class Activations:
         return np.load(self.directory / f"{name}.npy", mmap_mode="r")
 
 
-def create(directory: Path, rows: Rows, layers: int, sites: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Makes the files of an activation store in an existing directory; returns writable arrays to be filled."""
+def create(directory: Path, rows: Rows, layers: int, sites: Mapping[str, int]) -> None:
+    """Makes the files of an activation store, filled with zeros, in an existing directory."""
     np.savez(directory / ROWS, document=rows.document, start=rows.start, end=rows.end)
     meta = {"texts_sha256": rows.texts_sha256, "pooling": rows.pooling, "layers": layers, "sites": dict(sites)}
     write_json(directory / META, meta)
-    return {
-        site: np.lib.format.open_memmap(directory / f"{site}.npy", "w+", np.float32, (layers, len(rows), units))
-        for site, units in sites.items()
-    }
+    for site, units in sites.items():
+        np.lib.format.open_memmap(directory / f"{site}.npy", "w+", np.float32, (layers, len(rows), units))
+
+
+def write_rows(directory: Path, site: str, values: Mapping[int, np.ndarray]) -> None:
+    """Writes blocks [layer, rows, unit] of one site, each from its first row on.
+
+    The file is mapped only meanwhile: pages of a file that stays mapped would count as memory of this process.
+    """
+    array = np.load(directory / f"{site}.npy", mmap_mode="r+")
+    for start, block in values.items():
+        array[:, start : start + block.shape[1]] = block
 
 
 def read(directory: Path) -> Activations:

@@ -68,7 +68,7 @@ def align(
     target: Activations,
     source: Activations,
     projections: Mapping[str, ParamSpec],
-    options: AlignmentOptions,
+    options: AlignmentOptions | None = None,
     *,
     source_rows: np.ndarray | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -78,6 +78,7 @@ def align(
     `projections` are the ParamSpec rows to be transported, by role. `source_rows` reorders the source's rows (a
     control). Raises RowMismatchError if the rows of the two do not pair the same text.
     """
+    options = options or AlignmentOptions()
     target.rows.require_same(source.rows)
     centred = options.cost == "correlation"
     solver = solver_of(options)

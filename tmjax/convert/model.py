@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tmjax.models.families.base import Family
-from tmjax.models.spec import DecoderSpec, ParamSpec
+from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.typing import Params
 
 #: Chooses where a parameter lives: (row, stacked shape) -> sharding, or None for the default device.
@@ -40,6 +40,11 @@ class Model:
     def rows(self) -> tuple[ParamSpec, ...]:
         """The family's tensor table for this spec."""
         return self.family.params(self.spec)
+
+    @property
+    def projections(self) -> Mapping[str, ParamSpec]:
+        """The weight rows of the projections that a merge can transport, by role."""
+        return projections(self.rows)
 
     @property
     def size(self) -> int:

@@ -9,15 +9,17 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tmjax.activations.batches import bucketed
+from tmjax.convert.model import Model
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.hub.texts import Texts
-from tmjax.hub.tokenizer import TextTokenizer
+from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
 from tmjax.models.decoder import bind
 from tmjax.models.spec import DecoderSpec
 from tmjax.typing import Array, Params
@@ -65,7 +67,7 @@ class Scorer:
         tokenizer: TextTokenizer,
         texts: Texts,
         *,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 4096,
         max_tokens: int | None = None,
         dtype: jnp.dtype = jnp.float32,
         place: Callable[[np.ndarray], Array] = jnp.asarray,
@@ -106,3 +108,8 @@ class Scorer:
         if not np.isfinite(nll).all():
             raise NonFiniteError("the model's log-likelihoods hold NaN or infinity")
         return Scores(nll, self.bytes, self.tokens)
+
+
+def evaluate(model: Model, texts: Texts, **options: Any) -> Scores:
+    """Scores of a loaded model, with its own tokenizer; `options` are those of `Scorer`."""
+    return Scorer(model.spec, load_tokenizer(model.directory), texts, **options)(model.params)

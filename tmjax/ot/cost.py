@@ -1,5 +1,7 @@
 """Costs between units: 1 - Pearson correlation (or cosine) of their activations over the same rows of text."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,7 @@ from tmjax.typing import Array
 CONSTANT = 1e-6
 
 
+@functools.partial(jax.jit, static_argnames="centre")
 def standardise(x_nu: Array, *, centre: bool = True) -> Array:
     """Columns of `x` [..., N, unit] with mean 0 (unless not `centre`) and Euclidean norm 1, float32.
 

@@ -9,6 +9,7 @@ from tmjax.errors import InputError, NonFiniteError
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult
 from tmjax.ot.solvers import Solver
+from tmjax.typing import Array
 
 
 def solve(problem: Problem, solver: Solver) -> OTResult:
@@ -22,11 +23,16 @@ def solve(problem: Problem, solver: Solver) -> OTResult:
         raise InputError(
             f"marginals {problem.a.shape}, {problem.b.shape} do not fit a cost of shape {problem.cost.shape}"
         )
-    if not bool(jnp.isfinite(problem.cost).all()):
+    if not bool(_all_finite(problem.cost)):
         raise NonFiniteError("the transport cost holds NaN or infinity; look for them in the activations")
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), problem)
     result = _solve_batch(flat, solver)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)
+
+
+@jax.jit
+def _all_finite(x: Array) -> Array:
+    return jnp.isfinite(x).all()
 
 
 @functools.partial(jax.jit, static_argnames="solver")

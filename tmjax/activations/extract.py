@@ -1,0 +1,43 @@
+"""`extract_activations`: two models read the same texts, row by row."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from tmjax.activations.capture import capture
+from tmjax.activations.rows import Pooling, pair_rows
+from tmjax.activations.store import Activations
+from tmjax.convert.model import Model
+from tmjax.hub.atomic import atomic_directory
+from tmjax.hub.texts import Texts
+from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.models.sites import SITES
+
+
+def extract_activations(
+    target: Model,
+    source: Model,
+    texts: Texts,
+    out: str | Path,
+    *,
+    pooling: Pooling = "span",
+    max_tokens: int = 512,
+    batch_tokens: int = 8192,
+    sites: Sequence[str] = tuple(SITES),
+    dtype: jnp.dtype = jnp.float32,
+    overwrite: bool = False,
+) -> tuple[Activations, Activations]:
+    """Writes `out`/target and `out`/source and returns both: `[layer, row, unit]` float32 of every site.
+
+    Row i of both is the same piece of the same text. Raises InputError if the models share no piece, or `out` exists.
+    """
+    tokenizers = [load_tokenizer(model.directory) for model in (target, source)]
+    rows, documents = pair_rows(texts, tokenizers, pooling=pooling, max_tokens=max_tokens)
+    found = []
+    for name, model, read in zip(("target", "source"), (target, source), documents, strict=True):
+        path = Path(out) / name
+        with atomic_directory(path, overwrite=overwrite) as partial:
+            capture(model.spec, model.params, rows, read, partial, sites=sites, batch_tokens=batch_tokens, dtype=dtype)
+        found.append(Activations(path, rows, model.spec.layers, {s: model.spec.axis_size(SITES[s]) for s in sites}))
+    return found[0], found[1]
