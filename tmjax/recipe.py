@@ -57,15 +57,15 @@ class FusionOptions(_Section):
     """
 
     map: Literal["paper", "barycentric"] = "barycentric"
-    roles: tuple[Role, ...] = ALL_ROLES
+    roles: Annotated[tuple[Role, ...], Field(min_length=1)] = ALL_ROLES
     mask_top_k: Positive | None = None
     plan_top_k: Positive | None = None
     gain: bool = False
     norm_match: bool = True
     bias: Literal["transported", "keep_mean", "none"] = "transported"
     beta: float | Literal["tied", "fit"] = "fit"
-    alphas: tuple[Alpha, ...] = (0.01, 0.03, 0.1)
-    betas: tuple[float, ...] = (-0.1, -0.05, 0.0, 0.05)
+    alphas: Annotated[tuple[Alpha, ...], Field(min_length=1)] = (0.0, 0.02, 0.04, 0.08)
+    betas: Annotated[tuple[float, ...], Field(min_length=1)] = (-0.1, -0.05, 0.0, 0.05)
     groups: Literal["all", "kind", "role"] = "kind"
 
 

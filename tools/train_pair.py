@@ -8,7 +8,6 @@ of one language, the source from all training text of several. Both are written 
 `OUT/source` and `OUT/target`, each with its own byte-level BPE tokenizer.
 """
 
-import math
 import sys
 import tempfile
 import time
@@ -19,20 +18,19 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tokenizers
 import typer
 
-from tmjax.adapt.data import batches, make_batch
+from tmjax.adapt.data import batches
 from tmjax.adapt.train import Progress, TrainConfig, train
 from tmjax.convert.hf import export
 from tmjax.convert.model import Model, load_model
 from tmjax.errors import InputError, TmjaxError
+from tmjax.evaluate.bits import evaluate
 from tmjax.hub.atomic import refuse_existing, write_json
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.models.decoder import forward, init_params
+from tmjax.models.decoder import init_params
 from tmjax.models.families import FAMILIES
 from tmjax.models.spec import DecoderSpec
 
@@ -154,30 +152,16 @@ def make(side: Side, plan: Plan, texts: Sequence[str], out: Path, *, seed: int, 
         export(replace(model, params=stored), out, overwrite=overwrite)
 
 
-def score(model: Model, tokenizer: TextTokenizer, texts: Sequence[str]) -> float:
-    """Bits per byte: each text alone as `[BOS] ids [EOS]`, NLL of everything after BOS / ln 2 / UTF-8 bytes."""
-    documents = sorted((np.asarray(tokenizer.document(e.ids)) for e in tokenizer.encode(texts)), key=len)
-    params = {path: jnp.asarray(value, jnp.float32) for path, value in model.params.items()}
-    nats = 0.0
-    for start in range(0, len(documents), 32):
-        rows = documents[start : start + 32]
-        batch = make_batch(rows, 32 * math.ceil((len(rows[-1]) - 1) / 32))
-        logits = forward(model.spec, params, batch.ids_bt)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_bt[..., None], axis=-1)[..., 0]
-        nats -= float(np.sum(np.asarray(chosen, np.float64) * batch.mask_bt))
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
-
-
 def scores(
     out: Path, texts: Path, languages: Mapping[Side, Sequence[str]], heldout: Heldout
 ) -> dict[Side, dict[str, float]]:
     """Bits per byte of each model on every one of its languages that has a held-out file."""
     result = {}
     for side, learnt in languages.items():
-        model, tokenizer = load_model(out / side), load_tokenizer(out / side)
+        model = load_model(out / side)
         files = {name: texts / f"{name}.{heldout}.jsonl" for name in learnt}
         result[side] = {
-            name: score(model, tokenizer, read_texts(str(file)).first(SCORED).texts)
+            name: evaluate(model, read_texts(str(file)).first(SCORED)).bits_per_byte
             for name, file in files.items()
             if file.is_file()
         }

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tmjax.align.alignment import Alignment
+from tmjax.recipe import ALL_ROLES
 
 
 def _figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
@@ -27,7 +28,7 @@ def _png(figure: Any) -> bytes:
 
 def plot_layer_plans(alignment: Alignment) -> bytes:
     """Heat maps [target layer, source layer] of the layer weights, one per projection."""
-    plans = alignment.layer_plans
+    plans = {role: alignment.layer_plans[role] for role in ALL_ROLES if role in alignment.layer_plans}
     columns = min(4, len(plans))
     rows = -(-len(plans) // columns)
     figure, axes = _figure(columns, rows, 3.0, 2.6)
