@@ -3,6 +3,7 @@
 import types
 
 import numpy as np
+import ot as pot
 import pytest
 
 from tmjax.align.alignment import Alignment
@@ -46,6 +47,16 @@ def test_plans_and_layer_plans(stored, epsilon: float) -> None:
     for eta in (0.1, 0.5):
         options = AlignmentOptions(layer_epsilon=eta, layer_cost_scale="median", layer_threshold=1e-6)
         _close(layer_plan(plans.layer_cost, options).matrix(), stored[f"P_eps{epsilon}_eta{eta}"])
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.5])
+def test_layer_plan_matches_pot(stored, eta: float) -> None:
+    cost = np.asarray(stored["C_layer_eps0.1"], np.float64)
+    scaled = (cost - cost.min()) / np.median(cost - cost.min())
+    truth = pot.sinkhorn(np.full(3, 1 / 3), np.full(5, 1 / 5), scaled, eta, stopThr=1e-13, numItermax=100000)
+    result = layer_plan(cost, AlignmentOptions(layer_epsilon=eta))
+    assert bool(result.converged)
+    _close(result.matrix(), truth)
 
 
 def test_layer_plan_without_the_unprinted_scaling_is_another_one(stored) -> None:

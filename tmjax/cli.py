@@ -286,6 +286,12 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(f"{error.format_message()} (see tmjax --help)", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
+    except MemoryError:
+        return _fail("out of memory; lower batch_tokens and memory_mib in the recipe", 1)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail("out of device memory; lower batch_tokens and memory_mib in the recipe, or use --mesh", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 2)

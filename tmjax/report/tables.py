@@ -93,10 +93,10 @@ def markdown_table(header: Row, rows: list[Row]) -> str:
 
 
 def update_summary(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """The per-tensor table averaged over layers, one row per kind of tensor."""
+    """The per-tensor table averaged over layers, one row per kind: its module and projection, without the layer."""
     groups: dict[str, list[Mapping[str, float]]] = {}
     for name, item in manifest["update"].items():
-        kind = ".".join([part for part in name.split(".") if not part.isdecimal()][-3:-1])  # self_attn.q_proj
+        kind = ".".join([part for part in name.split(".") if not part.isdecimal()][-3:-1])
         groups.setdefault(kind, []).append(item)
     means = {
         kind: {key: sum(item[key] for item in items) / len(items) for key in items[0]} for kind, items in groups.items()
