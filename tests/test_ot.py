@@ -43,7 +43,7 @@ def test_batch_stops_per_problem_and_equals_single_solves() -> None:
     cost = jnp.asarray(_costs((2, 3), 20, 31) * np.asarray([1.0, 4.0])[:, None, None, None])
     solver = ot.make_solver("sinkhorn", epsilon=0.1, threshold=1e-5)
     batch = ot.solve(ot.Problem.with_uniform_marginals(cost), solver)
-    assert batch.f.shape == (2, 3, 20) and batch.g.shape == (2, 3, 31) and batch.converged.all()
+    assert batch.plan.f.shape == (2, 3, 20) and batch.plan.g.shape == (2, 3, 31) and batch.converged.all()
     assert len(set(np.asarray(batch.iterations).ravel().tolist())) > 1
     for index in np.ndindex(2, 3):
         single = ot.solve(ot.Problem.with_uniform_marginals(cost[index]), solver)

@@ -40,58 +40,46 @@ Negligible = Annotated[
 ]
 
 
-@app.command()
-def merge(
-    recipe: RecipeFile = None,
-    source: Source = None,
-    target: Target = None,
-    texts: TextFile = None,
-    valid: Valid = None,
-    test: Test = None,
-    out: Out = None,
-    preset: Preset = None,
-    alpha: Alpha = None,
-    controls: Controls = None,
-    seed: Seed = None,
-    mesh: Mesh = None,
-    allow_negligible: Negligible = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Merge a source model into a target model: activations, alignment, fusion, controls, evaluation, report."""
-    told = _recipe(recipe, locals())
-    with _progress() as (progress, warn):
-        from tmjax.pipeline import Merge
+def _stages(*, everything: bool) -> Callable[..., None]:
+    """The command that runs all stages, or only those up to the alignment: both take the same flags."""
 
-        manifest = Merge(told, overwrite=overwrite, progress=progress, warn=warn).all()
-    _show_run(told.out, manifest, as_json)
+    def command(
+        recipe: RecipeFile = None,
+        source: Source = None,
+        target: Target = None,
+        texts: TextFile = None,
+        valid: Valid = None,
+        test: Test = None,
+        out: Out = None,
+        preset: Preset = None,
+        alpha: Alpha = None,
+        controls: Controls = None,
+        seed: Seed = None,
+        mesh: Mesh = None,
+        allow_negligible: Negligible = None,
+        overwrite: Overwrite = False,
+        as_json: Json = False,
+    ) -> None:
+        told = _recipe(recipe, locals())
+        with _progress() as (progress, warn):
+            from tmjax.pipeline import Merge
+
+            merge = Merge(told, overwrite=overwrite, progress=progress, warn=warn)
+            if everything:
+                merge.all()
+            else:
+                merge.align()
+        _show_run(told.out, merge.run.manifest, as_json)
+
+    return command
 
 
-@app.command()
-def align(
-    recipe: RecipeFile = None,
-    source: Source = None,
-    target: Target = None,
-    texts: TextFile = None,
-    valid: Valid = None,
-    test: Test = None,
-    out: Out = None,
-    preset: Preset = None,
-    alpha: Alpha = None,
-    controls: Controls = None,
-    seed: Seed = None,
-    mesh: Mesh = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Only activations and alignment; `tmjax fuse RUN` goes on from there."""
-    told = _recipe(recipe, locals())
-    with _progress() as (progress, warn):
-        from tmjax.pipeline import Merge
-
-        run = Merge(told, overwrite=overwrite, progress=progress, warn=warn)
-        run.align()
-    _show_run(told.out, run.run.manifest, as_json)
+app.command("merge", help="Merge a source model into a target model: all stages, controls, evaluation, report.")(
+    _stages(everything=True)
+)
+app.command("align", help="Only activations and alignment; `tmjax fuse RUN` goes on from there.")(
+    _stages(everything=False)
+)
 
 
 @app.command()
@@ -265,36 +253,37 @@ def _prepare() -> None:
 _ClickError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"tmjax: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+def run(arguments: list[str] | None = None, *, application: typer.Typer = app, name: str = "tmjax") -> int:
+    """Runs a command line and returns its exit status: 0 done, 2 bad input, 3 refused, 130 interrupted.
 
+    An error is one line on standard error, `name: error: ...`. The tools of this repository run through it too.
+    """
 
-def _interrupted() -> int:
-    return _fail("interrupted; the same command resumes", 130)
+    def fail(message: str, code: int) -> int:
+        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+        return code
 
-
-def run(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0 done, 2 bad input, 3 refused, 130 interrupted."""
+    interrupted = "interrupted; the same command resumes" if application is app else "interrupted"
+    memory = "lower batch_tokens and memory_mib in the recipe"
     try:
-        result = typer.main.get_command(app).main(arguments, prog_name="tmjax", standalone_mode=False)
+        result = typer.main.get_command(application).main(arguments, prog_name=name, standalone_mode=False)
         # typer turns an interrupt inside a command into this status
-        return _interrupted() if result == 130 else 0
+        return fail(interrupted, 130) if result == 130 else 0
     except TmjaxError as error:
-        return _fail(str(error), error.exit_code)
+        return fail(str(error), error.exit_code)
     except _ClickError as error:
-        return _fail(f"{error.format_message()} (see tmjax --help)", 2)
+        return fail(f"{error.format_message()} (see {name} --help)", 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
+        return fail(interrupted, 130)
     except MemoryError:
-        return _fail("out of memory; lower batch_tokens and memory_mib in the recipe", 1)
+        return fail(f"out of memory; {memory}", 1)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _fail("out of device memory; lower batch_tokens and memory_mib in the recipe, or use --mesh", 1)
+        return fail(f"out of device memory; {memory}, or use --mesh", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", 2)
+        return fail(f"{where}{error.strerror or error}", 2)
 
 
 @app.callback()

@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 import typer
 
-from tmjax.errors import InputError, TmjaxError
+from tmjax.cli import run
+from tmjax.errors import InputError
 from tmjax.hub.atomic import atomic_directory
 from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions, read_config
 from tmjax.hub.tokenizer import load_tokenizer
@@ -166,24 +167,9 @@ def _main(
     )
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    try:
-        app(standalone_mode=False)
-    except (TmjaxError, OSError) as error:
-        return _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # what typer raises for wrong usage
-            raise
-        return _fail(error.format_message())
-    return 0
-
-
-def _fail(message: str) -> int:
-    print(f"make_checkpoint: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return run(arguments, application=app, name="make_checkpoint")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ import typer
 
 from tmjax.adapt.data import batches
 from tmjax.adapt.train import Progress, TrainConfig, train
+from tmjax.cli import run
 from tmjax.convert.hf import export
 from tmjax.convert.model import Model, load_model
-from tmjax.errors import InputError, TmjaxError
+from tmjax.errors import InputError
 from tmjax.evaluate.bits import evaluate
 from tmjax.hub.atomic import refuse_existing, write_json
 from tmjax.hub.texts import read_texts
@@ -218,24 +219,9 @@ def train_pair(
         print(f"| {side} | {plan.family} | {len(material)} documents of {', '.join(wanted[side][3])} | {figures} |")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    try:
-        app(arguments, prog_name="train_pair", standalone_mode=False)
-    except (TmjaxError, OSError) as error:
-        return _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # what typer raises for wrong usage
-            raise
-        return _fail(error.format_message())
-    return 0
-
-
-def _fail(message: str) -> int:
-    print(f"train_pair: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return run(arguments, application=app, name="train_pair")
 
 
 if __name__ == "__main__":

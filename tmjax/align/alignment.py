@@ -51,7 +51,7 @@ class Alignment:
                 "converged": int(plans.converged.sum()),
                 "max_marginal_error": float(plans.marginal_error.max()),
                 "max_iterations": int(plans.iterations.max()),
-                "stored": "dense" if plans.dense else "features",
+                "stored": plans.stored,
             }
             for site, plans in self.plans.items()
         }

@@ -1,54 +1,66 @@
-"""Neuron plans Q of one site for all (target layer, source layer) pairs, kept as potentials."""
+"""Neuron plans Q of one site for all (target layer, source layer) pairs."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmjax.ot import Problem, Solver, correlation, solve, standardise
-from tmjax.ot.result import coupling
+from tmjax.ot import EntropicPlan, LowRankPlan, Plan, Problem, Solver, correlation, solve, standardise
 from tmjax.typing import Array, ArrayLike
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SitePlans:
-    """Plans of a site: potentials and what rebuilds the cost, never the couplings themselves.
+class FeaturePlan:
+    """Entropic plans of all pairs of layers whose cost is rebuilt when asked for.
 
-    f [L, M, n], g [L, M, k]; epsilon []; the cost 1 - correlation is kept dense in `costs` [L, M, n, k] where that is
-    the smaller thing to keep, else rebuilt from standardised features [L, N, n] and [M, N, k]. `gain_target` [L, M,
-    n] and `gain_source` [L, M, k] are least-squares gains of the maps in either direction (`map_gains`). Certificates
-    [L, M]: layer_cost = <cost, Q>, iterations, converged, marginal error (L1, larger side).
+    Potentials f [L, M, n], g [L, M, k], epsilon [L, M]; standardised activations zx [L, N, n] and zy [M, N, k].
     """
 
     f: ArrayLike
     g: ArrayLike
     epsilon: ArrayLike
+    zx: ArrayLike
+    zy: ArrayLike
+
+    def pair(self, layer: Array | int, source_layer: Array | int) -> EntropicPlan:
+        """The plan of one pair of layers."""
+        f, g, epsilon = (jnp.asarray(x)[layer, source_layer] for x in (self.f, self.g, self.epsilon))
+        rho = correlation(jnp.asarray(self.zx)[layer], jnp.asarray(self.zy)[source_layer])
+        return EntropicPlan(f, g, epsilon, 1.0 - rho)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SitePlans:
+    """Plans of a site for all pairs of layers, in the smallest form that `fuse` can rebuild the couplings from.
+
+    `held`: plans with leading axes [L, M]; where that is smaller, entropic ones without their costs (`FeaturePlan`).
+    `gain_target` [L, M, n] and `gain_source` [L, M, k] are least-squares gains of the maps in either direction
+    (`map_gains`). Certificates [L, M]: layer_cost = <cost, Q>, iterations, converged, marginal error (L1, larger side).
+    """
+
+    held: Plan | FeaturePlan
     gain_target: ArrayLike
     gain_source: ArrayLike
     layer_cost: ArrayLike
     iterations: ArrayLike
     converged: ArrayLike
     marginal_error: ArrayLike
-    costs: ArrayLike | None = None
-    features: tuple[ArrayLike, ArrayLike] | None = None
 
     @property
-    def dense(self) -> bool:
-        """Whether the dense costs are kept, because they are smaller than the features."""
-        return self.costs is not None
+    def stored(self) -> str:
+        """What is kept: potentials with features, potentials with dense costs, or the plan's own form."""
+        names = {FeaturePlan: "potentials, features", EntropicPlan: "potentials, costs", LowRankPlan: "factors"}
+        return names.get(type(self.held), "dense")
 
     def plan(self, layer: Array | int, source_layer: Array | int) -> Array:
         """The coupling Q [n, k] of one pair of layers; indices may be traced."""
-        if self.costs is not None:
-            cost = jnp.asarray(self.costs)[layer, source_layer]
-        else:
-            zx, zy = (jnp.asarray(z) for z in self.features)
-            cost = 1.0 - correlation(zx[layer], zy[source_layer])
-        f, g = (jnp.asarray(potential)[layer, source_layer] for potential in (self.f, self.g))
-        return coupling(f, g, cost, self.epsilon)
+        if isinstance(self.held, FeaturePlan):
+            return self.held.pair(layer, source_layer).matrix()
+        return jax.tree.map(lambda x: jnp.asarray(x)[layer, source_layer], self.held).matrix()
 
 
 @jax.jit
@@ -77,13 +89,12 @@ def map_gains(zx_nt: Array, zy_nk: Array, q_tk: Array) -> tuple[Array, Array]:
 
 
 @jax.jit
-def _gains(zx: Array, zy: Array, pairs: Array, f: Array, g: Array, epsilon: Array) -> tuple[Array, Array]:
-    def one(item: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        pair, f, g = item
-        x, y = zx[pair[0]], zy[pair[1]]
-        return map_gains(x, y, coupling(f, g, 1.0 - correlation(x, y), epsilon))
+def _gains(zx: Array, zy: Array, pairs: Array, plans: Plan) -> tuple[Array, Array]:
+    def one(item: tuple[Array, Plan]) -> tuple[Array, Array]:
+        pair, plan = item
+        return map_gains(zx[pair[0]], zy[pair[1]], plan.matrix())
 
-    return jax.lax.map(one, (pairs, f, g))
+    return jax.lax.map(one, (pairs, plans))
 
 
 def solve_site(
@@ -91,36 +102,28 @@ def solve_site(
 ) -> SitePlans:
     """Solves all L x M problems of one site from activations [L, N, n] of the target and [M, N, k] of the source.
 
-    Pairs go to the solver in equal chunks whose costs fit into `memory_mib`; marginals are uniform. `solver.epsilon`
-    must exist: plans are kept as entropic potentials.
+    Pairs go to the solver in equal chunks whose costs fit into `memory_mib`; marginals are uniform.
     """
     zx, zy = (standardise(jnp.asarray(x), centre=centred) for x in (x_lnu, y_mnu))
     layers, sources = zx.shape[0], zy.shape[0]
     n, k, rows = zx.shape[2], zy.shape[2], zx.shape[1]
+    # Costs are kept with the potentials where that takes less room than the activations that they come from.
+    keep_costs = layers * sources * n * k <= rows * (layers * n + sources * k)
     pairs = np.stack(np.meshgrid(np.arange(layers), np.arange(sources), indexing="ij"), -1).reshape(-1, 2)
     size = max(1, min(len(pairs), memory_mib * 2**20 // (4 * n * k)))
     padded = np.concatenate([pairs, np.repeat(pairs[-1:], -len(pairs) % size, axis=0)])
-    fields = []
+    parts = []
     for start in range(0, len(padded), size):
         chunk = jnp.asarray(padded[start : start + size])
         result = solve(Problem.with_uniform_marginals(_costs(zx, zy, chunk)), solver)
-        gains = _gains(zx, zy, chunk, result.f, result.g, jnp.float32(solver.epsilon))
-        fields.append(
-            (
-                result.f,
-                result.g,
-                *gains,
-                result.transport_cost,
-                result.iterations,
-                result.converged,
-                result.marginal_error,
-            )
-        )
-    values = (np.concatenate(jax.device_get(column))[: len(pairs)] for column in zip(*fields, strict=True))
-    f, g, gain_target, gain_source, *certificates = (v.reshape(layers, sources, *v.shape[1:]) for v in values)
-    kept: dict[str, object] = {}
-    if layers * sources * n * k <= rows * (layers * n + sources * k):
-        kept["costs"] = np.asarray(_costs(zx, zy, jnp.asarray(pairs))).reshape(layers, sources, n, k)
-    else:
-        kept["features"] = (np.asarray(zx), np.asarray(zy))
-    return SitePlans(f, g, np.float32(solver.epsilon), gain_target, gain_source, *certificates, **kept)
+        gains = _gains(zx, zy, chunk, result.plan)
+        plan = result.plan
+        if isinstance(plan, EntropicPlan) and not keep_costs:
+            plan = replace(plan, cost=None)
+        certificates = (result.transport_cost, result.iterations, result.converged, result.marginal_error)
+        parts.append(jax.device_get((plan, *gains, *certificates)))
+    joined = jax.tree.map(lambda *x: np.concatenate(x)[: len(pairs)].reshape(layers, sources, *x[0].shape[1:]), *parts)
+    held = joined[0]
+    if isinstance(held, EntropicPlan) and held.cost is None:
+        held = FeaturePlan(held.f, held.g, held.epsilon, np.asarray(zx), np.asarray(zy))
+    return SitePlans(held, *joined[1:])

@@ -8,33 +8,34 @@ from safetensors.numpy import load_file, save_file
 
 from tmjax.align.alignment import Alignment
 from tmjax.align.layers import LayerPlan
-from tmjax.align.plans import SitePlans
+from tmjax.align.plans import FeaturePlan, SitePlans
 from tmjax.align.statistics import Statistics
 from tmjax.hub.atomic import write_json
 from tmjax.hub.checkpoint import read_json
+from tmjax.ot import DensePlan, EntropicPlan, LowRankPlan
 
 ARRAYS = "alignment.safetensors"
 META = "alignment.json"
 _GROUPS = {"target": Statistics, "source": Statistics, "layer_plans": LayerPlan}
-_SIDES = ("target", "source")
+_PLANS = {cls.__name__: cls for cls in (FeaturePlan, EntropicPlan, DensePlan, LowRankPlan)}
+
+
+def _fields(value: object) -> dict[str, np.ndarray]:
+    held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {name: np.asarray(x, order="C") for name, x in held.items() if x is not None}
 
 
 def save(alignment: Alignment, directory: Path) -> None:
     """Writes an alignment into an existing directory."""
-    arrays: dict[str, np.ndarray] = {}
-
-    def put(prefix: str, value: object) -> None:
-        for field in dataclasses.fields(value):
-            held = getattr(value, field.name)
-            if isinstance(held, tuple):
-                arrays.update({f"{prefix}/{field.name}.{side}": z for side, z in zip(_SIDES, held, strict=True)})
-            elif held is not None:
-                arrays[f"{prefix}/{field.name}"] = np.asarray(held, order="C")
-
-    for group in ("plans", *_GROUPS):
-        for name, value in getattr(alignment, group).items():
-            put(f"{group}/{name}", value)
-    save_file(arrays, directory / ARRAYS)
+    values: dict[str, object] = {}
+    for site, plans in alignment.plans.items():
+        values[f"plans/{site}"] = dataclasses.replace(plans, held=None)
+        values[f"{type(plans.held).__name__}/{site}"] = plans.held
+    values |= {f"{group}/{name}": value for group in _GROUPS for name, value in getattr(alignment, group).items()}
+    save_file(
+        {f"{prefix}/{name}": x for prefix, value in values.items() for name, x in _fields(value).items()},
+        directory / ARRAYS,
+    )
     meta = {
         "centred": alignment.centred,
         "rows": alignment.rows,
@@ -46,20 +47,16 @@ def save(alignment: Alignment, directory: Path) -> None:
 
 def load(directory: Path) -> Alignment:
     """Reads an alignment written by `save`."""
-    meta, arrays = read_json(directory / META), load_file(directory / ARRAYS)
-    grouped: dict[str, dict[str, dict[str, object]]] = {}
-    for key, value in arrays.items():
+    meta = read_json(directory / META)
+    grouped: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for key, value in load_file(directory / ARRAYS).items():
         group, name, field = key.split("/")
         grouped.setdefault(group, {}).setdefault(name, {})[field] = value
-    for held in grouped["plans"].values():
-        if "costs" not in held:
-            held["features"] = tuple(held.pop(f"features.{side}") for side in _SIDES)
-    groups = {group: {name: cls(**f) for name, f in grouped[group].items()} for group, cls in _GROUPS.items()}
-    plans = {name: SitePlans(**f) for name, f in grouped["plans"].items()}
+    held = {site: cls(**f) for name, cls in _PLANS.items() for site, f in grouped.get(name, {}).items()}
     return Alignment(
         centred=meta["centred"],
         rows=meta["rows"],
-        plans=plans,
+        plans={site: SitePlans(held=held[site], **f) for site, f in grouped["plans"].items()},
         layer_certificates=meta["layer_certificates"],
-        **groups,
+        **{group: {name: cls(**f) for name, f in grouped[group].items()} for group, cls in _GROUPS.items()},
     )

@@ -55,6 +55,8 @@ def plan_permutations(alignment: Alignment, seed: int) -> dict[str, np.ndarray]:
     """
     generator = np.random.default_rng(seed)
     return {
-        site: generator.permuted(np.broadcast_to(np.arange(plans.g.shape[2]), plans.g.shape), axis=2)
+        site: generator.permuted(
+            np.broadcast_to(np.arange(plans.gain_source.shape[2]), plans.gain_source.shape), axis=2
+        )
         for site, plans in alignment.plans.items()
     }

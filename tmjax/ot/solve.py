@@ -27,7 +27,7 @@ def solve(problem: Problem, solver: Solver) -> OTResult:
         raise NonFiniteError("the transport cost holds NaN or infinity; look for them in the activations")
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), problem)
     result = _solve_batch(flat, solver)
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result).attach(problem)
 
 
 @jax.jit
@@ -37,5 +37,7 @@ def _all_finite(x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="solver")
 def _solve_batch(problem: Problem, solver: Solver) -> OTResult:
+    if hasattr(solver, "solve_batch"):
+        return solver.solve_batch(problem)
     # One after the other, not vmapped: in a vmapped while loop every problem pays for the slowest.
     return jax.lax.map(solver.solve_one, problem)

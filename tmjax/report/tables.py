@@ -64,7 +64,7 @@ def alignment_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         )
         for site, item in manifest["alignment"].items()
     ]
-    return ("site", "converged", "largest marginal error", "most iterations", "cost kept as"), rows
+    return ("site", "converged", "largest marginal error", "most iterations", "kept as"), rows
 
 
 def stage_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:

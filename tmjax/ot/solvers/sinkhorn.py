@@ -4,6 +4,9 @@ import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax.numpy as jnp
+
+from tmjax.ot.plan import EntropicPlan
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
 
@@ -32,4 +35,5 @@ class Sinkhorn:
         )
         method = sinkhorn.Sinkhorn(threshold=self.threshold, max_iterations=self.max_iterations, lse_mode=True)
         out = method(linear)
-        return certify(problem, out.f, out.g, self.epsilon, out.n_iters, self.threshold)
+        plan = EntropicPlan(out.f, out.g, jnp.float32(self.epsilon))
+        return certify(problem, plan, iterations=out.n_iters, threshold=self.threshold, epsilon=self.epsilon)
