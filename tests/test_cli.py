@@ -15,13 +15,14 @@ import transformers
 import yaml
 from helpers import edit_config, edit_tensors, stored
 
-from tmjax import cli, pipeline
+from tmjax import cli
 from tmjax.activations import capture as capture_module
 from tmjax.convert import hf
 from tmjax.convert.model import load_model
 from tmjax.hub.rundir import read_manifest
 from tmjax.models.decoder import forward
 from tmjax.ot.solvers.sinkhorn import Sinkhorn
+from tmjax.pipeline import merge
 
 transformers.utils.logging.disable_progress_bar()
 ARMS = {"target", "source", "merged"} | {
@@ -175,10 +176,10 @@ class Interrupted(Exception):
 
 STAGES = {
     "activations:target": (capture_module, "pooled_forward"),
-    "alignment": (pipeline.alignment_store, "save"),
+    "alignment": (merge.alignment_store, "save"),
     "fuse": (hf, "write"),
-    "evaluate": (pipeline, "evaluation_facts"),
-    "report": (pipeline, "write_report"),
+    "evaluate": (merge, "evaluation_facts"),
+    "report": (merge, "write_report"),
 }
 
 

@@ -1,0 +1,6 @@
+"""The stages of a run, each with its input hash, skipped when its output is intact."""
+
+from tmjax.pipeline.inputs import Inputs
+from tmjax.pipeline.merge import Merge, Progress, Warn, evaluate_models, open_run
+
+__all__ = ["Inputs", "Merge", "Progress", "Warn", "evaluate_models", "open_run"]

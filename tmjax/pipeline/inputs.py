@@ -1,0 +1,124 @@
+"""What a recipe names: models, tokenizers, texts, mesh; loaded when first asked for."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from tmjax.activations.rows import Rows, TokenisedDocument, pair_rows
+from tmjax.align.alignment import solver_of
+from tmjax.convert.model import Model, load_model
+from tmjax.errors import InputError
+from tmjax.evaluate.bits import Scorer
+from tmjax.hub.checkpoint import read_config, resolve
+from tmjax.hub.rundir import sha256_checkpoint
+from tmjax.hub.texts import Texts, read_texts
+from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.models.spec import ParamSpec
+from tmjax.recipe import Recipe
+from tmjax.sharding.mesh import Layout
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, loaded when first asked for."""
+
+    recipe: Recipe
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The device mesh."""
+        return Layout(self.recipe.mesh)
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        """The dtype that forward passes compute in."""
+        return jnp.dtype(self.recipe.dtype)
+
+    def place(self, row: ParamSpec, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+        """Where a parameter lives on the mesh."""
+        return self.layout.param_sharding(row.path, row.axes, shape)
+
+    @functools.cached_property
+    def source(self) -> Model:
+        """The source model."""
+        return load_model(self.recipe.source, placement=self.place)
+
+    @functools.cached_property
+    def target(self) -> Model:
+        """The target model."""
+        return load_model(self.recipe.target, placement=self.place)
+
+    @functools.cached_property
+    def source_tokenizer(self) -> TextTokenizer:
+        """The source's tokenizer."""
+        return load_tokenizer(self.source.directory)
+
+    @functools.cached_property
+    def target_tokenizer(self) -> TextTokenizer:
+        """The target's tokenizer."""
+        return load_tokenizer(self.target.directory)
+
+    @functools.cached_property
+    def texts(self) -> Texts:
+        """The calibration texts."""
+        return read_texts(self.recipe.texts).first(self.recipe.activations.max_texts)
+
+    @functools.cached_property
+    def valid(self) -> Texts | None:
+        """The texts on which coefficients are chosen."""
+        return read_texts(self.recipe.valid) if self.recipe.valid else None
+
+    @functools.cached_property
+    def test(self) -> Texts | None:
+        """The texts on which the result is measured, once."""
+        return read_texts(self.recipe.test) if self.recipe.test else None
+
+    @functools.cached_property
+    def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
+        """Shared rows of the calibration texts; documents of the target, then of the source."""
+        options = self.recipe.activations
+        tokenizers = [self.target_tokenizer, self.source_tokenizer]
+        return pair_rows(self.texts, tokenizers, pooling=options.pooling, max_tokens=options.max_tokens)
+
+    @functools.cached_property
+    def projections(self) -> dict[str, ParamSpec]:
+        """The target's rows of the projections that are transported, by role."""
+        return {role: self.target.projections[role] for role in self.recipe.fusion.roles}
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every input."""
+        models = {name: sha256_checkpoint(resolve(getattr(self.recipe, name))) for name in ("source", "target")}
+        texts = {name: getattr(self, name) for name in ("texts", "valid", "test")}
+        return models | {name: value.sha256 for name, value in texts.items() if value is not None}
+
+    def scorer(self, model: Model, tokenizer: TextTokenizer, texts: Texts) -> Scorer:
+        """Scorer of `texts` for models of this architecture."""
+        options = self.recipe.evaluation
+        return Scorer(
+            model.spec,
+            tokenizer,
+            texts,
+            batch_tokens=options.batch_tokens,
+            max_tokens=options.max_tokens,
+            dtype=self.dtype,
+            place=self.layout.place_batch,
+            multiple=self.layout.batch_multiple,
+        )
+
+    @functools.cached_property
+    def valid_scorer(self) -> Scorer:
+        """Scorer of the validation texts under the target's architecture."""
+        return self.scorer(self.target, self.target_tokenizer, self.valid)
+
+    def check(self) -> None:
+        """Loads everything, so that whatever is wrong is said before anything is written."""
+        if self.recipe.alpha is None and self.recipe.valid is None:
+            raise InputError("alpha is chosen on validation texts: give --valid FILE, or fix it with --alpha X")
+        solver_of(self.recipe.alignment)
+        for name in ("source", "target"):
+            read_config(resolve(getattr(self.recipe, name)))
+        for name in ("layout", "texts", "valid", "test", "target", "source", "rows"):
+            getattr(self, name)
