@@ -209,6 +209,7 @@ def test_top_k_options() -> None:
     q = jnp.asarray([[0.5, 0.1, 0.2], [0.3, 0.4, 0.05]])
     np.testing.assert_allclose(keep_top(q, 1), [[0.5, 0, 0.2], [0, 0.4, 0]])
     np.testing.assert_array_equal(keep_top(q, 3), q)
+    np.testing.assert_allclose(keep_top(-q, 1), [[-0.5, 0, -0.2], [0, -0.4, 0]])  # signed plans
     kept = combine(np.asarray([[0.4, 0.1]]), np.asarray([[0.4, 0.1]]), top_k=1)
     np.testing.assert_allclose(kept.weights, [[1.0, 0.0]])
 

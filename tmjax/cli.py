@@ -106,6 +106,42 @@ def fuse(
 
 
 @app.command()
+def solvers(
+    recipe: RecipeFile = None,
+    source: Source = None,
+    target: Target = None,
+    texts: TextFile = None,
+    valid: Valid = None,
+    test: Test = None,
+    out: Out = None,
+    solvers: Annotated[
+        str, typer.Option("--solvers", help="Names, comma-separated; options as name:key=value:key=value.")
+    ] = "sinkhorn,scaling",
+    alpha: Alpha = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compare OT solvers on the same real problems: time, certificate, what the maps explain, quality of the merge."""
+    told = _recipe(recipe, locals())
+    names = list(dict.fromkeys(name.strip() for name in solvers.split(",") if name.strip()))
+    with _progress() as (progress, warn):
+        from tmjax.pipeline.solvers import SolverComparison, parse_solver
+
+        for name in names:
+            parse_solver(name, told.alignment)
+        manifest = SolverComparison(told, overwrite=overwrite, progress=progress, warn=warn).compare(names)
+    if as_json:
+        _print_json(manifest)
+        return
+    from tmjax.report.solvers import solver_rows
+    from tmjax.report.tables import rich_table
+
+    _console().print(rich_table("Solvers on the same problems", *solver_rows(manifest)))
+    _console().print(f"Run directory {told.out} (with solvers.html, plots)")
+
+
+@app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Checkpoints: directories or hub ids.")],
     texts: Annotated[str, typer.Option("--texts", help="Held-out texts.")],

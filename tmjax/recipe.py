@@ -32,10 +32,15 @@ class ActivationOptions(_Section):
 
 
 class AlignmentOptions(_Section):
-    """How units and layers are matched. Both epsilons are in units of the cost, which lies in [0, 2]."""
+    """How units and layers are matched. Both epsilons are in units of the cost, which lies in [0, 2].
+
+    `solver` is any that `tmjax.ot.SOLVERS` knows and that finds couplings; `epsilon`, `max_iterations` and `threshold`
+    go to those that have them, and `solver_options` holds the solver's other options (or overrides these three).
+    """
 
     cost: Literal["correlation", "cosine"] = "correlation"
     solver: str = "sinkhorn"
+    solver_options: dict[str, str | bool | int | float] = {}
     epsilon: PositiveFloat = 0.02
     max_iterations: Positive = 2000
     threshold: PositiveFloat = 1e-5

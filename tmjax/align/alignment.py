@@ -9,8 +9,9 @@ from tmjax.activations.store import Activations
 from tmjax.align.layers import LayerPlan, combine, layer_plan
 from tmjax.align.plans import SitePlans, solve_site
 from tmjax.align.statistics import Statistics, statistics
+from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
-from tmjax.ot import Solver, make_solver
+from tmjax.ot import Solver, capabilities_of, make_solver, solver_options
 from tmjax.recipe import AlignmentOptions
 
 #: gate and up write what down reads, unit by unit: the three share the plan of `mlp_hidden`, each with its own scales.
@@ -58,10 +59,16 @@ class Alignment:
 
 
 def solver_of(options: AlignmentOptions) -> Solver:
-    """The neuron-plan solver that the options name; raises InputError if there is none."""
-    return make_solver(
-        options.solver, epsilon=options.epsilon, threshold=options.threshold, max_iterations=options.max_iterations
-    )
+    """The neuron-plan solver that the options name; what `solver_options` says wins over the common options.
+
+    Raises InputError for unknown solvers and options, and for solvers that find maps: plans are couplings.
+    """
+    known = solver_options(options.solver)
+    common = {name: getattr(options, name) for name in ("epsilon", "threshold", "max_iterations") if name in known}
+    solver = make_solver(options.solver, **common | options.solver_options)
+    if capabilities_of(solver).map_only:
+        raise InputError(f"alignment.solver {solver.name!r} finds a linear map, not a coupling; choose another solver")
+    return solver
 
 
 def align(

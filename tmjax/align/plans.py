@@ -2,12 +2,26 @@
 
 import functools
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmjax.ot import EntropicPlan, LowRankPlan, Plan, Problem, Solver, correlation, solve, standardise
+from tmjax.errors import InputError
+from tmjax.ot import (
+    EntropicPlan,
+    LowRankPlan,
+    MatchPlan,
+    Plan,
+    Problem,
+    SignedPlan,
+    Solver,
+    capabilities_of,
+    correlation,
+    solve,
+    standardise,
+)
 from tmjax.typing import Array, ArrayLike
 
 
@@ -19,6 +33,8 @@ class FeaturePlan:
     Potentials f [L, M, n], g [L, M, k], epsilon [L, M]; standardised activations zx [L, N, n] and zy [M, N, k].
     """
 
+    form: ClassVar[type[EntropicPlan]] = EntropicPlan
+
     f: ArrayLike
     g: ArrayLike
     epsilon: ArrayLike
@@ -29,7 +45,18 @@ class FeaturePlan:
         """The plan of one pair of layers."""
         f, g, epsilon = (jnp.asarray(x)[layer, source_layer] for x in (self.f, self.g, self.epsilon))
         rho = correlation(jnp.asarray(self.zx)[layer], jnp.asarray(self.zy)[source_layer])
-        return EntropicPlan(f, g, epsilon, 1.0 - rho)
+        return self.form(f, g, epsilon, 1.0 - rho)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SignedFeaturePlan(FeaturePlan):
+    """The same of signed plans: the features give the costs and the signs."""
+
+    form: ClassVar[type[EntropicPlan]] = SignedPlan
+
+
+_REBUILT: dict[type[EntropicPlan], type[FeaturePlan]] = {cls.form: cls for cls in (FeaturePlan, SignedFeaturePlan)}
 
 
 @jax.tree_util.register_dataclass
@@ -53,8 +80,13 @@ class SitePlans:
     @property
     def stored(self) -> str:
         """What is kept: potentials with features, potentials with dense costs, or the plan's own form."""
-        names = {FeaturePlan: "potentials, features", EntropicPlan: "potentials, costs", LowRankPlan: "factors"}
-        return names.get(type(self.held), "dense")
+        names = {
+            FeaturePlan: "potentials, features",
+            EntropicPlan: "potentials, costs",
+            LowRankPlan: "factors",
+            MatchPlan: "matches",
+        }
+        return next((name for form, name in names.items() if isinstance(self.held, form)), "dense")
 
     def plan(self, layer: Array | int, source_layer: Array | int) -> Array:
         """The coupling Q [n, k] of one pair of layers; indices may be traced."""
@@ -102,20 +134,26 @@ def solve_site(
 ) -> SitePlans:
     """Solves all L x M problems of one site from activations [L, N, n] of the target and [M, N, k] of the source.
 
-    Pairs go to the solver in equal chunks whose costs fit into `memory_mib`; marginals are uniform.
+    Pairs go to the solver in equal chunks whose costs, and features where the solver compares units within a side, fit
+    into `memory_mib`; marginals are uniform. Raises InputError for solvers that find maps, not couplings.
     """
+    can = capabilities_of(solver)
+    if can.map_only:
+        raise InputError(f"solver {solver.name!r} finds a linear map, not a coupling; alignments are made of couplings")
     zx, zy = (standardise(jnp.asarray(x), centre=centred) for x in (x_lnu, y_mnu))
     layers, sources = zx.shape[0], zy.shape[0]
     n, k, rows = zx.shape[2], zy.shape[2], zx.shape[1]
     # Costs are kept with the potentials where that takes less room than the activations that they come from.
     keep_costs = layers * sources * n * k <= rows * (layers * n + sources * k)
     pairs = np.stack(np.meshgrid(np.arange(layers), np.arange(sources), indexing="ij"), -1).reshape(-1, 2)
-    size = max(1, min(len(pairs), memory_mib * 2**20 // (4 * n * k)))
+    per_pair = n * k + (rows * (n + k) + n * n + k * k if can.needs_features else 0)
+    size = max(1, min(len(pairs), memory_mib * 2**20 // (4 * per_pair)))
     padded = np.concatenate([pairs, np.repeat(pairs[-1:], -len(pairs) % size, axis=0)])
     parts = []
     for start in range(0, len(padded), size):
         chunk = jnp.asarray(padded[start : start + size])
-        result = solve(Problem.with_uniform_marginals(_costs(zx, zy, chunk)), solver)
+        features = (zx[chunk[:, 0]], zy[chunk[:, 1]]) if can.needs_features else None
+        result = solve(Problem.with_uniform_marginals(_costs(zx, zy, chunk), features), solver)
         gains = _gains(zx, zy, chunk, result.plan)
         plan = result.plan
         if isinstance(plan, EntropicPlan) and not keep_costs:
@@ -125,5 +163,5 @@ def solve_site(
     joined = jax.tree.map(lambda *x: np.concatenate(x)[: len(pairs)].reshape(layers, sources, *x[0].shape[1:]), *parts)
     held = joined[0]
     if isinstance(held, EntropicPlan) and held.cost is None:
-        held = FeaturePlan(held.f, held.g, held.epsilon, np.asarray(zx), np.asarray(zy))
+        held = _REBUILT[type(held)](held.f, held.g, held.epsilon, np.asarray(zx), np.asarray(zy))
     return SitePlans(held, *joined[1:])

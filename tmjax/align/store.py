@@ -8,16 +8,17 @@ from safetensors.numpy import load_file, save_file
 
 from tmjax.align.alignment import Alignment
 from tmjax.align.layers import LayerPlan
-from tmjax.align.plans import FeaturePlan, SitePlans
+from tmjax.align.plans import FeaturePlan, SignedFeaturePlan, SitePlans
 from tmjax.align.statistics import Statistics
 from tmjax.hub.atomic import write_json
 from tmjax.hub.checkpoint import read_json
-from tmjax.ot import DensePlan, EntropicPlan, LowRankPlan
+from tmjax.ot import DensePlan, EntropicPlan, LowRankPlan, MatchPlan, SignedPlan
 
 ARRAYS = "alignment.safetensors"
 META = "alignment.json"
 _GROUPS = {"target": Statistics, "source": Statistics, "layer_plans": LayerPlan}
-_PLANS = {cls.__name__: cls for cls in (FeaturePlan, EntropicPlan, DensePlan, LowRankPlan)}
+_FORMS = (FeaturePlan, SignedFeaturePlan, EntropicPlan, SignedPlan, DensePlan, LowRankPlan, MatchPlan)
+_PLANS = {cls.__name__: cls for cls in _FORMS}
 
 
 def _fields(value: object) -> dict[str, np.ndarray]:
@@ -58,5 +59,5 @@ def load(directory: Path) -> Alignment:
         rows=meta["rows"],
         plans={site: SitePlans(held=held[site], **f) for site, f in grouped["plans"].items()},
         layer_certificates=meta["layer_certificates"],
-        **{group: {name: cls(**f) for name, f in grouped[group].items()} for group, cls in _GROUPS.items()},
+        **{group: {name: cls(**f) for name, f in grouped.get(group, {}).items()} for group, cls in _GROUPS.items()},
     )

@@ -59,7 +59,8 @@ def keep_top(q: Array, top_k: int | None) -> Array:
     def threshold(x: Array) -> Array:
         return jax.lax.top_k(x, min(top_k, x.shape[-1]))[0][:, -1]
 
-    return jnp.where((q >= threshold(q)[:, None]) | (q >= threshold(q.T)[None, :]), q, 0.0)
+    mass = jnp.abs(q)  # signed plans carry their mass in either sign
+    return jnp.where((mass >= threshold(mass)[:, None]) | (mass >= threshold(mass.T)[None, :]), q, 0.0)
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:

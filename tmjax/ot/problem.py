@@ -1,4 +1,4 @@
-"""Linear optimal transport problems; leading axes are independent problems."""
+"""Optimal transport problems; leading axes are independent problems."""
 
 from dataclasses import dataclass
 
@@ -16,15 +16,23 @@ def uniform(size: int) -> Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Problem:
-    """min over couplings Q of <cost, Q>: cost [..., n, k], marginals a [..., n] and b [..., k] of equal mass."""
+    """min over couplings Q of <cost, Q>: cost [..., n, k], marginals a [..., n] and b [..., k] of equal mass.
+
+    `features`, standardised activations zx [..., N, n] and zy [..., N, k], are for solvers that compare units within
+    each side or fit maps; `start`, potentials f [..., n] and g [..., k], is a warm start. Solvers that have no use for
+    them never see them (see `Capabilities`).
+    """
 
     cost: Array
     a: Array
     b: Array
+    features: tuple[Array, Array] | None = None
+    start: tuple[Array, Array] | None = None
 
     @classmethod
-    def with_uniform_marginals(cls, cost: Array) -> "Problem":
+    def with_uniform_marginals(cls, cost: Array, features: tuple[Array, Array] | None = None) -> "Problem":
         """The problem with marginals 1/n and 1/k."""
         n, k = cost.shape[-2:]
         batch = cost.shape[:-2]
-        return cls(cost, jnp.broadcast_to(uniform(n), (*batch, n)), jnp.broadcast_to(uniform(k), (*batch, k)))
+        a, b = jnp.broadcast_to(uniform(n), (*batch, n)), jnp.broadcast_to(uniform(k), (*batch, k))
+        return cls(cost, a, b, features)

@@ -1,11 +1,12 @@
 """What every solver returns: a plan, a certificate of its marginals, its costs."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
-from tmjax.ot.plan import EntropicPlan, Plan
+from tmjax.ot.plan import EntropicPlan, LinearMap, Plan
 from tmjax.ot.problem import Problem
 from tmjax.typing import Array
 
@@ -16,7 +17,8 @@ class OTResult:
     """Plan and certificate of one or, with leading axes, many problems.
 
     `error_a`, `error_b`: L1 distance of the plan's marginals from a and b, computed from the plan returned, not taken
-    from the solver. `converged`: they are within the solver's threshold (see `certify`). `transport_cost`: <cost, Q>;
+    from the solver. `converged`: they are within the solver's threshold (see `certify`). `transport_cost`: <cost, Q>,
+    for every solver the problem's linear cost (1 - |rho| and |Q| for signed plans), whatever it minimises itself;
     `regularised_cost`: <cost, Q> - epsilon H(Q) with H(Q) = -sum Q (ln Q - 1), epsilon being 0 for exact solvers.
     """
 
@@ -29,7 +31,7 @@ class OTResult:
     regularised_cost: Array
 
     def matrix(self) -> Array:
-        """The coupling Q [..., n, k]."""
+        """The coupling Q [..., n, k] (signed or a map, if that is what the solver finds)."""
         return self.plan.matrix()
 
     def apply(self, x: Array) -> Array:
@@ -50,30 +52,56 @@ class OTResult:
         return replace(self, plan=self.plan.attach(problem))
 
 
+#: float32 noise never excuses more than this part of the mass, however large the potentials.
+MAX_ROUNDING = 1e-2
+
+
+@functools.partial(jax.jit, static_argnames="judged")
 def certify(
-    problem: Problem, plan: Plan, *, iterations: Array | int, threshold: float, epsilon: float = 0.0
+    problem: Problem,
+    plan: Plan,
+    *,
+    iterations: Array | int,
+    threshold: float,
+    epsilon: float = 0.0,
+    judged: str = "ab",
+    solver_converged: Array | bool = True,
+    exponents: Array | float = 1.0,
 ) -> OTResult:
     """The result of one problem (no leading axes), its marginal errors and costs recomputed from the plan.
 
-    `converged` is decided here, not by the solver, which tests one marginal inside its loop: the certificate must be
-    within twice the threshold plus what float32 rounds away: a unit in the last place of the entries' exponents for a
-    plan kept as potentials, of the mass for any other.
+    `converged` is decided here, not by the solver, which tests one marginal inside its loop: the errors of the `judged`
+    marginals must be within twice the threshold plus what float32 rounds away: a unit in the last place of the entries'
+    exponents for a plan kept as potentials (or said to be made of such: `exponents` is the largest), of the mass for
+    any other. `solver_converged` is what else the solver asks
+    for; it can only make the verdict worse. A plan with NaN or infinity anywhere is never converged.
     """
-    q = plan.attach(problem).matrix()
+    plan_here = plan.attach(problem)
+    q, cost = plan_here.magnitude(), plan.price(problem)
     error_a = jnp.sum(jnp.abs(jnp.sum(q, axis=1) - problem.a))
     error_b = jnp.sum(jnp.abs(jnp.sum(q, axis=0) - problem.b))
-    transport = jnp.sum(problem.cost * q)
+    transport = jnp.sum(cost * q)
     negative_entropy = jnp.sum(jnp.where(q > 0, q * (jnp.log(jnp.where(q > 0, q, 1.0)) - 1.0), 0.0))
-    largest = 1.0
+    largest = exponents
     if isinstance(plan, EntropicPlan):
-        largest = sum(jnp.max(jnp.abs(term)) for term in (plan.f, plan.g, problem.cost)) / plan.epsilon
-    rounding = jnp.finfo(jnp.float32).eps * largest
+        largest = sum(jnp.max(jnp.abs(term)) for term in (plan.f, plan.g, cost)) / plan.epsilon
+    rounding = jnp.minimum(jnp.finfo(jnp.float32).eps * largest, MAX_ROUNDING)
+    errors = {"a": error_a, "b": error_b}
+    worst = functools.reduce(jnp.maximum, (errors[side] for side in judged), jnp.float32(0))
+    finite = functools.reduce(jnp.logical_and, (jnp.isfinite(x).all() for x in jax.tree.leaves((plan, q, transport))))
     return OTResult(
         plan=plan,
         iterations=jnp.asarray(iterations, jnp.int32),
-        converged=jnp.maximum(error_a, error_b) <= 2 * threshold + rounding,
+        converged=(worst <= 2 * threshold + rounding) & finite & solver_converged,
         error_a=error_a,
         error_b=error_b,
         transport_cost=transport,
         regularised_cost=transport + epsilon * negative_entropy,
     )
+
+
+def certify_map(plan: LinearMap) -> OTResult:
+    """The result of a solver that finds maps: no marginals and no transport cost (NaN), converged if all is finite."""
+    none = jnp.float32(jnp.nan)
+    finite = jnp.isfinite(plan.to_target).all() & jnp.isfinite(plan.to_source).all()
+    return OTResult(plan, jnp.int32(1), finite, none, none, none, none)

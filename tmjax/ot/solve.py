@@ -1,6 +1,7 @@
 """`solve`: any problem, any solver, always a certificate."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from tmjax.errors import InputError, NonFiniteError
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult
 from tmjax.ot.solvers import Solver
+from tmjax.ot.solvers.base import capabilities_of
 from tmjax.typing import Array
 
 
@@ -16,23 +18,50 @@ def solve(problem: Problem, solver: Solver) -> OTResult:
     """Solves one problem [n, k] or a batch [..., n, k]; each problem stops by itself.
 
     Nothing is silent: `converged`, the iterations and the marginal errors are per problem. Raises InputError for shapes
-    that do not fit and NonFiniteError for NaN or infinite costs (solvers would return finite nonsense for them).
+    that do not fit or that the solver does not take, and NonFiniteError for NaN or infinite costs, marginals or
+    features (solvers would return finite nonsense for them).
     """
+    problem = _checked(problem, solver)
+    batch = problem.cost.shape[:-2]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), problem)
+    result = _solve_host(flat, solver) if capabilities_of(solver).host else _solve_batch(flat, solver)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result).attach(problem)
+
+
+def _checked(problem: Problem, solver: Solver) -> Problem:
+    """The problem with only what the solver uses; raises if it is not one that it can solve."""
     *batch, n, k = problem.cost.shape
     if problem.a.shape != (*batch, n) or problem.b.shape != (*batch, k):
         raise InputError(
             f"marginals {problem.a.shape}, {problem.b.shape} do not fit a cost of shape {problem.cost.shape}"
         )
+    can = capabilities_of(solver)
+    if can.equal_sizes and n != k:
+        raise InputError(f"solver {solver.name!r} matches units one to one: it needs equal sizes, not {n} and {k}")
+    if can.needs_features and problem.features is None:
+        raise InputError(f"solver {solver.name!r} needs the activations of both sides (Problem.features)")
+    problem = replace(
+        problem,
+        features=problem.features if can.needs_features else None,
+        start=problem.start if can.warm_start else None,
+    )
+    if problem.features is not None:
+        zx, zy = (x.shape for x in problem.features)
+        if zx[:-1] != zy[:-1] or (*zx[:-2], zx[-1], zy[-1]) != (*batch, n, k):
+            raise InputError(f"features {zx}, {zy} do not fit a cost of shape {problem.cost.shape}")
+    if problem.start is not None and tuple(x.shape for x in problem.start) != (problem.a.shape, problem.b.shape):
+        raise InputError(f"start {[x.shape for x in problem.start]} does not fit a cost of shape {problem.cost.shape}")
     if not bool(_all_finite(problem.cost)):
         raise NonFiniteError("the transport cost holds NaN or infinity; look for them in the activations")
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), problem)
-    result = _solve_batch(flat, solver)
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result).attach(problem)
+    if not bool(_all_finite((problem.a, problem.b, problem.features, problem.start))):
+        raise NonFiniteError("marginals, features or starting potentials hold NaN or infinity")
+    return problem
 
 
 @jax.jit
-def _all_finite(x: Array) -> Array:
-    return jnp.isfinite(x).all()
+def _all_finite(tree: object) -> Array:
+    leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, leaves)
 
 
 @functools.partial(jax.jit, static_argnames="solver")
@@ -41,3 +70,11 @@ def _solve_batch(problem: Problem, solver: Solver) -> OTResult:
         return solver.solve_batch(problem)
     # One after the other, not vmapped: in a vmapped while loop every problem pays for the slowest.
     return jax.lax.map(solver.solve_one, problem)
+
+
+def _solve_host(problem: Problem, solver: Solver) -> OTResult:
+    held = jax.device_get(problem)
+    results = [
+        solver.solve_one(jax.tree.map(lambda x, index=index: x[index], held)) for index in range(held.cost.shape[0])
+    ]
+    return jax.tree.map(lambda *x: jnp.stack(x), *results)

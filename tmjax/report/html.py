@@ -20,14 +20,24 @@ font-weight: 600 }
 """
 
 
-def _table(name: str, header: Row, rows: list[Row]) -> str:
+def table(name: str, header: Row, rows: list[Row]) -> str:
+    """An HTML table with an id."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _image(name: str, png: bytes) -> str:
+def image(name: str, png: bytes) -> str:
+    """A PNG inside the page, with an id."""
     return f'<img id="{name}" alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def page(title: str, sections: list[str]) -> str:
+    """A whole page of sections of HTML."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{''.join(sections)}</body></html>\n"
+    )
 
 
 def write_report(file: Path, run: Path, recipe: Recipe, manifest: Mapping[str, Any], alignment: Alignment) -> None:
@@ -41,22 +51,18 @@ def write_report(file: Path, run: Path, recipe: Recipe, manifest: Mapping[str, A
     if manifest["evaluation"]:
         sections += [
             "<h2>Bits per byte on the test texts</h2>",
-            _table("evaluation", *evaluation_rows(manifest)),
+            table("evaluation", *evaluation_rows(manifest)),
             f'<p class="gain" id="gain">{escape(gain_sentence(manifest))}</p>',
         ]
     sections += [
         "<h2>Layers and coefficients</h2>",
-        *(_image(name, png) for name, png in plots.items()),
+        *(image(name, png) for name, png in plots.items()),
         "<h2>Every tensor</h2>",
-        _table("update", *update_rows(manifest)),
+        table("update", *update_rows(manifest)),
         "<h2>Alignment certificates</h2>",
-        _table("alignment", *alignment_rows(manifest)),
+        table("alignment", *alignment_rows(manifest)),
         "<h2>Stages</h2>",
-        _table("stages", *stage_rows(manifest)),
+        table("stages", *stage_rows(manifest)),
         f"<h2>Recipe</h2><pre>{escape(dump_recipe(recipe))}</pre>",
     ]
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{''.join(sections)}</body></html>\n"
-    )
-    file.write_text(page, encoding="utf-8")
+    file.write_text(page(title, sections), encoding="utf-8")

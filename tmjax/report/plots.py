@@ -73,3 +73,28 @@ def plot_coefficients(manifest: Mapping[str, Any]) -> bytes:
     else:
         axes[0, 1].text(0.5, 0.5, "alpha was given, nothing was fitted", ha="center", transform=axes[0, 1].transAxes)
     return _png(figure)
+
+
+def plot_solvers(manifest: Mapping[str, Any]) -> bytes:
+    """Per solver: time, variance explained in held-out rows, and bits per byte of the merge where it was made."""
+    lines = manifest["solvers"]
+    names = [line["solver"] for line in lines]
+    figure, axes = _figure(3, 1, 4.0, 1.2 + 0.35 * len(names))
+    position = np.arange(len(names))
+    axes[0, 0].barh(position, [line["seconds"] for line in lines])
+    axes[0, 0].set_xscale("log")
+    axes[0, 0].set_title("seconds, all problems")
+    for offset, key, label in (
+        (-0.2, "explained_target_gain", "to target"),
+        (0.2, "explained_source_gain", "to source"),
+    ):
+        axes[0, 1].barh(position + offset, [line[key] for line in lines], 0.4, label=label)
+    axes[0, 1].set_title("held-out variance explained")
+    axes[0, 1].legend(fontsize="small")
+    merged = [(i, line["bits_per_byte"]) for i, line in enumerate(lines) if line["bits_per_byte"] is not None]
+    axes[0, 2].plot([bits for _, bits in merged], [i for i, _ in merged], "o")
+    axes[0, 2].set_title("bits/byte of the merge")
+    for axis in axes[0]:
+        axis.set_yticks(position, names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+    return _png(figure)

@@ -1,0 +1,85 @@
+"""`tmjax solvers`: the same real problems for every solver, resumable, and a page."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tmjax import cli
+from tmjax.activations import store
+from tmjax.align.plans import solve_site
+from tmjax.errors import InputError
+from tmjax.ot import make_solver
+from tmjax.pipeline.solvers import parse_solver
+from tmjax.recipe import AlignmentOptions
+from tmjax.sweep.solvers import held_out, measure_site, split_rows
+
+NAMES = ["sinkhorn:epsilon=0.1", "scaling:epsilon=0.1", "greedy"]
+
+
+@pytest.fixture(scope="module")
+def compared(flags, recipe_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("solvers") / "run"
+    arguments = ["solvers", recipe_file, *flags, "--out", str(out), "--solvers", ",".join(NAMES), "--json"]
+    assert cli.run(arguments) == 0
+    return out, arguments
+
+
+def test_every_solver_has_its_line(compared) -> None:
+    out, _ = compared
+    manifest = json.loads((out / "manifest.json").read_text())
+    lines = {line["solver"]: line for line in manifest["solvers"]}
+    assert list(lines) == NAMES and len(manifest["solver_sites"]) == 9 * len(NAMES)
+    sinkhorn, scaling, greedy = lines.values()
+    assert all(line["problems"] == 9 * 24 and line["seconds"] > 0 for line in lines.values())
+    # Two ways to the same plans, and so to the same merge.
+    assert scaling["bits_per_byte"] == pytest.approx(sinkhorn["bits_per_byte"], abs=2e-4)
+    assert scaling["transport_cost"] == pytest.approx(sinkhorn["transport_cost"], rel=1e-3)
+    assert scaling["explained_target_gain"] == pytest.approx(sinkhorn["explained_target_gain"], abs=1e-3)
+    assert greedy["bits_per_byte"] is not None and greedy["iterations_max"] <= 1
+    page = (out / "solvers.html").read_text()
+    assert all(name in page for name in NAMES) and "data:image/png" in page and "http" not in page.split("<body>")[1]
+
+
+def test_a_second_start_measures_only_new_solvers(compared, capsys) -> None:
+    _, arguments = compared
+    capsys.readouterr()
+    more = [",".join([*NAMES, "signed"]) if item == ",".join(NAMES) else item for item in arguments]
+    assert cli.run(more) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [name for name, stage in stages.items() if not stage["reused"]] == ["solver:signed"]
+
+
+def test_explained_variance_is_that_of_held_out_rows(compared) -> None:
+    out, _ = compared
+    target, source = (store.read(out / "activations" / side) for side in ("target", "source"))
+    solver = make_solver("sinkhorn", epsilon=0.1, threshold=1e-5)
+    row = measure_site("x", solver, "v", target, source, repeats=1)
+    fit, test = split_rows(target.rows.document)
+    assert len(fit) + len(test) == len(target.rows) and not set(target.rows.document[fit]) & set(
+        target.rows.document[test]
+    )
+    x, y = target.site("v").astype(float), source.site("v").astype(float)
+    plans = solve_site(target.site("v")[:, fit], source.site("v")[:, fit], solver)
+    shares = []
+    for layer in range(x.shape[0]):
+        for m in range(y.shape[0]):
+            zx, zy = held_out(x[:, fit], x[:, test])[layer], held_out(y[:, fit], y[:, test])[m]
+            predicted = zy @ np.asarray(plans.plan(layer, m), float).T * zx.shape[1] * plans.gain_target[layer, m]
+            shares.append(np.mean(1 - ((zx - predicted) ** 2).sum(0) / (zx**2).sum(0)))
+    assert row.explained_target_gain == pytest.approx(np.mean(shares), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("magic", "solver 'magic' is not known"),
+        ("sinkhorn:epsilon", "write name:key=value"),
+        ("sinkhorn:speed=11", "has no option 'speed'"),
+        ("sinkhorn:epsilon=-1", "epsilon: Input should be greater than 0"),
+        ("ridge", "finds a linear map, not a coupling"),
+    ],
+)
+def test_wrong_solver_names_and_options(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_solver(text, AlignmentOptions())
