@@ -1,11 +1,12 @@
 """Trains a source and a target like the bundled pair, with our own models and trainer, and prints their bits per byte.
 
-    python tools/train_pair.py --texts DIR --out DIR
+    python tools/train_pair.py --texts experiments --out runs/pair
 
-`--texts` is a folder of `LANGUAGE.target-train.jsonl`, `LANGUAGE.calibration.jsonl` and `LANGUAGE.rest.jsonl` (or
-`LANGUAGE.train.jsonl`), `LANGUAGE.valid.jsonl` and `LANGUAGE.test.jsonl`. The target learns from the target-train file
-of one language, the source from all training text of several. Both are written as Hugging Face checkpoints,
-`OUT/source` and `OUT/target`, each with its own byte-level BPE tokenizer.
+`--texts` is a folder that holds, itself or below it, for every language `LANGUAGE.target-train.jsonl`,
+`LANGUAGE.calibration.jsonl` and `LANGUAGE.rest.jsonl` (or `LANGUAGE.train.jsonl`), `LANGUAGE.valid.jsonl` and
+`LANGUAGE.test.jsonl`. The target learns from the target-train file of one language, the source from all training text
+of several. Both are written as Hugging Face checkpoints, `OUT/source` and `OUT/target`, each with its own byte-level
+BPE tokenizer.
 """
 
 import sys
@@ -75,7 +76,7 @@ PLANS = {
         "llama",
         DecoderSpec(vocab=4096, hidden=192, layers=6, heads=6, kv_heads=3, mlp=512, **_SHARED),
         "bfloat16",
-        TrainConfig(steps=1500, tokens_per_step=2048, lr=3e-3, warmup=100, weight_decay=0.3),
+        TrainConfig(steps=1100, tokens_per_step=2048, lr=3e-3, warmup=100, weight_decay=0.3),
     ),
     Side.TARGET: Plan(
         "qwen2",
@@ -87,9 +88,14 @@ PLANS = {
 }
 
 
+def find(folder: Path, language: str, kind: str) -> Path | None:
+    """The file `LANGUAGE.KIND.jsonl` in the folder or below it."""
+    return next(iter(sorted(folder.rglob(f"{language}.{kind}.jsonl"))), None)
+
+
 def training_texts(folder: Path, language: str, kinds: Sequence[str] = TRAINING) -> list[str]:
     """All documents of a language's training files that are in the folder."""
-    files = [file for kind in kinds if (file := folder / f"{language}.{kind}.jsonl").is_file()]
+    files = [file for kind in kinds if (file := find(folder, language, kind))]
     if not files:
         raise InputError(f"{folder} has no training text of {language}: no {language}.{kinds[0]}.jsonl")
     return [text for file in files for text in read_texts(str(file)).texts]
@@ -160,11 +166,11 @@ def scores(
     result = {}
     for side, learnt in languages.items():
         model = load_model(out / side)
-        files = {name: texts / f"{name}.{heldout}.jsonl" for name in learnt}
+        files = {name: find(texts, name, heldout) for name in learnt}
         result[side] = {
             name: evaluate(model, read_texts(str(file)).first(SCORED)).bits_per_byte
             for name, file in files.items()
-            if file.is_file()
+            if file
         }
     return result
 
@@ -174,7 +180,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def train_pair(
-    texts: Annotated[Path, typer.Option(help="folder of LANGUAGE.KIND.jsonl files")],
+    texts: Annotated[Path, typer.Option(help="folder with LANGUAGE.KIND.jsonl files in it or below")],
     out: Annotated[Path, typer.Option(help="where source/ and target/ are written")],
     target_language: Annotated[str, typer.Option(help="what the target learns")] = "swahili",
     source_languages: Annotated[
@@ -195,7 +201,7 @@ def train_pair(
     if not texts.is_dir():
         raise InputError(f"{texts} is not a folder of texts")
     if source_languages is None:
-        learnt = [name for name in SOURCE_LANGUAGES if any(texts.glob(f"{name}.*.jsonl"))] or [target_language]
+        learnt = [name for name in SOURCE_LANGUAGES if any(texts.rglob(f"{name}.*.jsonl"))] or [target_language]
     else:
         learnt = [name.strip() for name in source_languages.split(",")]
     wanted = {

@@ -100,7 +100,8 @@ def forward(spec: DecoderSpec, params: Params, ids_bt: Array, dtype: jnp.dtype =
     return model.logits(hidden)
 
 
+@functools.partial(jax.jit, static_argnames="spec")
 def init_params(spec: DecoderSpec, key: Array) -> dict[str, Array]:
     """Fresh random float32 parameters: matrices N(0, 0.02), norms one, biases zero."""
-    model = jax.jit(lambda key: nnx.state(Decoder(spec, rngs=nnx.Rngs(params=key))))(key)
-    return {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(model)}
+    state = nnx.state(Decoder(spec, rngs=nnx.Rngs(params=key)))
+    return {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(state)}

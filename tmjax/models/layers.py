@@ -40,7 +40,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps `[..., in]` to `[..., out]`."""
-        y = einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        # Rows flattened: with two leading axes XLA's CPU backend copies transposes for the weight's gradient.
+        y = einsum("ri,oi->ro", x.reshape(-1, x.shape[-1]), self.weight[...].astype(x.dtype))
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 

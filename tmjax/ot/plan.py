@@ -3,6 +3,7 @@
 All axes before the last two (of matrices) or the last (of vectors) are independent problems.
 """
 
+import abc
 from dataclasses import dataclass, replace
 
 import jax
@@ -26,12 +27,12 @@ def unsigned(cost: ArrayLike) -> Array:
     return 1.0 - jnp.abs(1.0 - jnp.asarray(cost))
 
 
-class Plan:
+class Plan(abc.ABC):
     """A coupling Q [..., n, k], applied from either side."""
 
+    @abc.abstractmethod
     def matrix(self) -> Array:
         """Q [..., n, k]."""
-        raise NotImplementedError
 
     def apply(self, x: Array) -> Array:
         """Q x for x [..., k, d]: moves values on the second side to the first."""
