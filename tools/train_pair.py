@@ -76,7 +76,7 @@ PLANS = {
         "llama",
         DecoderSpec(vocab=4096, hidden=192, layers=6, heads=6, kv_heads=3, mlp=512, **_SHARED),
         "bfloat16",
-        TrainConfig(steps=1100, tokens_per_step=2048, lr=3e-3, warmup=100, weight_decay=0.3),
+        TrainConfig(steps=1150, tokens_per_step=2048, lr=3e-3, warmup=100, weight_decay=0.3),
     ),
     Side.TARGET: Plan(
         "qwen2",
