@@ -59,6 +59,8 @@ def test_explained_variance_is_that_of_held_out_rows(compared) -> None:
     assert len(fit) + len(test) == len(target.rows) and not set(target.rows.document[fit]) & set(
         target.rows.document[test]
     )
+    uncentred = measure_site("x", solver, "v", target, source, centred=False, repeats=1)
+    assert abs(uncentred.transport_cost - row.transport_cost) > 1e-4
     x, y = target.site("v").astype(float), source.site("v").astype(float)
     plans = solve_site(target.site("v")[:, fit], source.site("v")[:, fit], solver)
     shares = []

@@ -50,15 +50,6 @@ def sha256_checkpoint(directory: Path) -> str:
     return sha256_files(files + nested)
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of one file's contents."""
-    value = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            value.update(block)
-    return value.hexdigest()
-
-
 def peak_rss_mib() -> float:
     """Largest resident memory of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -95,7 +86,7 @@ class RunDirectory:
         """
         previous = read_manifest(path)
         if previous is not None and previous.get("key") == key:
-            return cls._resume(path, previous)
+            return cls._resume(path, previous, recipe_yaml)
         if path.exists() and (path.is_file() or any(path.iterdir())):
             if previous is None:
                 raise InputError(f"{path} exists and is not a run of tmjax; choose another output directory")
@@ -111,26 +102,28 @@ class RunDirectory:
         return run
 
     @classmethod
-    def _resume(cls, path: Path, manifest: dict[str, Any]) -> "RunDirectory":
+    def _resume(cls, path: Path, manifest: dict[str, Any], recipe_yaml: str) -> "RunDirectory":
         run = cls(path, manifest)
-        for leftover in path.rglob(f"*{PARTIAL}"):
+        for leftover in list(path.rglob(f"*{PARTIAL}")):
             remove(leftover)
         for stage in manifest["stages"].values():
             stage["reused"] = True  # until it is run again
         run.save()
+        recipe = path / RECIPE
+        if not recipe.is_file() or recipe.read_text(encoding="utf-8") != recipe_yaml:  # killed before it was written
+            write_text(recipe, recipe_yaml)
         return run
 
     @classmethod
-    def amend(cls, path: Path, recipe_yaml: str, key: Mapping[str, str]) -> "RunDirectory":
+    def amend(
+        cls, path: Path, recipe_yaml: str, header: Mapping[str, Any], *, key: Mapping[str, str]
+    ) -> "RunDirectory":
         """Resumes a run under another recipe: finished stages that it does not change stay."""
         manifest = read_manifest(path)
         if manifest is None:
             raise InputError(f"{path} is not a run of tmjax (no {MANIFEST})")
-        run = cls._resume(path, manifest)
-        manifest["key"] = dict(key)
-        run.save()
-        write_text(path / RECIPE, recipe_yaml)
-        return run
+        manifest |= {"key": dict(key), "inputs": header["inputs"]}
+        return cls._resume(path, manifest, recipe_yaml)
 
     def save(self) -> None:
         """Writes the manifest atomically."""

@@ -21,7 +21,6 @@ from tmjax.evaluate.controls import CONTROLS, Control, derangement, plan_permuta
 from tmjax.fuse.coefficients import Fit
 from tmjax.fuse.diagnostics import require_transfer
 from tmjax.fuse.merge import fuse
-from tmjax.hub.atomic import write_text
 from tmjax.hub.rundir import RECIPE, RunDirectory, digest, read_manifest
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
@@ -42,6 +41,15 @@ def _quiet(_stage: str, _done: int, _total: int) -> None:
     """No progress display."""
 
 
+def _refuse_nested(recipe: Recipe) -> None:
+    """Raises InputError if a local input lies inside the output, where --overwrite would delete it."""
+    out = Path(recipe.out).resolve()
+    for name in _INPUTS:
+        value = getattr(recipe, name)
+        if value and Path(value).exists() and Path(value).resolve().is_relative_to(out):
+            raise InputError(f"{name} lies inside the output {recipe.out}; choose another output directory")
+
+
 class Merge:
     """One run of a recipe; every stage resumes."""
 
@@ -56,9 +64,12 @@ class Merge:
     ) -> None:
         self.recipe, self.inputs = recipe, Inputs(recipe)
         self.progress, self.warn = progress, warn
+        self._alignment: Alignment | None = None
         path = Path(recipe.out)
         hashes = self.inputs.hashes
-        told = recipe.model_dump(mode="json", exclude={"out", *_INPUTS})
+        _refuse_nested(recipe)
+        # What may change without making another run of it: where things lie, and whether a no-op is let through.
+        told = recipe.model_dump(mode="json", exclude={"out", "allow_negligible", *_INPUTS})
         key = {"recipe": digest(told)} | hashes
         previous = read_manifest(path)
         if previous is None or previous.get("key") != key:
@@ -77,7 +88,7 @@ class Merge:
             "alignment": {},
         }
         if amend:
-            self.run = RunDirectory.amend(path, dump_recipe(recipe), key)
+            self.run = RunDirectory.amend(path, dump_recipe(recipe), header, key=key)
         else:
             self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite)
 
@@ -136,7 +147,9 @@ class Merge:
         }
 
     def align(self) -> Alignment:
-        """Activations of both models, then all plans."""
+        """Activations of both models, then all plans; what did not converge is said once."""
+        if self._alignment is not None:
+            return self._alignment
         target, source = self.activations("target"), self.activations("source")
 
         def work(partial: Path) -> dict[Any, Any]:
@@ -155,6 +168,7 @@ class Merge:
                     f"{missing} of {held['problems']} plans of {site} did not converge (marginal error up to "
                     f"{held['max_marginal_error']:.1e}); raise alignment.max_iterations or alignment.epsilon"
                 )
+        self._alignment = found
         return found
 
     def _fuse(
@@ -247,12 +261,15 @@ class Merge:
         self.evaluate(checkpoints)
         alignment = self.align()
 
-        def work(partial: Path) -> None:
-            write_text(merged / "README.md", model_card(self.recipe, self.run.manifest))
+        def card(partial: Path) -> None:
+            partial.write_text(model_card(self.recipe, self.run.manifest), encoding="utf-8")
+
+        def report(partial: Path) -> None:
             write_report(partial, self.run.path, self.recipe, self.run.manifest, alignment)
 
         facts = {name: self.run.manifest.get(name) for name in ("evaluation", "coefficients", "source_gain", "update")}
-        self.run.stage("report", facts, "report.html", work)
+        self.run.stage("card", facts, f"{merged.name}/README.md", card)
+        self.run.stage("report", facts, "report.html", report)
         return self.run.manifest
 
 

@@ -60,7 +60,17 @@ class SolverComparison(Merge):
             def work(partial: Path, name: str = name, options: AlignmentOptions = options) -> None:
                 measured = []
                 for done, site in enumerate(sites):
-                    measured.append(measure_site(name, solver_of(options), site, target, source))
+                    measured.append(
+                        measure_site(
+                            name,
+                            solver_of(options),
+                            site,
+                            target,
+                            source,
+                            centred=options.cost == "correlation",
+                            memory_mib=options.memory_mib,
+                        )
+                    )
                     self.progress(name, done + 1, len(sites) + 1)
                 result = {"sites": [dataclasses.asdict(row) for row in measured], "bits_per_byte": self._merge(options)}
                 self.progress(name, len(sites) + 1, len(sites) + 1)

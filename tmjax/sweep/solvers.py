@@ -69,14 +69,26 @@ def _explained(plans: SitePlans, zx_lnu: Array, zy_mnu: Array) -> tuple[Array, A
     return jax.lax.map(pair, grid)
 
 
-def held_out(fitted: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """`other` [S, N, unit] standardised by the mean and standard deviation of `fitted`; constant units become 0."""
-    mean, std = fitted.mean(axis=1, keepdims=True), fitted.std(axis=1, keepdims=True)
+def held_out(fitted: np.ndarray, other: np.ndarray, *, centred: bool = True) -> np.ndarray:
+    """`other` [S, N, unit] standardised by what `fitted` has for mean and standard deviation; constant units become 0.
+
+    Not `centred`: divided by the root mean square alone.
+    """
+    mean = fitted.mean(axis=1, keepdims=True) if centred else 0.0
+    std = np.sqrt(np.mean(np.square(fitted - mean), axis=1, keepdims=True))
     return np.where(std > 0, (other - mean) / np.where(std > 0, std, 1), 0).astype(np.float32)
 
 
 def measure_site(
-    name: str, solver: Solver, site: str, target: Activations, source: Activations, *, repeats: int = 3
+    name: str,
+    solver: Solver,
+    site: str,
+    target: Activations,
+    source: Activations,
+    *,
+    centred: bool = True,
+    memory_mib: int = 512,
+    repeats: int = 3,
 ) -> SolverRow:
     """Solves every pair of layers of a site on one half of the rows and measures the maps on the other.
 
@@ -88,9 +100,10 @@ def measure_site(
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        plans = solve_site(x_fit, y_fit, solver)
+        plans = solve_site(x_fit, y_fit, solver, centred=centred, memory_mib=memory_mib)
         times.append(time.perf_counter() - started)
-    explained = _explained(plans, held_out(x_fit, x[:, test_rows]), held_out(y_fit, y[:, test_rows]))
+    x_test, y_test = (held_out(a, b[:, test_rows], centred=centred) for a, b in ((x_fit, x), (y_fit, y)))
+    explained = _explained(plans, x_test, y_test)
     to_target, to_source, to_target_gain, to_source_gain = (float(np.mean(value)) for value in explained)
     return SolverRow(
         solver=name,
