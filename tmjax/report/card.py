@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from tmjax.recipe import Recipe, dump_recipe
+from tmjax.recipe import Recipe
 from tmjax.report.tables import evaluation_rows, gain_sentence, markdown_table, update_rows
 
 
@@ -26,10 +26,12 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
             markdown_table(*evaluation_rows(manifest)),
             gain_sentence(manifest),
         ]
+    # Where the author's run lies is nobody's business.
+    told = recipe.model_dump(mode="json", exclude={"out"})
     parts += [
         "## What the merge did to every tensor",
         markdown_table(*update_rows(manifest)),
         "## Recipe",
-        f"```yaml\n{dump_recipe(recipe)}```",
+        f"```yaml\n{yaml.safe_dump(told, sort_keys=False, allow_unicode=True)}```",
     ]
     return "\n\n".join(parts) + "\n"
