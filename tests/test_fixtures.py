@@ -7,10 +7,11 @@ import pytest
 from tmjax.align.alignment import Alignment
 from tmjax.align.layers import LayerPlan, layer_plan
 from tmjax.align.plans import solve_site
+from tmjax.align.sites import FeatureSite
 from tmjax.align.statistics import statistics
 from tmjax.fuse.transport import transport_projection
 from tmjax.models.spec import ParamSpec
-from tmjax.ot import make_solver
+from tmjax.ot import cost_matrix, make_solver
 from tmjax.recipe import AlignmentOptions
 
 
@@ -23,7 +24,7 @@ def _solve(stored, epsilon: float):
     x = np.stack([stored[f"X{i}"] for i in range(3)])
     y = np.stack([stored[f"Y{i}"] for i in range(5)])
     solver = make_solver("sinkhorn", epsilon=epsilon, threshold=1e-6, max_iterations=10000)
-    return x, y, solve_site(x, y, solver, memory_mib=1)
+    return x, y, solve_site(x, y, solver, memory_mib=1, feature_dtype="float32")
 
 
 def _couplings(plans) -> np.ndarray:
@@ -36,9 +37,9 @@ def _close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> Non
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.03])
 def test_plans_and_layer_plans(stored, epsilon: float) -> None:
-    _, _, plans = _solve(stored, epsilon)
-    assert plans.converged.all() and plans.stored == "potentials, costs"
-    _close(plans.held.cost[0, 0], stored["cost_00"])
+    x, y, plans = _solve(stored, epsilon)
+    assert plans.converged.all() and plans.stored == "potentials, features"
+    _close(cost_matrix(FeatureSite.of(x, y, centred=True).problem(0, 0).cost), stored["cost_00"])
     # At 0.03 the stored plan stopped 1.7e-5 short of convergence.
     _close(_couplings(plans), stored[f"Q_eps{epsilon}"], 1e-5 if epsilon == 0.1 else 5e-5)
     _close(plans.layer_cost, stored[f"C_layer_eps{epsilon}"])
@@ -74,7 +75,7 @@ def test_transported_sum(stored) -> None:
         site,
         dict.fromkeys(site, statistics(x)),
         dict.fromkeys(site, statistics(y)),
-        {"q": LayerPlan(coupling, coupling, coupling, coupling)},
+        {"q": LayerPlan(coupling, coupling, coupling, coupling, np.zeros(3))},
         {},
     )
     weight, bias = transport_projection(alignment, row, stored["W_source"], None, kind="paper")
@@ -82,14 +83,20 @@ def test_transported_sum(stored) -> None:
     np.testing.assert_array_equal(bias, 0)
 
 
-def test_features_and_dense_costs_give_the_same_plans(stored) -> None:
+@pytest.mark.parametrize("solver", ["sinkhorn", "scaling"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_plans_from_kept_features(stored, solver: str, dtype: str) -> None:
     """What is kept on disk depends on size only: with few rows the features are smaller than the costs."""
     x = np.stack([stored[f"X{i}"][:10] for i in range(3)])
     y = np.stack([stored[f"Y{i}"][:10] for i in range(5)])
-    solver = make_solver("sinkhorn", epsilon=0.1, threshold=1e-6)
-    plans = solve_site(x, y, solver)
+    plans = solve_site(x, y, make_solver(solver, epsilon=0.1, threshold=1e-6), feature_dtype=dtype)
     held = plans.held
-    assert plans.stored == "potentials, features" and held.zx.shape == (3, 10, 24)
-    costs = 1 - np.einsum("lrn,mrk->lmnk", held.zx, held.zy)
-    dense = np.exp((held.f[..., None] + held.g[..., None, :] - costs) / 0.1)
+    assert plans.stored == "potentials, features" and held.zx.shape == (3, 10, 24) and held.zx.dtype == dtype
+    # Whatever the rounding, the plans are those of the activations that are kept.
+    costs = 1 - np.einsum("lrn,mrk->lmnk", held.zx.astype(float), held.zy.astype(float))
+    f, g = (x.astype(float).reshape(3, 5, -1) for x in (held.f, held.g))
+    dense = np.exp((f[..., None] + g[..., None, :] - costs) / 0.1)
     _close(_couplings(plans), dense)
+    assert np.abs(dense.sum(-1) - 1 / 24).sum(-1).max() < 3e-6
+    exact = _couplings(solve_site(x, y, make_solver("sinkhorn", epsilon=0.1, threshold=1e-6), feature_dtype="float32"))
+    _close(_couplings(plans), exact, 1e-5 if dtype == "float32" else 5e-3)

@@ -1,6 +1,7 @@
 """Transport, masks, fusion and diagnostics against float64 NumPy written from the formulas."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 from helpers import QWEN2, SPEC
 
+from tmjax import ot
 from tmjax.align import store
-from tmjax.align.alignment import Alignment, needed_sites, plan_site
-from tmjax.align.layers import combine, layer_plan
-from tmjax.align.plans import solve_site
+from tmjax.align.alignment import Alignment, assemble, needed_sites, plan_site, solver_of
+from tmjax.align.layers import combine
+from tmjax.align.pairs import band, coarse_costs, most_of_the_mass
+from tmjax.align.plans import SitePlans, solve_site
+from tmjax.align.sites import FeatureSite
 from tmjax.align.statistics import statistics
 from tmjax.errors import InputError, NoTransferError
 from tmjax.evaluate.controls import derangement, plan_permutations
@@ -19,18 +23,18 @@ from tmjax.fuse.apply import fuse_params, transport_model, without_source
 from tmjax.fuse.coefficients import candidates, fit, fixed
 from tmjax.fuse.diagnostics import require_transfer, update_table
 from tmjax.fuse.masks import top_neurons
-from tmjax.fuse.transport import keep_top, transport_projection
+from tmjax.fuse.transport import transport_projection
 from tmjax.models.decoder import init_params
 from tmjax.models.families import FAMILIES
 from tmjax.models.sites import SITES
 from tmjax.models.spec import biases, projections
-from tmjax.ot import make_solver
+from tmjax.ot import blocks, make_solver
 from tmjax.recipe import ALL_ROLES, AlignmentOptions, FusionOptions
 
 TARGET = QWEN2  # 3 layers, with q, k, v biases
 SOURCE = dataclasses.replace(SPEC, layers=4, hidden=32, heads=4, head_dim=8, mlp=56, qkv_bias=True, o_bias=True)
 TARGET_ROWS, SOURCE_ROWS = FAMILIES["qwen2"].params(TARGET), FAMILIES["llama"].params(SOURCE)
-OPTIONS = AlignmentOptions(epsilon=0.1, threshold=1e-5)
+OPTIONS = AlignmentOptions(epsilon=0.1, threshold=1e-5, feature_dtype="float32")
 
 
 def _sharp(spec, seed: int) -> dict[str, np.ndarray]:
@@ -39,38 +43,76 @@ def _sharp(spec, seed: int) -> dict[str, np.ndarray]:
     return {path: generator.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
 
 
-@pytest.fixture(scope="module")
-def pair() -> tuple[Alignment, dict, dict]:
-    """An alignment made from activations that share latent directions, with means and scales far from 0 and 1."""
+@pytest.fixture(scope="module", autouse=True)
+def _small_blocks():
+    """Blocks of 8 rows in this module, so that whatever works in blocks of rows does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_ENTRIES", 24)
+        jax.clear_caches()  # what was traced with another size
+        yield
+    jax.clear_caches()
+
+
+@functools.cache
+def _activations(rows: int = 60) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of both models by site: latent directions that turn with depth, means and scales far from 0 and 1."""
     generator = np.random.default_rng(0)
-    rows, latent = 60, generator.normal(size=(60, 6))
-    plans, target, source = {}, {}, {}
+    first, last = generator.normal(size=(2, rows, 6))
 
     def activations(layers: int, units: int) -> np.ndarray:
+        turn = np.linspace(0, np.pi / 2, layers)[:, None, None]
+        latent = np.cos(turn) * first + np.sin(turn) * last
         x = latent @ generator.normal(size=(layers, 6, units)) + generator.normal(size=(layers, rows, units))
-        return (x * generator.uniform(0.5, 3, (layers, 1, units)) + generator.normal(size=(layers, 1, units))).astype(
-            "f"
-        )
+        x = x * generator.uniform(0.5, 3, (layers, 1, units)) + generator.normal(size=(layers, 1, units))
+        return x.astype(np.float32)
 
-    for site in needed_sites(projections(TARGET_ROWS).values()):
-        x = activations(TARGET.layers, TARGET.axis_size(SITES[site]))
-        y = activations(SOURCE.layers, SOURCE.axis_size(SITES[site]))
-        target[site], source[site] = statistics(x), statistics(y)
-        if plan_site(site) == site:
-            plans[site] = solve_site(x, y, make_solver("sinkhorn", epsilon=0.1, threshold=1e-5))
-    couplings = {site: np.asarray(layer_plan(held.layer_cost, OPTIONS).matrix()) for site, held in plans.items()}
-    layer_plans = {
-        role: combine(couplings[plan_site(row.input_site)], couplings[plan_site(row.output_site)])
-        for role, row in projections(TARGET_ROWS).items()
+    sites = needed_sites(projections(TARGET_ROWS).values())
+    return {
+        site: tuple(activations(spec.layers, spec.axis_size(SITES[site])) for spec in (TARGET, SOURCE))
+        for site in sites
     }
-    return Alignment(True, rows, plans, target, source, layer_plans, {}), _sharp(TARGET, 1), _sharp(SOURCE, 2)
+
+
+def _align(options: AlignmentOptions, rows: int = 60, roles: tuple[str, ...] = ALL_ROLES) -> Alignment:
+    held = _activations(rows)
+
+    def solve(site: str, wanted: np.ndarray | None) -> SitePlans:
+        names = ("gain", "feature_dtype")
+        some = {name: getattr(options, name) for name in names} | {"top_k": options.plan_top_k}
+        return solve_site(*held[site], solver_of(options), wanted_lm=wanted, **some)
+
+    return assemble(
+        {role: projections(TARGET_ROWS)[role] for role in roles},
+        options,
+        rows,
+        measure=lambda site: tuple(statistics(x) for x in held[site]),
+        guess=lambda site: coarse_costs(FeatureSite.of(*held[site], centred=True), options),
+        solve=solve,
+    )
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Alignment, dict, dict]:
+    return _align(OPTIONS), _sharp(TARGET, 1), _sharp(SOURCE, 2)
 
 
 def _q(alignment: Alignment, site: str, layer: int, m: int) -> np.ndarray:
     return np.asarray(alignment.plans[plan_site(site)].plan(layer, m), np.float64)
 
 
-def _reference(alignment, row, w, b, *, kind: str, gain: bool) -> tuple[np.ndarray, np.ndarray]:
+def _maps(alignment, site: str, layer: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """M [n, k] and N [k, n] of a pair of layers (DESIGN section 4)."""
+    plan, weight_target, weight_source = alignment.plans[plan_site(site)].pair(layer, m)
+    q = np.asarray(plan.matrix(), np.float64)
+    back = np.asarray(plan.to_source, np.float64) if isinstance(plan, ot.LinearMap) else q.T
+    s, s_source = (np.asarray(side[site].std, np.float64) for side in (alignment.target, alignment.source))
+    rows = q.shape[0] if weight_target is None else np.asarray(weight_target, np.float64)
+    columns = q.shape[1] if weight_source is None else np.asarray(weight_source, np.float64)
+    to_target = (s[layer] * rows)[:, None] * q / s_source[m]
+    return to_target, (s_source[m] * columns)[:, None] * back / s[layer]
+
+
+def _reference(alignment, row, w, b, *, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """METHOD section 1.5 and DESIGN section 4, one layer pair at a time."""
     plan, (site_in, site_out) = alignment.layer_plans[row.role], (row.input_site, row.output_site)
     t_in, t_out, s_in, s_out = (
@@ -80,16 +122,12 @@ def _reference(alignment, row, w, b, *, kind: str, gain: bool) -> tuple[np.ndarr
     all_w, all_b = [], []
     for layer in range(weights.shape[0]):
         total_w, total_b = 0.0, 0.0
-        for m in range(weights.shape[1]):
-            q_in, q_out = _q(alignment, site_in, layer, m), _q(alignment, site_out, layer, m)
+        for m in np.nonzero(weights[layer])[0]:
             if kind == "paper":
+                q_in, q_out = _q(alignment, site_in, layer, m), _q(alignment, site_out, layer, m)
                 w_hat, b_hat = q_out @ w[m] @ q_in.T, q_out @ b[m]
             else:
-                m_out = np.diag(t_out.std[layer]) @ (q_out * q_out.shape[0]) @ np.diag(1 / s_out.std[m].astype(float))
-                n_in = np.diag(s_in.std[m]) @ (q_in.T * q_in.shape[1]) @ np.diag(1 / t_in.std[layer].astype(float))
-                if gain:
-                    m_out = np.diag(alignment.plans[plan_site(site_out)].gain_target[layer, m]) @ m_out
-                    n_in = np.diag(alignment.plans[plan_site(site_in)].gain_source[layer, m]) @ n_in
+                m_out, n_in = _maps(alignment, site_out, layer, m)[0], _maps(alignment, site_in, layer, m)[1]
                 w_hat = m_out @ w[m] @ n_in
                 inner = b[m] - s_out.mean[m] + w[m] @ (s_in.mean[m] - n_in @ t_in.mean[layer])
                 b_hat = t_out.mean[layer] + m_out @ inner
@@ -99,17 +137,77 @@ def _reference(alignment, row, w, b, *, kind: str, gain: bool) -> tuple[np.ndarr
     return np.stack(all_w), np.stack(all_b)
 
 
-@pytest.mark.parametrize(("kind", "gain"), [("paper", False), ("barycentric", False), ("barycentric", True)])
-@pytest.mark.parametrize("role", ["q", "o", "gate", "down"])
-def test_transport_is_the_formula(pair, kind: str, gain: bool, role: str) -> None:
-    alignment, _, source = pair
+def _assert_formula(alignment: Alignment, source: dict, role: str, kind: str) -> None:
     row, rows = projections(TARGET_ROWS)[role], projections(SOURCE_ROWS)
     w = source[rows[role].path]
     b = source[biases(SOURCE_ROWS)[role].path] if role in biases(SOURCE_ROWS) else np.zeros(w.shape[:2], np.float32)
-    weight, bias = transport_projection(alignment, row, w, b, kind=kind, gain=gain)
-    truth_w, truth_b = _reference(alignment, row, w.astype(float), b.astype(float), kind=kind, gain=gain)
+    weight, bias = transport_projection(alignment, row, w, b, kind=kind)
+    truth_w, truth_b = _reference(alignment, row, w.astype(float), b.astype(float), kind=kind)
     np.testing.assert_allclose(weight, truth_w, atol=1e-5 * np.abs(truth_w).max())
     np.testing.assert_allclose(bias, truth_b, atol=1e-5 * np.abs(truth_b).max())
+
+
+@pytest.mark.parametrize("kind", ["paper", "barycentric"])
+@pytest.mark.parametrize("role", ["q", "o", "gate", "down"])
+def test_transport_is_the_formula(pair, kind: str, role: str) -> None:
+    _assert_formula(pair[0], pair[2], role, kind)
+
+
+@pytest.mark.parametrize(
+    ("options", "stored"),
+    [
+        ({"gain": True}, "dense"),
+        ({"solver": "greedy"}, "matches"),
+        ({"solver": "ridge"}, "maps"),
+        ({"solver": "unbalanced", "gain": True}, "dense"),
+        ({"solver": "lowrank", "epsilon": 0.03, "solver_options": {"rank": 3}}, "factors"),
+        ({"plan_top_k": 3}, "sparse"),
+        ({"layer_top_k": 2}, "dense"),
+        ({"layer_pairs": "coarse", "layer_mass": 0.6}, "dense"),
+        ({"layer_pairs": "band", "layer_band": 0.3}, "dense"),
+        ({"rows": 8}, "potentials, features"),
+        ({"rows": 8, "solver": "signed", "feature_dtype": "float32"}, "potentials, features"),
+        ({"rows": 8, "layer_top_k": 2, "gain": True}, "potentials, features"),
+    ],
+    ids=str,
+)
+def test_transport_is_the_formula_for_every_form_of_plan(options: dict, stored: str) -> None:
+    told = {"epsilon": 0.1, "threshold": 1e-5} | options
+    alignment = _align(
+        AlignmentOptions(**{k: v for k, v in told.items() if k != "rows"}), told.get("rows", 60), ("q", "k")
+    )
+    assert stored in {plans.stored for plans in alignment.plans.values()}
+    _assert_formula(alignment, _sharp(SOURCE, 2), "k", "barycentric")
+
+
+def test_pairs_that_are_not_kept_are_not_solved_or_not_stored(pair, tmp_path) -> None:
+    everything = pair[0]
+    few = _align(OPTIONS.model_copy(update={"layer_top_k": 2}))
+    assert all(int(plans.converged.size) <= 12 and plans.solved.all() for plans in few.plans.values())
+    assert (few.layer_plans["q"].weights > 0).sum(1).tolist() == [2, 2, 2]
+    coarse = _align(OPTIONS.model_copy(update={"layer_pairs": "coarse", "layer_mass": 0.6, "coarse_units": 16}))
+    for site, plans in coarse.plans.items():
+        solved = np.asarray(plans.solved)
+        assert 0 < solved.sum() < solved.size and np.isfinite(plans.layer_cost).all()
+        np.testing.assert_allclose(plans.layer_cost[solved], everything.plans[site].layer_cost[solved], rtol=1e-5)
+    facts = coarse.layer_facts()
+    for role, plan in coarse.layer_plans.items():
+        np.testing.assert_allclose(plan.weights.sum(1), 1, rtol=1e-6)
+        # The reported share against what a full alignment says of the same pairs.
+        full = everything.layer_plans[role].weights
+        assert facts[role]["dropped_max"] == pytest.approx(1 - (full * (plan.weights > 0)).sum(1).min(), abs=0.05)
+    store.save(few, tmp_path)
+    again = store.load(tmp_path)
+    np.testing.assert_array_equal(again.plans["q"].index, few.plans["q"].index)
+    first = int(np.nonzero(few.layer_plans["q"].weights[1])[0][0])
+    np.testing.assert_allclose(again.plans["q"].plan(1, first), everything.plans["q"].plan(1, first), rtol=1e-5)
+
+
+def test_a_band_holds_the_nearest_layer_of_every_depth() -> None:
+    assert band(3, 4, 0.0).tolist() == [[True] + [False] * 3, [False, True, True, False], [False] * 3 + [True]]
+    assert band(3, 4, 1.0).all()
+    weights = np.asarray([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    assert most_of_the_mass(weights, 0.75).tolist() == [[True, True, False], [False, False, True]]
 
 
 def test_layer_weights_are_a_convex_combination(pair) -> None:
@@ -119,20 +217,22 @@ def test_layer_weights_are_a_convex_combination(pair) -> None:
         assert plan.effective.sum() < 1  # not a coupling
 
 
-def test_gain_is_the_least_squares_factor(pair) -> None:
+def test_gain_is_the_least_squares_factor() -> None:
     generator = np.random.default_rng(3)
     latent = generator.normal(size=(80, 4))
     x, y = (latent @ generator.normal(size=(1, 4, n)) + generator.normal(size=(1, 80, n)) for n in (7, 9))
-    plans = solve_site(x.astype("f"), y.astype("f"), make_solver("sinkhorn", epsilon=0.05, threshold=1e-6))
+    solver = make_solver("sinkhorn", epsilon=0.05, threshold=1e-6)
+    plans = solve_site(x.astype("f"), y.astype("f"), solver, gain=True)
+    plan, weight, _ = plans.pair(0, 0)
     z, w = ((v[0] - v[0].mean(0)) / v[0].std(0) for v in (x, y))
-    predicted = w @ np.asarray(plans.plan(0, 0), float).T * 7
+    predicted = w @ np.asarray(plan.matrix(), float).T
     truth = np.maximum((z * predicted).mean(0) / (predicted**2).mean(0), 0)
-    np.testing.assert_allclose(plans.gain_target[0, 0], truth, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(weight, truth, rtol=1e-3, atol=1e-4)
 
 
 def test_fusion_with_masks_and_biases(pair) -> None:
     alignment, target, source = pair
-    options = FusionOptions(map="paper", mask_top_k=5, norm_match=False, gain=False, roles=("q", "k", "v", "o"))
+    options = FusionOptions(map="paper", mask_top_k=5, norm_match=False, roles=("q", "k", "v", "o"))
     moved = transport_model(alignment, TARGET_ROWS, target, SOURCE_ROWS, source, options)
     fused = fuse_params(TARGET_ROWS, target, moved, dict.fromkeys(options.roles, (0.2, -0.2)))
     rows = projections(TARGET_ROWS)
@@ -206,12 +306,27 @@ def test_derangement_moves_every_row() -> None:
 def test_top_k_options() -> None:
     mask = top_neurons(np.asarray([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]]), 2)
     np.testing.assert_array_equal(mask, [[1, 0, 1], [0, 1, 1]])
-    q = jnp.asarray([[0.5, 0.1, 0.2], [0.3, 0.4, 0.05]])
-    np.testing.assert_allclose(keep_top(q, 1), [[0.5, 0, 0.2], [0, 0.4, 0]])
-    np.testing.assert_array_equal(keep_top(q, 3), q)
-    np.testing.assert_allclose(keep_top(-q, 1), [[-0.5, 0, -0.2], [0, -0.4, 0]])  # signed plans
     kept = combine(np.asarray([[0.4, 0.1]]), np.asarray([[0.4, 0.1]]), top_k=1)
     np.testing.assert_allclose(kept.weights, [[1.0, 0.0]])
+    np.testing.assert_allclose(kept.dropped, [0.2])
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 50])
+@pytest.mark.parametrize("entries", [2**21, 40])
+def test_sparse_plans_hold_the_largest_of_rows_and_columns(top_k: int, entries: int, monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", entries)
+    generator = np.random.default_rng(0)
+    cost = jnp.asarray(generator.uniform(0, 2, (13, 9)), jnp.float32)
+    signed = ot.SignedPlan(*(jnp.asarray(generator.normal(size=size), jnp.float32) for size in (13, 9)), 0.5, cost)
+    q, x = np.asarray(signed.matrix(), np.float64), jnp.asarray(generator.normal(size=(9, 2)), jnp.float32)
+    mass = np.abs(q)
+    rows = mass >= np.sort(mass, axis=1)[:, -min(top_k, 9)][:, None]
+    columns = mass >= np.sort(mass, axis=0)[-min(top_k, 13)]
+    sparse = ot.SparsePlan.of(signed, top_k)
+    truth = np.where(rows | columns, q, 0)
+    np.testing.assert_allclose(sparse.matrix(), truth, rtol=1e-6)
+    np.testing.assert_allclose(sparse.apply(x), truth @ x, atol=1e-5)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(sparse)) == ot.SparsePlan.bytes(13, 9, top_k)
 
 
 def test_update_table_and_refusal(pair) -> None:

@@ -22,8 +22,14 @@ class _Section(BaseModel):
 
 
 class ActivationOptions(_Section):
-    """What is recorded: rows are texts (`sequence`) or whitespace-delimited pieces of text (`span`)."""
+    """What is recorded: rows are texts (`sequence`) or whitespace-delimited pieces of text (`span`).
 
+    `keep`: activations are stored, all rows of them; otherwise only what alignment needs is summed up, in blocks of
+    `block_rows` rows, which takes no more room however much text is read (8 bytes per pair of units and of layers).
+    """
+
+    keep: bool = True
+    block_rows: Positive = 512
     pooling: Literal["sequence", "span"] = "span"
     max_texts: Positive | None = None
     max_tokens: Positive = 512
@@ -36,10 +42,17 @@ class AlignmentOptions(_Section):
 
     `solver` is any that `tmjax.ot.SOLVERS` knows and that finds couplings; `epsilon`, `max_iterations` and `threshold`
     go to those that have them, and `solver_options` holds the solver's other options (or overrides these three).
+
+    `layer_pairs` says which pairs of layers are solved: `all`; `coarse`, those that hold the share `layer_mass` of each
+    target layer's weight in a layer plan guessed from `coarse_units` units a side; `band`, those whose relative depths
+    differ by at most `layer_band`. `layer_top_k` keeps only so many source layers per target layer, `plan_top_k` only
+    the entries of a plan among the so many largest of their row or column. `gain` multiplies every unit's map by its
+    least-squares gain. Where the activations are kept with the potentials (large models), it is as `feature_dtype`.
+    `memory_mib` is what the solver may use beside the activations of a site.
     """
 
     cost: Literal["correlation", "cosine"] = "correlation"
-    solver: str = "sinkhorn"
+    solver: str = "scaling"
     solver_options: dict[str, str | bool | int | float] = {}
     epsilon: PositiveFloat = 0.02
     max_iterations: Positive = 2000
@@ -49,13 +62,25 @@ class AlignmentOptions(_Section):
     layer_threshold: PositiveFloat = 1e-6
     layer_cost_scale: Literal["median", "none"] = "median"
     layer_top_k: Positive | None = None
+    layer_pairs: Literal["all", "coarse", "band"] = "all"
+    layer_mass: Annotated[float, Field(gt=0, le=1)] = 0.95
+    layer_band: Annotated[float, Field(ge=0, le=1)] = 0.25
+    coarse_units: Positive = 256
+    plan_top_k: Positive | None = None
+    gain: bool = False
+    feature_dtype: Literal["float16", "float32"] = "float16"
     memory_mib: Positive = 512
+
+    @property
+    def centred(self) -> bool:
+        """Whether means are subtracted: for correlations, not for cosines."""
+        return self.cost == "correlation"
 
 
 class FusionOptions(_Section):
     """How the source's weights enter the target's.
 
-    `map` is how plans become maps, `gain` the per-unit least-squares gain, `norm_match` rescales each transported
+    `map` is how plans become maps, `norm_match` rescales each transported
     tensor to its target's norm, `beta` is the change of the target's own weights (`tied`: minus alpha, so that alpha
     blends), and `alphas`, `betas` are what is tried on the validation texts when alpha is not given, per group of
     projections.
@@ -64,8 +89,6 @@ class FusionOptions(_Section):
     map: Literal["paper", "barycentric"] = "barycentric"
     roles: Annotated[tuple[Role, ...], Field(min_length=1)] = ALL_ROLES
     mask_top_k: Positive | None = None
-    plan_top_k: Positive | None = None
-    gain: bool = False
     norm_match: bool = True
     bias: Literal["transported", "keep_mean", "none"] = "transported"
     beta: float | Literal["tied", "fit"] = "fit"
@@ -126,12 +149,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "layer_max_iterations": 1000,
             "layer_threshold": 1e-6,  # the paper asks for 1e-9, which float32 marginals cannot show
             "layer_cost_scale": "median",
+            "feature_dtype": "float32",
         },
         "fusion": {
             "map": "paper",
             "roles": list(ATTENTION_ROLES),
             "mask_top_k": 128,
-            "gain": False,
             "norm_match": False,
             "bias": "transported",
             "beta": "tied",

@@ -1,7 +1,7 @@
 """Capturing: the jitted forward pools every site inside its scan, so unpooled activations are never kept."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -49,6 +49,48 @@ def _arrays(batch: Batch, documents: Sequence[TokenisedDocument], rows: int) -> 
     return ids, weights
 
 
+def require_readable(spec: DecoderSpec, documents: Sequence[TokenisedDocument], sites: Sequence[str]) -> None:
+    """Raises InputError unless all sites exist and all token ids are in the model's vocabulary."""
+    unknown = [site for site in sites if site not in SITES]
+    if unknown:
+        raise InputError(f"no site {', '.join(unknown)}; sites are {', '.join(SITES)}")
+    largest = max(max(document.ids) for document in documents)
+    if largest >= spec.vocab:
+        raise InputError(f"the tokenizer gives id {largest}, but the model's vocabulary has {spec.vocab} entries")
+
+
+def batch_limit(spec: DecoderSpec, sites: Sequence[str], batch_tokens: int, memory_mib: int | None) -> int:
+    """Padded tokens of a batch: `batch_tokens`, or fewer where the activations of that many rows exceed the memory."""
+    row_bytes = 4 * spec.layers * sum(spec.axis_size(SITES[site]) for site in sites)
+    return max(1, min(batch_tokens, (memory_mib or _default_memory_mib()) * 2**20 // row_bytes))
+
+
+def pooled_batches(
+    spec: DecoderSpec,
+    params: Params,
+    documents: Sequence[TokenisedDocument],
+    batches: Iterable[tuple[Batch, int]],
+    *,
+    sites: Sequence[str],
+    dtype: jnp.dtype,
+    place: Callable[[np.ndarray], Array],
+) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+    """Each batch with its pooled activations, `[layer, slot, R, unit]` float32 of every site.
+
+    `batches` pairs a batch with R, the rows that each of its documents is padded to. Raises NonFiniteError if an
+    activation is NaN or infinite.
+    """
+    for batch, rows in batches:
+        ids, weights = _arrays(batch, documents, rows)
+        captured = jax.device_get(pooled_forward(spec, params, place(ids), place(weights), tuple(sites), dtype))
+        for site, values in captured.items():
+            if not np.isfinite(values).all():
+                raise NonFiniteError(
+                    f"activations of site {site} hold NaN or infinity; the model overflows on these texts"
+                )
+        yield batch, captured
+
+
 def capture(
     spec: DecoderSpec,
     params: Params,
@@ -70,33 +112,22 @@ def capture(
     exceed `memory_mib`. `place` puts a batch array on the devices, its leading axis divisible by `multiple`. Raises
     NonFiniteError if an activation is NaN or infinite.
     """
-    unknown = [site for site in sites if site not in SITES]
-    if unknown:
-        raise InputError(f"no site {', '.join(unknown)}; sites are {', '.join(SITES)}")
-    largest = max(max(document.ids) for document in documents)
-    if largest >= spec.vocab:
-        raise InputError(f"the tokenizer gives id {largest}, but the model's vocabulary has {spec.vocab} entries")
+    require_readable(spec, documents, sites)
     store.create(directory, rows, spec.layers, {site: spec.axis_size(SITES[site]) for site in sites})
     counts = [len(document.rows) for document in documents]
     first_row = np.concatenate([[0], np.cumsum(counts)])
-    row_bytes = 4 * spec.layers * sum(spec.axis_size(SITES[site]) for site in sites)
-    batch_tokens = max(1, min(batch_tokens, (memory_mib or _default_memory_mib()) * 2**20 // row_bytes))
+    limit = batch_limit(spec, sites, batch_tokens, memory_mib)
     used = [number for number, count in enumerate(counts) if count]
-    batches = list(bucketed([len(documents[n].ids) for n in used], batch_tokens=batch_tokens, multiple=multiple))
+    batches = list(bucketed([len(documents[n].ids) for n in used], batch_tokens=limit, multiple=multiple))
+    batches = [Batch(tuple(used[i] for i in batch.documents), batch.size, batch.tokens) for batch in batches]
     widest: dict[int, int] = {}
     for batch in batches:
-        rows_here = max(counts[used[i]] for i in batch.documents)
-        widest[batch.tokens] = max(widest.get(batch.tokens, 1), rows_here)
-    for done, batch in enumerate(batches):
-        chosen = Batch(tuple(used[i] for i in batch.documents), batch.size, batch.tokens)
-        ids, weights = _arrays(chosen, documents, widest[batch.tokens])
-        captured = jax.device_get(pooled_forward(spec, params, place(ids), place(weights), tuple(sites), dtype))
+        widest[batch.tokens] = max(widest.get(batch.tokens, 1), *(counts[n] for n in batch.documents))
+    padded = [(batch, widest[batch.tokens]) for batch in batches]
+    pooled = pooled_batches(spec, params, documents, padded, sites=sites, dtype=dtype, place=place)
+    for done, (batch, captured) in enumerate(pooled):
         for site, values in captured.items():
-            blocks = {first_row[n]: values[:, slot, : counts[n]] for slot, n in enumerate(chosen.documents)}
+            blocks = {first_row[n]: values[:, slot, : counts[n]] for slot, n in enumerate(batch.documents)}
             store.write_rows(directory, site, blocks)
-            if not np.isfinite(values).all():
-                raise NonFiniteError(
-                    f"activations of site {site} hold NaN or infinity; the model overflows on these texts"
-                )
         progress(done + 1, len(batches))
     return store.read(directory)

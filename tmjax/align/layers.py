@@ -35,22 +35,30 @@ def layer_plan(cost_lm: np.ndarray, options: AlignmentOptions) -> OTResult:
 class LayerPlan:
     """Layer plans of one projection, [L, M]: from its input site, its output site, and P_eff = sqrt(P_pre P_post).
 
-    `weights` are P_eff with each row scaled to sum 1: P_eff itself is not a coupling.
+    `weights` are P_eff with each row scaled to sum 1: P_eff itself is not a coupling. `dropped` [L] is the share of
+    each row of P_eff that was left out (because few pairs were asked for, or few were solved).
     """
 
     pre: np.ndarray
     post: np.ndarray
     effective: np.ndarray
     weights: np.ndarray
+    dropped: np.ndarray
 
 
-def combine(pre: np.ndarray, post: np.ndarray, top_k: int | None = None) -> LayerPlan:
-    """P_eff of two layer plans; with `top_k` only the largest entries of each row are kept (paper, appendix A.1)."""
-    effective = np.sqrt(pre * post)
+def combine(
+    pre: np.ndarray, post: np.ndarray, top_k: int | None = None, allowed: np.ndarray | None = None
+) -> LayerPlan:
+    """P_eff of two layer plans; with `top_k` only the largest entries of each row are kept (paper, appendix A.1).
+
+    `allowed` (bool [L, M]) are the pairs that may be kept.
+    """
+    full = np.sqrt(pre * post)
+    effective = full if allowed is None else np.where(allowed, full, 0.0)
     if top_k is not None and top_k < effective.shape[1]:
-        smallest = np.argsort(effective, axis=1)[:, :-top_k]
-        np.put_along_axis(effective, smallest, 0.0, axis=1)
+        effective = effective.copy()
+        np.put_along_axis(effective, np.argsort(effective, axis=1)[:, :-top_k], 0.0, axis=1)
     mass = effective.sum(axis=1, keepdims=True)
     if not (mass > 0).all():
         raise InputError("a target layer is matched with no source layer; raise alignment.layer_epsilon")
-    return LayerPlan(pre, post, effective, effective / mass)
+    return LayerPlan(pre, post, effective, effective / mass, 1.0 - mass[:, 0] / full.sum(axis=1))

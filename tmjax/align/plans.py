@@ -1,36 +1,47 @@
-"""Neuron plans Q of one site for all (target layer, source layer) pairs."""
+"""Neuron plans Q of one site for (target layer, source layer) pairs."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
+from tmjax.align.sites import CorrelationSite, FeatureSite, Site
 from tmjax.errors import InputError
 from tmjax.ot import (
+    DensePlan,
     EntropicPlan,
+    FeatureCost,
+    LinearMap,
     LowRankPlan,
     MatchPlan,
+    OTResult,
     Plan,
     Problem,
     SignedPlan,
     Solver,
+    SparsePlan,
     capabilities_of,
-    correlation,
-    solve,
-    standardise,
+    prepared,
+    solve_each,
 )
 from tmjax.typing import Array, ArrayLike
+
+#: Most pairs of layers that are solved in one call; progress is shown between calls.
+CHUNK = 64
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FeaturePlan:
-    """Entropic plans of all pairs of layers whose cost is rebuilt when asked for.
+    """Entropic plans of pairs of layers whose cost is rebuilt when asked for.
 
-    Potentials f [L, M, n], g [L, M, k], epsilon [L, M]; standardised activations zx [L, N, n] and zy [M, N, k].
+    Potentials f [P, n], g [P, k], epsilon [P]; the pairs' layers [P]; standardised activations zx [L, N, n] and
+    zy [M, N, k].
     """
 
     form: ClassVar[type[EntropicPlan]] = EntropicPlan
@@ -38,14 +49,24 @@ class FeaturePlan:
     f: ArrayLike
     g: ArrayLike
     epsilon: ArrayLike
+    layer: ArrayLike
+    source_layer: ArrayLike
     zx: ArrayLike
     zy: ArrayLike
 
-    def pair(self, layer: Array | int, source_layer: Array | int) -> EntropicPlan:
-        """The plan of one pair of layers."""
-        f, g, epsilon = (jnp.asarray(x)[layer, source_layer] for x in (self.f, self.g, self.epsilon))
-        rho = correlation(jnp.asarray(self.zx)[layer], jnp.asarray(self.zy)[source_layer])
-        return self.form(f, g, epsilon, 1.0 - rho)
+    def at(self, position: Array | int) -> EntropicPlan:
+        """The plan at a position."""
+        f, g, epsilon, layer, source = (
+            jnp.asarray(x)[position] for x in (self.f, self.g, self.epsilon, self.layer, self.source_layer)
+        )
+        return self.form(f, g, epsilon, FeatureCost(jnp.asarray(self.zx)[layer], jnp.asarray(self.zy)[source]))
+
+    def keep(self, chosen: np.ndarray) -> "FeaturePlan":
+        """The plans at these positions."""
+        held = {
+            name: np.asarray(getattr(self, name))[chosen] for name in ("f", "g", "epsilon", "layer", "source_layer")
+        }
+        return replace(self, **held)
 
 
 @jax.tree_util.register_dataclass
@@ -57,111 +78,266 @@ class SignedFeaturePlan(FeaturePlan):
 
 
 _REBUILT: dict[type[EntropicPlan], type[FeaturePlan]] = {cls.form: cls for cls in (FeaturePlan, SignedFeaturePlan)}
+_NAMES = {
+    FeaturePlan: "potentials, features",
+    LowRankPlan: "factors",
+    MatchPlan: "matches",
+    SparsePlan: "sparse",
+    LinearMap: "maps",
+}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SitePlans:
-    """Plans of a site for all pairs of layers, in the smallest form that `fuse` can rebuild the couplings from.
+    """Plans of a site for pairs of layers, in the smallest form that `fuse` can rebuild the couplings from.
 
-    `held`: plans with leading axes [L, M]; where that is smaller, entropic ones without their costs (`FeaturePlan`).
-    `gain_target` [L, M, n] and `gain_source` [L, M, k] are least-squares gains of the maps in either direction
-    (`map_gains`). Certificates [L, M]: layer_cost = <cost, Q>, iterations, converged, marginal error (L1, larger side).
+    `held`: P plans, entropic ones without their costs where that is smaller (`FeaturePlan`), else dense. `index` [L, M]
+    is a pair's position in them, -1 for a pair that is not held. `layer_cost` [L, M] = <cost, Q>, an estimate where
+    `solved` is False (see `pairs`). Certificates [P]: iterations, converged, marginal error (L1, larger side), whether
+    the solver fell back to a slower form. `weight_target` [P, n] and `weight_source` [P, k] turn rows of Q and Q^T into
+    averages: 1 / their mass, times the least-squares gain if that was asked for; None: n and k.
     """
 
     held: Plan | FeaturePlan
-    gain_target: ArrayLike
-    gain_source: ArrayLike
+    index: ArrayLike
     layer_cost: ArrayLike
+    solved: ArrayLike
     iterations: ArrayLike
     converged: ArrayLike
     marginal_error: ArrayLike
+    fallback: ArrayLike
+    weight_target: ArrayLike | None = None
+    weight_source: ArrayLike | None = None
 
     @property
     def stored(self) -> str:
-        """What is kept: potentials with features, potentials with dense costs, or the plan's own form."""
-        names = {
-            FeaturePlan: "potentials, features",
-            EntropicPlan: "potentials, costs",
-            LowRankPlan: "factors",
-            MatchPlan: "matches",
-        }
-        return next((name for form, name in names.items() if isinstance(self.held, form)), "dense")
+        """What is kept: potentials with features, or the plan's own form."""
+        return next((name for form, name in _NAMES.items() if isinstance(self.held, form)), "dense")
+
+    def pair(self, layer: Array | int, source_layer: Array | int) -> tuple[Plan, Array | None, Array | None]:
+        """The plan of a pair of layers and its weights; indices may be traced, the pair must be held."""
+        position = jnp.asarray(self.index)[layer, source_layer]
+        if isinstance(self.held, FeaturePlan):
+            plan = self.held.at(position)
+        else:
+            plan = jax.tree.map(lambda x: jnp.asarray(x)[position], self.held)
+        weights = (None if w is None else jnp.asarray(w)[position] for w in (self.weight_target, self.weight_source))
+        return plan, *weights
 
     def plan(self, layer: Array | int, source_layer: Array | int) -> Array:
-        """The coupling Q [n, k] of one pair of layers; indices may be traced."""
-        if isinstance(self.held, FeaturePlan):
-            return self.held.pair(layer, source_layer).matrix()
-        return jax.tree.map(lambda x: jnp.asarray(x)[layer, source_layer], self.held).matrix()
+        """The coupling Q [n, k] of one pair of layers."""
+        return self.pair(layer, source_layer)[0].matrix()
+
+    def keep(self, wanted_lm: np.ndarray) -> "SitePlans":
+        """Only the pairs that are wanted (bool [L, M]); `layer_cost` stays whole."""
+        index = np.asarray(self.index)
+        chosen = index[wanted_lm & (index >= 0)]
+        if len(chosen) == np.sum(index >= 0):
+            return self
+        fresh = np.full_like(index, -1)
+        fresh[wanted_lm & (index >= 0)] = np.arange(len(chosen))
+        fields = ("iterations", "converged", "marginal_error", "fallback", "weight_target", "weight_source")
+        held = self.held
+        held = held.keep(chosen) if isinstance(held, FeaturePlan) else jax.tree.map(lambda x: x[chosen], held)
+        some = {name: None if getattr(self, name) is None else getattr(self, name)[chosen] for name in fields}
+        return replace(self, held=held, index=fresh, **some)
 
 
-@jax.jit
-def _costs(zx: Array, zy: Array, pairs: Array) -> Array:
-    return jax.lax.map(lambda pair: 1.0 - correlation(zx[pair[0]], zy[pair[1]]), pairs)
+class _Kept(NamedTuple):
+    """What is kept of a pair."""
+
+    plan: Plan
+    layer_cost: Array
+    iterations: Array
+    converged: Array
+    marginal_error: Array
+    fallback: Array
+    weight_target: Array | None
+    weight_source: Array | None
 
 
-@jax.jit
-def map_gains(zx_nt: Array, zy_nk: Array, q_tk: Array) -> tuple[Array, Array]:
-    """Least-squares gains of the barycentric maps of a coupling, per target and per source unit.
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    return jnp.where(denominator > 1e-12, numerator / jnp.where(denominator > 1e-12, denominator, 1.0), 0.0)
 
-    A barycentric map averages, so what it predicts varies too little. With x^ = diag(1/a) Q y on standardised rows, the
-    gain Cov(x, x^) / Var(x^) is the factor per unit that makes it the best predictor; likewise back. Never negative.
+
+def map_gains(zx_nt: Array, zy_nk: Array, to_target_nt: Array, to_source_nk: Array) -> tuple[Array, Array]:
+    """Least-squares gains of predictions of standardised rows, per target and per source unit.
+
+    A barycentric map averages, so what it predicts varies too little. The gain Cov(x, x^) / Var(x^) is the factor per
+    unit that makes it the best predictor; likewise back. Never negative.
     """
 
     def gain(z: Array, predicted: Array) -> Array:
-        variance = jnp.sum(predicted * predicted, axis=0)
-        covariance = jnp.sum(z * predicted, axis=0)
-        return jnp.where(
-            variance > 1e-12, jnp.maximum(covariance, 0.0) / jnp.where(variance > 1e-12, variance, 1.0), 0.0
+        return _ratio(jnp.maximum(jnp.sum(z * predicted, axis=0), 0.0), jnp.sum(predicted * predicted, axis=0))
+
+    return gain(zx_nt, to_target_nt), gain(zy_nk, to_source_nk)
+
+
+def _kept(site: Site, solver: Solver, gain: bool, form: str, top_k: int | None) -> Callable[..., _Kept]:
+    """What to do with the result of a pair of layers."""
+    can = capabilities_of(solver)
+
+    def finish(pair: Array, problem: Problem, result: OTResult) -> _Kept:
+        plan = result.plan.attach(problem)
+        n, k = problem.cost.shape
+        cost, error = result.transport_cost, result.marginal_error
+        to_x = to_y = None
+        if gain or can.map_only:
+            zx, zy = site.problem(pair[0], pair[1]).features
+            to_x, to_y = plan.apply(zy.T).T, plan.apply_transpose(zx.T).T
+        if can.map_only:
+            # Maps have no transport cost; what they leave unexplained takes its place among layers.
+            alive = jnp.sum(zx * zx, axis=0) > 0
+            left = jnp.where(alive, jnp.sum(jnp.square(zx - to_x), axis=0), 0.0)
+            cost = jnp.sum(left) / jnp.maximum(jnp.sum(alive), 1)
+            weights = jnp.ones((n,)), jnp.ones((k,))
+        elif can.balanced:
+            weights = jnp.full((n,), jnp.float32(n)), jnp.full((k,), jnp.float32(k))
+        else:
+            q = plan.magnitude()
+            weights = _ratio(jnp.float32(1), jnp.sum(q, axis=1)), _ratio(jnp.float32(1), jnp.sum(q, axis=0))
+        if gain:
+            gains = map_gains(zx, zy, to_x * weights[0], to_y * weights[1])
+            weights = weights[0] * gains[0], weights[1] * gains[1]
+        elif can.balanced:
+            weights = None, None
+        if form == "sparse":
+            plan = SparsePlan.of(plan, top_k)
+        elif form == "dense":
+            plan = DensePlan(plan.matrix())
+        elif isinstance(plan, EntropicPlan):
+            plan = replace(plan, cost=None)
+        return _Kept(plan, cost, result.iterations, result.converged, error, result.fallback, *weights)
+
+    return finish
+
+
+@functools.partial(jax.jit, static_argnames=("solver", "gain", "form", "top_k", "mesh"))
+def _solve_pairs(
+    site: Site, pairs: Array, solver: Solver, gain: bool, form: str, top_k: int | None, mesh: Mesh | None
+) -> _Kept:
+    """Solves pairs of layers [P, 2]; with a mesh, each device its share of them."""
+
+    def some(site: Site, pairs: Array) -> _Kept:
+        finish = _kept(site, solver, gain, form, top_k)
+        return solve_each(
+            solver,
+            lambda index: site.problem(pairs[index, 0], pairs[index, 1]),
+            pairs.shape[0],
+            lambda index, problem, result: finish(pairs[index], problem, result),
         )
 
-    highest = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    n, k = q_tk.shape
-    return gain(zx_nt, highest(zy_nk, q_tk.T) * n), gain(zy_nk, highest(zx_nt, q_tk) * k)
+    if mesh is None:
+        return some(site, pairs)
+    split = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(some, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False)(
+        site, pairs
+    )
 
 
-@jax.jit
-def _gains(zx: Array, zy: Array, pairs: Array, plans: Plan) -> tuple[Array, Array]:
-    def one(item: tuple[Array, Plan]) -> tuple[Array, Array]:
-        pair, plan = item
-        return map_gains(zx[pair[0]], zy[pair[1]], plan.matrix())
+def _solve_on_host(site: Site, pairs: np.ndarray, solver: Solver, gain: bool, form: str, top_k: int | None) -> _Kept:
+    """The same for solvers that run in NumPy."""
+    finish = _kept(site, solver, gain, form, top_k)
+    found = []
+    for pair in pairs:
+        problem = prepared(site.problem(*pair), solver)
+        found.append(finish(pair, problem, solver.solve_one(jax.device_get(problem))))
+    return jax.tree.map(lambda *x: jnp.stack(x), *found)
 
-    return jax.lax.map(one, (pairs, plans))
+
+def _form(site: Site, solver: Solver, pairs: int, top_k: int | None) -> str:
+    """In which form plans are kept: `own` (factors, matches, maps), `sparse`, `dense` or `potentials`."""
+    n, k = site.units
+    can = capabilities_of(solver)
+    dense = 4 * pairs * n * k
+    if top_k is not None and not can.map_only:
+        return "sparse" if SparsePlan.bytes(n, k, top_k) * pairs < dense else "dense"
+    if not can.potentials:
+        return "own"
+    if isinstance(site, CorrelationSite):
+        return "dense"
+    return "potentials" if features_bytes(site) + 4 * pairs * (n + k) < dense else "dense"
 
 
-def solve_site(
-    x_lnu: np.ndarray, y_mnu: np.ndarray, solver: Solver, *, centred: bool = True, memory_mib: int = 512
+def features_bytes(site: FeatureSite, itemsize: int = 2) -> int:
+    """Bytes of the activations of a site, in float16 unless said otherwise."""
+    return itemsize * (np.size(site.zx) + np.size(site.zy))
+
+
+def solve_pairs(
+    site: Site,
+    solver: Solver,
+    *,
+    wanted_lm: np.ndarray | None = None,
+    memory_mib: int = 512,
+    gain: bool = False,
+    top_k: int | None = None,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SitePlans:
-    """Solves all L x M problems of one site from activations [L, N, n] of the target and [M, N, k] of the source.
+    """Solves the pairs of layers of a site that are wanted (bool [L, M]; all unless given), marginals uniform.
 
-    Pairs go to the solver in equal chunks whose costs, and features where the solver compares units within a side, fit
-    into `memory_mib`; marginals are uniform. Raises InputError for solvers that find maps, not couplings.
+    Costs are made pair by pair and never kept: the solver's memory beside the site is at most `memory_mib` if it has
+    such an option. `gain`: weights hold the least-squares gains. `top_k`: plans keep only the entries among the so many
+    largest of their row or column. `mesh`: pairs are split over its devices. Raises InputError for what the solver or
+    the site cannot do.
     """
     can = capabilities_of(solver)
-    if can.map_only:
-        raise InputError(f"solver {solver.name!r} finds a linear map, not a coupling; alignments are made of couplings")
-    zx, zy = (standardise(jnp.asarray(x), centre=centred) for x in (x_lnu, y_mnu))
-    layers, sources = zx.shape[0], zy.shape[0]
-    n, k, rows = zx.shape[2], zy.shape[2], zx.shape[1]
-    # Costs are kept with the potentials where that takes less room than the activations that they come from.
-    keep_costs = layers * sources * n * k <= rows * (layers * n + sources * k)
-    pairs = np.stack(np.meshgrid(np.arange(layers), np.arange(sources), indexing="ij"), -1).reshape(-1, 2)
-    per_pair = n * k + (rows * (n + k) + n * n + k * k if can.needs_features else 0)
-    size = max(1, min(len(pairs), memory_mib * 2**20 // (4 * per_pair)))
+    layers, sources = site.layers
+    n, k = site.units
+    if can.equal_sizes and n != k:
+        raise InputError(f"solver {solver.name!r} matches units one to one: it needs equal sizes, not {n} and {k}")
+    if isinstance(site, CorrelationSite) and (can.needs_features or gain):
+        what = f"solver {solver.name!r}" if can.needs_features else "alignment.gain"
+        raise InputError(f"{what} needs the activations, which were not kept; set activations.keep: true")
+    if hasattr(solver, "memory_mib"):
+        solver = replace(solver, memory_mib=memory_mib)
+    wanted_lm = np.ones((layers, sources), bool) if wanted_lm is None else wanted_lm
+    pairs = np.argwhere(wanted_lm).astype(np.int32)
+    form = _form(site, solver, len(pairs), top_k)
+    devices = 1 if mesh is None or can.host else mesh.size
+    # What comes back of a chunk takes no more than half the memory.
+    most = max(1, min(CHUNK, memory_mib * 2**20 // (8 * n * k))) if form in ("dense", "own") else CHUNK
+    size = min(-(-len(pairs) // devices), most) * devices
     padded = np.concatenate([pairs, np.repeat(pairs[-1:], -len(pairs) % size, axis=0)])
     parts = []
     for start in range(0, len(padded), size):
-        chunk = jnp.asarray(padded[start : start + size])
-        features = (zx[chunk[:, 0]], zy[chunk[:, 1]]) if can.needs_features else None
-        result = solve(Problem.with_uniform_marginals(_costs(zx, zy, chunk), features), solver)
-        gains = _gains(zx, zy, chunk, result.plan)
-        plan = result.plan
-        if isinstance(plan, EntropicPlan) and not keep_costs:
-            plan = replace(plan, cost=None)
-        certificates = (result.transport_cost, result.iterations, result.converged, result.marginal_error)
-        parts.append(jax.device_get((plan, *gains, *certificates)))
-    joined = jax.tree.map(lambda *x: np.concatenate(x)[: len(pairs)].reshape(layers, sources, *x[0].shape[1:]), *parts)
-    held = joined[0]
-    if isinstance(held, EntropicPlan) and held.cost is None:
-        held = _REBUILT[type(held)](held.f, held.g, held.epsilon, np.asarray(zx), np.asarray(zy))
-    return SitePlans(held, *joined[1:])
+        chunk = padded[start : start + size]
+        if can.host:
+            part = _solve_on_host(site, chunk, solver, gain, form, top_k)
+        else:
+            part = _solve_pairs(site, jnp.asarray(chunk), solver, gain, form, top_k, mesh)
+        parts.append(jax.device_get(part))
+        progress(min(start + size, len(pairs)), len(pairs))
+    joined = jax.tree.map(lambda *x: np.concatenate(x)[: len(pairs)], *parts)
+    held = joined.plan
+    if form == "potentials":
+        held = _REBUILT[type(held)](held.f, held.g, held.epsilon, *pairs.T, np.asarray(site.zx), np.asarray(site.zy))
+    index = np.full((layers, sources), -1, np.int32)
+    index[tuple(pairs.T)] = np.arange(len(pairs))
+    layer_cost = np.full((layers, sources), np.nan, np.float32)
+    layer_cost[tuple(pairs.T)] = joined.layer_cost
+    return SitePlans(held, index, layer_cost, wanted_lm, *joined[2:])
+
+
+def solve_site(
+    x_lnu: np.ndarray,
+    y_mnu: np.ndarray,
+    solver: Solver,
+    *,
+    centred: bool = True,
+    feature_dtype: str = "float16",
+    wanted_lm: np.ndarray | None = None,
+    top_k: int | None = None,
+    **options: object,
+) -> SitePlans:
+    """`solve_pairs` from activations [L, N, n] of the target and [M, N, k] of the source.
+
+    Activations that are kept with the plans are rounded to `feature_dtype` first: the plans are those of what is kept.
+    """
+    site = FeatureSite.of(x_lnu, y_mnu, centred=centred)
+    pairs = int(np.prod(site.layers) if wanted_lm is None else wanted_lm.sum())
+    if _form(site, solver, pairs, top_k) == "potentials":
+        site = jax.tree.map(lambda z: z.astype(feature_dtype), site)
+    return solve_pairs(site, solver, wanted_lm=wanted_lm, top_k=top_k, **options)

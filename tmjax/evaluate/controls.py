@@ -54,9 +54,7 @@ def plan_permutations(alignment: Alignment, seed: int) -> dict[str, np.ndarray]:
     the transport reads the unpermuted weights through the permuted plan.
     """
     generator = np.random.default_rng(seed)
+    shapes = {site: (*held.index.shape, alignment.source[site].mean.shape[1]) for site, held in alignment.plans.items()}
     return {
-        site: generator.permuted(
-            np.broadcast_to(np.arange(plans.gain_source.shape[2]), plans.gain_source.shape), axis=2
-        )
-        for site, plans in alignment.plans.items()
+        site: generator.permuted(np.broadcast_to(np.arange(shape[2]), shape), axis=2) for site, shape in shapes.items()
     }

@@ -61,8 +61,6 @@ def transport_model(
             source[rows_source[role].path],
             source[bias_source[role].path] if role in bias_source else None,
             kind=options.map,
-            gain=options.gain,
-            top_k=options.plan_top_k,
             permutations=permutations,
         )
         raw = _norm(weight)

@@ -16,6 +16,7 @@ import numpy as np
 from tmjax.align.alignment import Alignment, plan_site
 from tmjax.align.plans import SitePlans
 from tmjax.models.spec import ParamSpec
+from tmjax.ot import Plan
 from tmjax.typing import Array, ArrayLike
 
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -51,39 +52,18 @@ def side(alignment: Alignment, site: str, permutation: np.ndarray | None = None)
     )
 
 
-def keep_top(q: Array, top_k: int | None) -> Array:
-    """Keeps an entry of a plan if it is among the `top_k` largest of its row or of its column (paper, appendix A.1)."""
-    if top_k is None:
-        return q
-
-    def threshold(x: Array) -> Array:
-        return jax.lax.top_k(x, min(top_k, x.shape[-1]))[0][:, -1]
-
-    mass = jnp.abs(q)  # signed plans carry their mass in either sign
-    return jnp.where((mass >= threshold(mass)[:, None]) | (mass >= threshold(mass.T)[None, :]), q, 0.0)
+def _inverse(x: Array) -> Array:
+    """1 / x, 0 for dead units."""
+    return jnp.where(x > 0, 1.0 / jnp.where(x > 0, x, 1.0), 0.0)
 
 
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    """numerator / denominator, 0 for dead units."""
-    return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1.0), 0.0)
-
-
-def to_target(end: Side, layer: Array, source: Array, *, gain: bool, top_k: int | None = None) -> Array:
-    """M [n, k] = diag(s) diag(1/a) Q diag(1/s'), rows times the gain if asked."""
-    q = keep_top(end.plans.plan(layer, source), top_k)
-    rows = jnp.asarray(end.scale)[layer] * q.shape[0]
-    if gain:
-        rows = rows * jnp.asarray(end.plans.gain_target)[layer, source]
-    return rows[:, None] * q * _ratio(jnp.float32(1), jnp.asarray(end.source_scale)[source])[None, :]
-
-
-def to_source(end: Side, layer: Array, source: Array, *, gain: bool, top_k: int | None = None) -> Array:
-    """N [k, n] = diag(s') diag(1/b) Q^T diag(1/s), rows times the gain if asked."""
-    q = keep_top(end.plans.plan(layer, source), top_k)
-    rows = jnp.asarray(end.source_scale)[source] * q.shape[1]
-    if gain:
-        rows = rows * jnp.asarray(end.plans.gain_source)[layer, source]
-    return rows[:, None] * q.T * _ratio(jnp.float32(1), jnp.asarray(end.scale)[layer])[None, :]
+def _scales(end: Side, layer: Array, source: Array) -> tuple[Plan, Array, Array, Array, Array]:
+    """The plan of a pair of layers; what M multiplies rows of Q by [n] and its columns [k]; the same of N, Q^T."""
+    plan, weight_target, weight_source = end.plans.pair(layer, source)
+    s, s_source = jnp.asarray(end.scale)[layer], jnp.asarray(end.source_scale)[source]
+    weight_target = s.shape[0] if weight_target is None else weight_target
+    weight_source = s_source.shape[0] if weight_source is None else weight_source
+    return plan, s * weight_target, _inverse(s_source), s_source * weight_source, _inverse(s)
 
 
 def _permuted(x: Array, end: Side, layer: Array, source: Array, axis: int) -> Array:
@@ -92,34 +72,40 @@ def _permuted(x: Array, end: Side, layer: Array, source: Array, axis: int) -> Ar
     return jnp.take(x, jnp.asarray(end.permutation)[layer, source], axis=axis)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "gain", "top_k"))
-def transport(
-    into: Side, out: Side, weights_lm: Array, w_moi: Array, b_mo: Array, *, kind: str, gain: bool, top_k: int | None
-) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames="kind")
+def transport(into: Side, out: Side, weights_lm: Array, w_moi: Array, b_mo: Array, *, kind: str) -> tuple[Array, Array]:
     """W^ [L, out, in] and b^ [L, out] float32 from source weights [M, out', in'] and biases [M, out'] (zero if none).
 
-    `weights_lm` are the layer weights: P_eff for `paper`, its normalised rows for `barycentric`.
+    `weights_lm` are the layer weights: P_eff for `paper`, its normalised rows for `barycentric`; pairs without weight
+    are not looked at. Plans are only applied, never written out (see `Plan.apply`).
     """
 
     def pair(layer: Array, source: Array) -> tuple[Array, Array]:
         w = _permuted(w_moi[source].astype(jnp.float32), out, layer, source, 0)
         w = _permuted(w, into, layer, source, 1)
         b = _permuted(b_mo[source].astype(jnp.float32), out, layer, source, 0)
+        q_out, m_rows, m_columns, _, _ = _scales(out, layer, source)
+        q_in, _, _, n_rows, n_columns = _scales(into, layer, source)
         if kind == "paper":
-            q_out = keep_top(out.plans.plan(layer, source), top_k)
-            q_in = keep_top(into.plans.plan(layer, source), top_k)
-            return _dot(_dot(q_out, w), q_in.T), _dot(q_out, b)
-        m_out = to_target(out, layer, source, gain=gain, top_k=top_k)
-        n_in = to_source(into, layer, source, gain=gain, top_k=top_k)
+            moved = q_in.apply(w.T).T
+            both = q_out.apply(jnp.concatenate([moved, b[:, None]], axis=1))
+            return both[:, :-1], both[:, -1]
+        # W N = (N^T W^T)^T with N^T = diag(1/s) Q diag(1/b) diag(s').
+        moved = (n_columns[:, None] * q_in.reversed().apply(n_rows[:, None] * w.T)).T
         source_in = _permuted(jnp.asarray(into.source_mean)[source], into, layer, source, 0)
         source_out = _permuted(jnp.asarray(out.source_mean)[source], out, layer, source, 0)
-        inner = b - source_out + _dot(w, source_in - _dot(n_in, jnp.asarray(into.mean)[layer]))
-        return _dot(_dot(m_out, w), n_in), jnp.asarray(out.mean)[layer] + _dot(m_out, inner)
+        inner = b - source_out + _dot(w, source_in) - _dot(moved, jnp.asarray(into.mean)[layer])
+        both = m_rows[:, None] * q_out.apply(m_columns[:, None] * jnp.concatenate([moved, inner[:, None]], axis=1))
+        return both[:, :-1], jnp.asarray(out.mean)[layer] + both[:, -1]
 
     def target_layer(layer: Array) -> tuple[Array, Array]:
         def add(total: tuple[Array, Array], source: Array) -> tuple[tuple[Array, Array], None]:
             share = weights_lm[layer, source]
-            return jax.tree.map(lambda t, x: t + share * x, total, pair(layer, source)), None
+
+            def moved() -> tuple[Array, Array]:
+                return jax.tree.map(lambda t, x: t + share * x, total, pair(layer, source))
+
+            return jax.lax.cond(share > 0, moved, lambda: total), None
 
         n_out, n_in = jnp.asarray(out.mean).shape[1], jnp.asarray(into.mean).shape[1]
         zero = (jnp.zeros((n_out, n_in), jnp.float32), jnp.zeros((n_out,), jnp.float32))
@@ -135,8 +121,6 @@ def transport_projection(
     bias: ArrayLike | None,
     *,
     kind: str,
-    gain: bool = False,
-    top_k: int | None = None,
     permutations: dict[str, np.ndarray] | None = None,
 ) -> tuple[Array, Array]:
     """Transports one projection of the source (stacked weight and bias) for all target layers; see the module."""
@@ -145,13 +129,4 @@ def transport_projection(
     plan = alignment.layer_plans[row.role]
     weights = jnp.asarray(plan.effective if kind == "paper" else plan.weights)
     zero = jnp.zeros(weight.shape[:2], jnp.float32)
-    return transport(
-        into,
-        out,
-        weights,
-        jnp.asarray(weight),
-        zero if bias is None else jnp.asarray(bias),
-        kind=kind,
-        gain=gain,
-        top_k=top_k,
-    )
+    return transport(into, out, weights, jnp.asarray(weight), zero if bias is None else jnp.asarray(bias), kind=kind)

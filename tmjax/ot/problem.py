@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from tmjax.ot.cost import Cost
 from tmjax.typing import Array
 
 
@@ -18,19 +19,19 @@ def uniform(size: int) -> Array:
 class Problem:
     """min over couplings Q of <cost, Q>: cost [..., n, k], marginals a [..., n] and b [..., k] of equal mass.
 
-    `features`, standardised activations zx [..., N, n] and zy [..., N, k], are for solvers that compare units within
-    each side or fit maps; `start`, potentials f [..., n] and g [..., k], is a warm start. Solvers that have no use for
-    them never see them (see `Capabilities`).
+    The cost may be a `FeatureCost`. `features`, standardised activations zx [..., N, n] and zy [..., N, k], are for
+    solvers that compare units within each side or fit maps; `start`, potentials f [..., n] and g [..., k], is a warm
+    start. Solvers that have no use for them never see them (see `Capabilities`).
     """
 
-    cost: Array
+    cost: Cost
     a: Array
     b: Array
     features: tuple[Array, Array] | None = None
     start: tuple[Array, Array] | None = None
 
     @classmethod
-    def with_uniform_marginals(cls, cost: Array, features: tuple[Array, Array] | None = None) -> "Problem":
+    def with_uniform_marginals(cls, cost: Cost, features: tuple[Array, Array] | None = None) -> "Problem":
         """The problem with marginals 1/n and 1/k."""
         n, k = cost.shape[-2:]
         batch = cost.shape[:-2]

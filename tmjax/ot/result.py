@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from tmjax.ot.blocks import scan_rows
 from tmjax.ot.plan import EntropicPlan, LinearMap, Plan
 from tmjax.ot.problem import Problem
 from tmjax.typing import Array
@@ -20,6 +21,7 @@ class OTResult:
     from the solver. `converged`: they are within the solver's threshold (see `certify`). `transport_cost`: <cost, Q>,
     for every solver the problem's linear cost (1 - |rho| and |Q| for signed plans), whatever it minimises itself;
     `regularised_cost`: <cost, Q> - epsilon H(Q) with H(Q) = -sum Q (ln Q - 1), epsilon being 0 for exact solvers.
+    `fallback`: the solver had to leave its usual form for a slower one (scalings that would overflow).
     """
 
     plan: Plan
@@ -29,6 +31,7 @@ class OTResult:
     error_b: Array
     transport_cost: Array
     regularised_cost: Array
+    fallback: Array
 
     def matrix(self) -> Array:
         """The coupling Q [..., n, k] (signed or a map, if that is what the solver finds)."""
@@ -67,28 +70,49 @@ def certify(
     judged: str = "ab",
     solver_converged: Array | bool = True,
     exponents: Array | float = 1.0,
+    fallback: Array | bool = False,
 ) -> OTResult:
     """The result of one problem (no leading axes), its marginal errors and costs recomputed from the plan.
 
+    In blocks of rows, where the plan is kept as potentials.
     `converged` is decided here, not by the solver, which tests one marginal inside its loop: the errors of the `judged`
     marginals must be within twice the threshold plus what float32 rounds away: a unit in the last place of the entries'
     exponents for a plan kept as potentials (or said to be made of such: `exponents` is the largest), of the mass for
-    any other. `solver_converged` is what else the solver asks
-    for; it can only make the verdict worse. A plan with NaN or infinity anywhere is never converged.
+    any other. `solver_converged` is what else the solver asks for; it can only make the verdict worse. A plan with NaN
+    or infinity anywhere is never converged.
     """
-    plan_here = plan.attach(problem)
-    q, cost = plan_here.magnitude(), plan.price(problem)
-    error_a = jnp.sum(jnp.abs(jnp.sum(q, axis=1) - problem.a))
-    error_b = jnp.sum(jnp.abs(jnp.sum(q, axis=0) - problem.b))
-    transport = jnp.sum(cost * q)
-    negative_entropy = jnp.sum(jnp.where(q > 0, q * (jnp.log(jnp.where(q > 0, q, 1.0)) - 1.0), 0.0))
+    n, k = problem.cost.shape
+    size = plan.measured_rows((n, k))
+
+    def step(carry: tuple[Array, ...], start: Array | int, fresh: Array) -> tuple[Array, ...]:
+        error_a, columns, transport, negative_entropy, finite, highest = carry
+        q, log_q, price = plan.measure(problem, start, size)
+        # Without the barrier every sum below would make the exponentials again.
+        q = jax.lax.optimization_barrier(jnp.where(fresh[:, None], q, 0.0))
+        rows = jnp.sum(q, axis=1)
+        wanted = jax.lax.dynamic_slice_in_dim(problem.a, start, size)
+        return (
+            error_a + jnp.sum(jnp.where(fresh, jnp.abs(rows - wanted), 0.0)),
+            columns + jnp.sum(q, axis=0),
+            transport + jnp.sum(price * q),
+            negative_entropy + jnp.sum(jnp.where(q > 0, q * (log_q - 1.0), 0.0)),
+            finite & jnp.isfinite(rows).all(),
+            jnp.maximum(highest, jnp.max(jnp.abs(price))),
+        )
+
+    zero = jnp.float32(0)
+    start = (zero, jnp.zeros((k,)), zero, zero, jnp.asarray(True), zero)
+    error_a, columns, transport, negative_entropy, finite, highest = scan_rows(n, size, step, start)
+    error_b = jnp.sum(jnp.abs(columns - problem.b))
     largest = exponents
     if isinstance(plan, EntropicPlan):
-        largest = sum(jnp.max(jnp.abs(term)) for term in (plan.f, plan.g, cost)) / plan.epsilon
+        largest = (jnp.max(jnp.abs(plan.f)) + jnp.max(jnp.abs(plan.g)) + highest) / plan.epsilon
     rounding = jnp.minimum(jnp.finfo(jnp.float32).eps * largest, MAX_ROUNDING)
     errors = {"a": error_a, "b": error_b}
     worst = functools.reduce(jnp.maximum, (errors[side] for side in judged), jnp.float32(0))
-    finite = functools.reduce(jnp.logical_and, (jnp.isfinite(x).all() for x in jax.tree.leaves((plan, q, transport))))
+    finite = functools.reduce(
+        jnp.logical_and, (jnp.isfinite(x).all() for x in jax.tree.leaves((plan, transport, columns))), finite
+    )
     return OTResult(
         plan=plan,
         iterations=jnp.asarray(iterations, jnp.int32),
@@ -97,6 +121,7 @@ def certify(
         error_b=error_b,
         transport_cost=transport,
         regularised_cost=transport + epsilon * negative_entropy,
+        fallback=jnp.asarray(fallback),
     )
 
 
@@ -104,4 +129,4 @@ def certify_map(plan: LinearMap) -> OTResult:
     """The result of a solver that finds maps: no marginals and no transport cost (NaN), converged if all is finite."""
     none = jnp.float32(jnp.nan)
     finite = jnp.isfinite(plan.to_target).all() & jnp.isfinite(plan.to_source).all()
-    return OTResult(plan, jnp.int32(1), finite, none, none, none, none)
+    return OTResult(plan, jnp.int32(1), finite, none, none, none, none, jnp.asarray(False))

@@ -1,7 +1,6 @@
 """`solve`: any problem, any solver, always a certificate."""
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from tmjax.errors import InputError, NonFiniteError
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult
 from tmjax.ot.solvers import Solver
-from tmjax.ot.solvers.base import capabilities_of
+from tmjax.ot.solvers.base import capabilities_of, prepared, solve_each
 from tmjax.typing import Array
 
 
@@ -40,11 +39,7 @@ def _checked(problem: Problem, solver: Solver) -> Problem:
         raise InputError(f"solver {solver.name!r} matches units one to one: it needs equal sizes, not {n} and {k}")
     if can.needs_features and problem.features is None:
         raise InputError(f"solver {solver.name!r} needs the activations of both sides (Problem.features)")
-    problem = replace(
-        problem,
-        features=problem.features if can.needs_features else None,
-        start=problem.start if can.warm_start else None,
-    )
+    problem = prepared(problem, solver)
     if problem.features is not None:
         zx, zy = (x.shape for x in problem.features)
         if zx[:-1] != zy[:-1] or (*zx[:-2], zx[-1], zy[-1]) != (*batch, n, k):
@@ -66,15 +61,12 @@ def _all_finite(tree: object) -> Array:
 
 @functools.partial(jax.jit, static_argnames="solver")
 def _solve_batch(problem: Problem, solver: Solver) -> OTResult:
-    if hasattr(solver, "solve_batch"):
-        return solver.solve_batch(problem)
-    # One after the other, not vmapped: in a vmapped while loop every problem pays for the slowest.
-    return jax.lax.map(solver.solve_one, problem)
+    return solve_each(solver, lambda index: jax.tree.map(lambda x: x[index], problem), problem.a.shape[0])
 
 
 def _solve_host(problem: Problem, solver: Solver) -> OTResult:
     held = jax.device_get(problem)
     results = [
-        solver.solve_one(jax.tree.map(lambda x, index=index: x[index], held)) for index in range(held.cost.shape[0])
+        solver.solve_one(jax.tree.map(lambda x, index=index: x[index], held)) for index in range(held.a.shape[0])
     ]
     return jax.tree.map(lambda *x: jnp.stack(x), *results)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tmjax.activations.rows import Rows, TokenisedDocument, pair_rows
 from tmjax.align.alignment import solver_of
+from tmjax.align.streaming import require_streamable
 from tmjax.convert.model import Model, load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer
@@ -118,6 +119,8 @@ class Inputs:
         if self.recipe.alpha is None and self.recipe.valid is None:
             raise InputError("alpha is chosen on validation texts: give --valid FILE, or fix it with --alpha X")
         solver_of(self.recipe.alignment)
+        if not self.recipe.activations.keep:
+            require_streamable(self.recipe.alignment)
         for name in ("source", "target"):
             read_config(resolve(getattr(self.recipe, name)))
         for name in ("layout", "texts", "valid", "test", "target", "source", "rows"):

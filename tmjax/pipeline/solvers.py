@@ -1,6 +1,7 @@
 """`tmjax solvers`: any set of solvers on one recipe's real activations, a stage each, so that a comparison resumes."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tmjax.hub.atomic import write_json
 from tmjax.pipeline.merge import Merge
 from tmjax.recipe import AlignmentOptions
 from tmjax.report.solvers import write_solver_report
-from tmjax.sweep.solvers import SolverRow, measure_site, summarise
+from tmjax.sweep.solvers import SolverProblem, SolverRow, measure_site, summarise
 
 
 def parse_solver(text: str, options: AlignmentOptions) -> AlignmentOptions:
@@ -47,12 +48,19 @@ class SolverComparison(Merge):
 
     def compare(self, names: list[str]) -> dict[str, Any]:
         """Measures every solver; returns the manifest, with `solvers` (a line each) and `solver_sites` (per site)."""
+        if not self.recipe.activations.keep:
+            raise InputError("solvers are judged on held-out rows of activations; set activations.keep: true")
         settings = {name: parse_solver(name, self.recipe.alignment) for name in names}
         target, source = self.activations("target"), self.activations("source")
         projections = self.inputs.projections
         sites = list(
             dict.fromkeys(plan_site(s) for row in projections.values() for s in (row.input_site, row.output_site))
         )
+
+        @functools.cache
+        def problem(site: str, centred: bool) -> SolverProblem:
+            return SolverProblem.of(site, target, source, centred=centred)
+
         rows: list[SolverRow] = []
         merges: dict[str, float] = {}
         for name, options in settings.items():
@@ -60,16 +68,9 @@ class SolverComparison(Merge):
             def work(partial: Path, name: str = name, options: AlignmentOptions = options) -> None:
                 measured = []
                 for done, site in enumerate(sites):
+                    solver = solver_of(options)
                     measured.append(
-                        measure_site(
-                            name,
-                            solver_of(options),
-                            site,
-                            target,
-                            source,
-                            centred=options.cost == "correlation",
-                            memory_mib=options.memory_mib,
-                        )
+                        measure_site(name, solver, problem(site, options.centred), memory_mib=options.memory_mib)
                     )
                     self.progress(name, done + 1, len(sites) + 1)
                 result = {"sites": [dataclasses.asdict(row) for row in measured], "bits_per_byte": self._merge(options)}

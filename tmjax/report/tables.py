@@ -57,14 +57,16 @@ def alignment_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     rows = [
         (
             site,
-            f"{item['converged']}/{item['problems']}",
-            f"{item['max_marginal_error']:.1e}",
+            f"{item['converged']}/{item['problems']}"
+            + (f" of {item['pairs']}" if item["pairs"] > item["problems"] else ""),
+            "" if item["max_marginal_error"] is None else f"{item['max_marginal_error']:.1e}",
             str(item["max_iterations"]),
+            str(item["log_domain"] or ""),
             item["stored"],
         )
         for site, item in manifest["alignment"].items()
     ]
-    return ("site", "converged", "largest marginal error", "most iterations", "kept as"), rows
+    return ("site", "converged", "largest marginal error", "most iterations", "in log domain", "kept as"), rows
 
 
 def stage_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:

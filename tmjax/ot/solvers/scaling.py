@@ -6,17 +6,21 @@ Thibault et al. 2017 and Lehmann et al. 2022, "A note on overrelaxation in the S
 """
 
 import functools
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from tmjax.errors import InputError
+from tmjax.ot.blocks import BLOCK_ENTRIES, block_size, scan_rows
+from tmjax.ot.cost import Cost, FeatureCost, cost_bounds, cost_matrix, cost_rows
 from tmjax.ot.plan import EntropicPlan, coupling
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
 from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.log_domain import Potentials, iterate_potentials
 from tmjax.typing import Array
 
 #: The exponents (C - shifts) / epsilon that the kernel may hold: float32 reaches exp(-87), and sums need some room.
@@ -32,48 +36,80 @@ PATIENCE = 10
 BFLOAT16_ERROR = 1e-2
 
 
-class _State(NamedTuple):
-    """Potentials f [n], g [k] of one problem, iterations done and the L1 marginal error after them."""
-
-    f: Array
-    g: Array
-    iterations: Array
-    error: Array
-
-
 @functools.partial(jax.jit, static_argnames="epsilon")
 def log_domain_needed(problem: Problem, epsilon: float) -> Array:
     """Whether `scaling` solves the problems [...] in the log domain: costs, less the minima of their rows and columns,
     that reach beyond KERNEL_RANGE epsilon, so that entries of the kernel would underflow.
     """
     batch = problem.cost.shape[:-2]
-    flat = problem.cost.reshape(-1, *problem.cost.shape[-2:])
-    return jax.lax.map(lambda cost: _start(cost, _spread(cost), epsilon)[2] > KERNEL_RANGE, flat).reshape(batch)
+    flat = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[len(batch) :]), problem.cost)
+    return jax.lax.map(lambda cost: _start(cost, epsilon)[2][0], flat).reshape(batch)
 
 
-def _spread(cost: Array) -> tuple[Array, Array]:
-    """The least and the largest cost [...] of costs [..., n, k]."""
-    return jnp.min(cost, axis=(-2, -1)), jnp.max(cost, axis=(-2, -1))
-
-
-def _start(cost: Array, spread: tuple[Array, Array], epsilon: float) -> tuple[Array, Array, Array]:
-    """Potentials f [n], g [k] that shift the costs [n, k] into the kernel's range, and the largest exponent left.
+def _start(cost: Cost, epsilon: float) -> tuple[Array, Array, Array]:
+    """Potentials f [B, n], g [B, k] that shift the costs [B, n, k] into the kernel's range; where that fails [B].
 
     Minima of rows and columns cost passes over the costs; they are taken only where the plain spread is too wide.
     """
-    n, k = cost.shape
-    low, high = spread
+    batch, n, k = cost.shape
+    low, high = cost_bounds(cost)
 
     def plain() -> tuple[Array, Array, Array]:
         # The middle becomes exp(0): half the range on either side of 1.
-        return jnp.full((n,), (low + high) / 2), jnp.zeros((k,)), (high - low) / epsilon
+        f = jnp.broadcast_to(((low + high) / 2)[:, None], (batch, n))
+        return f, jnp.zeros((batch, k)), (high - low) / epsilon
 
     def minima() -> tuple[Array, Array, Array]:
-        f = jnp.min(cost, axis=1)
-        g = jnp.min(cost - f[:, None], axis=0)
-        return f, g, jnp.max(cost - f[:, None] - g) / epsilon
+        def lower(carry: tuple[Array, Array], start: Array | int, fresh: Array) -> tuple[Array, Array]:
+            f, g = carry
+            some = cost_rows(cost, start, fresh.shape[0])
+            least = jnp.min(some, axis=2)
+            return _put(f, least, start), jnp.minimum(g, jnp.min(some - least[:, :, None], axis=1))
 
-    return jax.lax.cond((high - low) / epsilon <= KERNEL_RANGE, plain, minima)
+        def largest(highest: Array, start: Array | int, fresh: Array) -> Array:
+            left = cost_rows(cost, start, fresh.shape[0]) - _take(f, start, fresh.shape[0])[:, :, None] - g[:, None, :]
+            return jnp.maximum(highest, jnp.max(left, axis=(1, 2)))
+
+        size = _rows_at_once(cost)
+        f, g = scan_rows(n, size, lower, (jnp.zeros((batch, n)), jnp.full((batch, k), jnp.inf)))
+        return f, g, scan_rows(n, size, largest, jnp.zeros((batch,))) / epsilon
+
+    if isinstance(cost, FeatureCost) and 2.0 / epsilon <= KERNEL_RANGE:
+        f, g, exponent = plain()
+    else:
+        f, g, exponent = jax.lax.cond(jnp.all((high - low) / epsilon <= KERNEL_RANGE), plain, minima)
+    return f, g, exponent > KERNEL_RANGE
+
+
+def _rows_at_once(cost: Cost) -> int:
+    """All rows of costs that are written out; blocks of those that are made."""
+    return block_size(*cost.shape[-2:]) if isinstance(cost, FeatureCost) else cost.shape[-2]
+
+
+def _take(x: Array, start: Array | int, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+
+def _put(x: Array, some: Array, start: Array | int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, some, start, axis=1)
+
+
+def _kernel(cost: Cost, f: Array, g: Array, epsilon: float, dtype: jnp.dtype) -> Array:
+    """exp((f + g - cost) / epsilon) [B, n, k]."""
+    batch, n, k = cost.shape
+
+    def some(out: Array, start: Array | int, fresh: Array) -> Array:
+        rows = fresh.shape[0]
+        return _put(out, coupling(_take(f, start, rows), g, cost_rows(cost, start, rows), epsilon).astype(dtype), start)
+
+    if not isinstance(cost, FeatureCost):
+        return coupling(f, g, cost, epsilon).astype(dtype)
+    return scan_rows(n, _rows_at_once(cost), some, jnp.zeros((batch, n, k), dtype))
+
+
+def _where(condition: Array, new: Array, old: Array) -> Array:
+    """Per problem (leading axis), the new or the old value."""
+    return jnp.where(condition.reshape(condition.shape + (1,) * (new.ndim - 1)), new, old)
 
 
 @dataclass(frozen=True)
@@ -82,13 +118,21 @@ class Scaling:
 
     The error is known from the iteration itself and is tested every `check_every` iterations. `relaxation` in [1, 2) is
     the exponent of over-relaxed updates. `kernel_dtype` "bfloat16" halves what the first iterations read, where memory
-    is the limit (accelerators); the last iterations use float32, so that the certificate holds. Problems whose costs
-    spread too far for float32 exponentials are solved in the log domain (`log_domain_needed` tells which), and so are
-    those where scalings overflowed. Raises InputError for options out of range.
+    is the limit (accelerators); the last iterations use float32, so that the certificate holds.
+
+    Problems whose costs spread too far for float32 exponentials are solved in the log domain (`log_domain_needed` tells
+    which), and so are those where scalings overflowed and those whose kernel alone exceeds `memory_mib`;
+    `OTResult.fallback` says so. A cost given as `FeatureCost` is written out if it fits beside the kernel. `together`
+    problems are iterated at a time, each until it is done: 0 is one on the CPU, where that is fastest, and as many as
+    the memory takes on accelerators, which one problem does not fill.
+
+    Raises InputError for options out of range.
     """
 
     name: ClassVar[str] = "scaling"
-    capabilities: ClassVar[Capabilities] = Capabilities(exact_limit=True, entropic=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        exact_limit=True, entropic=True, feature_cost=True, potentials=True
+    )
 
     epsilon: float = 0.1
     threshold: float = 1e-6
@@ -96,6 +140,8 @@ class Scaling:
     check_every: int = 1
     relaxation: float = 1.0
     kernel_dtype: Literal["float32", "bfloat16"] = "float32"
+    together: int = 0
+    memory_mib: int = 4096
 
     def __post_init__(self) -> None:
         """Refuses options out of range."""
@@ -105,53 +151,127 @@ class Scaling:
             raise InputError(f"relaxation {self.relaxation} is not in [1, 2)")
         if self.kernel_dtype not in ("float32", "bfloat16"):
             raise InputError(f"kernel_dtype {self.kernel_dtype!r} is neither 'float32' nor 'bfloat16'")
+        if self.together < 0 or self.memory_mib < 1:
+            raise InputError("scaling needs together >= 0 and memory_mib >= 1")
+
+    def form(self, shape: tuple[int, int], count: int) -> tuple[bool, bool, int]:
+        """How `count` problems of this shape fit into memory: cost kept, kernel kept, so many problems together."""
+        kept = 4 * shape[0] * shape[1]
+        # What is left by the blocks of the certificate.
+        free = self.memory_mib * 2**20 - 6 * 4 * min(shape[0] * shape[1], BLOCK_ENTRIES)
+        wanted = self.together or (1 if jax.default_backend() == "cpu" else count)
+        # A cost, its kernel, and what the product that makes the cost needs.
+        return free >= 3 * kept, free >= kept, int(max(1, min(free // (3 * kept), wanted, count)))
 
     def solve_one(self, problem: Problem) -> OTResult:
         """Solves one problem [n, k] under `jit`."""
         return jax.tree.map(lambda x: x[0], self.solve_batch(jax.tree.map(lambda x: x[None], problem)))
 
     def solve_batch(self, problem: Problem) -> OTResult:
-        """Solves problems [B, n, k] in turn under `jit`, each with its own number of iterations."""
-        f, g, iterations = self.potentials(problem)
+        """Solves problems [B, n, k] under `jit`, each with its own number of iterations."""
+        return self.solve_each(
+            lambda index: jax.tree.map(lambda x: x[index], problem),
+            problem.a.shape[0],
+            lambda _index, _problem, result: result,
+        )
 
-        def check(item: tuple[Problem, Array, Array, Array]) -> OTResult:
-            one, f, g, count = item
+    def solve_each(
+        self, get: Callable[[Array], Problem], count: int, finish: Callable[[Array, Problem, OTResult], object]
+    ) -> object:
+        """`finish(index, problem, result)` of the problems `get(0)` .. `get(count - 1)`, stacked; under `jit`."""
+
+        def certified(index: Array, problem: Problem, found: tuple[Array, ...]) -> object:
+            f, g, iterations, fallback = found
             plan = EntropicPlan(f, g, jnp.float32(self.epsilon))
-            return certify(one, plan, iterations=count, threshold=self.threshold, epsilon=self.epsilon)
+            result = certify(
+                problem,
+                plan,
+                iterations=iterations,
+                threshold=self.threshold,
+                epsilon=self.epsilon,
+                fallback=fallback,
+            )
+            return finish(index, problem, result)
 
-        return jax.lax.map(check, (problem, f, g, iterations))
+        def solved(problems: Problem) -> tuple[Problem, tuple[Array, ...]]:
+            if keep_cost:
+                problems = replace(problems, cost=cost_matrix(problems.cost))
+            return problems, self._potentials(problems, scale=keep_kernel)
+
+        def some(indices: Array) -> object:
+            problems, found = solved(jax.vmap(get)(indices))
+            return jax.lax.map(lambda item: certified(*item), (indices, problems, found))
+
+        def one(index: Array) -> object:
+            problems, found = solved(jax.tree.map(lambda x: x[None], get(index)))
+            return certified(index, *jax.tree.map(lambda x: x[0], (problems, found)))
+
+        shape = jax.eval_shape(lambda: get(jnp.int32(0))).cost.shape
+        keep_cost, keep_kernel, size = self.form(shape, count)
+        if size == 1:
+            return jax.lax.map(one, jnp.arange(count))
+        groups = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1).reshape(-1, size)
+        found = jax.lax.map(some, groups)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
 
     def potentials(self, problem: Problem) -> tuple[Array, Array, Array]:
         """Potentials f [B, n], g [B, k] and iterations [B] of problems [B, n, k], without their certificates."""
-        spread = _spread(problem.cost)
 
         def one(index: Array) -> tuple[Array, Array, Array]:
             # Indexed here and not by `map`, which would copy each cost before use.
-            single = jax.tree.map(lambda x: x[index], problem)
-            return self._solve(single, (spread[0][index], spread[1][index]))
+            found = self._potentials(jax.tree.map(lambda x: x[index][None], problem), scale=True)
+            return jax.tree.map(lambda x: x[0], found[:3])
 
-        return jax.lax.map(one, jnp.arange(problem.cost.shape[0]))
+        return jax.lax.map(one, jnp.arange(problem.a.shape[0]))
 
-    def _solve(self, problem: Problem, spread: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        f, g, exponent = _start(problem.cost, spread, self.epsilon)
-        start = _State(f, g, jnp.int32(0), jnp.float32(jnp.inf))
-        wide = exponent > KERNEL_RANGE
-        state = start
-        if self.kernel_dtype == "bfloat16":
-            rough = self._scale(problem, state, wide, jnp.bfloat16, max(self.threshold, BFLOAT16_ERROR))
-            # The error of the rounded kernel certifies nothing.
-            state = rough._replace(error=jnp.float32(jnp.inf))
-        state = self._scale(problem, state, wide, jnp.float32, self.threshold)
-        lost = ~(jnp.isfinite(state.error) & jnp.isfinite(state.f).all() & jnp.isfinite(state.g).all())
-        state = jax.tree.map(lambda new, old: jnp.where(lost, old, new), state, start)
-        state = self._log_domain(problem, state, wide | lost)
+    def _potentials(self, problem: Problem, *, scale: bool) -> tuple[Array, Array, Array, Array]:
+        """f [B, n], g [B, k], iterations [B] of problems [B, n, k], and which were solved in the log domain [B]."""
+        batch = problem.a.shape[0]
+        none, infinity = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), jnp.inf)
+        if scale:
+            f, g, wide = _start(problem.cost, self.epsilon)
+            start = Potentials(f, g, none, infinity)
+            state = self._scalings(problem, start, wide)
+            lost = ~(jnp.isfinite(state.error) & jnp.isfinite(state.f).all(1) & jnp.isfinite(state.g).all(1))
+            state = jax.tree.map(functools.partial(_where, lost), start, state)
+            needed = wide | lost
+        else:
+            state = Potentials(jnp.zeros_like(problem.a), jnp.zeros_like(problem.b), none, infinity)
+            needed = jnp.ones((batch,), bool)
+
+        def slow(index: Array) -> Potentials:
+            one, start = jax.tree.map(lambda x: x[index], (problem, state))
+            return iterate_potentials(
+                one,
+                start,
+                epsilon=self.epsilon,
+                threshold=self.threshold,
+                max_iterations=self.max_iterations,
+                needed=needed[index],
+            )
+
+        state = jax.lax.map(slow, jnp.arange(batch))
         # Only f + g counts: equal means keep both small, and so their rounding.
-        shift = (jnp.mean(state.f) - jnp.mean(state.g)) / 2
-        return state.f - shift, state.g + shift, state.iterations
+        shift = (jnp.mean(state.f, axis=1) - jnp.mean(state.g, axis=1))[:, None] / 2
+        return state.f - shift, state.g + shift, state.iterations, needed
 
-    def _scale(self, problem: Problem, start: _State, skip: Array, dtype: jnp.dtype, threshold: float) -> _State:
-        """Iterations in the scaling form; the outer loop builds the kernel, again whenever scalings grew too large."""
+    def _scalings(self, problem: Problem, start: Potentials, skip: Array) -> Potentials:
+        """All iterations in the scaling form, those with a rounded kernel first."""
+        if self.kernel_dtype == "bfloat16":
+            rough = self._scale(problem, start, skip, jnp.bfloat16, max(self.threshold, BFLOAT16_ERROR))
+            # The error of the rounded kernel certifies nothing.
+            start = rough._replace(error=jnp.full_like(rough.error, jnp.inf))
+        return self._scale(problem, start, skip, jnp.float32, self.threshold)
+
+    def _scale(
+        self, problem: Problem, start: Potentials, skip: Array, dtype: jnp.dtype, threshold: float
+    ) -> Potentials:
+        """Iterations with one kernel dtype; the outer loop builds the kernel, again whenever scalings grew too large.
+
+        Problems [B, n, k] that are done (or `skip`) stay as they are while others go on.
+        """
         omega = self.relaxation
+        batch, n, k = problem.cost.shape
 
         def update(old: Array, wanted: Array, sums: Array) -> Array:
             new = wanted / sums
@@ -163,70 +283,54 @@ class Scaling:
             scaling = scaling.astype(dtype)
             return jnp.einsum(subscripts, kernel, scaling, precision=highest, preferred_element_type=jnp.float32)
 
-        n, k = problem.cost.shape
         blocks = BLOCKS if n % BLOCKS == 0 else 1
 
         def step(kernel: Array, carry: tuple) -> tuple:
             u, v, rows, _ = carry
             u = update(u, problem.a, rows)
-            columns = jnp.sum(product("bnk,bn->bk", kernel.reshape(blocks, -1, k), u.reshape(blocks, -1)), axis=0)
+            parts = kernel.reshape(batch, blocks, -1, k), u.reshape(batch, blocks, -1)
+            columns = jnp.sum(product("zbnk,zbn->zbk", *parts), axis=1)
             v = update(v, problem.b, columns)
-            return u, v, product("nk,k->n", kernel, v), columns
+            return u, v, product("znk,zk->zn", kernel, v), columns
+
+        def active(count: Array, error: Array, stalled: Array) -> Array:
+            # An error that is NaN ends the loop; infinity is the start.
+            return ~skip & (error > threshold) & (count < self.max_iterations) & (stalled < PATIENCE)
 
         def iterate(kernel: Array, carry: tuple) -> tuple:
-            inner, count, _, _, best, stalled = carry
-            inner = jax.lax.fori_loop(0, self.check_every, lambda _, c: step(kernel, c), inner)
-            u, v, rows, columns = inner
+            inner, count, error, _, best, stalled = carry
+            new = jax.lax.fori_loop(0, self.check_every, lambda _, c: step(kernel, c), inner)
+            u, v, rows, columns = new
             # Exact marginals of diag(u) K diag(v), from the products that the iteration makes anyway.
-            error = jnp.maximum(jnp.sum(jnp.abs(u * rows - problem.a)), jnp.sum(jnp.abs(v * columns - problem.b)))
-            size = jnp.maximum(jnp.max(jnp.abs(jnp.log(u))), jnp.max(jnp.abs(jnp.log(v))))
-            stalled = jnp.where((error < best) | (error > STALL), 0, stalled + 1)
-            return inner, count + self.check_every, error, size, jnp.minimum(error, best), stalled
+            wrong_a = jnp.sum(jnp.abs(u * rows - problem.a), axis=1)
+            now = jnp.maximum(wrong_a, jnp.sum(jnp.abs(v * columns - problem.b), axis=1))
+            size = jnp.maximum(jnp.max(jnp.abs(jnp.log(u)), axis=1), jnp.max(jnp.abs(jnp.log(v)), axis=1))
+            waited = jnp.where((now < best) | (now > STALL), 0, stalled + 1)
+            found = (new, count + self.check_every, now, size, jnp.minimum(now, best), waited)
+            return jax.tree.map(functools.partial(_where, active(count, error, stalled)), found, carry)
 
-        def unfinished(count: Array, error: Array) -> Array:
-            # An error that is NaN ends the loop; infinity is the start.
-            return (error > threshold) & (count < self.max_iterations)
+        def goes_on(carry: tuple) -> Array:
+            _, count, error, size, _, stalled = carry
+            going = active(count, error, stalled)
+            # One whose scalings grew too large asks for a new kernel, for all of them.
+            return jnp.any(going) & ~jnp.any(going & (size > ABSORB))
 
-        def round_(state: _State) -> tuple[_State, Array]:
-            kernel = coupling(state.f, state.g, problem.cost, self.epsilon).astype(dtype)
+        def round_(carry: tuple[Potentials, Array]) -> tuple[Potentials, Array]:
+            state, stalled = carry
+            kernel = _kernel(problem.cost, state.f, state.g, self.epsilon, dtype)
             u, v = jnp.ones_like(state.f), jnp.ones_like(state.g)
-            inner = (u, v, product("nk,k->n", kernel, v), jnp.zeros_like(v))
-            infinity = jnp.float32(jnp.inf)
+            inner = (u, v, product("znk,zk->zn", kernel, v), jnp.zeros_like(v))
+            fresh = (jnp.zeros((batch,)), jnp.full((batch,), jnp.inf))
             (u, v, *_), count, error, _, _, stalled = jax.lax.while_loop(
-                lambda c: unfinished(c[1], c[2]) & (c[3] <= ABSORB) & (c[5] < PATIENCE),
-                lambda c: iterate(kernel, c),
-                (inner, state.iterations, infinity, jnp.float32(0), infinity, jnp.int32(0)),
+                goes_on,
+                functools.partial(iterate, kernel),
+                (inner, state.iterations, state.error, *fresh, stalled),
             )
             f, g = state.f + self.epsilon * jnp.log(u), state.g + self.epsilon * jnp.log(v)
-            return _State(f, g, count, error), stalled >= PATIENCE
+            return Potentials(f, g, count, error), stalled
 
         return jax.lax.while_loop(
-            lambda c: ~skip & ~c[1] & unfinished(c[0].iterations, c[0].error),
-            lambda c: round_(c[0]),
-            (start, jnp.asarray(False)),
+            lambda c: jnp.any(active(c[0].iterations, c[0].error, c[1])),
+            round_,
+            (start, jnp.zeros((batch,), jnp.int32)),
         )[0]
-
-    def _log_domain(self, problem: Problem, start: _State, needed: Array) -> _State:
-        """Iterations on potentials by log-sum-exp; slower, right for every epsilon.
-
-        Below what float32 rounds away of the exponents there is nothing to gain: `certify` allows for as much.
-        """
-        log_a, log_b = self.epsilon * jnp.log(problem.a), self.epsilon * jnp.log(problem.b)
-        rounding = jnp.finfo(jnp.float32).eps / self.epsilon
-        largest = jnp.max(jnp.abs(problem.cost))
-
-        def softmin(potential: Array, cost: Array, axis: int) -> Array:
-            return -self.epsilon * jax.nn.logsumexp((potential - cost) / self.epsilon, axis=axis)
-
-        def step(state: _State) -> _State:
-            f = log_a + softmin(state.g, problem.cost, 1)
-            g = log_b + softmin(f[:, None], problem.cost, 0)
-            # The rows of (f_old, g_old) have the sums a exp((f_old - f) / epsilon), its columns are exact.
-            error = jnp.sum(problem.a * jnp.abs(jnp.expm1((state.f - f) / self.epsilon)))
-            return _State(f, g, state.iterations + 1, jnp.where(state.iterations == 0, jnp.inf, error))
-
-        def unfinished(state: _State) -> Array:
-            floor = rounding * (largest + jnp.max(jnp.abs(state.f)) + jnp.max(jnp.abs(state.g))) / 2
-            return needed & ~(state.error <= self.threshold + floor) & (state.iterations < self.max_iterations)
-
-        return jax.lax.while_loop(unfinished, step, start)

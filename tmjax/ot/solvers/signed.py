@@ -22,7 +22,7 @@ class Signed(Sinkhorn):
     """
 
     name: ClassVar[str] = "signed"
-    capabilities: ClassVar[Capabilities] = Capabilities(signed=True, warm_start=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(signed=True, warm_start=True, potentials=True)
 
     def solve_one(self, problem: Problem) -> OTResult:
         """Solves one problem [n, k] under `jit`."""

@@ -26,7 +26,9 @@ class Sinkhorn:
     """
 
     name: ClassVar[str] = "sinkhorn"
-    capabilities: ClassVar[Capabilities] = Capabilities(exact_limit=True, entropic=True, warm_start=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        exact_limit=True, entropic=True, warm_start=True, potentials=True
+    )
 
     epsilon: float = 0.1
     threshold: float = 1e-6

@@ -23,7 +23,7 @@ class Unbalanced(Sinkhorn):
     """
 
     name: ClassVar[str] = "unbalanced"
-    capabilities: ClassVar[Capabilities] = Capabilities(balanced=False, rows=False, warm_start=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(balanced=False, rows=False, warm_start=True, potentials=True)
 
     tau_a: float = 0.9
     tau_b: float = 0.9

@@ -1,0 +1,83 @@
+"""Which pairs of layers are worth solving: a cheap guess at the layer plan P, and what is lost by believing it."""
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from tmjax.align.layers import LayerPlan, combine, layer_plan
+from tmjax.align.plans import solve_pairs
+from tmjax.align.sites import Site
+from tmjax.errors import InputError
+from tmjax.ot import make_solver
+from tmjax.recipe import AlignmentOptions
+
+
+def coarse_costs(site: Site, options: AlignmentOptions) -> np.ndarray:
+    """Layer costs [L, M] from at most `coarse_units` units a side, evenly spaced."""
+    solver = make_solver("scaling", epsilon=options.epsilon, threshold=1e-3, max_iterations=200)
+    return solve_pairs(site.thinned(options.coarse_units), solver, memory_mib=options.memory_mib).layer_cost
+
+
+def band(layers: int, sources: int, width: float) -> np.ndarray:
+    """Pairs [L, M] whose relative depths differ by at most `width`; every target layer has its nearest."""
+    depth = [np.arange(size) / max(size - 1, 1) for size in (layers, sources)]
+    distance = np.abs(depth[0][:, None] - depth[1][None, :])
+    return distance <= np.maximum(width, distance.min(axis=1, keepdims=True) + 1e-6)
+
+
+def most_of_the_mass(weights_lm: np.ndarray, share: float) -> np.ndarray:
+    """The fewest source layers of every target layer that together hold this share of its weights."""
+    order = np.argsort(-weights_lm, axis=1, kind="stable")
+    before = np.cumsum(np.take_along_axis(weights_lm, order, axis=1), axis=1)
+    before = np.concatenate([np.zeros((len(weights_lm), 1)), before[:, :-1]], axis=1)
+    kept = np.zeros(weights_lm.shape, bool)
+    np.put_along_axis(kept, order, before < share * weights_lm.sum(axis=1, keepdims=True), axis=1)
+    return kept
+
+
+def completed(layer_cost: np.ndarray, solved: np.ndarray, guess: np.ndarray) -> np.ndarray:
+    """Layer costs [L, M] with guesses where nothing was solved, shifted by their mean error where something was."""
+    if solved.all():
+        return layer_cost
+    return np.where(solved, layer_cost, guess + np.mean((layer_cost - guess)[solved])).astype(np.float32)
+
+
+def layer_plans(
+    costs: Mapping[str, np.ndarray],
+    ends: Mapping[str, tuple[str, str]],
+    options: AlignmentOptions,
+    allowed: Mapping[str, np.ndarray] | None = None,
+) -> tuple[dict[str, LayerPlan], dict[str, float]]:
+    """Layer plans of projections (role -> its plan sites) from the layer costs of sites; their marginal errors."""
+    couplings, certificates = {}, {}
+    for site, cost in costs.items():
+        result = layer_plan(cost, options)
+        couplings[site], certificates[site] = np.asarray(result.matrix()), float(result.marginal_error)
+    plans = {
+        role: combine(
+            couplings[into],
+            couplings[out],
+            top_k=options.layer_top_k,
+            allowed=None if allowed is None else allowed[role],
+        )
+        for role, (into, out) in ends.items()
+    }
+    return plans, certificates
+
+
+def choose(
+    guesses: Mapping[str, np.ndarray], ends: Mapping[str, tuple[str, str]], options: AlignmentOptions
+) -> dict[str, np.ndarray]:
+    """Pairs [L, M] that each projection keeps, by `options.layer_pairs`, from guessed layer costs."""
+    if options.layer_pairs == "band":
+        shape = next(iter(guesses.values())).shape
+        return dict.fromkeys(ends, band(*shape, options.layer_band))
+    if options.layer_pairs == "coarse":
+        plans, _ = layer_plans(guesses, ends, options.model_copy(update={"layer_top_k": None}))
+        return {role: most_of_the_mass(plan.weights, options.layer_mass) for role, plan in plans.items()}
+    raise InputError(f"alignment.layer_pairs {options.layer_pairs!r} chooses nothing")
+
+
+def by_site(kept: Mapping[str, np.ndarray], ends: Mapping[str, tuple[str, str]], sites: Collection[str]) -> dict:
+    """Pairs [L, M] that a site must have for the projections that use it."""
+    return {site: np.any([kept[role] for role, both in ends.items() if site in both], axis=0) for site in sites}

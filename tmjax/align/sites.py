@@ -1,0 +1,92 @@
+"""The transport problems of one site, one for every pair of layers, made when they are solved."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmjax.errors import NonFiniteError
+from tmjax.ot import FeatureCost, Problem, standardise
+from tmjax.typing import Array, ArrayLike
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FeatureSite:
+    """Standardised activations zx [L, N, n] of the target and zy [M, N, k] of the source, float32 or float16."""
+
+    zx: ArrayLike
+    zy: ArrayLike
+
+    @classmethod
+    def of(cls, x_lnu: np.ndarray, y_mnu: np.ndarray, *, centred: bool, dtype: str = "float32") -> "FeatureSite":
+        """From activations; `centred` subtracts means. Raises NonFiniteError for NaN and infinity.
+
+        Float16 changes a correlation by about 3e-4 / sqrt(N), where chance alone makes 1 / sqrt(N); whatever is solved
+        and certified is the problem of the rounded activations.
+        """
+
+        def side(x_snu: np.ndarray) -> np.ndarray:
+            # One layer at a time: the activations are mapped from disk and need never be in memory as a whole.
+            layers = [np.asarray(standardise(jnp.asarray(layer), centre=centred).astype(dtype)) for layer in x_snu]
+            if not all(np.isfinite(layer).all() for layer in layers):
+                raise NonFiniteError("activations hold NaN or infinity; transport needs finite costs")
+            return np.stack(layers)
+
+        return cls(jnp.asarray(side(x_lnu)), jnp.asarray(side(y_mnu)))
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """L and M."""
+        return self.zx.shape[0], self.zy.shape[0]
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """n and k."""
+        return self.zx.shape[2], self.zy.shape[2]
+
+    def problem(self, layer: Array | int, source_layer: Array | int) -> Problem:
+        """The problem of a pair of layers; indices may be traced."""
+        zx, zy = (jnp.asarray(z)[at] for z, at in ((self.zx, layer), (self.zy, source_layer)))
+        features = zx.astype(jnp.float32), zy.astype(jnp.float32)
+        return Problem.with_uniform_marginals(FeatureCost(zx, zy), features)
+
+    def thinned(self, most: int) -> "FeatureSite":
+        """The same with at most so many units a side, evenly spaced."""
+
+        def some(z: Array) -> Array:
+            units = z.shape[2]
+            return z if units <= most else z[:, :, np.linspace(0, units - 1, most).round().astype(int)]
+
+        return FeatureSite(some(self.zx), some(self.zy))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CorrelationSite:
+    """Correlations rho [L, M, n, k] of all pairs of layers, where activations were not kept (see `moments`)."""
+
+    rho: ArrayLike
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """L and M."""
+        return self.rho.shape[:2]
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """n and k."""
+        return self.rho.shape[2:]
+
+    def problem(self, layer: Array | int, source_layer: Array | int) -> Problem:
+        """The problem of a pair of layers; indices may be traced."""
+        return Problem.with_uniform_marginals(1.0 - jnp.asarray(self.rho)[layer, source_layer])
+
+    def thinned(self, most: int) -> "CorrelationSite":
+        """The same with at most so many units a side, evenly spaced."""
+        chosen = [np.unique(np.linspace(0, units - 1, min(units, most)).round().astype(int)) for units in self.units]
+        return CorrelationSite(jnp.asarray(self.rho)[:, :, chosen[0]][:, :, :, chosen[1]])
+
+
+Site = FeatureSite | CorrelationSite

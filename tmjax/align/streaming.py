@@ -1,0 +1,120 @@
+"""Alignment from sums over rows, for runs whose activations are too large to keep."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import load_file, save_file
+
+from tmjax.activations.stream import Block
+from tmjax.align import moments
+from tmjax.align.alignment import Alignment, assemble, needed_sites, plan_site, solver_of
+from tmjax.align.moments import Moments, Sum, UnitMoments
+from tmjax.align.pairs import coarse_costs
+from tmjax.align.plans import SitePlans, solve_pairs
+from tmjax.align.sites import CorrelationSite
+from tmjax.errors import InputError
+from tmjax.models.spec import ParamSpec
+from tmjax.ot import capabilities_of
+from tmjax.recipe import AlignmentOptions
+
+
+def require_streamable(options: AlignmentOptions) -> None:
+    """Raises InputError if the options need all rows at once."""
+    solver = solver_of(options)
+    if capabilities_of(solver).needs_features or options.gain:
+        what = "alignment.gain" if options.gain else f"solver {solver.name!r}"
+        raise InputError(f"{what} needs the activations themselves; set activations.keep: true")
+
+
+def gather(
+    blocks: Iterable[Block],
+    projections: Collection[ParamSpec],
+    *,
+    order: Callable[[int], np.ndarray] | None = None,
+) -> dict[str, Moments]:
+    """Moments of every site that these projections need, from blocks of paired rows.
+
+    `order(rows)` reorders the source's rows within each block (a control); blocks of one row are then left out.
+    """
+    held: dict[str, Moments] = {}
+    for target, source, mask in blocks:
+        rows = int(mask.sum())
+        if order is not None:
+            mask = mask & (rows > 1)
+            chosen = np.arange(len(mask))
+            chosen[:rows] = order(rows) if rows > 1 else chosen[:rows]
+            source = {site: y[:, chosen] for site, y in source.items()}
+        for site in needed_sites(projections):
+            x, y = target[site], source[site]
+            if site not in held:
+                sizes = x.shape[0], y.shape[0], x.shape[2], y.shape[2]
+                held[site] = moments.start(*sizes, cross=plan_site(site) == site)
+            held[site] = moments.update(held[site], x, y, mask)
+    return held
+
+
+def align_moments(
+    held: Mapping[str, Moments],
+    projections: Mapping[str, ParamSpec],
+    options: AlignmentOptions,
+    *,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Alignment:
+    """`align` from moments; plans are stored dense. Raises InputError for what needs all rows at once."""
+    require_streamable(options)
+
+    def site_of(site: str) -> CorrelationSite:
+        return CorrelationSite(moments.correlations(held[site], centred=options.centred))
+
+    def solve(site: str, wanted: np.ndarray | None) -> SitePlans:
+        return solve_pairs(
+            site_of(site),
+            solver_of(options),
+            wanted_lm=wanted,
+            memory_mib=options.memory_mib,
+            top_k=options.plan_top_k,
+            mesh=mesh,
+        )
+
+    return assemble(
+        projections,
+        options,
+        int(next(iter(held.values())).count),
+        measure=lambda site: moments.unit_statistics(held[site]),
+        guess=lambda site: coarse_costs(site_of(site), options),
+        solve=solve,
+        progress=progress,
+    )
+
+
+def save_moments(held: Mapping[str, Moments], path: Path) -> None:
+    """Writes the moments of sites into one safetensors file."""
+    arrays = {}
+    for site, value in held.items():
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+            arrays["/".join([site, *(key.name for key in keys)])] = np.asarray(leaf)
+    save_file(arrays, path)
+
+
+def load_moments(path: Path) -> dict[str, Moments]:
+    """Reads moments written by `save_moments`."""
+    arrays = load_file(path)
+
+    def sum_of(prefix: str) -> Sum | None:
+        return Sum(arrays[f"{prefix}/high"], arrays[f"{prefix}/low"]) if f"{prefix}/high" in arrays else None
+
+    def units(prefix: str) -> UnitMoments:
+        return UnitMoments(*(sum_of(f"{prefix}/{field.name}") for field in fields(UnitMoments)))
+
+    sites = dict.fromkeys(name.split("/")[0] for name in arrays)
+    return {
+        site: Moments(
+            arrays[f"{site}/count"], units(f"{site}/target"), units(f"{site}/source"), sum_of(f"{site}/cross")
+        )
+        for site in sites
+    }

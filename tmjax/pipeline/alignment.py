@@ -1,0 +1,209 @@
+"""The stages up to the alignment, each with its input hash: activations (or their moments), plans."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import tmjax
+from tmjax.activations import store as activation_store
+from tmjax.activations.capture import capture
+from tmjax.activations.stream import paired_blocks
+from tmjax.align import store as alignment_store
+from tmjax.align.alignment import Alignment, align, needed_sites
+from tmjax.align.moments import Moments
+from tmjax.align.streaming import align_moments, gather, load_moments, save_moments
+from tmjax.errors import InputError
+from tmjax.evaluate.controls import Control, derangement
+from tmjax.hub.rundir import RunDirectory, digest, read_manifest
+from tmjax.models.decoder import init_params
+from tmjax.pipeline.inputs import Inputs
+from tmjax.recipe import Recipe, dump_recipe
+
+#: (stage, steps done, steps in all) while a stage runs.
+Progress = Callable[[str, int, int], None]
+Warn = Callable[[str], None]
+_INPUTS = ("source", "target", "texts", "valid", "test")
+
+
+def quiet(_stage: str, _done: int, _total: int) -> None:
+    """No progress display."""
+
+
+def _refuse_nested(recipe: Recipe) -> None:
+    """Raises InputError if a local input lies inside the output, where --overwrite would delete it."""
+    out = Path(recipe.out).resolve()
+    for name in _INPUTS:
+        value = getattr(recipe, name)
+        if value and Path(value).exists() and Path(value).resolve().is_relative_to(out):
+            raise InputError(f"{name} lies inside the output {recipe.out}; choose another output directory")
+
+
+class AlignmentRun:
+    """A run of a recipe up to the alignment; every stage resumes."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        overwrite: bool = False,
+        amend: bool = False,
+        progress: Progress = quiet,
+        warn: Warn = lambda message: None,
+    ) -> None:
+        self.recipe, self.inputs = recipe, Inputs(recipe)
+        self.progress, self.warn = progress, warn
+        self._alignment: Alignment | None = None
+        path = Path(recipe.out)
+        hashes = self.inputs.hashes
+        _refuse_nested(recipe)
+        # What may change without making another run of it: where things lie, and whether a no-op is let through.
+        told = recipe.model_dump(mode="json", exclude={"out", "allow_negligible", *_INPUTS})
+        key = {"recipe": digest(told)} | hashes
+        previous = read_manifest(path)
+        if previous is None or previous.get("key") != key:
+            self.inputs.check()
+        layout = self.inputs.layout
+        header = {
+            "tmjax": tmjax.__version__,
+            "seed": recipe.seed,
+            "mesh": layout.sizes,
+            "devices": layout.devices,
+            "platform": jax.devices()[0].platform,
+            "inputs": {name: {"path": getattr(recipe, name), "sha256": value} for name, value in hashes.items()},
+            "evaluation": {},
+            "source_gain": None,
+            "update": {},
+            "alignment": {},
+        }
+        if amend:
+            self.run = RunDirectory.amend(path, dump_recipe(recipe), header, key=key)
+        else:
+            self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite)
+
+    def _step(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(stage, done, total)
+
+    # Input hashes of the stages, each holding those of what it reads.
+
+    def _activation_key(self, model: str) -> object:
+        hashes = {name: self.inputs.hashes[name] for name in ("texts", "source", "target")}
+        return [model, hashes, self.recipe.activations.model_dump(), list(self.recipe.fusion.roles), self.recipe.dtype]
+
+    def _alignment_key(self) -> object:
+        return [self._activation_key("source"), self.recipe.alignment.model_dump(mode="json")]
+
+    def _fuse_key(self, arm: str) -> object:
+        options = self.recipe.model_dump(mode="json", include={"fusion", "alpha", "evaluation", "export", "seed"})
+        return [arm, self._alignment_key(), options, self.inputs.hashes.get("valid")]
+
+    # Stages.
+
+    def activations(self, which: str) -> activation_store.Activations:
+        """Captures the activations of `target`, `source` or `random_source`."""
+        name = f"activations:{which}"
+
+        def work(partial: Path) -> dict[Any, Any]:
+            rows, (target_documents, source_documents) = self.inputs.rows
+            model = self.inputs.target if which == "target" else self.inputs.source
+            params = self._random_source() if which == "random_source" else model.params
+            capture(
+                model.spec,
+                params,
+                rows,
+                target_documents if which == "target" else source_documents,
+                partial,
+                sites=needed_sites(self.inputs.projections.values()),
+                batch_tokens=self.recipe.activations.batch_tokens,
+                memory_mib=self.recipe.activations.memory_mib,
+                dtype=self.inputs.dtype,
+                place=self.inputs.layout.place_batch,
+                multiple=self.inputs.layout.batch_multiple,
+                progress=self._step(name),
+            )
+            return {("rows",): {"documents": len(self.inputs.texts), "rows": len(rows), "pooling": rows.pooling}}
+
+        key = [self._activation_key(which), self.recipe.seed if which == "random_source" else None]
+        return activation_store.read(self.run.stage(name, key, f"activations/{which}", work))
+
+    def moments(self, which: str, control: Control | None = None) -> dict[str, Moments]:
+        """Sums over the rows of `target` and `source` (or of a control's source), where activations are not kept."""
+        name = f"moments:{which}"
+
+        def work(partial: Path) -> dict[Any, Any]:
+            rows, (target_documents, source_documents) = self.inputs.rows
+            target, source = self.inputs.target, self.inputs.source
+            params = self._random_source() if control and control.random_source else source.params
+            options = self.recipe.activations
+            blocks = paired_blocks(
+                (target.spec, target.params, target_documents),
+                (source.spec, params, source_documents),
+                rows,
+                sites=needed_sites(self.inputs.projections.values()),
+                block_rows=options.block_rows,
+                batch_tokens=options.batch_tokens,
+                memory_mib=options.memory_mib,
+                dtype=self.inputs.dtype,
+                place=self.inputs.layout.place_batch,
+                multiple=self.inputs.layout.batch_multiple,
+                progress=self._step(name),
+            )
+            shuffled = (
+                (lambda count: derangement(count, self.recipe.seed)) if control and control.shuffle_rows else None
+            )
+            save_moments(gather(blocks, self.inputs.projections.values(), order=shuffled), partial)
+            return {("rows",): {"documents": len(self.inputs.texts), "rows": len(rows), "pooling": rows.pooling}}
+
+        key = [self._activation_key(which), self.recipe.seed if control else None]
+        return load_moments(self.run.stage(name, key, f"moments/{which}.safetensors", work))
+
+    def _random_source(self) -> dict[str, jax.Array]:
+        params = init_params(self.inputs.source.spec, jax.random.key(self.recipe.seed))
+        rows = {row.path: row for row in self.inputs.source.rows}
+        shardings = {path: self.inputs.place(rows[path], value.shape) for path, value in params.items()}
+        return {
+            path: value if shardings[path] is None else jax.device_put(value, shardings[path])
+            for path, value in params.items()
+        }
+
+    def align(self) -> Alignment:
+        """Activations of both models, then all plans; what did not converge is said once."""
+        if self._alignment is not None:
+            return self._alignment
+        find = self._aligned("source", None, "alignment")
+
+        def work(partial: Path) -> dict[Any, Any]:
+            found = find()
+            alignment_store.save(found, partial)
+            return {"alignment": found.certificates(), "layer_plans": found.layer_facts()}
+
+        path = self.run.stage("alignment", self._alignment_key(), "alignment", work)
+        found = alignment_store.load(path)
+        for site, held in found.certificates().items():
+            if held["converged"] < held["problems"]:
+                missing = held["problems"] - held["converged"]
+                self.warn(
+                    f"{missing} of {held['problems']} plans of {site} did not converge (marginal error up to "
+                    f"{held['max_marginal_error']:.1e}); raise alignment.max_iterations or alignment.epsilon"
+                )
+        self._alignment = found
+        return found
+
+    def _control_alignment(self, control: Control) -> Alignment:
+        if not (control.random_source or control.shuffle_rows):
+            return self.align()
+        which = control.name.removeprefix("control:") if not self.recipe.activations.keep else "source"
+        return self._aligned("random_source" if control.random_source else which, control, control.name)()
+
+    def _aligned(self, which: str, control: Control | None, step: str) -> Callable[[], Alignment]:
+        """What aligns the target with a source, its activations (or their moments) being there."""
+        how = {"mesh": self.inputs.layout.mesh, "progress": self._step(step)}
+        projections, options = self.inputs.projections, self.recipe.alignment
+        if not self.recipe.activations.keep:
+            held = self.moments(which, control)
+            return lambda: align_moments(held, projections, options, **how)
+        target, source = self.activations("target"), self.activations(which)
+        shuffled = control is not None and control.shuffle_rows
+        order = derangement(len(source.rows), self.recipe.seed) if shuffled else None
+        return lambda: align(target, source, projections, options, source_rows=order, **how)
