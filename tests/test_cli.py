@@ -17,6 +17,7 @@ from helpers import edit_config, edit_tensors, stored
 
 from tmjax import cli
 from tmjax.activations import capture as capture_module
+from tmjax.align import store as alignment_store
 from tmjax.convert import hf
 from tmjax.convert.model import load_model
 from tmjax.hub.rundir import read_manifest
@@ -177,7 +178,7 @@ class Interrupted(Exception):
 
 STAGES = {
     "activations:target": (capture_module, "pooled_forward"),
-    "alignment": (merge.alignment_store, "save"),
+    "alignment": (alignment_store, "save"),
     "fuse": (hf, "write"),
     "evaluate": (merge, "evaluation_facts"),
     "report": (merge, "write_report"),

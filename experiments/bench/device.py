@@ -1,7 +1,7 @@
 """All pairs of layers of one site on one accelerator: bytes read per second against a copy on the same device.
 
     python experiments/bench/device.py                     # 16 x 32 layers, 2048 x 4096 units, 2000 rows
-    python experiments/bench/device.py --all-sites         # every site of a 1B target and an 8B source, one after another
+    python experiments/bench/device.py --all-sites         # every site of a 1B target and an 8B source
 
 Runs on any backend, the CPU too (choose small sizes there). Activations are random with shared directions (seed
 stated): they need not be real, since time depends on sizes and iterations, which are printed.
