@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,15 +12,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers import QWEN2, SPEC, edit_config, edit_tensors, read_config, refused, stored
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tmjax import cli
 from tmjax.convert import hf, orbax
 from tmjax.convert.model import load_model
+from tmjax.convert.stream import DTYPES, stream
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME
 from tmjax.models.decoder import init_params, parameter_shapes
 from tmjax.models.families import FAMILIES
+from tmjax.models.spec import DecoderSpec
 from tools.make_checkpoint import make_checkpoint
 
 
@@ -224,3 +230,155 @@ def test_fresh_parameters():
         else:
             assert value.std() == pytest.approx(0.02, rel=0.1)
             assert value.ndim == 2 or not np.array_equal(value[0], value[1])
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize("size", ["5GB", "100KB"])
+def test_streaming_writes_the_files_that_export_writes(checkpoint, tmp_path, size):
+    hf.export(load_model(checkpoint), tmp_path / "exported", max_shard_size=size)
+    done = stream(checkpoint, tmp_path / "streamed", max_shard_size=size)
+    assert files(tmp_path / "streamed") == files(tmp_path / "exported")
+    assert done.parameters == load_model(checkpoint).size
+
+
+def cast(tensors: dict, dtype: np.dtype) -> dict[str, bytes]:
+    return {name: value.astype(dtype).tobytes() for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored_as", ["float32", "bfloat16", "float16"])
+def test_casting(tmp_path, capsys, monkeypatch, dtype, stored_as):
+    monkeypatch.setattr("tmjax.convert.stream._BLOCK_BYTES", 1000)  # several blocks per tensor
+    directory = make_checkpoint(tmp_path / "x", "qwen2", QWEN2, dtype=stored_as)
+    edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    want = cast(safetensors.numpy.load_file(directory / SINGLE_NAME), DTYPES[dtype])
+
+    def convert(source: Path, name: str, to: str) -> Path:
+        arguments = ["convert", str(source), str(tmp_path / name), "--to", to, "--dtype", dtype, "--json"]
+        assert cli.run(arguments) == 0, capsys.readouterr().err
+        assert json.loads(capsys.readouterr().out)["dtype"] == dtype
+        return tmp_path / name
+
+    streamed = convert(directory, "streamed", "hf")
+    through_orbax = convert(convert(directory, "orbax", "orbax"), "again", "hf")
+    plain_orbax = orbax.save(load_model(directory), tmp_path / "plain orbax")
+    for out in (streamed, through_orbax, convert(plain_orbax, "cast later", "hf")):
+        assert {name: data for name, (_, _, data) in stored(out).items()} == want
+        assert read_config(out) == read_config(directory) | {"dtype": dtype}
+
+
+def test_the_config_says_what_was_cast(llama, tmp_path):
+    edit_config(llama, torch_dtype="float32", dtype=...)
+    stream(llama, tmp_path / "old", dtype=DTYPES["bfloat16"])
+    assert read_config(tmp_path / "old") == read_config(llama) | {"torch_dtype": "bfloat16"}
+    edit_config(llama, torch_dtype=...)
+    stream(llama, tmp_path / "none", dtype=DTYPES["bfloat16"])
+    assert read_config(tmp_path / "none")["torch_dtype"] == "bfloat16"
+    stream(llama, tmp_path / "kept")
+    assert read_config(tmp_path / "kept") == read_config(llama)
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_values_that_the_dtype_cannot_hold(llama, tmp_path, capsys, to):
+    edit_tensors(llama, lambda t: t["model.norm.weight"].__setitem__(3, 1e5))
+    assert cli.run(["convert", str(llama), str(tmp_path / "out"), "--to", to, "--dtype", "float16"]) == 2
+    assert "norm.weight does not fit float16" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "hf", "--dtype", "int8"], "--dtype 'int8' is not known"),
+        (["--to", "gguf"], "--to 'gguf' is not known"),
+        (["--to", "hf", "--max-shard-size", "many"], "is not a size"),
+        (["--to", "orbax", "--max-shard-size", "many"], "is not a size"),
+    ],
+)
+def test_options_of_convert(llama, tmp_path, capsys, options, message):
+    assert cli.run(["convert", str(llama), str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_streaming_refuses_what_loading_refuses(llama, tmp_path):
+    def same_error() -> None:
+        messages = []
+        for work in (lambda: load_model(llama), lambda: stream(llama, tmp_path / "out")):
+            with pytest.raises(InputError) as caught:
+                work()
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+        assert not list(tmp_path.glob("out*"))
+
+    good = (llama / SINGLE_NAME).read_bytes()
+    for change in (
+        lambda t: t.pop("model.norm.weight"),
+        lambda t: t.update({"stray": np.zeros(3, np.float32)}),
+        lambda t: t.update({"model.norm.weight": np.zeros(25, np.float32)}),
+        lambda t: t["model.layers.2.mlp.down_proj.weight"].__setitem__((3, 5), np.nan),
+    ):
+        edit_tensors(llama, change)
+        same_error()
+        (llama / SINGLE_NAME).write_bytes(good)
+    edit_config(llama, tie_word_embeddings=True)
+    same_error()
+
+
+def test_a_checkpoint_can_be_cast_in_place(llama, tmp_path):
+    want = cast(safetensors.numpy.load_file(llama / SINGLE_NAME), DTYPES["bfloat16"])
+    assert cli.run(["convert", str(llama), str(llama), "--to", "hf", "--dtype", "bfloat16", "--overwrite"]) == 0
+    assert {name: data for name, (_, _, data) in stored(llama).items()} == want
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from tmjax.convert.stream import DTYPES, stream
+import jax.numpy as jnp
+if sys.argv[3] == "bin":
+    import torch
+# Not ru_maxrss, which begins at what the parent process held.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+jnp.zeros(3).block_until_ready()
+base = peak()
+stream(Path(sys.argv[1]), Path(sys.argv[2]), dtype=DTYPES.get(sys.argv[4]), max_shard_size="64MB")
+print(peak() - base)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """About 300 MB in shards of 64 MB, its largest tensor 33 MB."""
+    spec = DecoderSpec(
+        vocab=8192, hidden=1024, layers=5, heads=8, kv_heads=8, head_dim=128, mlp=2560, max_positions=64,
+        tied_embeddings=True,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("large") / "checkpoint"
+    make_checkpoint(directory, "llama", spec, scale=0.02, max_shard_size="64MB")
+    assert sum(file.stat().st_size for file in directory.glob("*.safetensors")) > 250e6
+    return directory
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
+@pytest.mark.parametrize(("kind", "dtype"), [("safetensors", ""), ("safetensors", "bfloat16"), ("bin", "")])
+def test_streaming_holds_a_shard_at_most(large, tmp_path, repo, kind, dtype):
+    if kind == "bin":
+        torch = pytest.importorskip("torch")
+        from safetensors.torch import load_file
+
+        index = json.loads((large / INDEX_NAME).read_text())["weight_map"]
+        for name in set(index.values()):
+            torch.save(load_file(large / name), tmp_path / name.replace("safetensors", "bin"))
+        weight_map = {name: file.replace("safetensors", "bin") for name, file in index.items()}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        shutil.copy(large / "config.json", tmp_path)
+    arguments = [str(tmp_path if kind == "bin" else large), str(tmp_path / "out"), kind, dtype]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, cwd=repo)
+    assert done.returncode == 0, done.stderr
+    growth = float(done.stdout)
+    assert growth < 64 + 34 + 100, f"peak memory grew by {growth:.0f} MiB"
+    shutil.rmtree(tmp_path)  # pytest keeps the folders of the last runs

@@ -386,7 +386,10 @@ def test_a_role_that_a_model_lacks_is_named(pair) -> None:
     alignment, target, source = pair
     rows = tuple(row for row in SOURCE_ROWS if row.role != "gate")
     with pytest.raises(InputError, match="gate is not a projection of both"):
-        transport_model(alignment, TARGET_ROWS, target, rows, source, FusionOptions())
+        transport_model(alignment, TARGET_ROWS, target, rows, source, FusionOptions(roles=("gate", "up")))
+    # Unless it is asked for, what only one of them has stays as it is.
+    moved = transport_model(alignment, TARGET_ROWS, target, rows, source, FusionOptions())
+    assert set(moved) == set(ALL_ROLES) - {"gate"}
 
 
 def test_random_source_has_the_table_of_its_architecture() -> None:

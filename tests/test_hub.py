@@ -4,11 +4,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from helpers import edit_config, edit_tensors
 
+from tmjax import cli
 from tmjax.errors import InputError
 from tmjax.hub.atomic import atomic_directory
 from tmjax.hub.checkpoint import resolve
+from tmjax.hub.rundir import peak_rss_mib
 from tmjax.hub.texts import read_texts
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -39,6 +43,62 @@ def test_what_is_nowhere_is_said(tmp_path) -> None:
         read_texts("hf:no-one/nothing:train")
 
 
+@pytest.mark.parametrize("name", ["model-Q4_K_M.gguf", "model"])
+def test_gguf_is_refused(tmp_path, capsys, name) -> None:
+    (tmp_path / name).write_bytes(b"GGUF\3\0\0\0")
+    assert cli.run(["convert", str(tmp_path / name), str(tmp_path / "out"), "--to", "hf"]) == 2
+    assert f"{name} is a GGUF file" in capsys.readouterr().err
+    if name.endswith(".gguf"):
+        assert cli.run(["convert", str(tmp_path), str(tmp_path / "out"), "--to", "hf"]) == 2
+        assert f"{name} is a GGUF file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config, gptq"),
+        ({"quantization_config": {"load_in_8bit": True}}, "quantization_config"),
+        ({"quantization_config": "yes"}, "quantization_config"),
+        ({"compression_config": {"format": "pack-quantized"}}, "compression_config"),
+    ],
+)
+def test_quantised_configs_are_refused(llama_dir, tmp_path, capsys, setting, named) -> None:
+    shutil.copytree(llama_dir, tmp_path / "x")
+    edit_config(tmp_path / "x", **setting)
+    assert cli.run(["convert", str(tmp_path / "x"), str(tmp_path / "out"), "--to", "hf"]) == 2
+    error = capsys.readouterr().err
+    assert f"is quantised ({named} in config.json); dequantise it first" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_packed_tensors_without_a_word_in_the_config(llama_dir, tmp_path, capsys) -> None:
+    shutil.copytree(llama_dir, tmp_path / "x")
+    edit_tensors(tmp_path / "x", lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": np.ones((3, 4), np.int32)}))
+    assert cli.run(["convert", str(tmp_path / "x"), str(tmp_path / "out"), "--to", "hf"]) == 2
+    error = capsys.readouterr().err
+    assert "up_proj.qweight has dtype I32, as quantised or packed weights have" in error
+    assert "dequantise" in error
+
+
+def test_pytorch_files_are_fetched_only_where_there_are_no_safetensors(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def snapshot(model: str, allow_patterns: list[str]) -> str:
+        asked.append(any("bin" in pattern for pattern in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    resolve("someone/model")
+    assert asked == [False, True]
+    (tmp_path / "model.safetensors").touch()
+    resolve("someone/model")
+    assert asked == [False, True, False]
+    (tmp_path / "model.safetensors").unlink()
+    resolve("someone/model", weights=False)
+    assert asked == [False, True, False, False]
+
+
 def test_atomic_directory_leaves_nothing_after_an_error(tmp_path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ZeroDivisionError), atomic_directory(out) as partial:
@@ -52,3 +112,11 @@ def test_atomic_directory_leaves_nothing_after_an_error(tmp_path) -> None:
     with atomic_directory(out, overwrite=True) as partial:
         (partial / "other").write_text("x")
     assert [path.name for path in out.iterdir()] == ["other"]
+
+
+def test_peak_memory_is_this_process_s_own() -> None:
+    ballast = np.ones(2**25)  # 256 MiB in the parent
+    code = "from tmjax.hub.rundir import peak_rss_mib; print(peak_rss_mib())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5 < float(done.stdout) < 250
+    assert peak_rss_mib() > ballast.nbytes / 2**20

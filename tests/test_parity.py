@@ -1,13 +1,16 @@
 """The one decoder against transformers' PyTorch models, with weights so sharp that every detail of the forward shows.
 
-Every config feature of a case is also changed on our side alone (`mutations`), and the comparison must then fail:
-a parity test that passes with a wrong forward would say nothing.
+Every family has cases (`tools/family_cases.py`). Every setting that a case uses is also changed on our side alone
+(`mutations`), and the comparison must then fail: a parity test that passes with a wrong forward would say nothing.
 """
 
+import copy
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,62 +18,35 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from tmjax.convert import hf
 from tmjax.convert.model import Model, load_model
-from tmjax.models.decoder import bind, forward
+from tmjax.hub.tensors import SINGLE_NAME
+from tmjax.models.decoder import bind, forward, parameter_shapes
 from tmjax.models.families import FAMILIES
-from tmjax.models.layers import inverse_frequencies
+from tmjax.models.rotary import inverse_frequencies
 from tmjax.models.sites import SITES
-from tmjax.models.spec import FULL_ATTENTION, DecoderSpec
+from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, Rotary
 from tmjax.typing import Params
+from tools.family_cases import (
+    CASES,
+    KL_TOLERANCE,
+    LLAMA3,
+    TOKENS,
+    TOLERANCE,
+    YARN,
+    deviation,
+    make_reference,
+    mean_kl,
+    padded_batch,
+    reference_logits,
+)
 
-TOKENS = 500
 transformers.utils.logging.disable_progress_bar()
-TOLERANCE = 1e-4  # of the logits' standard deviation, for the largest difference
-KL_TOLERANCE = 1e-6
-
-BASE = {
-    "vocab_size": 67,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,  # not hidden_size / heads
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-3,  # large enough to matter
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
-}
-SHARED = {
-    "grouped": {},
-    "tied": {"tie_word_embeddings": True, "hidden_act": "gelu"},
-    "ungrouped": {"num_key_value_heads": 6, "head_dim": None, "hidden_act": "gelu_pytorch_tanh"},
-    "llama3": {"rope_parameters": LLAMA3},
-    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}},
-}
-CASES = {f"{kind}-{name}": {"model_type": kind} | case for kind in ("llama", "qwen2") for name, case in SHARED.items()}
-CASES |= {
-    "llama-attention_bias": {"model_type": "llama", "attention_bias": True},
-    "llama-mlp_bias": {"model_type": "llama", "mlp_bias": True, "hidden_act": "relu"},
-    "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 2},
-    "qwen2-layer_types": {
-        "model_type": "qwen2",
-        "use_sliding_window": True,
-        "sliding_window": 37,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-}
+#: Tokens of a mutated run: more than every window and every context length that a case rescales for.
+SHORT = 200
 
 
 @pytest.fixture(autouse=True)
@@ -80,184 +56,453 @@ def strict_dtypes() -> Iterator[None]:
         yield
 
 
+class Pair(NamedTuple):
+    """Our model and transformers', of the same weights."""
+
+    directory: Path
+    model: Model
+    reference: torch.nn.Module
+
+
 @pytest.fixture(scope="module", params=CASES)
-def pair(request, tmp_path_factory) -> tuple[Model, torch.nn.Module, torch.Tensor]:
-    """Our model and transformers', of the same sharp random weights, and token ids [1, TOKENS].
-
-    The reference computes in float64 (but for norms, softmax and rotary angles, which PyTorch's modules keep in
-    float32), so that nearly all the noise in a comparison is ours.
-    """
-    torch.manual_seed(1)
-    settings = {key: value for key, value in (BASE | CASES[request.param]).items() if value is not None}
-    config = transformers.AutoConfig.for_model(**settings)
-    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 2 / math.sqrt(parameter.shape[1]))
-            else:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+def pair(request, tmp_path_factory) -> Pair:
     directory = tmp_path_factory.mktemp(request.param)
-    reference.save_pretrained(directory)
-    return load_model(directory), reference.double(), torch.randint(BASE["vocab_size"], (1, TOKENS))
+    reference = make_reference(request.param, directory)
+    return Pair(directory, load_model(directory), reference)
 
 
-def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / theirs.std())
+def test_every_family_has_a_case():
+    assert {config["model_type"] for config in CASES.values()} == FAMILIES.keys()
 
 
-def mean_kl(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Mean KL(theirs || ours) over tokens, in float64."""
-    log_p, log_q = (torch.log_softmax(torch.from_numpy(np.array(x, np.float64)), -1).numpy() for x in (theirs, ours))
-    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+@pytest.mark.parametrize("name", CASES)
+def test_sizes_differ_where_the_config_can_say_it(name):
+    spec = FAMILIES[CASES[name]["model_type"]].spec(CASES[name])
+    assert spec.layers >= 3
+    free = {field.attribute for field in FAMILIES[CASES[name]["model_type"]].fields}
+    sizes = [spec.vocab, spec.hidden, spec.mlp, spec.heads, spec.layers]
+    if name != "llama-ungrouped" and "kv_heads" in free:
+        sizes += [spec.kv_heads]
+    whole = ("llama-ungrouped", "phi3-long", "phi3-short", "phi3-old-long", "cohere2-layer_types", "cohere2-pattern")
+    if name not in whole and "head_dim" in free:
+        sizes += [spec.head_dim, spec.head_dim * spec.heads]
+    assert len(set(sizes)) == len(sizes)
 
 
-def interleaved(weight: jax.Array, spec: DecoderSpec, axis: int) -> jax.Array:
+# What stands where in PyTorch's modules: the layers, the final norm, and in a layer every projection, with the part of
+# its output that is meant where several are fused.
+Part = Callable[[np.ndarray, DecoderSpec], np.ndarray]
+
+
+def rows(index: int) -> Part:
+    """Part of [q, k, v] or [gate, up] (index 3, 4), one below the other."""
+
+    def part(output: np.ndarray, spec: DecoderSpec) -> np.ndarray:
+        heads, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        bounds = [(0, heads), (heads, heads + kv), (heads + kv, heads + 2 * kv), (0, spec.mlp), (spec.mlp, None)]
+        return output[..., slice(*bounds[index])]
+
+    return part
+
+
+def alternating(index: int) -> Part:
+    """q, k, v of a head, then those of the next."""
+
+    def part(output: np.ndarray, spec: DecoderSpec) -> np.ndarray:
+        split = output.reshape(*output.shape[:-1], spec.heads, 3, spec.head_dim)
+        return split[..., index, :].reshape(*output.shape[:-1], -1)
+
+    return part
+
+
+LLAMA = {
+    "layers": "model.layers",
+    "final": "model.norm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+MODULES = {
+    "phi3": {role: ("self_attn.qkv_proj", rows(i)) for i, role in enumerate(("q", "k", "v"))}
+    | {role: ("mlp.gate_up_proj", rows(i)) for i, role in enumerate(("gate", "up"), 3)},
+    "gpt_neox": {role: ("attention.query_key_value", alternating(i)) for i, role in enumerate(("q", "k", "v"))}
+    | {
+        "layers": "gpt_neox.layers",
+        "final": "gpt_neox.final_layer_norm",
+        "o": "attention.dense",
+        "gate": None,
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+    },
+    "gpt2": {role: ("attn.c_attn", rows(i)) for i, role in enumerate(("q", "k", "v"))}
+    | {
+        "layers": "transformer.h",
+        "final": "transformer.ln_f",
+        "o": "attn.c_proj",
+        "gate": None,
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    },
+    "starcoder2": {"gate": None, "up": "mlp.c_fc", "down": "mlp.c_proj"},
+}
+OUTPUTS = {"q": "q", "k": "k", "v": "v", "attn_out": "o", "gate": "gate", "up": "up", "mlp_out": "down"}
+INPUTS = {"attn_in": "q", "attn_mix": "o", "mlp_in": "up", "mlp_hidden": "down"}
+
+
+def hooked_sites(
+    pair: Pair, ids: np.ndarray, real: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, int]]:
+    """Logits, and activations [layer, B, T, unit] of every site and `final`, from PyTorch forward hooks."""
+    names = LLAMA | MODULES.get(pair.model.family.model_type, {})
+    seen: dict[str, list[np.ndarray]] = {}
+    handles = []
+
+    def keep(site: str, module: torch.nn.Module, part: Part | None = None, *, of_input: bool = False) -> None:
+        def hook(_module, args, output) -> None:
+            value = args[0] if of_input else output
+            value = (value[0] if isinstance(value, tuple) else value).numpy()
+            seen.setdefault(site, []).append(value if part is None else part(value, pair.model.spec))
+
+        handles.append(module.register_forward_hook(hook))
+
+    for layer in pair.reference.get_submodule(names["layers"]):
+        for sites, of_input in ((OUTPUTS, False), (INPUTS, True)):
+            for site, role in sites.items():
+                if names[role] is not None:
+                    name, part = (names[role], None) if isinstance(names[role], str) else names[role]
+                    keep(site, layer.get_submodule(name), None if of_input else part, of_input=of_input)
+        keep("resid", layer)
+    keep("final", pair.reference.get_submodule(names["final"]))
+    logits = reference_logits(pair.reference, ids, real)
+    for handle in handles:
+        handle.remove()
+    return logits, {site: np.stack(values) for site, values in seen.items()}
+
+
+def test_logits_and_sites(pair):
+    """Of the real tokens of a right-padded batch; two sequences, so that the batch axis must not mix."""
+    spec = pair.model.spec
+    ids, real = padded_batch()
+    assert ids.shape == (2, TOKENS) and not real.all()
+    theirs, their_sites = hooked_sites(pair, ids, real)
+
+    ours = np.asarray(forward(spec, dict(pair.model.params), ids))
+    assert ours.dtype == np.float32
+    assert deviation(ours[real], theirs[real]) < TOLERANCE
+    assert mean_kl(ours[real], theirs[real]) < KL_TOLERANCE
+
+    @jax.jit
+    def capture(params: Params) -> dict[str, jax.Array]:
+        final, captured = bind(spec, params).hidden(ids, jnp.float64, spec.sites, lambda x: x)
+        return captured | {"final": final[None]}
+
+    # In float64, but for norms, softmax and rotary angles on both sides: of the 600,000 entries of a site behind three
+    # sharp softmaxes the worst is near 1e-4, from the last digit of a rotary frequency alone.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        our_sites = {site: np.asarray(value) for site, value in capture(dict(pair.model.params)).items()}
+    assert {*our_sites} == {*their_sites} == {*SITES, "final"} - (set() if spec.gated else {"gate"})
+    assert {*spec.sites} == {*our_sites} - {"final"}
+    far, typical = {}, {}
+    for site, value in our_sites.items():
+        axis, layers = (SITES[site], spec.layers) if site in SITES else ("embed", 1)
+        assert value.shape == their_sites[site].shape == (layers, *ids.shape, spec.axis_size(axis))
+        mine, other = value[:, real], their_sites[site][:, real]
+        far[site] = deviation(mine, other)
+        typical[site] = float((mine - other).std() / other.std())
+    assert max(typical.values()) < TOLERANCE / 10, typical
+    assert max(far.values()) < 2 * TOLERANCE, far
+
+
+def test_export_is_the_same_file_and_transformers_reads_it(pair, tmp_path):
+    out = hf.export(pair.model, tmp_path / "again")
+    assert (out / SINGLE_NAME).read_bytes() == (pair.directory / SINGLE_NAME).read_bytes()
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").double().eval()
+    ids = padded_batch()[0][:1, :50]
+    real = np.ones_like(ids, bool)
+    np.testing.assert_array_equal(reference_logits(again, ids, real), reference_logits(pair.reference, ids, real))
+    # The config made from the spec alone, as a new model gets it, means the same to transformers.
+    config = pair.model.family.config(pair.model.spec)
+    assert pair.model.family.spec(config) == pair.model.spec
+    padding = {"pad_token_id": None}  # several families have one beyond this small vocabulary if none is given
+    (out / "config.json").write_text(json.dumps(config | padding))
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").double().eval()
+    ids, real = padded_batch()
+    ids, real = ids[:1, :SHORT], real[:1, :SHORT]
+    theirs = reference_logits(pair.reference, ids, real)
+    assert deviation(reference_logits(again, ids, real), theirs) < 1e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_handwritten_config_reads_as_the_one_transformers_writes(name):
+    """Old spellings and defaults included."""
+    family = FAMILIES[CASES[name]["model_type"]]
+    written = transformers.AutoConfig.for_model(**copy.deepcopy(CASES[name])).to_dict()
+    assert family.spec(CASES[name]) == family.spec(written)
+
+
+def regrouped(weight: jax.Array, spec: DecoderSpec, axis: int) -> jax.Array:
     """Query heads in the order that makes head h read key-value head h % kv_heads."""
     shape = weight.shape
     split = (*shape[:axis], spec.heads // spec.kv_heads, spec.kv_heads, spec.head_dim, *shape[axis + 1 :])
     return weight.reshape(split).swapaxes(axis, axis + 1).reshape(shape)
 
 
-def mutations(spec: DecoderSpec, params: Params) -> Iterator[tuple[str, DecoderSpec, Params]]:
-    """Small mistakes, one at a time, in every config feature that the spec uses."""
+#: Fields of the rotary embedding that each scaling reads, theta, fraction and plane order aside.
+ROTARY_FIELDS = {
+    "default": (),
+    "none": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_positions"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_positions"),
+    "yarn": ("factor", "original_positions", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+    "longrope": ("original_positions", "short_factors", "long_factors", "attention_factor"),
+}
 
-    def specs(**changes) -> DecoderSpec:
-        return dataclasses.replace(spec, **changes)
 
-    def rotary(**changes) -> DecoderSpec:
-        return specs(rotary=dataclasses.replace(spec.rotary, **changes))
+def rotary_mutations(rotary: Rotary) -> Iterator[tuple[str, Rotary]]:
+    def changed(name: str, value) -> tuple[str, Rotary]:
+        return name, dataclasses.replace(rotary, **{name: value})
 
-    yield "theta", rotary(theta=spec.rotary.theta * 1.01), params
-    if spec.rotary.scaling != "default":
-        yield "scaling off", rotary(scaling="default"), params
-        yield "factor", rotary(factor=spec.rotary.factor * 1.01), params
-    if spec.rotary.scaling == "llama3":
-        yield "scaling linear", rotary(scaling="linear"), params
-        yield "low_freq_factor", rotary(low_freq_factor=1.05), params
-        yield "high_freq_factor", rotary(high_freq_factor=4.2), params
-        yield "original_positions", rotary(original_positions=130), params
-    yield "norm_eps", specs(norm_eps=spec.norm_eps * 1.1), params
+    yield changed("scaling", "none" if rotary.scaling == "default" else "default")
+    if rotary.scaling == "none":
+        return
+    yield changed("theta", rotary.theta * 1.01)
+    past = rotary.original_positions < SHORT
+    for name in ROTARY_FIELDS[rotary.scaling]:
+        value = getattr(rotary, name)
+        if name == "truncate":
+            yield changed(name, not value)
+        elif name == "attention_factor":
+            yield changed(name, value * 1.01)
+            if value != 1:
+                yield changed(name, 1.0)
+        elif name in ("beta_fast", "beta_slow"):
+            yield changed(name, value * (4 if name == "beta_slow" else 0.25) if rotary.truncate else value * 1.1)
+        elif name in ("short_factors", "long_factors"):
+            if past == (name == "long_factors"):
+                yield changed(name, value[::-1])
+                yield changed(name, (*value[:1], value[1] * 1.01, *value[2:]))
+        elif name == "original_positions" and rotary.scaling == "longrope":
+            yield changed(name, SHORT if past else SHORT - 1)
+        elif name == "original_positions":
+            yield changed(name, value * 2 if rotary.scaling == "yarn" else value + 2)
+        else:
+            yield changed(name, value * 1.05)
+    if rotary.scaling == "llama3":
+        yield "scaling linear", dataclasses.replace(rotary, scaling="linear")
+
+
+def field_mutations(spec: DecoderSpec) -> Iterator[tuple[str, str, dict]]:
+    """Fields of the spec, what was done to them, and the change: off, and for numbers also a little off.
+
+    Every field that a case does not leave at its neutral value is switched off, and some are switched on.
+    """
+    for name in ("qkv_bias", "o_bias", "mlp_bias", "norm_bias", "post_norm", "shared_norm", "learned_positions"):
+        if getattr(spec, name):
+            yield name, "off", {name: False}
+    for name in ("pre_norm", "norm_offset", "gated", "tied_embeddings", "inverse_layer_scale"):
+        if name != "gated" or spec.gated:
+            yield name, "flipped", {name: not getattr(spec, name)}
+    yield "parallel", "flipped", {"parallel": not spec.parallel, "shared_norm": False}
+    yield "norm", "other", {"norm": "layer" if spec.norm == "rms" else "rms"}
+    yield "norm_eps", "larger", {"norm_eps": spec.norm_eps * 3}
     wrong = {"silu": "gelu_tanh", "gelu": "gelu_tanh", "gelu_tanh": "gelu", "relu": "silu"}[spec.activation]
-    yield "activation", specs(activation=wrong), params
-    yield "head_dim", specs(head_dim=spec.head_dim // 2, heads=spec.heads * 2, kv_heads=spec.kv_heads * 2), params
-    if spec.kv_heads < spec.heads:
-        changed = {"blocks.q.weight": (1,), "blocks.q.bias": (1,), "blocks.o.weight": (2,)}
-        changed = {path: interleaved(params[path], spec, *axis) for path, axis in changed.items() if path in params}
-        yield "grouping", spec, params | changed
-    for path in params:
-        if path.endswith(".bias"):
-            yield path, spec, params | {path: jnp.zeros_like(params[path])}
-        elif params[path].ndim == 1 or path.endswith("_norm.weight"):
-            yield path, spec, params | {path: jnp.ones_like(params[path])}
+    yield "activation", "other", {"activation": wrong}
+    if spec.qk_norm != "none":
+        yield "qk_norm", "off", {"qk_norm": "none"}
+    neutral = {
+        "embedding_scale": 1.0,
+        "residual_scale": 1.0,
+        "logit_scale": 1.0,
+        "attention_scale": None,
+        "attention_cap": None,
+        "logit_cap": None,
+    }
+    for name, value in neutral.items():
+        if getattr(spec, name) != value:
+            yield name, "off", {name: value}
+            yield name, "larger", {name: getattr(spec, name) * 1.02}
+    for name, rotary in rotary_mutations(spec.rotary):
+        yield f"rotary.{name}", str(getattr(rotary, name.split()[0]))[:12], {"rotary": rotary}
+    if spec.rotary.scaling != "none":
+        turned = dataclasses.replace(spec.rotary, interleaved=not spec.rotary.interleaved)
+        yield "rotary.interleaved", "flipped", {"rotary": turned}
+        fraction = {"fraction": 0.5 if spec.rotary.fraction == 1 else 1.0}
+        planes = int(spec.head_dim * fraction["fraction"]) // 2
+        fraction |= {key: (1.0,) * planes for key in ("short_factors", "long_factors") if spec.rotary.short_factors}
+        local = spec.local_rotary and dataclasses.replace(spec.local_rotary, **fraction)
+        yield (
+            "rotary.fraction",
+            "other",
+            {"rotary": dataclasses.replace(spec.rotary, **fraction), "local_rotary": local},
+        )
+    if spec.local_rotary is not None:
+        yield "local_rotary", "off", {"local_rotary": None, "layer_rotary": ()}
+        for name, rotary in rotary_mutations(spec.local_rotary):
+            yield f"local_rotary.{name}", "", {"local_rotary": rotary}
+        for number in (0, 1):
+            moved = (1 - spec.layer_rotary[0], *spec.layer_rotary[1:])
+            moved = moved if number == 0 else (*spec.layer_rotary[:-1], 1 - spec.layer_rotary[-1])
+            yield "layer_rotary", f"of a layer {number}", {"layer_rotary": moved}
     if spec.windows:
-        yield "window off", specs(windows=()), params
-        yield "windows rolled", specs(windows=spec.windows[1:] + spec.windows[:1]), params
+        yield "windows", "off", {"windows": ()}
+        if len(set(spec.windows)) > 1:
+            yield "windows", "rolled", {"windows": spec.windows[1:] + spec.windows[:1]}
         for step in (-1, 1):
             moved = tuple(w if w == FULL_ATTENTION else w + step for w in spec.windows)
-            yield f"window {step}", specs(windows=moved), params
-    if spec.tied_embeddings:
-        yield "tied", specs(tied_embeddings=False), params | {"head.weight": params["embed.weight"][::-1]}
-    else:
-        yield "untied", specs(tied_embeddings=True), params
+            yield "windows", str(step), {"windows": moved}
+
+
+def filled(spec: DecoderSpec, params: Params) -> Params:
+    """The parameters, and for those that a wrong spec adds what a careless forward would do without them."""
+    return params | {
+        path: jnp.full(shape, 0.0 if path.endswith(".bias") else 1.0)
+        for path, shape in parameter_shapes(spec).items()
+        if path not in params
+    }
+
+
+def mutations(spec: DecoderSpec, params: Params) -> Iterator[tuple[str, str, DecoderSpec, Params]]:
+    """Small mistakes, one at a time, in every setting that the spec uses and in every parameter that is not a matrix.
+
+    Gives what is wrong (a field or a parameter), how, and the spec and parameters that are.
+    """
+    for field, what, changes in field_mutations(spec):
+        wrong = dataclasses.replace(spec, **changes)
+        given = params
+        if field == "tied_embeddings" and spec.tied_embeddings:
+            given = params | {"head.weight": params["embed.weight"][::-1]}
+        yield field, what, wrong, filled(wrong, given)
+    if spec.qk_norm == "none":
+        halves = {"head_dim": spec.head_dim // 2, "heads": spec.heads * 2, "kv_heads": spec.kv_heads * 2}
+        if not spec.rotary.short_factors and spec.rotary.dims(halves["head_dim"]) % 2 == 0:
+            yield "head_dim", "half", dataclasses.replace(spec, **halves), params
+    if spec.kv_heads < spec.heads:
+        changed = {"blocks.q.weight": (1,), "blocks.q.bias": (1,), "blocks.o.weight": (2,)}
+        changed = {path: regrouped(params[path], spec, *axis) for path, axis in changed.items() if path in params}
+        yield "kv_heads", "alternating", spec, params | changed
+    for path in params:
+        if path == "blocks.k.bias" and spec.rotary.scaling == "none" and spec.qk_norm == "none":
+            continue  # moves all scores of a query alike
+        if path.endswith(".bias"):
+            yield path, "zero", spec, params | {path: jnp.zeros_like(params[path])}
+        elif params[path].ndim == 1 or path.endswith("_norm.weight"):
+            yield path, "one", spec, params | {path: jnp.full_like(params[path], 0.0 if spec.norm_offset else 1.0)}
+    if spec.learned_positions:
+        moved = jnp.roll(params["positions.weight"], 1, axis=0)
+        yield "positions.weight", "moved", spec, params | {"positions.weight": moved}
     blocks = {path: value[::-1] for path, value in params.items() if path.startswith("blocks.")}
-    yield "layer order", spec, params | blocks
+    yield "layers", "reversed", spec, params | blocks
 
 
-def test_logits_and_mutations(pair):
-    model, reference, ids = pair
-    with torch.no_grad():
-        theirs = reference(ids).logits[0].numpy()
-    params = dict(model.params)
+def differs(what: str, spec: DecoderSpec, first: DecoderSpec) -> bool:
+    """Whether a field, or whether there is a parameter, is other than in the first case of the family."""
+    field = what.split(".")[0]
+    if hasattr(spec, field):
+        return getattr(spec, field) != getattr(first, field)
+    return what not in parameter_shapes(first)
 
-    def logits(spec: DecoderSpec, params: Params) -> np.ndarray:
-        return np.asarray(forward(spec, params, ids.numpy())[0])
 
-    ours = logits(model.spec, params)
-    assert deviation(ours, theirs) < TOLERANCE
-    assert mean_kl(ours, theirs) < KL_TOLERANCE
+def test_every_wrong_setting_shows(pair):
+    """All of them in the first case of a family; in the others, those in what differs from it."""
+    spec, family = pair.model.spec, pair.model.family
+    first = next(family.spec(config) for config in CASES.values() if config["model_type"] == family.model_type)
+    ids, real = padded_batch()
+    ids, real = ids[:1, :SHORT], real[:1, :SHORT]
+    theirs = reference_logits(pair.reference, ids, real)[0]
+    params = dict(pair.model.params)
+
+    def far(spec: DecoderSpec, params: Params) -> float:
+        return deviation(np.asarray(forward(spec, params, ids)[0]), theirs)
+
     with jax.disable_jit():  # compiling for every wrong spec would take most of the time
-        assert deviation(logits(model.spec, params), theirs) < TOLERANCE
-        seen = {name: deviation(logits(*wrong), theirs) for name, *wrong in mutations(model.spec, params)}
-    print({name: round(value, 4) for name, value in seen.items()})
-    assert len(seen) >= 9
-    blind = {name: value for name, value in seen.items() if value < 10 * TOLERANCE}
+        assert far(spec, params) < TOLERANCE
+        seen = {
+            (what, how): far(*wrong)
+            for what, how, *wrong in mutations(spec, params)
+            if spec == first or differs(what, spec, first)
+        }
+    print({" ".join(key): round(value, 4) for key, value in seen.items()})
+    assert len(seen) >= 15 or spec != first
+    blind = {key: value for key, value in seen.items() if not value >= 3 * TOLERANCE}
     assert not blind
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "default", "rope_theta": 1e6},
-        {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
-        LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 512},
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
-def test_rotary_frequencies_to_the_last_digit(rope):
-    config = transformers.LlamaConfig(**(BASE | {"head_dim": 128, "rope_parameters": rope}))
-    theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
+#: Sizes, whose mistakes are shape errors, or that the forward does not read.
+SIZES = {"vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions"}
+
+
+def test_every_setting_is_switched_off_in_some_case():
+    """No field of the spec without a case that uses it and a mistake that shows it."""
+    seen = set()
+    for name, config in CASES.items():
+        spec = FAMILIES[config["model_type"]].spec(config)
+        done = {field for field, *_ in field_mutations(spec)}
+        used = {f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default} - SIZES - {"rotary"}
+        used -= {"rotary", "gated"} | ({"norm_eps"} if spec.norm_eps == 1e-6 else set())
+        if spec.local_rotary is None:
+            used -= {"local_rotary"}
+        assert used <= done, name
+        seen |= done
+    held = {f.name for f in dataclasses.fields(DecoderSpec)} - SIZES - {"rotary"}
+    held |= {f"rotary.{f.name}" for f in dataclasses.fields(Rotary)}
+    assert held <= seen
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 1e6},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.5},
+    "llama3": LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 512},
+    "yarn": YARN | {"rope_theta": 1e6, "original_max_position_embeddings": 512},
+    "yarn-exact": YARN | {"rope_theta": 1e4, "truncate": False, "beta_fast": 20.0, "beta_slow": 2.5},
+    "yarn-mscale": YARN | {"rope_theta": 1e4, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707},
+    "yarn-attention": YARN | {"rope_theta": 1e4, "attention_factor": 0.9},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1 + i / 64 for i in range(64)],
+        "long_factor": [1.5 + i**1.3 / 7 for i in range(64)],
+        "original_max_position_embeddings": 256,
+    },
+    "longrope-factor": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1 + i / 64 for i in range(64)],
+        "long_factor": [1.5 + i**1.3 / 7 for i in range(64)],
+        "original_max_position_embeddings": 256,
+        "factor": 12.0,
+    },
+}
+HEADS = {
+    "vocab_size": 67,
+    "hidden_size": 768,
+    "intermediate_size": 80,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 1024,
+    "head_dim": 128,
+}
+
+
+@pytest.mark.parametrize("tokens", [100, 1023, 1025, 5000])
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_frequencies_to_the_last_digit(name, tokens):
+    settings = HEADS | {"num_hidden_layers": 3, "rope_parameters": ROPES[name], "hidden_act": "silu"}
+    config = transformers.LlamaConfig(**copy.deepcopy(settings))
+    kind = ROPES[name]["rope_type"]
+    compute = LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+    # A tensor, as the module gives it: the arithmetic is then float32.
+    length = {} if kind == "default" else {"seq_len": torch.tensor(tokens) if kind == "dynamic" else tokens}
+    theirs, factor = compute(config, **length) if kind == "default" else compute(config, "cpu", **length)
     spec = FAMILIES["llama"].spec(config.to_dict())
-    ours = inverse_frequencies(spec.rotary, spec.head_dim)
-    np.testing.assert_array_max_ulp(ours, theirs, maxulp=2)
-    assert (ours == theirs).mean() > 0.9
-
-
-def hooked_sites(reference: torch.nn.Module, ids: torch.Tensor) -> dict[str, np.ndarray]:
-    """Activations [layer, B, T, unit] of every site, and `final`, from PyTorch forward hooks."""
-    outputs = {
-        "attn_in": "input_layernorm",
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "attn_out": "self_attn.o_proj",
-        "mlp_in": "post_attention_layernorm",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "mlp_out": "mlp",
-        "resid": "",
-    }
-    inputs = {"attn_mix": "self_attn.o_proj", "mlp_hidden": "mlp.down_proj"}
-    seen: dict[str, list[np.ndarray]] = {site: [] for site in (*outputs, *inputs, "final")}
-    handles = []
-
-    def keep(site: str, module: torch.nn.Module, *, of_input: bool = False) -> None:
-        def hook(_module, args, output) -> None:
-            value = args[0] if of_input else output
-            seen[site].append((value[0] if isinstance(value, tuple) else value).numpy())
-
-        handles.append(module.register_forward_hook(hook))
-
-    for layer in reference.model.layers:
-        for site, name in outputs.items():
-            keep(site, layer.get_submodule(name))
-        for site, name in inputs.items():
-            keep(site, layer.get_submodule(name), of_input=True)
-    keep("final", reference.model.norm)
-    with torch.no_grad():
-        reference(ids)
-    for handle in handles:
-        handle.remove()
-    return {site: np.stack(values) for site, values in seen.items()}
-
-
-@pytest.mark.parametrize("pair", ["llama-attention_bias", "llama-mlp_bias", "qwen2-layer_types"], indirect=True)
-def test_captured_sites(pair):
-    model, reference, ids = pair
-    ids = torch.stack([ids[0, :100], ids[0, 100:200]])  # two sequences: the batch axis must not mix
-    theirs = hooked_sites(reference, ids)
-
-    @jax.jit
-    def capture(params: Params) -> dict[str, jax.Array]:
-        final, captured = bind(model.spec, params).hidden(ids.numpy(), jnp.float32, tuple(SITES), lambda x: x)
-        return captured | {"final": final[None]}
-
-    ours = {site: np.asarray(value) for site, value in capture(dict(model.params)).items()}
-    assert set(ours) == set(theirs) == {*SITES, "final"}
-    for site, axis in SITES.items():
-        assert ours[site].shape == (model.spec.layers, *ids.shape, model.spec.axis_size(axis))
-    far = {site: deviation(ours[site], theirs[site]) for site in ours}
-    assert max(far.values()) < TOLERANCE, far
+    ours = inverse_frequencies(spec.rotary, spec.head_dim, tokens)
+    np.testing.assert_array_max_ulp(ours, theirs.numpy(), maxulp=2)
+    assert (ours == theirs.numpy()).mean() > 0.9
+    assert spec.rotary.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
 def test_only_the_sites_asked_for_are_captured(llama_dir):

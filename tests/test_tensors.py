@@ -1,6 +1,8 @@
 """Our safetensors reader and writer against the safetensors library, and on damaged files."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -9,12 +11,15 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from hypothesis import given
+from helpers import SPEC
+from hypothesis import HealthCheck, given, settings
 from hypothesis.extra.numpy import array_shapes
 
+from tmjax import cli
 from tmjax.errors import CheckpointError, InputError
 from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME, TensorIndex
 from tmjax.hub.writer import TensorMeta, parse_size, plan_shards, write_tensors
+from tools.make_checkpoint import make_checkpoint
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
@@ -186,7 +191,8 @@ DAMAGED = {
     "overlap": (edited(data_offsets=[8, 16]), "starts at byte"),
     "hole": (file_bytes(GOOD | {"y": GOOD["y"] | {"data_offsets": [20, 28]}}, data=28), "starts at byte"),
     "quantised dtype": (edited(dtype="F8_E4M3", data_offsets=[16, 18]), "dtype F8_E4M3"),
-    "integer dtype": (edited(dtype="I32"), "dtype I32"),
+    "integer dtype": (edited(dtype="I32"), "dtype I32, as quantised or packed"),
+    "double precision": (edited(dtype="F64", shape=[1]), "cast it to float32"),
     "dtype not a string": (edited(dtype=["F32"]), "entry of 'y'"),
     "name of two lines": (file_bytes({"a\nb": 3}), "entry of"),
 }
@@ -212,6 +218,17 @@ def test_file_cut_after_it_was_indexed(tmp_path):
     (tmp_path / SINGLE_NAME).write_bytes(file_bytes()[:-4])
     with pytest.raises(CheckpointError, match="ended while reading y"):
         index.read("y")
+
+
+def test_ignored_tensors_may_have_any_dtype(tmp_path):
+    mask = {"layer.mask": {"dtype": "BOOL", "shape": [3, 8], "data_offsets": [24, 48]}}
+    (tmp_path / SINGLE_NAME).write_bytes(file_bytes(GOOD | mask, data=48))
+    refused(tmp_path, "dtype BOOL")
+    assert set(TensorIndex(tmp_path, (".mask",))) == {"x", "y"}
+    mask["layer.mask"]["data_offsets"] = [48, 24]
+    (tmp_path / SINGLE_NAME).write_bytes(file_bytes(GOOD | mask, data=48))
+    with pytest.raises(CheckpointError):
+        TensorIndex(tmp_path, (".mask",))
 
 
 def test_no_weights(tmp_path):
@@ -305,3 +322,126 @@ def test_rows_are_read_alone(tmp_path):
     part = TensorIndex(tmp_path).read("x", (slice(rows - 2, rows), slice(0, 3)))
     assert part.shape == (2, 3)
     assert not part.any()
+
+
+# The whole way: any damage ends in one line and exit code 2, or in the very tensors that were there; never in between.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A checkpoint of two shards, small enough to be damaged hundreds of times."""
+    spec = dataclasses.replace(SPEC, layers=1, vocab=6, hidden=8, heads=2, kv_heads=1, head_dim=4, mlp=8)
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "llama", spec, max_shard_size="1500")
+
+
+def converted(directory: Path, capsys) -> bool:
+    """Converts by the command line; True if that worked. Otherwise nothing may be left and one line was said."""
+    out = directory.parent / "out"
+    code = cli.run(["convert", str(directory), str(out), "--to", "hf"])
+    captured = capsys.readouterr()
+    if code == 0:
+        return True
+    assert code == 2
+    assert captured.err.startswith("tmjax: error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert sorted(file.name for file in directory.parent.iterdir()) == [directory.name]
+    return False
+
+
+def damaged(tiny: Path, tmp_path_factory) -> tuple[Path, list[Path]]:
+    copy = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("damaged") / "checkpoint"))
+    return copy, sorted(copy.glob("*.safetensors"))
+
+
+HEADER_BYTES = st.tuples(st.integers(0, 1), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+
+
+@given(flips=st.lists(HEADER_BYTES, min_size=1, max_size=3))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+def test_bits_flipped_in_headers(tiny, tmp_path_factory, capsys, flips):
+    directory, shards = damaged(tiny, tmp_path_factory)
+    before = library_read(tiny)
+    for shard, place, bit in flips:
+        content = bytearray(shards[shard].read_bytes())
+        end = 8 + int.from_bytes(tiny.joinpath(shards[shard].name).read_bytes()[:8], "little")
+        content[int(place * end)] ^= 1 << bit
+        shards[shard].write_bytes(content)
+    if converted(directory, capsys):  # the flips undid each other, or hit a blank or the metadata
+        assert library_read(directory.parent / "out") == before
+    shutil.rmtree(directory.parent)
+
+
+@given(data=st.data())
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+def test_entries_changed_in_headers(tiny, tmp_path_factory, capsys, data):
+    directory, shards = damaged(tiny, tmp_path_factory)
+    shard = data.draw(st.sampled_from(shards))
+    content = shard.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    name = data.draw(st.sampled_from(sorted(header.keys() - {"__metadata__"})))
+    field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "", "name"]))
+    junk = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4), st.lists)
+    numbers = st.lists(st.integers(-2, 2**40), max_size=3)
+    value = data.draw(numbers | junk | st.sampled_from(["F16", "BF16", "F32", "I8", "F64", "F8_E5M2"]))
+    original = json.dumps(header)
+    if field == "name":
+        header[str(value)] = header.pop(name)
+    elif field:
+        header[name][field] = value
+    else:
+        header[name] = value
+    raw = json.dumps(header).encode()
+    shard.write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + length :])
+    if converted(directory, capsys):
+        assert json.dumps(header) == original
+    shutil.rmtree(directory.parent)
+
+
+@given(keep=st.floats(0, 1, exclude_max=True), shard=st.integers(0, 1))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
+def test_shards_cut_short(tiny, tmp_path_factory, capsys, keep, shard):
+    directory, shards = damaged(tiny, tmp_path_factory)
+    content = shards[shard].read_bytes()
+    shards[shard].write_bytes(content[: int(keep * len(content))])
+    assert not converted(directory, capsys)
+    shutil.rmtree(directory.parent)
+
+
+def index_without_a_shard(index: dict) -> str:
+    gone = sorted(set(index["weight_map"].values()))[0]
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != gone}
+    return json.dumps(index)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        index_without_a_shard,
+        lambda index: json.dumps(index)[:-5],
+        lambda index: json.dumps(index).replace('"weight_map": {', '"weight_map": {"a": "b", "a": "b", '),
+        lambda index: json.dumps(index).replace("00001-of", "00003-of"),
+        lambda index: json.dumps(index).replace("00001-of", "00002-of"),
+        lambda index: json.dumps(index).replace("model-00001", "a\\nb\\u0000"),
+        lambda index: json.dumps(index | {"weight_map": []}),
+        lambda index: "\x00",
+    ],
+)
+def test_damaged_indices(tiny, tmp_path_factory, capsys, change):
+    directory, _ = damaged(tiny, tmp_path_factory)
+    index = json.loads((directory / INDEX_NAME).read_text())
+    (directory / INDEX_NAME).write_text(change(index))
+    assert not converted(directory, capsys)
+
+
+def test_duplicate_tensors_in_a_header(tiny, tmp_path_factory, capsys):
+    directory, shards = damaged(tiny, tmp_path_factory)
+    content = shards[0].read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].strip()
+    first = next(key for key in json.loads(header) if key != "__metadata__")
+    raw = header[:-1] + b', "' + first.encode() + b'": {}}'
+    shards[0].write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + length :])
+    assert not converted(directory, capsys)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tmjax.errors import InputError, TmjaxError
+from tmjax.errors import InputError, TmjaxError, summarise
 
 app = typer.Typer(
     name="tmjax",
@@ -167,34 +167,46 @@ def convert(
     model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id or orbax directory of ours.")],
     out: Annotated[Path, typer.Argument(help="Output directory.")],
     to: Annotated[str, typer.Option(help="hf or orbax.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, for example 5GB.")] = "5GB",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint between Hugging Face and orbax, bit for bit."""
-    from tmjax.convert import hf, orbax
-    from tmjax.convert.model import load_model
-    from tmjax.hub.atomic import refuse_existing
+    """Convert a checkpoint between Hugging Face and orbax, bit for bit unless --dtype asks for another."""
+    from tmjax.convert.stream import convert, parse_dtype
 
     if to not in ("hf", "orbax"):
         raise InputError(f"--to {to!r} is not known; write hf or orbax")
-    refuse_existing(out, overwrite=overwrite)
-    loaded = load_model(model)
-    if to == "hf":
-        hf.export(loaded, out, max_shard_size=max_shard_size, overwrite=overwrite)
-    else:
-        orbax.save(loaded, out, overwrite=overwrite)
-    result = {
-        "input": model,
-        "output": str(out),
-        "to": to,
-        "model_type": loaded.family.model_type,
-        "parameters": loaded.size,
-    }
+    done = convert(model, out, to=to, dtype=parse_dtype(dtype), max_shard_size=max_shard_size, overwrite=overwrite)
+    name, size = done.family.model_type, done.parameters
+    result = {"input": model, "output": str(out), "to": to, "model_type": name, "parameters": size, "dtype": dtype}
     if as_json:
         _print_json(result)
     else:
-        _console().print(f"{model} -> {out} ({to}, {loaded.family.model_type}, {loaded.size:,} parameters)")
+        _console().print(f"{model} -> {out} ({to}, {name}, {size:,} parameters)")
+
+
+@app.command()
+def doctor(
+    recipe: RecipeFile = None,
+    source: Source = None,
+    target: Target = None,
+    texts: TextFile = None,
+    mesh: Mesh = None,
+    as_json: Json = False,
+) -> None:
+    """Before any weight is read: can these two be merged, what is mapped, what memory and time will it take."""
+    from tmjax.pipeline.doctor import examine
+    from tmjax.pipeline.doctor_tables import doctor_summary
+
+    told, has_texts = _pair(recipe, locals())
+    report = examine(told, texts=has_texts)
+    if as_json:
+        _print_json(report)
+    else:
+        _console().print(doctor_summary(report), highlight=False)
+    if not report["mergeable"]:
+        raise InputError(f"{told.source} cannot be merged into {told.target}: {summarise(report['problems'])}")
 
 
 _FLAGS = (
@@ -227,6 +239,18 @@ def _recipe(file: Path | None, options: dict[str, Any]) -> Any:
     if missing:
         raise InputError(f"give {', '.join('--' + name for name in missing)} or name them in a recipe")
     return build_recipe(values | given, base=file.parent if file else None)
+
+
+def _pair(file: Path | None, options: dict[str, Any]) -> tuple[Any, bool]:
+    """A recipe of which only the two models must be known, and whether it names texts."""
+    from tmjax.recipe import build_recipe, read_recipe
+
+    values = (read_recipe(file) if file else {}) | _given(options, ("source", "target", "texts", "mesh"))
+    missing = [name for name in ("source", "target") if name not in values]
+    if missing:
+        raise InputError(f"give {' and '.join('--' + name for name in missing)} or name them in a recipe")
+    recipe = build_recipe({"texts": "-", "out": "-"} | values, base=file.parent if file else None)
+    return recipe, "texts" in values
 
 
 def _print_json(value: Any) -> None:

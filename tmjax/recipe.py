@@ -80,14 +80,14 @@ class AlignmentOptions(_Section):
 class FusionOptions(_Section):
     """How the source's weights enter the target's.
 
-    `map` is how plans become maps, `norm_match` rescales each transported
-    tensor to its target's norm, `beta` is the change of the target's own weights (`tied`: minus alpha, so that alpha
-    blends), and `alphas`, `betas` are what is tried on the validation texts when alpha is not given, per group of
-    projections.
+    `roles` are the projections to be transported (all that both models have, unless said), `map` is how plans become
+    maps, `norm_match` rescales each transported tensor to its target's norm, `beta` is the change of the target's own
+    weights (`tied`: minus alpha, so that alpha blends), and `alphas`, `betas` are what is tried on the validation texts
+    when alpha is not given, per group of projections.
     """
 
     map: Literal["paper", "barycentric"] = "barycentric"
-    roles: Annotated[tuple[Role, ...], Field(min_length=1)] = ALL_ROLES
+    roles: Annotated[tuple[Role, ...], Field(min_length=1)] | None = None
     mask_top_k: Positive | None = None
     norm_match: bool = True
     bias: Literal["transported", "keep_mean", "none"] = "transported"

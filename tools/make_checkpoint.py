@@ -71,17 +71,21 @@ def make_checkpoint(
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise InputError(f"scale {scale} is not a positive number")
     rows = [row for row in chosen.params(spec) if row.tied_to is None]
-    metas = [TensorMeta(name, DTYPES[dtype], row.shape(spec)) for row in rows for name in row.names(spec)]
-    shapes = {meta.name: meta.shape for meta in metas}
-    base = {name: float(not row.path.endswith(".bias")) for row in rows for name in row.names(spec)}
+    # Parameters that share a tensor give it once.
+    shapes = {name: row.disk_shape(spec) for row in rows for name in row.names(spec)}
+    metas = [TensorMeta(name, DTYPES[dtype], shape) for name, shape in shapes.items()]
+    one = 0.0 if spec.norm_offset else 1.0
+    base = {name: 0.0 if row.path.endswith(".bias") else one for row in rows for name in row.names(spec)}
 
     def read(name: str) -> np.ndarray:
         return random_tensor(name, shapes[name], DTYPES[dtype], base=base[name], scale=scale, seed=seed)
 
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    config |= dict.fromkeys(special)  # a family's own defaults may lie beyond a small vocabulary
     with atomic_directory(Path(directory), overwrite=overwrite) as partial:
         if tokenizer is not None:
             held = read_config(tokenizer)
-            config |= {key: held[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in held}
+            config |= {key: held[key] for key in special if key in held}
             copy_companions(tokenizer, partial)
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
@@ -90,6 +94,21 @@ def make_checkpoint(
                 raise InputError(f"the tokenizer of {tokenizer} has {tokens} tokens, the vocabulary only {spec.vocab}")
         write_tensors(partial, metas, read, max_shard_size=max_shard_size)
     return Path(directory)
+
+
+def family_spec(family: str, *, rotary: Rotary | None = None, **sizes: int | bool) -> DecoderSpec:
+    """The spec of a family with these attributes of `DecoderSpec`, as far as its config has keys for them.
+
+    Everything else is what the family does unless told otherwise; `rotary` keeps the family's partial fraction and
+    order of dimensions.
+    """
+    chosen = family_of({"model_type": family})
+    told = {field.key: sizes[field.attribute] for field in chosen.fields if field.attribute in sizes}
+    spec = chosen.spec({"model_type": family} | told)
+    if rotary is None or spec.rotary.scaling == "none":
+        return spec
+    kept = replace(rotary, fraction=spec.rotary.fraction, interleaved=spec.rotary.interleaved)
+    return replace(spec, rotary=kept)
 
 
 def random_tensor(
@@ -131,7 +150,7 @@ def _main(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Write a random Hugging Face checkpoint."""
-    chosen = family_of({"model_type": family})
+    family_of({"model_type": family})
     if rope_scaling not in ROTARY:
         raise InputError(f"--rope-scaling {rope_scaling} is not one of {', '.join(ROTARY)}")
     try:
@@ -142,7 +161,9 @@ def _main(
         raise InputError(f"--hidden {hidden} is not divisible by --heads {heads}; give --head-dim")
     if vocab is None:
         vocab = 256 if tokenizer is None else len(load_tokenizer(tokenizer).fast)
-    spec = DecoderSpec(
+    spec = family_spec(
+        family,
+        rotary=None if rope_scaling == "default" else ROTARY[rope_scaling],
         vocab=vocab,
         hidden=hidden,
         layers=layers,
@@ -151,13 +172,12 @@ def _main(
         head_dim=head_dim or hidden // heads,
         mlp=mlp or 4 * hidden,
         max_positions=8192 if rope_scaling == "default" else 131072,
-        rotary=ROTARY[rope_scaling],
         tied_embeddings=tied,
     )
     make_checkpoint(
         directory,
         family,
-        replace(spec, **chosen.fixed),
+        spec,
         dtype=dtype,
         scale=std,
         seed=seed,

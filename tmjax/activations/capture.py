@@ -51,9 +51,9 @@ def _arrays(batch: Batch, documents: Sequence[TokenisedDocument], rows: int) -> 
 
 def require_readable(spec: DecoderSpec, documents: Sequence[TokenisedDocument], sites: Sequence[str]) -> None:
     """Raises InputError unless all sites exist and all token ids are in the model's vocabulary."""
-    unknown = [site for site in sites if site not in SITES]
+    unknown = [site for site in sites if site not in spec.sites]
     if unknown:
-        raise InputError(f"no site {', '.join(unknown)}; sites are {', '.join(SITES)}")
+        raise InputError(f"no site {', '.join(unknown)}; the model's sites are {', '.join(spec.sites)}")
     largest = max(max(document.ids) for document in documents)
     if largest >= spec.vocab:
         raise InputError(f"the tokenizer gives id {largest}, but the model's vocabulary has {spec.vocab} entries")
@@ -98,7 +98,7 @@ def capture(
     documents: Sequence[TokenisedDocument],
     directory: Path,
     *,
-    sites: Sequence[str] = tuple(SITES),
+    sites: Sequence[str] | None = None,
     batch_tokens: int = 8192,
     memory_mib: int | None = None,
     dtype: jnp.dtype = jnp.float32,
@@ -112,6 +112,7 @@ def capture(
     exceed `memory_mib`. `place` puts a batch array on the devices, its leading axis divisible by `multiple`. Raises
     NonFiniteError if an activation is NaN or infinite.
     """
+    sites = spec.sites if sites is None else sites
     require_readable(spec, documents, sites)
     store.create(directory, rows, spec.layers, {site: spec.axis_size(SITES[site]) for site in sites})
     counts = [len(document.rows) for document in documents]

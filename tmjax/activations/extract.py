@@ -24,11 +24,11 @@ def extract_activations(
     pooling: Pooling = "span",
     max_tokens: int = 512,
     batch_tokens: int = 8192,
-    sites: Sequence[str] = tuple(SITES),
+    sites: Sequence[str] | None = None,
     dtype: jnp.dtype = jnp.float32,
     overwrite: bool = False,
 ) -> tuple[Activations, Activations]:
-    """Writes `out`/target and `out`/source and returns both: `[layer, row, unit]` float32 of every site.
+    """Writes `out`/target and `out`/source and returns both: `[layer, row, unit]` float32 of its sites (or `sites`).
 
     Row i of both is the same piece of the same text. Raises InputError if the models share no piece, or `out` exists.
     """
@@ -37,7 +37,8 @@ def extract_activations(
     found = []
     for name, model, read in zip(("target", "source"), (target, source), documents, strict=True):
         path = Path(out) / name
+        wanted = model.spec.sites if sites is None else sites
         with atomic_directory(path, overwrite=overwrite) as partial:
-            capture(model.spec, model.params, rows, read, partial, sites=sites, batch_tokens=batch_tokens, dtype=dtype)
-        found.append(Activations(path, rows, model.spec.layers, {s: model.spec.axis_size(SITES[s]) for s in sites}))
+            capture(model.spec, model.params, rows, read, partial, sites=wanted, batch_tokens=batch_tokens, dtype=dtype)
+        found.append(Activations(path, rows, model.spec.layers, {s: model.spec.axis_size(SITES[s]) for s in wanted}))
     return found[0], found[1]

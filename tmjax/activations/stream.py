@@ -12,7 +12,6 @@ from tmjax.activations.batches import Batch, bucket_length
 from tmjax.activations.capture import batch_limit, pooled_batches, require_readable
 from tmjax.activations.rows import Rows, TokenisedDocument
 from tmjax.errors import RowMismatchError
-from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
 from tmjax.typing import Array, Params
 
@@ -143,7 +142,7 @@ def paired_blocks(
     source: Reader,
     rows: Rows,
     *,
-    sites: Sequence[str] = tuple(SITES),
+    sites: Sequence[str] | None = None,
     block_rows: int = 512,
     batch_tokens: int = 8192,
     memory_mib: int | None = None,
@@ -165,6 +164,8 @@ def paired_blocks(
     runs, NonFiniteError if an activation is NaN or infinite.
     """
     readers = (target, source)
+    if sites is None:
+        sites = tuple(site for site in target[0].sites if site in source[0].sites)
     for name, (spec, _, documents) in zip(("target", "source"), readers, strict=True):
         require_readable(spec, documents, sites)
         _require_rows(name, documents, rows)

@@ -1,8 +1,9 @@
 """Hugging Face checkpoint <-> Flax parameters, both ways derived from the family's ParamSpec table."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,14 +12,21 @@ from tmjax.convert.model import Model, Placement, default_placement
 from tmjax.errors import CheckpointError, NonFiniteError, summarise
 from tmjax.hub.atomic import atomic_directory
 from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions, read_config
-from tmjax.hub.tensors import TensorIndex
+from tmjax.hub.tensors import Weights
+from tmjax.hub.weights import open_weights
 from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors
 from tmjax.models.families import family_of
 from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.typing import Array
 
-#: Buffers that old checkpoints hold beside their parameters; recomputed from the config.
-_BUFFERS = (".rotary_emb.inv_freq",)
+#: Buffers that old checkpoints hold beside their parameters (of any dtype); recomputed from the config.
+BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".attn.bias",
+    ".attn.masked_bias",
+)
 
 
 def load(directory: Path, *, placement: Placement = default_placement) -> Model:
@@ -27,8 +35,8 @@ def load(directory: Path, *, placement: Placement = default_placement) -> Model:
     family = family_of(config)
     spec = family.spec(config)
     rows = family.params(spec)
-    index = TensorIndex(directory)
-    written_ties = _check(index, rows, spec)
+    index = open_weights(directory, BUFFERS)
+    written_ties = check_tensors(index, rows, spec)
     params = {row.path: _load_row(index, row, spec, placement) for row in rows if row.tied_to is None}
     for name, row in written_ties.items():
         if not np.array_equal(_bits(index.read(name)), _bits(np.asarray(params[row.tied_to]))):
@@ -38,16 +46,19 @@ def load(directory: Path, *, placement: Placement = default_placement) -> Model:
     return Model(family, spec, params, config, directory, tuple(written_ties))
 
 
-def _check(index: TensorIndex, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> dict[str, ParamSpec]:
-    """Compares names, shapes and dtypes with the table; returns the tied copies that are on disk."""
-    wanted = {name: row for row in rows for name in row.names(spec)}
+def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> dict[str, ParamSpec]:
+    """Compares names, shapes and dtypes with the table; returns the tied copies that are on disk.
+
+    Raises CheckpointError listing every difference.
+    """
+    wanted = {name: row for row in rows for name in row.names(spec)}  # of rows in one tensor any will do
     missing = [name for name, row in wanted.items() if name not in index and row.tied_to is None]
-    extra = [name for name in index if name not in wanted and not name.endswith(_BUFFERS)]
+    extra = [name for name in index if name not in wanted]
     held = {name: row for name, row in wanted.items() if name in index}
     shapes = [
-        f"{name} has shape {list(index[name].shape)}, expected {list(row.shape(spec))}"
+        f"{name} has shape {list(index[name].shape)}, expected {list(row.disk_shape(spec))}"
         for name, row in held.items()
-        if index[name].shape != row.shape(spec)
+        if index[name].shape != row.disk_shape(spec)
     ]
     first = {row.path: index[row.names(spec)[0]].dtype for row in rows if row.names(spec)[0] in index}
     dtypes = [
@@ -62,14 +73,22 @@ def _check(index: TensorIndex, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -
     return {name: row for name, row in held.items() if row.tied_to is not None}
 
 
-def _load_row(index: TensorIndex, row: ParamSpec, spec: DecoderSpec, placement: Placement) -> Array:
-    names, shape = row.names(spec), row.stacked_shape(spec)
+def _load_row(index: Weights, row: ParamSpec, spec: DecoderSpec, placement: Placement) -> Array:
+    names, shape = row.layer_names(spec), row.stacked_shape(spec)
+
+    def one(names: list[str], slices: tuple[slice, ...]) -> np.ndarray:
+        """One layer's parameter, or the slices of it that are asked for."""
+        if row.per_head:
+            return np.stack([read_finite(index, name) for name in names])[slices]
+        if row.part is None:
+            return read_finite(index, names[0], slices)
+        own = row.shape(spec)
+        return row.part.view(read_finite(index, names[0]), own).reshape(own)[slices]
 
     def read(slices: tuple[slice, ...]) -> np.ndarray:
         if not row.stacked:
-            return _finite(index, names[0], slices)
-        chosen = names[slices[0]]
-        parts = [_finite(index, name, tuple(slices[1:])) for name in chosen]
+            return one(names[0], slices)
+        parts = [one(layer, tuple(slices[1:])) for layer in names[slices[0]]]
         return np.stack(parts) if len(parts) > 1 else parts[0][None]
 
     sharding = placement(row, shape)
@@ -78,7 +97,8 @@ def _load_row(index: TensorIndex, row: ParamSpec, spec: DecoderSpec, placement: 
     return jax.make_array_from_callback(shape, sharding, read)
 
 
-def _finite(index: TensorIndex, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+def read_finite(index: Weights, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray:
+    """Reads a tensor or slices of it; raises NonFiniteError for NaN and infinity."""
     array = index.read(name, slices)
     # The sum is finite only if every entry is, unless it overflows, which a second, exact look decides.
     with np.errstate(all="ignore"):
@@ -93,28 +113,41 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def tensors(model: Model) -> tuple[list[TensorMeta], Callable[[str], np.ndarray]]:
-    """All tensors of the model under their Hugging Face names, in table order, and a function that reads one."""
-    metas, where = [], {}
+    """All tensors of the model under their Hugging Face names, in table order, and a function that makes one."""
+    metas: dict[str, TensorMeta] = {}
+    where: dict[str, list[tuple[ParamSpec, tuple[int, ...]]]] = {}
     for row in model.rows:
-        path = row.tied_to or row.path
-        for layer, name in enumerate(row.names(model.spec)):
-            if row.tied_to is not None and name not in model.written_ties:
-                continue
-            metas.append(TensorMeta(name, np.dtype(model.params[path].dtype), row.shape(model.spec)))
-            where[name] = (path, layer if row.stacked else None)
+        dtype = np.dtype(model.params[row.tied_to or row.path].dtype)
+        for layer, names in enumerate(row.layer_names(model.spec)):
+            for head, name in enumerate(names):
+                if row.tied_to is not None and name not in model.written_ties:
+                    continue
+                at = ((layer,) if row.stacked else ()) + ((head,) if row.per_head else ())
+                metas.setdefault(name, TensorMeta(name, dtype, row.disk_shape(model.spec)))
+                where.setdefault(name, []).append((row, at))
 
     def read(name: str) -> np.ndarray:
-        path, layer = where[name]
-        return np.asarray(model.params[path] if layer is None else model.params[path][layer])
+        held = [(row, np.asarray(model.params[row.tied_to or row.path][at])) for row, at in where[name]]
+        if held[0][0].part is None:
+            return held[0][1]
+        tensor = np.empty(metas[name].shape, metas[name].dtype)
+        for row, value in held:
+            view = row.part.view(tensor, value.shape)
+            view[...] = value.reshape(view.shape)
+        return tensor
 
-    return metas, read
+    return list(metas.values()), read
+
+
+def write_config(config: Mapping[str, Any], directory: Path) -> None:
+    """Writes `config.json` into an existing directory."""
+    text = json.dumps(dict(config), indent=2, ensure_ascii=False)
+    (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def write(model: Model, directory: Path, *, max_shard_size: str = DEFAULT_SHARD_SIZE) -> None:
     """Writes a Hugging Face checkpoint into an existing, empty directory: weights, config, tokenizer and companions."""
-    (directory / CONFIG_NAME).write_text(
-        json.dumps(dict(model.config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_config(model.config, directory)
     copy_companions(model.directory, directory)
     metas, read = tensors(model)
     write_tensors(directory, metas, read, max_shard_size=max_shard_size)

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmjax.align.alignment import Alignment
-from tmjax.errors import InputError
 from tmjax.fuse.masks import masks
 from tmjax.fuse.transport import transport_projection
-from tmjax.models.spec import ParamSpec, biases, projections
+from tmjax.models.spec import ParamSpec, biases, projections, shared_projections
 from tmjax.recipe import FusionOptions
 from tmjax.typing import Array, ArrayLike, Params
 
@@ -48,13 +47,10 @@ def transport_model(
     permutations: dict[str, np.ndarray] | None = None,
 ) -> dict[str, Transported]:
     """Transports every projection that the recipe names, by role; raises InputError for a role a model lacks."""
-    rows, rows_source = projections(target_rows), projections(source_rows)
+    rows, rows_source = shared_projections(target_rows, source_rows, options.roles), projections(source_rows)
     bias, bias_source = biases(target_rows), biases(source_rows)
     result = {}
-    for role in options.roles:
-        if role not in rows or role not in rows_source:
-            raise InputError(f"fusion.roles: {role} is not a projection of both models")
-        row = rows[role]
+    for role, row in rows.items():
         weight, offset = transport_projection(
             alignment,
             row,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tmjax.fuse.apply import Coefficients
-from tmjax.recipe import FusionOptions
+from tmjax.recipe import ALL_ROLES, FusionOptions
 
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "all": {"all": ("q", "k", "v", "o", "gate", "up", "down")},
@@ -30,10 +30,10 @@ class Fit:
     trials: list[Trial] = field(default_factory=list)
 
 
-def fixed(alpha: float, options: FusionOptions) -> Fit:
-    """The same alpha for every role; beta as the recipe says (`fit` counts as tied: fitting is off)."""
+def fixed(alpha: float, options: FusionOptions, roles: Sequence[str] = ALL_ROLES) -> Fit:
+    """The same alpha for each of the `roles`; beta as the recipe says (`fit` counts as tied: fitting is off)."""
     beta = options.beta if isinstance(options.beta, float | int) else -alpha
-    return Fit({role: (alpha, float(beta)) for role in options.roles})
+    return Fit({role: (alpha, float(beta)) for role in roles})
 
 
 def candidates(options: FusionOptions) -> list[tuple[float, float]]:
@@ -45,26 +45,31 @@ def candidates(options: FusionOptions) -> list[tuple[float, float]]:
     return [(alpha, beta) for alpha in alphas for beta in sorted(betas, key=abs)]
 
 
-def fit(options: FusionOptions, loss: Callable[[Coefficients], float], progress: Callable[[int, int], None]) -> Fit:
+def fit(
+    options: FusionOptions,
+    loss: Callable[[Coefficients], float],
+    progress: Callable[[int, int], None],
+    roles: Sequence[str] = ALL_ROLES,
+) -> Fit:
     """Coordinate search: for each group in turn the candidate with the smallest loss, the other groups held.
 
     Starts from the first candidate everywhere. Every arm of a comparison makes the same number of trials.
     """
     grid = candidates(options)
-    groups = {name: [role for role in roles if role in options.roles] for name, roles in GROUPS[options.groups].items()}
-    groups = {name: roles for name, roles in groups.items() if roles}
-    chosen = dict.fromkeys(options.roles, grid[0])
+    groups = [[role for role in group if role in roles] for group in GROUPS[options.groups].values()]
+    groups = [group for group in groups if group]
+    chosen = dict.fromkeys(roles, grid[0])
     trials: list[Trial] = []
     best = float("inf")
     total = len(groups) * len(grid)
-    for roles in groups.values():
+    for group in groups:
         results = []
         for pair in grid:
-            setting = chosen | dict.fromkeys(roles, pair)
+            setting = chosen | dict.fromkeys(group, pair)
             value = loss(setting)
             results.append(value)
             trials.append(Trial(setting, value))
             progress(len(trials), total)
         best = min(results)
-        chosen |= {role: grid[results.index(best)] for role in roles}
+        chosen |= {role: grid[results.index(best)] for role in group}
     return Fit(chosen, best, trials)

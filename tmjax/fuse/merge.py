@@ -54,9 +54,9 @@ def fuse(
         transported = without_source(transported)
     combine = functools.partial(fuse_params, target.rows, target.params, transported, bias_rule=options.bias)
     if alpha is not None:
-        chosen = fixed(alpha, options)
+        chosen = fixed(alpha, options, tuple(transported))
     elif loss is not None:
-        chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress)
+        chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress, tuple(transported))
     else:
         raise InputError("fuse needs alpha or a loss to choose it by")
     fused = combine(chosen.coefficients)

@@ -1,5 +1,6 @@
 """A run directory: manifest, stages that are skipped when their output is intact, nothing half-written."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ from typing import Any
 from tmjax.errors import InputError
 from tmjax.hub.atomic import PARTIAL, partial_name, remove, write_json, write_text
 from tmjax.hub.checkpoint import COMPANIONS, CONFIG_NAME, read_json
+from tmjax.hub.torch_bin import BIN_INDEX_NAME
+from tmjax.hub.weights import has_safetensors
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -41,17 +44,20 @@ def sha256_files(files: list[Path]) -> str:
 
 def sha256_checkpoint(directory: Path) -> str:
     """Hash of what a checkpoint directory says: weights, index, config, tokenizer; of an orbax directory every file."""
-    wanted = {CONFIG_NAME, *COMPANIONS}
+    wanted = {CONFIG_NAME, *COMPANIONS, "tmjax.json"}
     files = [file for file in directory.iterdir() if file.is_file()]
-    files = [
-        file for file in files if file.name in wanted or ".safetensors" in file.suffixes or file.name == "tmjax.json"
-    ]
+    torch_files = [file for file in files if file.match("pytorch_model*.bin") or file.name == BIN_INDEX_NAME]
+    wanted |= set() if has_safetensors(directory) else {file.name for file in torch_files}  # else they are not read
+    files = [file for file in files if file.name in wanted or ".safetensors" in file.suffixes]
     nested = [file for name in ("params", "hf") for file in (directory / name).rglob("*") if file.is_file()]
     return sha256_files(files + nested)
 
 
 def peak_rss_mib() -> float:
     """Largest resident memory of this process so far, in MiB."""
+    with contextlib.suppress(OSError, StopIteration):  # getrusage begins at what the parent process held
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 

@@ -7,7 +7,7 @@ Format: https://huggingface.co/docs/safetensors (8-byte little-endian header len
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,18 +31,56 @@ DTYPE_NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: file, dtype, shape and absolute byte range [start, end)."""
+    """What one tensor is and where it lies: file and, where the reader needs it, absolute byte range [start, end)."""
 
     name: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    start: int
-    end: int
+    start: int = 0
+    end: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Parses and checks the header of one safetensors file; raises CheckpointError naming the file and the defect."""
+class Weights(Mapping[str, TensorInfo]):
+    """All tensors of a checkpoint directory by name, read lazily; one subclass per file format."""
+
+    directory: Path
+    _tensors: dict[str, TensorInfo]
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Reads a tensor, or `tensor[index]`, into an array of its own. Raises CheckpointError."""
+        raise NotImplementedError
+
+
+def refused_dtype(file: Path, name: str, dtype: str) -> CheckpointError:
+    """The error for a tensor whose numbers we do not take, with what to do about it."""
+    if dtype in ("F64", "float64"):
+        return CheckpointError(f"{file}: tensor {name} has dtype {dtype}, which would be rounded; cast it to float32")
+    return CheckpointError(
+        f"{file}: tensor {name} has dtype {dtype}, as quantised or packed weights have; supported are"
+        f" {', '.join(DTYPES)}: dequantise the checkpoint first or give the one it was made from"
+    )
+
+
+def read_header(file: Path, ignored: tuple[str, ...] = ()) -> dict[str, TensorInfo]:
+    """Parses and checks the header of one safetensors file; raises CheckpointError naming the file and the defect.
+
+    Tensors whose names end in one of `ignored` may have any dtype; they are left out.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -60,7 +98,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file} has a damaged safetensors header: not a JSON object")
     header.pop("__metadata__", None)
     data_start = 8 + length
-    tensors = {name: _entry(file, name, entry, data_start) for name, entry in header.items()}
+    tensors = {name: _entry(file, name, entry, data_start, ignored) for name, entry in header.items()}
     position = data_start
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
         if info.start != position:
@@ -70,7 +108,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{file} is truncated or has trailing bytes: {size} bytes, its header describes {position}"
         )
-    return tensors
+    return {name: info for name, info in tensors.items() if not name.endswith(ignored)}
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -80,7 +118,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+def _entry(file: Path, name: str, entry: object, data_start: int, ignored: tuple[str, ...]) -> TensorInfo:
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
@@ -90,65 +128,66 @@ def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     numbers = (*shape, begin, end)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
         raise CheckpointError(f"{file}: header entry of {name!r} is damaged")
+    if name.endswith(ignored) and end >= begin:  # a dtype that we cannot name has a size that we cannot check
+        return TensorInfo(name, file, np.dtype(np.uint8), (end - begin,), data_start + begin, data_start + end)
     if dtype_name not in DTYPES:
-        raise CheckpointError(
-            f"{file}: tensor {name} has dtype {dtype_name}; supported are {', '.join(DTYPES)}, not quantised ones"
-        )
+        raise refused_dtype(file, name, dtype_name)
     dtype = DTYPES[dtype_name]
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{file}: tensor {name} of shape {list(shape)} {dtype_name} has {end - begin} bytes")
     return TensorInfo(name, file, dtype, shape, data_start + begin, data_start + end)
 
 
-class TensorIndex(Mapping[str, TensorInfo]):
-    """All tensors of a checkpoint directory (single file or sharded with an index), read lazily."""
+def read_shards(
+    index_file: Path, header: Callable[[Path], dict[str, TensorInfo]], ignored: tuple[str, ...] = ()
+) -> dict[str, TensorInfo]:
+    """All tensors of the shards that an index file names, `header` reading those of one.
 
-    def __init__(self, directory: Path) -> None:
+    Raises CheckpointError listing missing shards and every tensor that index and shards disagree about.
+    """
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        if not all(isinstance(shard, str) for shard in shards):
+            raise ValueError("weight_map holds something that is not a file name")
+        if not all(name.isprintable() for name in weight_map):
+            raise ValueError("weight_map holds a name that cannot be printed")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index_file} is damaged: {error}") from None
+    problems, tensors = [], {}
+    for shard in shards:
+        if Path(shard).name != shard or shard in ("", "..") or not shard.isprintable():
+            raise CheckpointError(f"{index_file} names a shard outside its folder: {shard!r}")
+        file = index_file.parent / shard
+        if not file.is_file():
+            problems.append(f"shard {shard} is missing")
+            continue
+        held = header(file)
+        promised = {name for name, where in weight_map.items() if where == shard and not name.endswith(ignored)}
+        problems += [f"{name} is not in {shard}" for name in sorted(promised - held.keys())]
+        problems += [f"{name} is in {shard} but not in the index" for name in sorted(held.keys() - promised)]
+        tensors |= held
+    if problems:
+        raise CheckpointError(f"{index_file}: {summarise(problems)}")
+    return tensors
+
+
+class TensorIndex(Weights):
+    """All tensors of a checkpoint directory in safetensors (single file or sharded with an index), read lazily.
+
+    Tensors whose names end in one of `ignored` are left out.
+    """
+
+    def __init__(self, directory: Path, ignored: tuple[str, ...] = ()) -> None:
         self.directory = Path(directory)
-        self._tensors: dict[str, TensorInfo] = {}
         index_file = self.directory / INDEX_NAME
         single = self.directory / SINGLE_NAME
         if single.is_file():  # before an index, as in transformers
-            self._tensors = read_header(single)
+            self._tensors = read_header(single, ignored)
         elif index_file.is_file():
-            self._read_sharded(index_file)
+            self._tensors = read_shards(index_file, lambda file: read_header(file, ignored), ignored)
         else:
             raise InputError(f"{self.directory} has neither {SINGLE_NAME} nor {INDEX_NAME}")
-
-    def _read_sharded(self, index_file: Path) -> None:
-        try:
-            weight_map = json.loads(index_file.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)[
-                "weight_map"
-            ]
-            shards = sorted(set(weight_map.values()))
-            if not all(isinstance(shard, str) for shard in shards):
-                raise ValueError("weight_map holds something that is not a file name")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index_file} is damaged: {error}") from None
-        problems = []
-        for shard in shards:
-            if Path(shard).name != shard or shard in ("", ".."):
-                raise CheckpointError(f"{index_file} names a shard outside its folder: {shard}")
-            file = self.directory / shard
-            if not file.is_file():
-                problems.append(f"shard {shard} is missing")
-                continue
-            held = read_header(file)
-            promised = {name for name, where in weight_map.items() if where == shard}
-            problems += [f"{name} is not in {shard}" for name in sorted(promised - held.keys())]
-            problems += [f"{name} is in {shard} but not in the index" for name in sorted(held.keys() - promised)]
-            self._tensors.update(held)
-        if problems:
-            raise CheckpointError(f"{index_file}: {summarise(problems)}")
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self._tensors[name]
-
-    def __iter__(self):
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads a tensor, or `tensor[index]`; only the rows that the first slice names are read from disk."""

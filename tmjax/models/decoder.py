@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tmjax.models.layers import INIT_STD, Block, Linear, RMSNorm, einsum, rotary_tables
+from tmjax.models.layers import INIT_STD, Block, LayerPlace, Linear, Norm, einsum
+from tmjax.models.rotary import rotary_tables
 from tmjax.models.spec import DecoderSpec
 from tmjax.typing import Array, Params
 
@@ -36,8 +37,10 @@ class Decoder(nnx.Module):
 
         self.spec = spec
         self.embed = Embedding(spec.vocab, spec.hidden, rngs=rngs)
+        if spec.learned_positions:
+            self.positions = Embedding(spec.max_positions, spec.hidden, rngs=rngs)
         self.blocks = stacked(rngs)
-        self.norm = RMSNorm(spec.hidden, spec.norm_eps)
+        self.norm = Norm((spec.hidden,), spec)
         if not spec.tied_embeddings:
             self.head = Linear(spec.hidden, spec.vocab, rngs=rngs)
 
@@ -45,14 +48,21 @@ class Decoder(nnx.Module):
         self, ids_bt: Array, dtype: jnp.dtype, sites: Collection[str], collect: Collect
     ) -> tuple[Array, dict[str, Array]]:
         """Final normed states [B, T, embed] and `collect`ed activations [layer, ...] of each named site."""
-        tokens = ids_bt.shape[1]
+        spec, tokens = self.spec, ids_bt.shape[1]
         position = jnp.arange(tokens)
         distance = position[:, None] - position[None, :]
-        tables = rotary_tables(self.spec.rotary, self.spec.head_dim, position)
+        tables = rotary_tables(spec.rotaries, spec.head_dim, position)
+        scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
+        number = jnp.arange(1, spec.layers + 1, dtype=jnp.float32)
+        places = (
+            jnp.asarray(spec.layer_windows, jnp.int32),
+            jnp.asarray(spec.layer_rotaries, jnp.int32),
+            scale / number if spec.inverse_layer_scale else jnp.full((spec.layers,), scale, jnp.float32),
+        )
         graph, state = nnx.split(self.blocks)
 
-        def step(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, dict[str, Array]]:
-            state, window = layer
+        def step(x: Array, layer: tuple[nnx.State, tuple[Array, ...]]) -> tuple[Array, dict[str, Array]]:
+            state, (window, kind, scale) = layer
             captured = {}
 
             def record(site: str, value: Array) -> Array:
@@ -61,16 +71,26 @@ class Decoder(nnx.Module):
                 return value
 
             mask = (distance >= 0) & (distance < window)
-            return nnx.merge(graph, state)(x, tables, mask, record), captured
+            place = LayerPlace((tables[0][kind], tables[1][kind]), mask, scale)
+            return nnx.merge(graph, state)(x, place, record), captured
 
         x = self.embed.weight[...][ids_bt].astype(dtype)
-        x, captured = jax.lax.scan(step, x, (state, jnp.asarray(self.spec.layer_windows, jnp.int32)))
+        if spec.embedding_scale != 1:
+            x = x * jnp.asarray(spec.embedding_scale, dtype)
+        if spec.learned_positions:
+            if tokens > spec.max_positions:
+                raise ValueError(f"{tokens} tokens for {spec.max_positions} learned positions")
+            x = x + self.positions.weight[...][:tokens].astype(dtype)
+        x, captured = jax.lax.scan(step, x, (state, places))
         return self.norm(x), captured
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., vocab] of normed states, in float32."""
         weight = self.embed.weight[...] if self.spec.tied_embeddings else self.head.weight[...]
-        return einsum("...e,ve->...v", hidden, weight.astype(hidden.dtype)).astype(jnp.float32)
+        logits = einsum("...e,ve->...v", hidden, weight.astype(hidden.dtype)).astype(jnp.float32)
+        logits = logits if self.spec.logit_scale == 1 else logits * self.spec.logit_scale
+        cap = self.spec.logit_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 @functools.lru_cache(maxsize=32)

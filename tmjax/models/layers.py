@@ -1,14 +1,14 @@
-"""The blocks of the decoder: linear maps, norms, rotary attention, gated MLP. Weights are `[out, in]`, y = W x + b."""
+"""The blocks of the decoder: linear maps, norms, attention, MLP. Weights are `[out, in]`, y = W x + b."""
 
-import math
 from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from tmjax.models.spec import DecoderSpec, Rotary
+from tmjax.models.rotary import rotate
+from tmjax.models.spec import DecoderSpec
 from tmjax.typing import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -18,6 +18,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 INIT_STD = 0.02
+#: Sees the activations of a site and returns what the block goes on with.
+Record: TypeAlias = Callable[[str, Array], Array]
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -46,87 +48,112 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm, computed in float32 (Zhang and Sennrich 2019)."""
+class Norm(nnx.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019) or layer norm (Ba et al. 2016) of the last axis, in float32."""
 
-    def __init__(self, size: int, eps: float) -> None:
-        self.weight = nnx.Param(jnp.ones((size,)))
-        self.eps = eps
+    def __init__(self, shape: tuple[int, ...], spec: DecoderSpec, *, bias: bool | None = None) -> None:
+        self.kind, self.eps, self.offset = spec.norm, spec.norm_eps, spec.norm_offset
+        self.weight = nnx.Param(jnp.zeros(shape) if self.offset else jnp.ones(shape))
+        if spec.norm_bias if bias is None else bias:
+            self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, x: Array) -> Array:
-        """Normalises the last axis."""
+        """Normalises the last axis; a weight of two axes holds one per head, which is the last axis but one of x."""
         wide = x.astype(jnp.float32)
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...].astype(x.dtype) * wide.astype(x.dtype)
+        if self.kind == "rms" and not self.offset:
+            return self.weight[...].astype(x.dtype) * wide.astype(x.dtype)
+        wide = wide * (self.weight[...].astype(jnp.float32) + float(self.offset))
+        return (wide + self.bias[...].astype(jnp.float32) if hasattr(self, "bias") else wide).astype(x.dtype)
 
 
-def inverse_frequencies(rotary: Rotary, head_dim: int) -> np.ndarray:
-    """Radians per token of each rotary plane, `[head_dim / 2]` float32, long-context scaling applied.
-
-    The power is rounded to float32 once, as PyTorch's is: a last digit off is an angle off by 1e-4 after 1000 tokens.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    base = np.float32(1) / (rotary.theta ** exponents.astype(np.float64)).astype(np.float32)
-    if rotary.scaling == "default":
-        return base
-    if rotary.scaling == "linear":
-        return base / np.float32(rotary.factor)
-    turns = rotary.original_positions * base / (2 * math.pi)  # turns of each plane over the original context
-    blend = (turns - rotary.low_freq_factor) / (rotary.high_freq_factor - rotary.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
-    return ((1 - blend) * base / rotary.factor + blend * base).astype(np.float32)
-
-
-def rotary_tables(rotary: Rotary, head_dim: int, positions: Array) -> tuple[Array, Array]:
-    """Cosine and sine `[T, head_dim]` of the rotary angles at integer `positions` [T]."""
-    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(rotary, head_dim)
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_bthd: Array, tables: tuple[Array, Array]) -> Array:
-    """Turns each plane (i, i + head_dim / 2) of `[B, T, H, head_dim]` by its angle."""
-    cos, sin = (table[:, None, :].astype(x_bthd.dtype) for table in tables)
-    first, second = jnp.split(x_bthd, 2, axis=-1)
-    return x_bthd * cos + jnp.concatenate([-second, first], axis=-1) * sin
-
-
-def attention(q_bthd: Array, k_btkd: Array, v_btkd: Array, mask_tt: Array) -> Array:
+def attention(
+    q_bthd: Array, k_btkd: Array, v_btkd: Array, mask_tt: Array, scale: Array | float, cap: float | None
+) -> Array:
     """Grouped-query attention, softmax in float32; query head h reads key-value head h // (H / K)."""
     batch, tokens, heads, dim = q_bthd.shape
     kv_heads = k_btkd.shape[2]
     grouped = q_bthd.reshape(batch, tokens, kv_heads, heads // kv_heads, dim)
-    scores = einsum("btkgd,bskd->bkgts", grouped, k_btkd).astype(jnp.float32) * (dim**-0.5)
+    scores = einsum("btkgd,bskd->bkgts", grouped, k_btkd).astype(jnp.float32) * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
     weights = jax.nn.softmax(jnp.where(mask_tt, scores, -jnp.inf), axis=-1).astype(q_bthd.dtype)
     return einsum("bkgts,bskd->btkgd", weights, v_btkd).reshape(batch, tokens, heads * dim)
 
 
+class LayerPlace(NamedTuple):
+    """What a block is told of its place: cosines and sines [T, planes], mask [T, T], scale of the scores."""
+
+    tables: tuple[Array, Array]
+    mask_tt: Array
+    scale: Array
+
+
 class Block(nnx.Module):
-    """One pre-norm decoder block; `record(site, x)` sees the activations [B, T, unit] of every site as they arise."""
+    """One decoder block; `record(site, x)` sees the activations [B, T, unit] of every site as they arise."""
 
     def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs) -> None:
         embed, heads, kv, mlp = (spec.axis_size(axis) for axis in ("embed", "heads", "kv_heads", "mlp"))
         self.spec = spec
-        self.attn_norm = RMSNorm(embed, spec.norm_eps)
+        if spec.pre_norm:
+            self.attn_norm = Norm((embed,), spec)
+            if not spec.shared_norm:
+                self.mlp_norm = Norm((embed,), spec)
+        if spec.post_norm:
+            self.attn_post_norm = Norm((embed,), spec)
+            self.mlp_post_norm = Norm((embed,), spec)
         self.q = Linear(embed, heads, bias=spec.qkv_bias, rngs=rngs)
         self.k = Linear(embed, kv, bias=spec.qkv_bias, rngs=rngs)
         self.v = Linear(embed, kv, bias=spec.qkv_bias, rngs=rngs)
+        if spec.qk_norm != "none":
+            shapes = {
+                "head": ((spec.head_dim,),) * 2,
+                "heads": ((spec.heads, spec.head_dim), (spec.kv_heads, spec.head_dim)),
+                "full": ((heads,), (kv,)),
+            }[spec.qk_norm]
+            self.q_norm, self.k_norm = (Norm(shape, spec, bias=False) for shape in shapes)
         self.o = Linear(heads, embed, bias=spec.o_bias, rngs=rngs)
-        self.mlp_norm = RMSNorm(embed, spec.norm_eps)
-        self.gate = Linear(embed, mlp, bias=spec.mlp_bias, rngs=rngs)
+        if spec.gated:
+            self.gate = Linear(embed, mlp, bias=spec.mlp_bias, rngs=rngs)
         self.up = Linear(embed, mlp, bias=spec.mlp_bias, rngs=rngs)
         self.down = Linear(mlp, embed, bias=spec.mlp_bias, rngs=rngs)
 
-    def __call__(
-        self, x_bte: Array, tables: tuple[Array, Array], mask_tt: Array, record: Callable[[str, Array], Array]
-    ) -> Array:
-        """The residual stream after the block. `record` returns what the block goes on with."""
-        h = record("attn_in", self.attn_norm(x_bte))
+    def _attention(self, h: Array, place: LayerPlace, record: Record) -> Array:
+        spec = self.spec
         q, k, v = (record(site, getattr(self, site)(h)) for site in ("q", "k", "v"))
-        q, k, v = (y.reshape(*y.shape[:2], -1, self.spec.head_dim) for y in (q, k, v))
-        mix = record("attn_mix", attention(rotate(q, tables), rotate(k, tables), v, mask_tt))
-        x_bte = x_bte + record("attn_out", self.o(mix))
-        h = record("mlp_in", self.mlp_norm(x_bte))
-        gate, up = record("gate", self.gate(h)), record("up", self.up(h))
-        hidden = record("mlp_hidden", ACTIVATIONS[self.spec.activation](gate) * up)
-        return record("resid", x_bte + record("mlp_out", self.down(hidden)))
+        if spec.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.reshape(*y.shape[:2], -1, spec.head_dim) for y in (q, k, v))
+        if spec.qk_norm in ("head", "heads"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(y, place.tables, interleaved=spec.rotary.interleaved) for y in (q, k))
+        mix = record("attn_mix", attention(q, k, v, place.mask_tt, place.scale, spec.attention_cap))
+        out = record("attn_out", self.o(mix))
+        return self.attn_post_norm(out) if spec.post_norm else out
+
+    def _mlp(self, h: Array, record: Record) -> Array:
+        activation = ACTIVATIONS[self.spec.activation]
+        gate = record("gate", self.gate(h)) if self.spec.gated else None
+        up = record("up", self.up(h))
+        hidden = record("mlp_hidden", activation(up) if gate is None else activation(gate) * up)
+        out = record("mlp_out", self.down(hidden))
+        return self.mlp_post_norm(out) if self.spec.post_norm else out
+
+    def __call__(self, x_bte: Array, place: LayerPlace, record: Record) -> Array:
+        """The residual stream after the block. `record` returns what the block goes on with."""
+        spec = self.spec
+
+        def add(x: Array, *branches: Array) -> Array:
+            for branch in branches:
+                x = x + (branch if spec.residual_scale == 1 else branch * spec.residual_scale)
+            return x
+
+        h = record("attn_in", self.attn_norm(x_bte) if spec.pre_norm else x_bte)
+        attended = self._attention(h, place, record)
+        between = x_bte if spec.parallel else add(x_bte, attended)
+        if not spec.shared_norm:
+            h = self.mlp_norm(between) if spec.pre_norm else between
+        mlp = self._mlp(record("mlp_in", h), record)
+        return record("resid", add(x_bte, attended, mlp) if spec.parallel else add(between, mlp))

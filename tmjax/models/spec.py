@@ -1,8 +1,13 @@
 """What a decoder is (`DecoderSpec`) and where each parameter lies in a Hugging Face checkpoint (`ParamSpec`)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
+
+from tmjax.errors import InputError
+from tmjax.models.sites import SITES
 
 #: Window of a layer that attends to everything before it.
 FULL_ATTENTION = 10**9
@@ -10,23 +15,48 @@ FULL_ATTENTION = 10**9
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding over the whole head: base frequency and how long contexts rescale it.
+    """Rotary position embedding of the first `fraction` of every head: base frequency, rescaling for long contexts.
 
     `linear` divides every frequency by `factor`; `llama3` divides only those whose wavelength exceeds
-    `original_positions / low_freq_factor` and blends down to `original_positions / high_freq_factor`.
+    `original_positions / low_freq_factor` and blends down to `original_positions / high_freq_factor`; `dynamic` raises
+    theta with the length of a run beyond `original_positions`; `yarn` blends between `beta_slow` and `beta_fast` turns
+    over the original context (Peng et al. 2023); `longrope` divides each frequency by its own factor, the long ones for
+    runs beyond `original_positions` (Ding et al. 2024); `none` turns nothing. Angles' cosines and sines are multiplied
+    by `attention_factor`. `interleaved`: planes are neighbours (2i, 2i + 1), not (i, i + half).
     """
 
     theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3"] = "default"
+    scaling: Literal["default", "linear", "llama3", "dynamic", "yarn", "longrope", "none"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_positions: int = 8192
+    fraction: float = 1.0
+    interleaved: bool = False
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def dims(self, head_dim: int) -> int:
+        """How many dimensions of a head turn."""
+        return int(head_dim * self.fraction)
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Everything the forward pass needs to know; hashable, so it is a static argument of every jitted function."""
+    """Everything the forward pass needs to know; hashable, so it is a static argument of every jitted function.
+
+    `norm` is root-mean-square or layer norm, with `norm_bias`, its weight stored less 1 if `norm_offset`; a block norms
+    what a branch reads (`pre_norm`), what it writes (`post_norm`), or both. `parallel`: attention and MLP read the same
+    stream, through one norm if `shared_norm`. `qk_norm` norms queries and keys: `head` with one weight [head_dim] for
+    all heads, `heads` with a weight per head, `full` over all heads together. `gated`: the MLP has a gate.
+    `attention_scale` None is head_dim ** -0.5, divided by the layer's number from 1 on if `inverse_layer_scale`;
+    `attention_cap` and `logit_cap` bound scores and logits by cap tanh(x / cap). `learned_positions` are added to the
+    embeddings. `layer_rotary` gives every layer the number of its rotary embedding: 0 is `rotary`, 1 `local_rotary`.
+    """
 
     vocab: int
     hidden: int
@@ -44,31 +74,105 @@ class DecoderSpec:
     mlp_bias: bool = False
     tied_embeddings: bool = False
     windows: tuple[int, ...] = ()
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    norm_offset: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    parallel: bool = False
+    shared_norm: bool = False
+    qk_norm: Literal["none", "head", "heads", "full"] = "none"
+    gated: bool = True
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    inverse_layer_scale: bool = False
+    attention_cap: float | None = None
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    learned_positions: bool = False
+    local_rotary: Rotary | None = None
+    layer_rotary: tuple[int, ...] = ()
 
     def axis_size(self, axis: str) -> int:
-        """Size of a logical axis: vocab, embed, heads, kv_heads or mlp (`heads` counts units, heads x head_dim)."""
+        """Size of a logical axis: vocab, embed, heads, kv_heads or mlp (`heads` counts units, heads x head_dim).
+
+        `head_count` and `kv_head_count` count heads, `head_dim` the units of one, `positions` the learned ones.
+        """
         return {
             "vocab": self.vocab,
             "embed": self.hidden,
             "heads": self.heads * self.head_dim,
             "kv_heads": self.kv_heads * self.head_dim,
             "mlp": self.mlp,
+            "head_count": self.heads,
+            "kv_head_count": self.kv_heads,
+            "head_dim": self.head_dim,
+            "positions": self.max_positions,
         }[axis]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that the model has: all, but for the gate of a plain MLP."""
+        return tuple(site for site in SITES if self.gated or site != "gate")
 
     @property
     def layer_windows(self) -> tuple[int, ...]:
         """Attention window of every layer, in tokens."""
         return self.windows or (FULL_ATTENTION,) * self.layers
 
+    @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        """The rotary embeddings that layers choose from."""
+        return (self.rotary,) if self.local_rotary is None else (self.rotary, self.local_rotary)
+
+    @property
+    def layer_rotaries(self) -> tuple[int, ...]:
+        """The number of every layer's rotary embedding."""
+        return self.layer_rotary or (0,) * self.layers
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a parameter `[out, in]` or `[out]` lies in a tensor on disk that holds it transposed, or holds several.
+
+    `start` is its first row in a tensor of `total` rows (0: all rows are its own). With `of` > 1 the rows of `of`
+    parameters alternate head by head, this one being number `index`, `heads` heads each. `transposed`: the tensor is
+    `[in, out]`.
+    """
+
+    start: int = 0
+    total: int = 0
+    heads: int = 0
+    index: int = 0
+    of: int = 1
+    transposed: bool = False
+
+    def disk_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the tensor on disk."""
+        whole = (self.total or shape[0] * self.of, *shape[1:])
+        return whole[::-1] if self.transposed else whole
+
+    def view(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The part of a tensor that is the parameter, as a view: to read from, or to write into.
+
+        Its entries are those of the parameter in order; its shape has heads apart if they alternate.
+        """
+        rows = tensor.T if self.transposed else tensor
+        if self.of > 1:
+            return rows.reshape(self.heads, self.of, -1, *shape[1:])[:, self.index]
+        return rows[self.start : self.start + shape[0]]
+
 
 @dataclass(frozen=True)
 class ParamSpec:
     """One row of a family's table: loading, export, sharding and transport all read it.
 
-    `hf` is the tensor's name on disk, with `{layer}` where the layer number stands; `path` the Flax path, stacked on a
-    leading layer axis if `hf` has one. `axes` are the logical axes of one layer's tensor, `[out, in]` for projections.
-    `role` says which projection (None for norms and embeddings, which are never transported), `input_site` and
-    `output_site` which activations its columns and rows see. `tied_to` names the path a tied copy repeats.
+    `hf` is the tensor's name on disk, with `{layer}` where the layer number stands, and `{head}` if every head has a
+    tensor of its own (the parameter's first axis); `path` the Flax path, stacked on a leading layer axis if `hf` has
+    one. `axes` are the logical axes of one layer's tensor, `[out, in]` for projections. `role` says which projection
+    (None for norms and embeddings, which are never transported), `input_site` and `output_site` which activations its
+    columns and rows see. `tied_to` names the path a tied copy repeats, `part` where in the tensor the parameter lies.
     """
 
     hf: str
@@ -78,28 +182,59 @@ class ParamSpec:
     input_site: str | None = None
     output_site: str | None = None
     tied_to: str | None = None
+    part: Part | None = None
 
     @property
     def stacked(self) -> bool:
         """Whether the parameter has a leading layer axis."""
         return "{layer}" in self.hf
 
+    @property
+    def per_head(self) -> bool:
+        """Whether every head has a tensor of its own."""
+        return "{head}" in self.hf
+
     def shape(self, spec: DecoderSpec) -> tuple[int, ...]:
-        """Shape of one layer's tensor."""
+        """Shape of one layer's parameter."""
         return tuple(spec.axis_size(axis) for axis in self.axes)
 
     def stacked_shape(self, spec: DecoderSpec) -> tuple[int, ...]:
         """Shape of the Flax parameter."""
         return (spec.layers, *self.shape(spec)) if self.stacked else self.shape(spec)
 
+    def disk_shape(self, spec: DecoderSpec) -> tuple[int, ...]:
+        """Shape of the tensor on disk that the parameter lies in."""
+        shape = self.shape(spec)[1:] if self.per_head else self.shape(spec)
+        return shape if self.part is None else self.part.disk_shape(shape)
+
+    def layer_names(self, spec: DecoderSpec) -> list[list[str]]:
+        """Names on disk, for every layer (once for an unstacked parameter) one, or one per head."""
+        heads = range(self.shape(spec)[0]) if self.per_head else (0,)
+        layers = range(spec.layers) if self.stacked else (0,)
+        return [[self.hf.format(layer=layer, head=head) for head in heads] for layer in layers]
+
     def names(self, spec: DecoderSpec) -> list[str]:
-        """Names on disk, one per layer (one in all for an unstacked parameter)."""
-        return [self.hf.format(layer=layer) for layer in range(spec.layers)] if self.stacked else [self.hf]
+        """All names on disk, layer by layer."""
+        return [name for layer in self.layer_names(spec) for name in layer]
 
 
 def projections(rows: tuple[ParamSpec, ...]) -> Mapping[str, ParamSpec]:
     """The weight rows of all transported projections, by role."""
     return {row.role: row for row in rows if row.role is not None and len(row.axes) == 2}
+
+
+def shared_projections(
+    target_rows: tuple[ParamSpec, ...], source_rows: tuple[ParamSpec, ...], roles: Collection[str] | None = None
+) -> dict[str, ParamSpec]:
+    """The target's weight rows of the projections that both models have, by role; those of `roles` if given.
+
+    A plain MLP has no `gate`. Raises InputError for a role asked for that one of them lacks.
+    """
+    target, source = projections(target_rows), projections(source_rows)
+    for role in roles or ():
+        if role not in target or role not in source:
+            raise InputError(f"fusion.roles: {role} is not a projection of both models")
+    return {role: row for role, row in target.items() if role in (roles or source)}
 
 
 def biases(rows: tuple[ParamSpec, ...]) -> Mapping[str, ParamSpec]:

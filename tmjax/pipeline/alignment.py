@@ -89,7 +89,7 @@ class AlignmentRun:
 
     def _activation_key(self, model: str) -> object:
         hashes = {name: self.inputs.hashes[name] for name in ("texts", "source", "target")}
-        return [model, hashes, self.recipe.activations.model_dump(), list(self.recipe.fusion.roles), self.recipe.dtype]
+        return [model, hashes, self.recipe.activations.model_dump(), self.recipe.fusion.roles, self.recipe.dtype]
 
     def _alignment_key(self) -> object:
         return [self._activation_key("source"), self.recipe.alignment.model_dump(mode="json")]

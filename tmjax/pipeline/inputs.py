@@ -16,7 +16,7 @@ from tmjax.hub.checkpoint import read_config, resolve
 from tmjax.hub.rundir import sha256_checkpoint
 from tmjax.hub.texts import Texts, read_texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.models.spec import ParamSpec
+from tmjax.models.spec import ParamSpec, shared_projections
 from tmjax.recipe import Recipe
 from tmjax.sharding.mesh import Layout
 
@@ -86,7 +86,7 @@ class Inputs:
     @functools.cached_property
     def projections(self) -> dict[str, ParamSpec]:
         """The target's rows of the projections that are transported, by role."""
-        return {role: self.target.projections[role] for role in self.recipe.fusion.roles}
+        return shared_projections(self.target.rows, self.source.rows, self.recipe.fusion.roles)
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:

@@ -4,10 +4,47 @@ from collections.abc import Mapping
 from typing import Any
 
 from tmjax.errors import InputError
-from tmjax.models.families import llama, qwen2
+from tmjax.models.families import (
+    cohere,
+    cohere2,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from tmjax.models.families.base import Family
 
-FAMILIES: Mapping[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2)}
+_ALL = (
+    cohere,
+    cohere2,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
+FAMILIES: Mapping[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _ALL}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

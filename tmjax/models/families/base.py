@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 from tmjax.errors import InputError
-from tmjax.models.spec import DecoderSpec, ParamSpec, Rotary
+from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec
 
 REQUIRED = object()
 #: Type of a config value.
@@ -18,6 +18,7 @@ Kind: TypeAlias = type[int] | type[float] | type[bool] | type[str] | type[list] 
 IGNORED = frozenset(
     """
     architectures model_type dtype torch_dtype transformers_version use_cache attention_dropout initializer_range
+    hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop residual_dropout embedding_dropout
     bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id pretraining_tp
     _name_or_path _attn_implementation_autoset _attn_implementation unsloth_version unsloth_fixed is_decoder
     is_encoder_decoder add_cross_attention chunk_size_feed_forward output_attentions output_hidden_states
@@ -132,8 +133,12 @@ def check_kind(key: str, value: Any, kind: Kind, *, zero: bool = False) -> None:
 def _check(spec: DecoderSpec) -> None:
     if spec.heads % spec.kv_heads:
         raise InputError(f"config.json: {spec.heads} query heads cannot share {spec.kv_heads} key-value heads")
-    if spec.head_dim % 2:
-        raise InputError(f"config.json: rotary embedding needs an even head size, not {spec.head_dim}")
+    dims = spec.rotary.dims(spec.head_dim)
+    if dims % 2 or (dims < 2 and spec.rotary.scaling != "none"):
+        raise InputError(f"config.json: rotary embedding needs an even number of dimensions, not {dims}")
+    for factors in (spec.rotary.short_factors, spec.rotary.long_factors):
+        if spec.rotary.scaling == "longrope" and len(factors) != dims // 2:
+            raise InputError(f"config.json: {len(factors)} rotary factors for {dims // 2} planes")
     if spec.windows and len(spec.windows) != spec.layers:
         raise InputError(f"config.json: {len(spec.windows)} attention windows for {spec.layers} layers")
 
@@ -148,9 +153,9 @@ ACTIVATION_NAMES = {
 }
 
 
-def read_activation(view: ConfigView, key: str = "hidden_act") -> str:
+def read_activation(view: ConfigView, key: str = "hidden_act", default: Any = REQUIRED) -> str:
     """Our name of the activation function."""
-    name = view.take(key, kind=str)
+    name = view.take(key, default, str)
     if name not in ACTIVATION_NAMES:
         raise InputError(f"config.json: {key} {name!r} is not supported; supported are {', '.join(ACTIVATION_NAMES)}")
     return ACTIVATION_NAMES[name]
@@ -161,56 +166,24 @@ def write_activation(spec: DecoderSpec, key: str = "hidden_act") -> dict[str, An
     return {key: {ours: hf for hf, ours in reversed(ACTIVATION_NAMES.items())}[spec.activation]}
 
 
-#: Rotary scaling: type -> config keys and the attributes of `Rotary` that they set.
-_SCALING: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_positions",
-    },
-}
+def read_windows(
+    view: ConfigView, layers: int, size: int | None, kinds: list[str] | None = None
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Kind (`sliding_attention`, `full_attention`) and window of every layer, from `layer_types`.
+
+    `kinds` is what a config without them means; `size` the window in tokens, None for none anywhere. Windows that are
+    all full are ().
+    """
+    found = view.take("layer_types", kinds or ["full_attention"] * layers, list)
+    if len(found) != layers or not all(kind in ("sliding_attention", "full_attention") for kind in found):
+        raise InputError(f"config.json: layer_types {found} does not describe {layers} layers")
+    if size is None or "sliding_attention" not in found:
+        return tuple(found), ()
+    return tuple(found), tuple(size if kind == "sliding_attention" else FULL_ATTENTION for kind in found)
 
 
-def read_rotary(view: ConfigView) -> Rotary:
-    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    new, old = (view.take(key, {}, dict) for key in ("rope_parameters", "rope_scaling"))
-    theta = view.take("rope_theta", 10000.0, float)
-    settings = dict(old or new)  # the order in which transformers looks
-    kind = settings.pop("rope_type", None) or settings.get("type") or "default"
-    settings.pop("type", None)
-    theta = settings.pop("rope_theta", theta)
-    if not isinstance(kind, str) or kind not in _SCALING:
-        raise InputError(f"config.json: rope scaling {kind!r} is not supported; supported are {', '.join(_SCALING)}")
-    keys = _SCALING[kind]
-    unknown, missing = settings.keys() - keys.keys(), keys.keys() - settings.keys()
-    if unknown or missing:
-        named = [f"lacks {key}" for key in sorted(missing)] + [f"has unknown {key}" for key in sorted(unknown)]
-        raise InputError(f"config.json: rope scaling {kind!r} {', '.join(named)}")
-    for key, value in ({"rope_theta": theta} | settings).items():
-        check_kind(key, value, float)
-    rotary = Rotary(theta=float(theta), scaling=kind, **{keys[key]: value for key, value in settings.items()})
-    if rotary.high_freq_factor <= rotary.low_freq_factor:
-        raise InputError("config.json: high_freq_factor must be larger than low_freq_factor")
-    return rotary
-
-
-def write_rotary(spec: DecoderSpec) -> dict[str, Any]:
-    """The rotary settings as transformers 5 spells them."""
-    rotary = spec.rotary
-    held = {"rope_type": rotary.scaling} | {
-        key: getattr(rotary, attribute) for key, attribute in _SCALING[rotary.scaling].items()
-    }
-    return {"rope_parameters": {"rope_theta": rotary.theta} | held}
-
-
-def projection(
-    hf: str, path: str, out_axis: str, in_axis: str, input_site: str, output_site: str, *, bias: bool
-) -> tuple[ParamSpec, ...]:
-    """Rows of one projection: its weight `[out, in]` and, if it has one, its bias."""
-    role = path.rsplit(".", 1)[-1]
-    sites = {"role": role, "input_site": input_site, "output_site": output_site}
-    weight = ParamSpec(f"{hf}.weight", f"{path}.weight", (out_axis, in_axis), **sites)
-    return (weight, ParamSpec(f"{hf}.bias", f"{path}.bias", (out_axis,), **sites)) if bias else (weight,)
+def write_windows(spec: DecoderSpec) -> dict[str, Any]:
+    """`layer_types` and `sliding_window` of a spec."""
+    sizes = {window for window in spec.windows if window != FULL_ATTENTION}
+    kinds = ["full_attention" if window == FULL_ATTENTION else "sliding_attention" for window in spec.layer_windows]
+    return {"sliding_window": max(sizes, default=None), "layer_types": kinds}

@@ -1,0 +1,61 @@
+"""Gemma 3 (text): Gemma 2 with norms on q and k, and a rotary embedding of their own for layers with a window."""
+
+from typing import Any
+
+from tmjax.errors import InputError
+from tmjax.models.families import gemma, gemma2
+from tmjax.models.families.base import ConfigView, Family, Field, read_windows, write_activation, write_windows
+from tmjax.models.families.layout import fields
+from tmjax.models.families.rope import rotary_of, write_settings
+from tmjax.models.spec import DecoderSpec, Rotary
+
+FIELDS = fields(
+    *(f for f in gemma2.FIELDS if f.attribute in ("head_dim", "kv_heads", "tied_embeddings")),
+    Field("max_position_embeddings", "max_positions", 131072),
+)
+_KINDS = ("full_attention", "sliding_attention")
+
+
+def _rotaries(view: ConfigView, positions: int) -> tuple[Rotary, Rotary]:
+    """Of layers without and with a window: nested `rope_parameters`, or the older keys."""
+    new, old = (view.take(key, {}, dict) for key in ("rope_parameters", "rope_scaling"))
+    thetas = view.take("rope_theta", 1e6, float), view.take("rope_local_base_freq", 1e4, float)
+    unknown = new.keys() - set(_KINDS)
+    if unknown:
+        raise InputError(f"config.json: rope_parameters has unknown {', '.join(sorted(unknown))}")
+    settings = [dict(new.get(kind) or {}) for kind in _KINDS]
+    settings[0] |= old
+    full, local = (rotary_of(s, positions, theta=t) for s, t in zip(settings, thetas, strict=True))
+    return full, local
+
+
+def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
+    layers = values["layers"]
+    pattern = view.take("_sliding_window_pattern", view.take("sliding_window_pattern", 6))
+    kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
+    size = None if view.null("sliding_window") else view.take("sliding_window", 4096)
+    kinds, windows = read_windows(view, layers, size, kinds)
+    rotary, local = _rotaries(view, values["max_positions"])
+    caps = gemma2.caps(view, attention=None, logits=None)
+    if caps["attention_cap"] is not None:  # transformers has the key here and applies nothing
+        raise InputError("config.json: attn_logit_softcapping is not supported for gemma3_text")
+    return (
+        gemma.common(view, values, "hidden_activation")
+        | caps
+        | {
+            "rotary": rotary,
+            "local_rotary": local,
+            "layer_rotary": tuple(int(kind == "sliding_attention") for kind in kinds),
+            "windows": windows,
+        }
+    )
+
+
+def _write(spec: DecoderSpec) -> dict[str, Any]:
+    pairs = zip(_KINDS, spec.rotaries, strict=True)
+    held = {"rope_parameters": {kind: write_settings(rotary) for kind, rotary in pairs}}
+    return write_activation(spec, "hidden_activation") | gemma2.write_caps(spec) | write_windows(spec) | held
+
+
+FIXED = gemma2.FIXED | {"qk_norm": "head"}
+FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", FIELDS, gemma2.params, FIXED, _read, _write)

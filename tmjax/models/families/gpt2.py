@@ -1,0 +1,76 @@
+"""GPT-2: layer norms, learned positions, weights stored [in, out], q, k, v in one tensor."""
+
+from typing import Any
+
+from tmjax.errors import InputError
+from tmjax.models.families.base import ConfigView, Family, Field, read_activation, write_activation
+from tmjax.models.families.layout import fused, head, linear, norm
+from tmjax.models.spec import DecoderSpec, ParamSpec, Part, Rotary
+
+FIELDS = (
+    Field("vocab_size", "vocab"),
+    Field("n_embd", "hidden"),
+    Field("n_layer", "layers"),
+    Field("n_head", "heads"),
+    Field("n_inner", "mlp", lambda read: 4 * read["hidden"]),
+    Field("n_positions", "max_positions", 1024),
+    Field("layer_norm_epsilon", "norm_eps", 1e-5, float),
+    Field("tie_word_embeddings", "tied_embeddings", True, bool),
+)
+FIXED = {
+    "norm": "layer",
+    "norm_bias": True,
+    "gated": False,
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+    "learned_positions": True,
+    "rotary": Rotary(scaling="none"),
+}
+_TURNED = Part(transposed=True)
+
+
+def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
+    layer = "transformer.h.{layer}"
+    return (
+        ParamSpec("transformer.wte.weight", "embed.weight", ("vocab", "embed")),
+        ParamSpec("transformer.wpe.weight", "positions.weight", ("positions", "embed")),
+        *norm(f"{layer}.ln_1", "blocks.attn_norm", spec),
+        *fused(f"{layer}.attn.c_attn", ("q", "k", "v"), spec, bias=True, transposed=True),
+        *linear(f"{layer}.attn.c_proj", "o", bias=True, part=_TURNED),
+        *norm(f"{layer}.ln_2", "blocks.mlp_norm", spec),
+        *linear(f"{layer}.mlp.c_fc", "up", bias=True, part=_TURNED),
+        *linear(f"{layer}.mlp.c_proj", "down", bias=True, part=_TURNED),
+        *norm("transformer.ln_f", "norm", spec),
+        head(spec),
+    )
+
+
+def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
+    # Of a classification head, which a language model has not.
+    view.take("summary_first_dropout", 0.0, float, zero=True)
+    for key in ("summary_type", "summary_activation"):
+        view.take(key, "", str)
+    for key in ("summary_use_proj", "summary_proj_to_labels", "reorder_and_upcast_attn"):
+        view.take(key, False, bool)  # the last one changes where rounding happens, not what is computed
+    view.take("n_ctx", values["max_positions"])
+    if values["hidden"] % values["heads"]:
+        raise InputError(f"config.json: {values['heads']} heads do not divide n_embd {values['hidden']}")
+    scaled = view.take("scale_attn_weights", True, bool)
+    return {
+        "kv_heads": values["heads"],
+        "head_dim": values["hidden"] // values["heads"],
+        "activation": read_activation(view, "activation_function", default="gelu_new"),
+        "attention_scale": None if scaled else 1.0,
+        "inverse_layer_scale": view.take("scale_attn_by_inverse_layer_idx", False, bool),
+    }
+
+
+def _write(spec: DecoderSpec) -> dict[str, Any]:
+    return write_activation(spec, "activation_function") | {
+        "scale_attn_weights": spec.attention_scale is None,
+        "scale_attn_by_inverse_layer_idx": spec.inverse_layer_scale,
+    }
+
+
+FAMILY = Family("gpt2", "GPT2LMHeadModel", FIELDS, _params, FIXED, _read, _write)

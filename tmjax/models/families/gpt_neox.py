@@ -1,0 +1,62 @@
+"""GPT-NeoX and Pythia: layer norms, parallel branches, q, k, v of every head together in one tensor."""
+
+from typing import Any
+
+from tmjax.models.families.base import ConfigView, Family, Field, read_activation, write_activation
+from tmjax.models.families.layout import fields, head, linear, norm
+from tmjax.models.families.rope import read_rotary, write_rotary
+from tmjax.models.spec import DecoderSpec, ParamSpec, Part
+
+
+def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
+    layer = "gpt_neox.layers.{layer}"
+    together = [
+        row
+        for index, role in enumerate(("q", "k", "v"))
+        for row in linear(
+            f"{layer}.attention.query_key_value",
+            role,
+            bias=spec.qkv_bias,
+            part=Part(heads=spec.heads, index=index, of=3),
+        )
+    ]
+    return (
+        ParamSpec("gpt_neox.embed_in.weight", "embed.weight", ("vocab", "embed")),
+        *norm(f"{layer}.input_layernorm", "blocks.attn_norm", spec),
+        *norm(f"{layer}.post_attention_layernorm", "blocks.mlp_norm", spec),
+        *together,
+        *linear(f"{layer}.attention.dense", "o", bias=spec.o_bias),
+        *linear(f"{layer}.mlp.dense_h_to_4h", "up", bias=True),
+        *linear(f"{layer}.mlp.dense_4h_to_h", "down", bias=True),
+        *norm("gpt_neox.final_layer_norm", "norm", spec),
+        head(spec, "embed_out.weight"),
+    )
+
+
+def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
+    bias = view.take("attention_bias", True, bool)
+    return {
+        "kv_heads": values["heads"],
+        "head_dim": values["hidden"] // values["heads"],
+        "activation": read_activation(view, default="gelu"),
+        "rotary": read_rotary(
+            view,
+            values["max_positions"],
+            theta_key="rotary_emb_base",
+            fraction=0.25,
+            fraction_key="rotary_pct",
+        ),
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "parallel": view.take("use_parallel_residual", True, bool),
+    }
+
+
+def _write(spec: DecoderSpec) -> dict[str, Any]:
+    held = {"attention_bias": spec.qkv_bias, "use_parallel_residual": spec.parallel}
+    return write_activation(spec) | write_rotary(spec, fraction=True) | held
+
+
+FIXED = {"norm": "layer", "norm_bias": True, "gated": False, "mlp_bias": True}
+FIELDS = fields(Field("layer_norm_eps", "norm_eps", 1e-5, float), without=("kv_heads", "head_dim"))
+FAMILY = Family("gpt_neox", "GPTNeoXForCausalLM", FIELDS, _params, FIXED, _read, _write)

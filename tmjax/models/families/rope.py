@@ -1,0 +1,152 @@
+"""Rotary settings of a config: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tmjax.errors import InputError
+from tmjax.models.families.base import ConfigView, Kind, check_kind
+from tmjax.models.spec import DecoderSpec, Rotary
+
+#: Rotary scaling: type -> config key -> (attribute of `Rotary`, its type); keys in OPTIONAL may be missing.
+_SCALING: dict[str, dict[str, tuple[str, Kind]]] = {
+    "default": {},
+    "linear": {"factor": ("factor", float)},
+    "dynamic": {"factor": ("factor", float)},
+    "llama3": {
+        "factor": ("factor", float),
+        "low_freq_factor": ("low_freq_factor", float),
+        "high_freq_factor": ("high_freq_factor", float),
+        "original_max_position_embeddings": ("original_positions", float),
+    },
+    "yarn": {
+        "factor": ("factor", float),
+        "original_max_position_embeddings": ("original_positions", int),
+        "beta_fast": ("beta_fast", float),
+        "beta_slow": ("beta_slow", float),
+        "truncate": ("truncate", bool),
+        "attention_factor": ("attention_factor", float),
+    },
+    "longrope": {
+        "short_factor": ("short_factors", list),
+        "long_factor": ("long_factors", list),
+        "original_max_position_embeddings": ("original_positions", int),
+        "factor": ("factor", float),
+        "attention_factor": ("attention_factor", float),
+    },
+}
+OPTIONAL = frozenset({"beta_fast", "beta_slow", "truncate", "attention_factor"})
+#: Keys that only say how `attention_factor` is found.
+_MSCALE = ("mscale", "mscale_all_dim")
+
+
+def read_rotary(
+    view: ConfigView,
+    max_positions: int,
+    *,
+    theta: float = 10000.0,
+    theta_key: str = "rope_theta",
+    fraction: float = 1.0,
+    fraction_key: str | None = None,
+    interleaved: bool = False,
+    scalings: tuple[str, ...] = tuple(_SCALING),
+) -> Rotary:
+    """The rotary embedding of a config; `theta` and `fraction` are what a config without them means."""
+    new, old = (view.take(key, {}, dict) for key in ("rope_parameters", "rope_scaling"))
+    theta = view.take(theta_key, theta, float)
+    settings = dict(old or new)  # the order in which transformers looks
+    if fraction_key is not None:
+        fraction = settings.pop("partial_rotary_factor", view.take(fraction_key, fraction, float))
+        check_kind("partial_rotary_factor", fraction, float)
+    original = view.take("original_max_position_embeddings", 0, zero=True)
+    return rotary_of(
+        settings,
+        max_positions,
+        theta=theta,
+        original=original,
+        fraction=float(fraction),
+        interleaved=interleaved,
+        scalings=scalings,
+    )
+
+
+def rotary_of(
+    settings: Mapping[str, Any],
+    max_positions: int,
+    *,
+    theta: float,
+    original: int = 0,
+    fraction: float = 1.0,
+    interleaved: bool = False,
+    scalings: tuple[str, ...] = tuple(_SCALING),
+) -> Rotary:
+    """The rotary embedding that one dictionary of settings describes.
+
+    `original` is an original context length given outside of it, which wins. Raises InputError naming what is wrong.
+    """
+    settings = dict(settings)
+    kind = settings.pop("rope_type", None) or settings.get("type") or "default"
+    settings.pop("type", None)
+    theta = settings.pop("rope_theta", theta)
+    check_kind("rope_theta", theta, float)
+    if not isinstance(kind, str) or kind not in scalings:
+        raise InputError(f"config.json: rope scaling {kind!r} is not supported; supported are {', '.join(scalings)}")
+    keys = _SCALING[kind]
+    scales = [settings.pop(key, None) for key in _MSCALE] if kind == "yarn" else [None, None]
+    if "original_max_position_embeddings" in keys:
+        settings["original_max_position_embeddings"] = original or settings.get(
+            "original_max_position_embeddings", max_positions
+        )
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if kind in ("yarn", "longrope") and "factor" not in settings:
+        settings["factor"] = max_positions / settings["original_max_position_embeddings"]
+    unknown, missing = settings.keys() - keys.keys(), keys.keys() - settings.keys() - OPTIONAL
+    if unknown or missing:
+        named = [f"lacks {key}" for key in sorted(missing)] + [f"has unknown {key}" for key in sorted(unknown)]
+        raise InputError(f"config.json: rope scaling {kind!r} {', '.join(named)}")
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        attribute, expected = keys[key]
+        check_kind(key, value, expected)
+        if expected is list:
+            for number in value:
+                check_kind(key, number, float)
+        values[attribute] = tuple(float(x) for x in value) if expected is list else value
+    if kind == "dynamic":
+        values["original_positions"] = max_positions
+    rotary = Rotary(theta=float(theta), scaling=kind, fraction=fraction, interleaved=interleaved, **values)
+    if "attention_factor" not in values:
+        values["attention_factor"] = _attention_factor(rotary, *scales)
+    rotary = Rotary(theta=float(theta), scaling=kind, fraction=fraction, interleaved=interleaved, **values)
+    if kind == "llama3" and rotary.high_freq_factor <= rotary.low_freq_factor:
+        raise InputError("config.json: high_freq_factor must be larger than low_freq_factor")
+    if kind == "yarn" and rotary.beta_fast <= rotary.beta_slow:
+        raise InputError("config.json: beta_fast must be larger than beta_slow")
+    return rotary
+
+
+def _attention_factor(rotary: Rotary, mscale: float | None, mscale_all_dim: float | None) -> float:
+    """What cosines and sines are multiplied by where the config does not say (YaRN section 3.4; LongRoPE)."""
+
+    def scaled(by: float) -> float:
+        return 1.0 if rotary.factor <= 1 else 0.1 * by * math.log(rotary.factor) + 1.0
+
+    if rotary.scaling == "yarn":
+        return scaled(mscale) / scaled(mscale_all_dim) if mscale and mscale_all_dim else scaled(1.0)
+    if rotary.scaling == "longrope" and rotary.factor > 1:
+        return math.sqrt(1 + math.log(rotary.factor) / math.log(rotary.original_positions))
+    return 1.0
+
+
+def write_settings(rotary: Rotary, *, fraction: bool = False) -> dict[str, Any]:
+    """One rotary embedding as transformers 5 spells it."""
+    held: dict[str, Any] = {"rope_type": rotary.scaling, "rope_theta": rotary.theta}
+    for key, (attribute, _) in _SCALING[rotary.scaling].items():
+        value = getattr(rotary, attribute)
+        held[key] = list(value) if isinstance(value, tuple) else value
+    return held | ({"partial_rotary_factor": rotary.fraction} if fraction else {})
+
+
+def write_rotary(spec: DecoderSpec, *, fraction: bool = False) -> dict[str, Any]:
+    """The rotary settings of a spec as transformers 5 spells them."""
+    return {"rope_parameters": write_settings(spec.rotary, fraction=fraction)}
