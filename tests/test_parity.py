@@ -197,24 +197,27 @@ def test_logits_and_sites(pair):
 
     @jax.jit
     def capture(params: Params) -> dict[str, jax.Array]:
-        final, captured = bind(spec, params).hidden(ids, jnp.float64, spec.sites, lambda x: x)
+        final, captured = bind(spec, params).hidden(ids, jnp.float32, spec.sites, lambda x: x)
         return captured | {"final": final[None]}
 
-    # In float64, but for norms, softmax and rotary angles on both sides: of the 600,000 entries of a site behind three
-    # sharp softmaxes the worst is near 1e-4, from the last digit of a rotary frequency alone.
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        our_sites = {site: np.asarray(value) for site, value in capture(dict(pair.model.params)).items()}
+    our_sites = {site: np.asarray(value) for site, value in capture(dict(pair.model.params)).items()}
     assert {*our_sites} == {*their_sites} == {*SITES, "final"} - (set() if spec.gated else {"gate"})
     assert {*spec.sites} == {*our_sites} - {"final"}
+    # Behind three sharp softmaxes the worst of 600,000 entries is float32's noise: PyTorch's own float32 is up to
+    # 1.5e-4 from its float64. Where that is so, ours may be twice as far.
+    try:
+        _, narrow = hooked_sites(pair._replace(reference=pair.reference.float()), ids, real)
+    finally:
+        pair.reference.double()  # what the other tests of the case compare with; exact, the weights are float32
     far, typical = {}, {}
     for site, value in our_sites.items():
         axis, layers = (SITES[site], spec.layers) if site in SITES else ("embed", 1)
         assert value.shape == their_sites[site].shape == (layers, *ids.shape, spec.axis_size(axis))
         mine, other = value[:, real], their_sites[site][:, real]
-        far[site] = deviation(mine, other)
+        far[site] = deviation(mine, other) / max(TOLERANCE, 2 * deviation(narrow[site][:, real], other))
         typical[site] = float((mine - other).std() / other.std())
     assert max(typical.values()) < TOLERANCE / 10, typical
-    assert max(far.values()) < 2 * TOLERANCE, far
+    assert max(far.values()) < 1, far
 
 
 def test_export_is_the_same_file_and_transformers_reads_it(pair, tmp_path):
