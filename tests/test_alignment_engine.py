@@ -65,13 +65,16 @@ def test_compilations_do_not_grow_with_the_number_of_pairs(monkeypatch) -> None:
     assert compiled(2, 5) == compiled(8, 12) == 1
 
 
-@pytest.mark.parametrize(("mib", "log_domain"), [(27, False), (14, False), (4, True)])
-def test_memory_stays_within_what_was_given(mib: int, log_domain: bool, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("mib", "rows", "log_domain"),
+    [(28, 100, False), (14, 100, False), (5, 100, True), (40, 600, False), (26, 600, False), (17, 600, True)],
+)
+def test_memory_stays_within_what_was_given(mib: int, rows: int, log_domain: bool, monkeypatch) -> None:
     """Cost and kernel, kernel alone, neither: XLA's own account of what the compiled program needs beside its input."""
     monkeypatch.setattr(ot.blocks, "BLOCK_ENTRIES", 2**16)
     monkeypatch.setattr(ot.solvers.scaling, "BLOCK_ENTRIES", 2**16)
     jax.clear_caches()
-    x, y = activations(2, 3, 100, 1024, 2048)
+    x, y = activations(2, 3, rows, 1024, 2048)
     site = FeatureSite.of(x, y, centred=True, dtype="float16")
     solver = dataclasses.replace(SOLVER, memory_mib=mib)
     pairs = jnp.asarray(np.argwhere(np.ones((2, 3))).astype(np.int32))
@@ -80,6 +83,8 @@ def test_memory_stays_within_what_was_given(mib: int, log_domain: bool, monkeypa
     assert account.temp_size_in_bytes <= mib * 2**20
     found = solve_pairs(site, solver, memory_mib=mib)
     assert found.converged.all() and found.fallback.all() == log_domain
+    with pytest.raises(InputError, match="memory_mib 1 is too little for 1024 x 2048 units"):
+        solve_pairs(site, solver, memory_mib=1)
     full = solve_pairs(site, SOLVER, memory_mib=512)
     np.testing.assert_allclose(found.layer_cost, full.layer_cost, rtol=1e-5)
     jax.clear_caches()

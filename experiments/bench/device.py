@@ -107,7 +107,7 @@ def measure(
         )
     )
     count = layers[0] * layers[1]
-    keep_cost, keep_kernel, together = solver.form(shape, count)
+    keep_cost, keep_kernel, together = solver.form(shape, count, rows)
     pairs = jnp.asarray(np.argwhere(np.ones(layers)).astype(np.int32))
 
     seconds, found = timed(lambda: plans._solve_pairs(site, pairs, solver, False, "potentials", None, None), repeats)

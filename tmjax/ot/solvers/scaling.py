@@ -154,14 +154,26 @@ class Scaling:
         if self.together < 0 or self.memory_mib < 1:
             raise InputError("scaling needs together >= 0 and memory_mib >= 1")
 
-    def form(self, shape: tuple[int, int], count: int) -> tuple[bool, bool, int]:
-        """How `count` problems of this shape fit into memory: cost kept, kernel kept, so many problems together."""
+    def form(self, shape: tuple[int, int], count: int, rows: int = 0) -> tuple[bool, bool, int]:
+        """How `count` problems of this shape fit into memory: cost kept, kernel kept, so many problems together.
+
+        `rows` is N of costs given as features. Raises InputError if not even their blocks fit.
+        """
         kept = 4 * shape[0] * shape[1]
-        # What is left by the blocks of the certificate.
-        free = self.memory_mib * 2**20 - 6 * 4 * min(shape[0] * shape[1], BLOCK_ENTRIES)
+        # One pair's features, as they are kept and widened to float32.
+        own = 8 * rows * sum(shape)
+        # Beside the blocks of the certificate.
+        fixed = 6 * 4 * min(shape[0] * shape[1], BLOCK_ENTRIES)
+        free = self.memory_mib * 2**20 - fixed
+        if free < own:
+            raise InputError(
+                f"memory_mib {self.memory_mib} is too little for {shape[0]} x {shape[1]} units and {rows} rows:"
+                f" at least {-(-(fixed + own) // 2**20)} are needed"
+            )
         wanted = self.together or (1 if jax.default_backend() == "cpu" else count)
         # A cost, its kernel, and what the product that makes the cost needs.
-        return free >= 3 * kept, free >= kept, int(max(1, min(free // (3 * kept), wanted, count)))
+        together = min(free // (3 * kept + own), wanted, count)
+        return free >= 3 * kept + own, free >= kept + own, int(max(1, together))
 
     def solve_one(self, problem: Problem) -> OTResult:
         """Solves one problem [n, k] under `jit`."""
@@ -206,8 +218,9 @@ class Scaling:
             problems, found = solved(jax.tree.map(lambda x: x[None], get(index)))
             return certified(index, *jax.tree.map(lambda x: x[0], (problems, found)))
 
-        shape = jax.eval_shape(lambda: get(jnp.int32(0))).cost.shape
-        keep_cost, keep_kernel, size = self.form(shape, count)
+        cost = jax.eval_shape(lambda: get(jnp.int32(0))).cost
+        rows = cost.zx.shape[-2] if isinstance(cost, FeatureCost) else 0
+        keep_cost, keep_kernel, size = self.form(cost.shape, count, rows)
         if size == 1:
             return jax.lax.map(one, jnp.arange(count))
         groups = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1).reshape(-1, size)
