@@ -50,13 +50,19 @@ def _arrays(batch: Batch, documents: Sequence[TokenisedDocument], rows: int) -> 
 
 
 def require_readable(spec: DecoderSpec, documents: Sequence[TokenisedDocument], sites: Sequence[str]) -> None:
-    """Raises InputError unless all sites exist and all token ids are in the model's vocabulary."""
+    """Raises InputError unless all sites exist, all token ids are in the vocabulary and no text is too long."""
     unknown = [site for site in sites if site not in spec.sites]
     if unknown:
         raise InputError(f"no site {', '.join(unknown)}; the model's sites are {', '.join(spec.sites)}")
     largest = max(max(document.ids) for document in documents)
     if largest >= spec.vocab:
         raise InputError(f"the tokenizer gives id {largest}, but the model's vocabulary has {spec.vocab} entries")
+    longest = max(len(document.ids) for document in documents)
+    if spec.learned_positions and longest > spec.max_positions:
+        raise InputError(
+            f"a text has {longest} tokens, the model learned {spec.max_positions} positions; lower"
+            " activations.max_tokens"
+        )
 
 
 def batch_limit(spec: DecoderSpec, sites: Sequence[str], batch_tokens: int, memory_mib: int | None) -> int:

@@ -77,6 +77,10 @@ class Scorer:
         window = max_tokens or spec.max_positions
         if window < 2:
             raise InputError(f"evaluation.max_tokens is {window}; scoring needs windows of at least 2 tokens")
+        if spec.learned_positions and window > spec.max_positions:
+            raise InputError(
+                f"evaluation.max_tokens is {window}, the model learned {spec.max_positions} positions; lower it"
+            )
         documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts.texts)]
         largest = max(map(max, documents))
         if largest >= spec.vocab:
