@@ -157,17 +157,22 @@ def test_without_torch(llama, monkeypatch):
 
 
 class Evil:
-    """Unpickled freely, it would run a command."""
+    """Unpickled freely, it would make a directory."""
+
+    def __init__(self, trace: str) -> None:
+        self.trace = trace
 
     def __reduce__(self):
-        return os.system, ("touch /tmp/tmjax-was-here",)
+        return os.mkdir, (self.trace,)
 
 
-def test_no_pickle_runs(llama):
-    Path("/tmp/tmjax-was-here").unlink(missing_ok=True)
-    torch.save({"x": Evil()}, llama / BIN_SINGLE_NAME)
+def test_no_pickle_runs(llama, tmp_path):
+    trace = tmp_path / "was here"
+    torch.save({"x": Evil(str(trace))}, llama / BIN_SINGLE_NAME)
     refused(llama, "holds more than tensors")
-    assert not Path("/tmp/tmjax-was-here").exists()
+    assert not trace.exists()
+    torch.load(llama / BIN_SINGLE_NAME, weights_only=False)
+    assert trace.exists()  # the file would have done it
 
 
 @pytest.mark.parametrize(
