@@ -19,8 +19,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tmjax import cli
 from tmjax.convert import hf, orbax
 from tmjax.convert.model import load_model
-from tmjax.convert.stream import DTYPES, stream
+from tmjax.convert.stream import stream
 from tmjax.errors import InputError, NonFiniteError
+from tmjax.hub.tensors import DTYPES_BY_NAME as DTYPES
 from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME
 from tmjax.models.decoder import init_params, parameter_shapes
 from tmjax.models.families import FAMILIES
@@ -251,7 +252,7 @@ def cast(tensors: dict, dtype: np.dtype) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("stored_as", ["float32", "bfloat16", "float16"])
 def test_casting(tmp_path, capsys, monkeypatch, dtype, stored_as):
-    monkeypatch.setattr("tmjax.convert.stream._BLOCK_BYTES", 1000)  # several blocks per tensor
+    monkeypatch.setattr("tmjax.convert.hf._BLOCK_BYTES", 1000)  # several blocks per tensor
     directory = make_checkpoint(tmp_path / "x", "qwen2", QWEN2, dtype=stored_as)
     edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     want = cast(safetensors.numpy.load_file(directory / SINGLE_NAME), DTYPES[dtype])
@@ -337,7 +338,8 @@ def test_a_checkpoint_can_be_cast_in_place(llama, tmp_path):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from tmjax.convert.stream import DTYPES, stream
+from tmjax.convert.stream import stream
+from tmjax.hub.tensors import DTYPES_BY_NAME as DTYPES
 import jax.numpy as jnp
 if sys.argv[3] == "bin":
     import torch

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import ml_dtypes
 import numpy as np
 import typer
 
@@ -22,12 +21,12 @@ from tmjax.cli import run
 from tmjax.errors import InputError
 from tmjax.hub.atomic import atomic_directory
 from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions, read_config
+from tmjax.hub.tensors import DTYPES_BY_NAME as DTYPES
 from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors
 from tmjax.models.families import FAMILIES, family_of
 from tmjax.models.spec import DecoderSpec, Rotary
 
-DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "bfloat16", "float16")}
 ROTARY = {
     "default": Rotary(),
     "linear": Rotary(scaling="linear", factor=4.0),

@@ -1,7 +1,8 @@
 """Hugging Face checkpoint <-> Flax parameters, both ways derived from the family's ParamSpec table."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,66 @@ from tmjax.hub.tensors import Weights
 from tmjax.hub.weights import open_weights
 from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors
 from tmjax.models.families import family_of
+from tmjax.models.families.base import BUFFERS, Family
 from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.typing import Array
 
-#: Buffers that old checkpoints hold beside their parameters (of any dtype); recomputed from the config.
-BUFFERS = (
-    ".rotary_emb.inv_freq",
-    ".attention.bias",
-    ".attention.masked_bias",
-    ".attn.bias",
-    ".attn.masked_bias",
-)
+#: Most of a tensor that is compared or cast at a time.
+_BLOCK_BYTES = 2**26
 
 
-def load(directory: Path, *, placement: Placement = default_placement) -> Model:
-    """Reads a Hugging Face directory; see `load_model`."""
+@dataclass(frozen=True)
+class Opened:
+    """A Hugging Face directory whose tensors were found to be what its config says; nothing but headers was read.
+
+    `ties` are the tied copies that are on disk, which hold what they are tied to.
+    """
+
+    config: Mapping[str, Any]
+    family: Family
+    spec: DecoderSpec
+    index: Weights
+    ties: Mapping[str, ParamSpec]
+
+    def __iter__(self) -> Iterator[Any]:
+        """The fields in turn."""
+        return iter((self.config, self.family, self.spec, self.index, self.ties))
+
+
+def open_checkpoint(directory: Path) -> Opened:
+    """Opens a Hugging Face directory; raises InputError and CheckpointError as `load_model` does."""
     config = read_config(directory)
     family = family_of(config)
     spec = family.spec(config)
     rows = family.params(spec)
     index = open_weights(directory, BUFFERS)
-    written_ties = check_tensors(index, rows, spec)
+    ties = check_tensors(index, rows, spec)
+    originals = {row.path: row.names(spec)[0] for row in rows if not row.stacked}
+    for name, row in ties.items():
+        for block in blocks(index, name):
+            held = [index.read(each, block) for each in (name, originals[row.tied_to])]
+            if not np.array_equal(*(np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in held)):
+                raise CheckpointError(
+                    f"{directory}: config says that {name} is tied, but it differs from what it is tied to"
+                )
+    return Opened(config, family, spec, index, ties)
+
+
+def blocks(index: Weights, name: str) -> list[tuple[slice, ...]]:
+    """Slices of whole rows that cover a tensor, each of bounded size."""
+    info = index[name]
+    if not info.shape or info.nbytes <= _BLOCK_BYTES:
+        return [()]
+    rows = max(1, _BLOCK_BYTES * info.shape[0] // info.nbytes)
+    return [(slice(start, start + rows),) for start in range(0, info.shape[0], rows)]
+
+
+def load(directory: Path, *, placement: Placement = default_placement) -> Model:
+    """Reads a Hugging Face directory; see `load_model`."""
+    config, family, spec, index, ties = open_checkpoint(directory)
+    rows = family.params(spec)
     params = {row.path: _load_row(index, row, spec, placement) for row in rows if row.tied_to is None}
-    for name, row in written_ties.items():
-        if not np.array_equal(_bits(index.read(name)), _bits(np.asarray(params[row.tied_to]))):
-            raise CheckpointError(
-                f"{directory}: config says that {name} is tied, but it differs from what it is tied to"
-            )
-    return Model(family, spec, params, config, directory, tuple(written_ties))
+    return Model(family, spec, params, config, directory, tuple(ties))
 
 
 def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> dict[str, ParamSpec]:
@@ -106,10 +139,6 @@ def read_finite(index: Weights, name: str, slices: tuple[slice, ...] = ()) -> np
     if suspicious and not np.isfinite(array).all():
         raise NonFiniteError(f"{index[name].file}: tensor {name} holds NaN or infinity")
     return array
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def tensors(model: Model) -> tuple[list[TensorMeta], Callable[[str], np.ndarray]]:

@@ -7,29 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from tmjax.convert import hf, orbax
-from tmjax.convert.hf import BUFFERS, check_tensors, read_finite, write_config
+from tmjax.convert.hf import blocks, open_checkpoint, read_finite, write_config
 from tmjax.convert.model import Model, load_model
-from tmjax.errors import CheckpointError, InputError, NonFiniteError
+from tmjax.errors import InputError, NonFiniteError
 from tmjax.hub.atomic import atomic_directory, refuse_existing
-from tmjax.hub.checkpoint import copy_companions, read_config, resolve
-from tmjax.hub.tensors import Weights
-from tmjax.hub.weights import open_weights
+from tmjax.hub.checkpoint import copy_companions, resolve
+from tmjax.hub.tensors import DTYPES_BY_NAME, Weights
 from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, parse_size, write_tensors
-from tmjax.models.families import family_of
 from tmjax.models.families.base import Family
 from tmjax.models.spec import DecoderSpec
-
-#: Names that `--dtype` takes.
-DTYPES: Mapping[str, np.dtype] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
-_BLOCK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -43,9 +32,9 @@ class Converted:
 
 def parse_dtype(name: str | None) -> np.dtype | None:
     """The dtype of a name; None stays None (keep what is stored). Raises InputError."""
-    if name is not None and name not in DTYPES:
-        raise InputError(f"--dtype {name!r} is not known; write {', '.join(DTYPES)}")
-    return None if name is None else DTYPES[name]
+    if name is not None and name not in DTYPES_BY_NAME:
+        raise InputError(f"--dtype {name!r} is not known; write {', '.join(DTYPES_BY_NAME)}")
+    return None if name is None else DTYPES_BY_NAME[name]
 
 
 def cast_config(config: Mapping[str, Any], dtype: np.dtype | None) -> dict[str, Any]:
@@ -79,15 +68,8 @@ def stream(
     shapes, dtypes and tied copies that differ, NonFiniteError), and NonFiniteError for values too large for `dtype`.
     """
     parse_size(max_shard_size)
-    config = read_config(directory)
-    family = family_of(config)
-    spec = family.spec(config)
+    config, family, spec, index, ties = open_checkpoint(directory)
     rows = family.params(spec)
-    index = open_weights(directory, BUFFERS)
-    ties = check_tensors(index, rows, spec)
-    originals = {row.path: row.names(spec)[0] for row in rows if not row.stacked}
-    for name, row in ties.items():
-        _require_same(index, name, originals[row.tied_to])
     names = dict.fromkeys(name for row in rows for name in row.names(spec) if row.tied_to is None or name in ties)
     metas = [TensorMeta(name, dtype or index[name].dtype, index[name].shape) for name in names]
     with atomic_directory(Path(path), overwrite=overwrite) as partial:
@@ -127,31 +109,13 @@ def convert(
     return Converted(loaded.family, loaded.spec, loaded.size)
 
 
-def _blocks(index: Weights, name: str) -> list[tuple[slice, ...]]:
-    """Slices of whole rows that cover a tensor, each of bounded size."""
-    info = index[name]
-    if not info.shape or info.nbytes <= _BLOCK_BYTES:
-        return [()]
-    rows = max(1, _BLOCK_BYTES * info.shape[0] // info.nbytes)
-    return [(slice(start, start + rows),) for start in range(0, info.shape[0], rows)]
-
-
-def _require_same(index: Weights, name: str, other: str) -> None:
-    for block in _blocks(index, name):
-        held = [np.ascontiguousarray(index.read(each, block)).reshape(-1).view(np.uint8) for each in (name, other)]
-        if not np.array_equal(*held):
-            raise CheckpointError(
-                f"{index.directory}: config says that {name} is tied, but it differs from what it is tied to"
-            )
-
-
 def _read(index: Weights, name: str, dtype: np.dtype | None) -> np.ndarray:
     """A tensor in `dtype`; only a block of it is ever held in both."""
     info = index[name]
     if dtype is None or dtype == info.dtype:
         return read_finite(index, name)
     result = np.empty(info.shape, dtype)
-    for block in _blocks(index, name):
+    for block in blocks(index, name):
         with np.errstate(over="ignore"):
             part = read_finite(index, name, block).astype(dtype)
         if not np.isfinite(part).all():

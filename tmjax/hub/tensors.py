@@ -5,6 +5,7 @@ offsets: a memory-mapped file would count fully in the peak memory of the proces
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
 
+import abc
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ DTYPES: Mapping[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+#: The same by the names that configs and command lines use: float32, float16, bfloat16.
+DTYPES_BY_NAME: Mapping[str, np.dtype] = {dtype.name: dtype for dtype in DTYPES.values()}
 DTYPE_NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -61,9 +64,9 @@ class Weights(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    @abc.abstractmethod
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads a tensor, or `tensor[index]`, into an array of its own. Raises CheckpointError."""
-        raise NotImplementedError
 
 
 def refused_dtype(file: Path, name: str, dtype: str) -> CheckpointError:

@@ -9,19 +9,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from tmjax.errors import CheckpointError, InputError
-from tmjax.hub.tensors import TensorInfo, Weights, read_shards, refused_dtype
+from tmjax.hub.tensors import DTYPES_BY_NAME, TensorInfo, Weights, read_shards, refused_dtype
 
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 BIN_SINGLE_NAME = "pytorch_model.bin"
-_DTYPES = {
-    "torch.float32": np.dtype(np.float32),
-    "torch.float16": np.dtype(np.float16),
-    "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+_DTYPES = {f"torch.{name}": dtype for name, dtype in DTYPES_BY_NAME.items()}
 
 
 class TorchIndex(Weights):

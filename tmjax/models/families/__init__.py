@@ -1,50 +1,18 @@
 """Registry of families by Hugging Face `model_type`."""
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 from tmjax.errors import InputError
-from tmjax.models.families import (
-    cohere,
-    cohere2,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    granite,
-    llama,
-    mistral,
-    olmo2,
-    phi3,
-    qwen2,
-    qwen3,
-    smollm3,
-    stablelm,
-    starcoder2,
-)
 from tmjax.models.families.base import Family
 
-_ALL = (
-    cohere,
-    cohere2,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    granite,
-    llama,
-    mistral,
-    olmo2,
-    phi3,
-    qwen2,
-    qwen3,
-    smollm3,
-    stablelm,
-    starcoder2,
-)
-FAMILIES: Mapping[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _ALL}
+_MODULES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+#: Every module of this folder that has a `FAMILY`.
+FAMILIES: Mapping[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY for module in _MODULES if hasattr(module, "FAMILY")
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

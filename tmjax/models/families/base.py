@@ -30,6 +30,16 @@ IGNORED = frozenset(
 OFF = frozenset({"rope_interleaved", "use_mrope"})
 
 
+#: Endings of the names of buffers (of any dtype) that old checkpoints hold beside their parameters; recomputed here.
+BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".attn.bias",
+    ".attn.masked_bias",
+)
+
+
 @dataclass(frozen=True)
 class Field:
     """A config key that is one field of the spec; `default` is a value or a function of the config so far read."""
@@ -134,7 +144,7 @@ def _check(spec: DecoderSpec) -> None:
     if spec.heads % spec.kv_heads:
         raise InputError(f"config.json: {spec.heads} query heads cannot share {spec.kv_heads} key-value heads")
     dims = spec.rotary.dims(spec.head_dim)
-    if dims % 2 or (dims < 2 and spec.rotary.scaling != "none"):
+    if spec.rotary.scaling != "none" and (dims % 2 or dims < 2):
         raise InputError(f"config.json: rotary embedding needs an even number of dimensions, not {dims}")
     for factors in (spec.rotary.short_factors, spec.rotary.long_factors):
         if spec.rotary.scaling == "longrope" and len(factors) != dims // 2:
@@ -164,6 +174,12 @@ def read_activation(view: ConfigView, key: str = "hidden_act", default: Any = RE
 def write_activation(spec: DecoderSpec, key: str = "hidden_act") -> dict[str, Any]:
     """The config key of the activation function."""
     return {key: {ours: hf for hf, ours in reversed(ACTIVATION_NAMES.items())}[spec.activation]}
+
+
+def attention_biases(view: ConfigView, *, default: bool = False) -> dict[str, Any]:
+    """Whether q, k, v and o have biases, where one key says so for all."""
+    bias = view.take("attention_bias", default, bool)
+    return {"qkv_bias": bias, "o_bias": bias}
 
 
 def read_windows(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tmjax.models.families.base import ConfigView, Family, Field, read_activation, write_activation
+from tmjax.models.families.base import ConfigView, Family, Field, attention_biases, read_activation, write_activation
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.rope import read_rotary, write_rotary
 from tmjax.models.spec import DecoderSpec
@@ -17,12 +17,10 @@ FIXED = {"norm": "layer", "parallel": True, "shared_norm": True}
 
 def common(view: ConfigView, values: dict[str, Any], *, theta: float) -> dict[str, Any]:
     """What both generations have."""
-    bias = view.take("attention_bias", False, bool)
     return {
         "activation": read_activation(view, default="silu"),
         "rotary": read_rotary(view, values["max_positions"], theta=theta, interleaved=True),
-        "qkv_bias": bias,
-        "o_bias": bias,
+        **attention_biases(view),
         "logit_scale": float(view.take("logit_scale", 0.0625, float)),
     }
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from tmjax.errors import InputError
-from tmjax.models.families.base import ConfigView, Family, Field, read_activation, write_activation
+from tmjax.models.families.base import ConfigView, Family, Field, attention_biases, read_activation, write_activation
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.rope import read_rotary, write_rotary
 from tmjax.models.spec import DecoderSpec
@@ -26,11 +26,9 @@ def refuse_bidirectional(view: ConfigView) -> None:
 def common(view: ConfigView, values: dict[str, Any], key: str) -> dict[str, Any]:
     """What all Gemmas have: activation, biases, embedding scale."""
     refuse_bidirectional(view)
-    bias = view.take("attention_bias", False, bool)
     return {
         "activation": read_activation(view, key, default="gelu_pytorch_tanh"),
-        "qkv_bias": bias,
-        "o_bias": bias,
+        **attention_biases(view),
         "embedding_scale": math.sqrt(values["hidden"]),
     }
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tmjax.models.families.base import ConfigView, Family, Field, read_activation, write_activation
+from tmjax.models.families.base import ConfigView, Family, Field, attention_biases, read_activation, write_activation
 from tmjax.models.families.layout import fields, head, linear, norm
 from tmjax.models.families.rope import read_rotary, write_rotary
 from tmjax.models.spec import DecoderSpec, ParamSpec, Part
@@ -34,7 +34,6 @@ def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
 
 
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
-    bias = view.take("attention_bias", True, bool)
     return {
         "kv_heads": values["heads"],
         "head_dim": values["hidden"] // values["heads"],
@@ -46,8 +45,7 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
             fraction=0.25,
             fraction_key="rotary_pct",
         ),
-        "qkv_bias": bias,
-        "o_bias": bias,
+        **attention_biases(view, default=True),
         "parallel": view.take("use_parallel_residual", True, bool),
     }
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tmjax.models.families.base import ConfigView, Family, read_activation, write_activation
+from tmjax.models.families.base import ConfigView, Family, attention_biases, read_activation, write_activation
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.rope import read_rotary, write_rotary
 from tmjax.models.spec import DecoderSpec
@@ -10,12 +10,10 @@ from tmjax.models.spec import DecoderSpec
 
 def read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     """Activation, rotary settings, biases."""
-    bias = view.take("attention_bias", False, bool)
     return {
         "activation": read_activation(view, default="silu"),
         "rotary": read_rotary(view, values["max_positions"]),
-        "qkv_bias": bias,
-        "o_bias": bias,
+        **attention_biases(view),
         "mlp_bias": view.take("mlp_bias", False, bool),
     }
 

@@ -2,19 +2,17 @@
 
 from typing import Any
 
-from tmjax.models.families.base import ConfigView, Family, Field, read_activation, write_activation
+from tmjax.models.families.base import ConfigView, Family, Field, attention_biases, read_activation, write_activation
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.rope import read_rotary, write_rotary
 from tmjax.models.spec import DecoderSpec
 
 
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
-    bias = view.take("attention_bias", False, bool)
     return {
         "activation": read_activation(view, default="silu"),
         "rotary": read_rotary(view, values["max_positions"]),
-        "qkv_bias": bias,
-        "o_bias": bias,
+        **attention_biases(view),
     }
 
 

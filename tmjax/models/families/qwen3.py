@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tmjax.models.families.base import ConfigView, Family, Field, read_activation
+from tmjax.models.families.base import ConfigView, Family, Field, attention_biases, read_activation
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.qwen2 import upper_windows
 from tmjax.models.families.qwen2 import write as write_qwen2
@@ -11,13 +11,11 @@ from tmjax.models.spec import DecoderSpec
 
 
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
-    bias = view.take("attention_bias", False, bool)
     return {
         "activation": read_activation(view, default="silu"),
         "rotary": read_rotary(view, values["max_positions"]),
         "windows": upper_windows(view, values["layers"]),
-        "qkv_bias": bias,
-        "o_bias": bias,
+        **attention_biases(view),
     }
 
 

@@ -4,7 +4,15 @@ from typing import Any
 
 from tmjax.errors import InputError
 from tmjax.models.families import llama
-from tmjax.models.families.base import ConfigView, Family, Field, read_activation, read_windows, write_windows
+from tmjax.models.families.base import (
+    ConfigView,
+    Family,
+    Field,
+    attention_biases,
+    read_activation,
+    read_windows,
+    write_windows,
+)
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.rope import read_rotary
 from tmjax.models.spec import DecoderSpec, Rotary
@@ -21,15 +29,13 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     use = view.take("use_sliding_window", False, bool)
     size = view.take("sliding_window", None)
     kinds = ["full_attention" if flag or not use or size is None else "sliding_attention" for flag in turning]
-    bias = view.take("attention_bias", False, bool)
     return {
         "activation": read_activation(view, default="silu"),
         "rotary": read_rotary(view, values["max_positions"], theta=2e6),
         "local_rotary": NOWHERE,
         "layer_rotary": tuple(1 - flag for flag in turning),
         "windows": read_windows(view, layers, size if use else None, kinds)[1],
-        "qkv_bias": bias,
-        "o_bias": bias,
+        **attention_biases(view),
         "mlp_bias": view.take("mlp_bias", False, bool),
     }
 
