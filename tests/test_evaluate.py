@@ -14,6 +14,7 @@ from tmjax.evaluate.bits import Scorer, Scores, sequence_nll
 from tmjax.evaluate.bootstrap import percentile_interval, resample, source_gain
 from tmjax.hub.texts import Texts, read_texts
 from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.sharding.mesh import Layout
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -46,8 +47,9 @@ def test_batching_and_chunked_logits_do_not_matter(qwen2_dir, verses, monkeypatc
     model, tokenizer = load_model(qwen2_dir), load_tokenizer(qwen2_dir)
     one = Scorer(model.spec, tokenizer, verses, batch_tokens=8192)(model.params)
     monkeypatch.setattr("tmjax.evaluate.bits.LOGIT_ENTRIES", 1)
+    monkeypatch.setattr("tmjax.evaluate.bits.LEAST_ROWS", 7)
     sequence_nll.clear_cache()
-    other = Scorer(model.spec, tokenizer, verses, batch_tokens=100, multiple=3)(model.params)
+    other = Scorer(model.spec, tokenizer, verses, batch_tokens=100, layout=Layout("data=3"))(model.params)
     np.testing.assert_allclose(one.nll, other.nll, rtol=1e-5)
 
 

@@ -22,6 +22,7 @@ from tmjax.errors import InputError, NonFiniteError, RowMismatchError
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.ot.cost import correlation, standardise
+from tmjax.sharding.mesh import Layout
 
 L, M, N, K = 3, 2, 5, 7
 
@@ -194,14 +195,14 @@ def pair(qwen2_dir, llama_dir, repo):
     return rows, [(model.spec, model.params, read) for model, read in zip(models, documents, strict=True)]
 
 
-@pytest.mark.parametrize("multiple", [1, 4])
-def test_paired_blocks_are_the_rows_that_capture_stores(pair, tmp_path, multiple) -> None:
+@pytest.mark.parametrize("mesh", [None, "data=4"])
+def test_paired_blocks_are_the_rows_that_capture_stores(pair, tmp_path, mesh) -> None:
     rows, readers = pair
     seen: list[tuple[int, int]] = []
     before = pooled_forward._cache_size()
     blocks = list(
         paired_blocks(
-            *readers, rows, sites=SOME, block_rows=100, batch_tokens=96, multiple=multiple,
+            *readers, rows, sites=SOME, block_rows=100, batch_tokens=96, layout=Layout(mesh),
             progress=lambda done, total: seen.append((done, total)),
         )
     )  # fmt: skip

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tmjax.errors import InputError, TmjaxError, summarise
+from tmjax.sharding import job
 
 app = typer.Typer(
     name="tmjax",
@@ -32,7 +34,17 @@ Preset = Annotated[str | None, typer.Option(help="barycentric or paper.")]
 Alpha = Annotated[float | None, typer.Option(help="Fixes alpha and switches fitting off.")]
 Controls = Annotated[bool | None, typer.Option("--controls/--no-controls", help="Run every control arm too.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-Mesh = Annotated[str | None, typer.Option(help="Device mesh, for example data=2,fsdp=2,tensor=2.")]
+Mesh = Annotated[
+    str | None, typer.Option(help="Device mesh, for example data=2,fsdp=2,tensor=2; default: auto, over all devices.")
+]
+Distributed = Annotated[
+    bool, typer.Option("--distributed", help="One process of a job (TPU pod, SLURM, ...); all run the same command.")
+]
+Coordinator = Annotated[
+    str | None, typer.Option(help="HOST:PORT of process 0, where --distributed cannot find the job by itself.")
+]
+Processes = Annotated[int | None, typer.Option("--num-processes", min=1, help="Processes of the job.")]
+Process = Annotated[int | None, typer.Option("--process-id", min=0, help="Number of this process, from 0.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Negligible = Annotated[
@@ -57,11 +69,15 @@ def _stages(*, everything: bool) -> Callable[..., None]:
         seed: Seed = None,
         mesh: Mesh = None,
         allow_negligible: Negligible = None,
+        distributed: Distributed = False,
+        coordinator: Coordinator = None,
+        num_processes: Processes = None,
+        process_id: Process = None,
         overwrite: Overwrite = False,
         as_json: Json = False,
     ) -> None:
         told = _recipe(recipe, locals())
-        with _progress() as (progress, warn):
+        with _job(locals()), _progress() as (progress, warn):
             from tmjax.pipeline import Merge
 
             merge = Merge(told, overwrite=overwrite, progress=progress, warn=warn)
@@ -69,7 +85,8 @@ def _stages(*, everything: bool) -> Callable[..., None]:
                 merge.all()
             else:
                 merge.align()
-        _show_run(told.out, merge.run.manifest, as_json)
+            manifest = merge.run.manifest
+        _show_run(told.out, manifest, as_json)
 
     return command
 
@@ -89,7 +106,12 @@ def fuse(
     controls: Controls = None,
     valid: Valid = None,
     test: Test = None,
+    mesh: Mesh = None,
     allow_negligible: Negligible = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    num_processes: Processes = None,
+    process_id: Process = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -97,10 +119,10 @@ def fuse(
     from tmjax.pipeline import Merge, open_run
 
     changes = _given(locals(), ("alpha", "controls", "valid", "test", "allow_negligible"))
-    told = open_run(run, changes)
+    told = open_run(run, changes | _given(locals(), ("mesh",)))
     if changes and (run / "merged").exists() and not overwrite:
         raise InputError(f"{run} already holds a merge; pass --overwrite to fuse it again with other settings")
-    with _progress() as (progress, warn):
+    with _job(locals()), _progress() as (progress, warn):
         manifest = Merge(told, amend=True, progress=progress, warn=warn).all()
     _show_run(told.out, manifest, as_json)
 
@@ -147,14 +169,19 @@ def evaluate(
     texts: Annotated[str, typer.Option("--texts", help="Held-out texts.")],
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 10000,
+    mesh: Mesh = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    num_processes: Processes = None,
+    process_id: Process = None,
     as_json: Json = False,
 ) -> None:
     """Bits per byte of checkpoints on held-out text, with 95% intervals over documents."""
-    with _progress() as (progress, _warn):
+    with _job(locals()), _progress() as (progress, _warn):
         from tmjax.pipeline import evaluate_models
 
-        result = evaluate_models(models, texts, draws=draws, seed=seed, progress=progress)
-    if as_json:
+        result = evaluate_models(models, texts, draws=draws, seed=seed, mesh=mesh, progress=progress)
+    if as_json or job.silent():
         _print_json(result)
         return
     from tmjax.report.tables import evaluation_rows, rich_table
@@ -253,7 +280,22 @@ def _pair(file: Path | None, options: dict[str, Any]) -> tuple[Any, bool]:
     return recipe, "texts" in values
 
 
+@contextlib.contextmanager
+def _job(options: dict[str, Any]) -> Iterator[None]:
+    """Joins the job that the options name, if any, for the time of the work."""
+    place = [options[name] for name in ("coordinator", "num_processes", "process_id")]
+    if not options["distributed"]:
+        if any(value is not None for value in place):
+            raise InputError("--coordinator, --num-processes and --process-id go with --distributed")
+        yield
+        return
+    job.join(*place)
+    yield
+
+
 def _print_json(value: Any) -> None:
+    if job.silent():
+        return
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
@@ -266,7 +308,7 @@ def _console(*, stderr: bool = False) -> Any:
 
 
 def _show_run(out: str, manifest: dict[str, Any], as_json: bool) -> None:
-    if as_json:
+    if as_json or job.silent():
         _print_json(manifest)
         return
     from tmjax.report.tables import run_summary
@@ -281,6 +323,9 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str
     """A progress display on standard error, and a function that prints a warning above it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    if job.silent():
+        yield lambda stage, done, total: None, lambda message: None
+        return
     console = _console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}
@@ -321,14 +366,18 @@ def run(arguments: list[str] | None = None, *, application: typer.Typer = app, n
 
     def fail(message: str, code: int) -> int:
         print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+        if job.joined():
+            job.end(code)
         return code
 
     interrupted = "interrupted; the same command resumes" if application is app else "interrupted"
     memory = "lower batch_tokens and memory_mib in the recipe"
     try:
         result = typer.main.get_command(application).main(arguments, prog_name=name, standalone_mode=False)
-        # typer turns an interrupt inside a command into this status
-        return fail(interrupted, 130) if result == 130 else 0
+        if result != 130:
+            job.leave()
+            return 0
+        return fail(interrupted, 130)  # typer turns an interrupt inside a command into this status
     except TmjaxError as error:
         return fail(str(error), error.exit_code)
     except _ClickError as error:
@@ -338,9 +387,12 @@ def run(arguments: list[str] | None = None, *, application: typer.Typer = app, n
     except MemoryError:
         return fail(f"out of memory; {memory}", 1)
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return fail(f"out of device memory; {memory}, or use --mesh", 1)
+        if not job.joined() or type(error).__name__ != "JaxRuntimeError":
             raise
-        return fail(f"out of device memory; {memory}, or use --mesh", 1)
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return fail(f"another process of this job died or failed ({reason}); the same command resumes", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return fail(f"{where}{error.strerror or error}", 2)
@@ -353,7 +405,16 @@ def _main() -> None:
 
 def main() -> None:
     """Console script."""
-    sys.exit(run())
+    if "--distributed" in sys.argv[1:] and job.LOG not in os.environ:
+        sys.exit(job.supervise(sys.argv[1:]))
+    try:
+        code = run()
+    except BaseException:
+        if job.joined():  # or the traceback would wait for the other processes
+            traceback.print_exc()
+            job.end(1)
+        raise
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ class NoTransferError(TmjaxError):
     exit_code = 3
 
 
+def by_name(name: str) -> type[TmjaxError]:
+    """The class of an error that another process reported by its name."""
+    kinds = (TmjaxError, InputError, CheckpointError, RowMismatchError, NonFiniteError, NoTransferError)
+    return next(kind for kind in kinds if kind.__name__ == name)
+
+
 def summarise(items: list[str], limit: int = 6) -> str:
     """Joins the first `limit` items on one line and counts the rest."""
     shown = "; ".join(items[:limit])

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from tmjax.activations import store
 from tmjax.activations.batches import Batch, bucketed
@@ -15,20 +16,31 @@ from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.decoder import bind
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
+from tmjax.sharding import hosts
+from tmjax.sharding.mesh import Layout, constrain
 from tmjax.typing import Array, Params
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "sites", "dtype"))
+@functools.partial(jax.jit, static_argnames=("spec", "sites", "dtype", "mesh"))
 def pooled_forward(
-    spec: DecoderSpec, params: Params, ids_bt: Array, weights_brt: Array, sites: tuple[str, ...], dtype: jnp.dtype
+    spec: DecoderSpec,
+    params: Params,
+    ids_bt: Array,
+    weights_brt: Array,
+    sites: tuple[str, ...],
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
 ) -> dict[str, Array]:
-    """Activations of each site averaged over tokens by `weights`: `[layer, B, R, unit]` float32."""
+    """Activations of each site averaged over tokens by `weights`: `[layer, B, R, unit]` float32.
+
+    With a mesh they are split along B alone.
+    """
 
     def pool(x_btu: Array) -> Array:
         return jnp.einsum("brt,btu->bru", weights_brt, x_btu.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
-    _, captured = bind(spec, params).hidden(ids_bt, dtype, sites, pool)
-    return captured
+    _, captured = bind(spec, params).hidden(ids_bt, dtype, sites, pool, mesh)
+    return {site: constrain(mesh, x, (None, "batch", None, None)) for site, x in captured.items()}
 
 
 def _default_memory_mib() -> int:
@@ -79,22 +91,21 @@ def pooled_batches(
     *,
     sites: Sequence[str],
     dtype: jnp.dtype,
-    place: Callable[[np.ndarray], Array],
-) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-    """Each batch with its pooled activations, `[layer, slot, R, unit]` float32 of every site.
+    layout: Layout,
+) -> Iterator[tuple[Batch, dict[str, Array]]]:
+    """Each batch with its pooled activations, `[layer, slot, R, unit]` float32 of every site, on the devices.
 
-    `batches` pairs a batch with R, the rows that each of its documents is padded to. Raises NonFiniteError if an
-    activation is NaN or infinite.
+    `batches` pairs a batch with R, the rows that each of its documents is padded to.
     """
     for batch, rows in batches:
-        ids, weights = _arrays(batch, documents, rows)
-        captured = jax.device_get(pooled_forward(spec, params, place(ids), place(weights), tuple(sites), dtype))
-        for site, values in captured.items():
-            if not np.isfinite(values).all():
-                raise NonFiniteError(
-                    f"activations of site {site} hold NaN or infinity; the model overflows on these texts"
-                )
-        yield batch, captured
+        ids, weights = (layout.place_batch(x) for x in _arrays(batch, documents, rows))
+        yield batch, pooled_forward(spec, params, ids, weights, tuple(sites), dtype, layout.mesh)
+
+
+def require_finite(site: str, values: np.ndarray) -> None:
+    """Raises NonFiniteError if an activation is NaN or infinite."""
+    if not np.isfinite(values).all():
+        raise NonFiniteError(f"activations of site {site} hold NaN or infinity; the model overflows on these texts")
 
 
 def capture(
@@ -108,33 +119,41 @@ def capture(
     batch_tokens: int = 8192,
     memory_mib: int | None = None,
     dtype: jnp.dtype = jnp.float32,
-    place: Callable[[np.ndarray], Array] = jnp.asarray,
-    multiple: int = 1,
+    layout: Layout | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> store.Activations:
     """Runs the model over all documents and writes `[layer, row, unit]` of every site into `directory`, which exists.
 
     Batches are of at most `batch_tokens` padded tokens, fewer where the pooled activations of that many rows would
-    exceed `memory_mib`. `place` puts a batch array on the devices, its leading axis divisible by `multiple`. Raises
-    NonFiniteError if an activation is NaN or infinite.
+    exceed `memory_mib`. Batches lie on the mesh of `layout` (one device unless given), where `params` must be too; of
+    several processes, which share `directory`, each writes the rows of its documents. Raises NonFiniteError if an
+    activation is NaN or infinite.
     """
+    layout = layout or Layout()
     sites = spec.sites if sites is None else sites
     require_readable(spec, documents, sites)
-    store.create(directory, rows, spec.layers, {site: spec.axis_size(SITES[site]) for site in sites})
+    if hosts.is_first():
+        store.create(directory, rows, spec.layers, {site: spec.axis_size(SITES[site]) for site in sites})
+    hosts.barrier("activation store")
     counts = [len(document.rows) for document in documents]
     first_row = np.concatenate([[0], np.cumsum(counts)])
     limit = batch_limit(spec, sites, batch_tokens, memory_mib)
     used = [number for number, count in enumerate(counts) if count]
-    batches = list(bucketed([len(documents[n].ids) for n in used], batch_tokens=limit, multiple=multiple))
+    lengths = [len(documents[n].ids) for n in used]
+    batches = list(bucketed(lengths, batch_tokens=limit, multiple=layout.batch_multiple))
     batches = [Batch(tuple(used[i] for i in batch.documents), batch.size, batch.tokens) for batch in batches]
     widest: dict[int, int] = {}
     for batch in batches:
         widest[batch.tokens] = max(widest.get(batch.tokens, 1), *(counts[n] for n in batch.documents))
     padded = [(batch, widest[batch.tokens]) for batch in batches]
-    pooled = pooled_batches(spec, params, documents, padded, sites=sites, dtype=dtype, place=place)
+    pooled = pooled_batches(spec, params, documents, padded, sites=sites, dtype=dtype, layout=layout)
     for done, (batch, captured) in enumerate(pooled):
         for site, values in captured.items():
-            blocks = {first_row[n]: values[:, slot, : counts[n]] for slot, n in enumerate(batch.documents)}
-            store.write_rows(directory, site, blocks)
+            for start, part in hosts.local_parts(values, axis=1):
+                require_finite(site, part)
+                own = batch.documents[start : start + part.shape[1]]
+                blocks = {first_row[n]: part[:, slot, : counts[n]] for slot, n in enumerate(own)}
+                store.write_rows(directory, site, blocks)
         progress(done + 1, len(batches))
+    hosts.barrier("activations written")
     return store.read(directory)

@@ -1,5 +1,6 @@
 """Activations on disk: one `[layer, row, unit]` float32 array per site, with the identity of the rows."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,26 @@ def create(directory: Path, rows: Rows, layers: int, sites: Mapping[str, int]) -
 def write_rows(directory: Path, site: str, values: Mapping[int, np.ndarray]) -> None:
     """Writes blocks [layer, rows, unit] of one site, each from its first row on.
 
-    The file is mapped only meanwhile: pages of a file that stays mapped would count as memory of this process.
+    Not through a mapping: pages of a mapped file count as memory of this process, and on a shared file system two
+    hosts that map the same page would undo each other's rows.
     """
-    array = np.load(directory / f"{site}.npy", mmap_mode="r+")
-    for start, block in values.items():
-        array[:, start : start + block.shape[1]] = block
+    file = directory / f"{site}.npy"
+    held = np.load(file, mmap_mode="r")
+    layer_bytes, row_bytes, first = held.strides[0], held.strides[1], held.offset
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        for start, block in values.items():
+            for layer, rows in enumerate(np.ascontiguousarray(block, np.float32)):
+                _write_all(descriptor, rows, first + layer * layer_bytes + start * row_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, values: np.ndarray, offset: int) -> None:
+    left = memoryview(values.reshape(-1).view(np.uint8))
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
 
 
 def read(directory: Path) -> Activations:

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmjax.activations.batches import Batch, bucket_length
-from tmjax.activations.capture import batch_limit, pooled_batches, require_readable
+from tmjax.activations.capture import batch_limit, pooled_batches, require_finite, require_readable
 from tmjax.activations.rows import Rows, TokenisedDocument
 from tmjax.errors import RowMismatchError
 from tmjax.models.spec import DecoderSpec
-from tmjax.typing import Array, Params
+from tmjax.sharding.hosts import to_host
+from tmjax.sharding.mesh import Layout
+from tmjax.typing import Params
 
 #: A model, its parameters and the documents as it reads them.
 Reader = tuple[DecoderSpec, Params, Sequence[TokenisedDocument]]
@@ -86,7 +88,8 @@ class _Side:
         ends = dict(zip(self.groups[number], np.cumsum(counts), strict=True))
         held: Values = {}
         for batch, captured in pooled_batches(spec, params, documents, self.batches[number], **how):
-            for site, values in captured.items():
+            for site, values in to_host(captured).items():
+                require_finite(site, values)
                 if site not in held:
                     held[site] = np.empty((len(values), sum(counts), values.shape[-1]), np.float32)
                 for slot, n in enumerate(batch.documents):
@@ -147,8 +150,7 @@ def paired_blocks(
     batch_tokens: int = 8192,
     memory_mib: int | None = None,
     dtype: jnp.dtype = jnp.float32,
-    place: Callable[[np.ndarray], Array] = jnp.asarray,
-    multiple: int = 1,
+    layout: Layout | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Block]:
     """Runs both models over the documents and yields their pooled activations in blocks of `block_rows` rows.
@@ -158,12 +160,12 @@ def paired_blocks(
     is False. `target` and `source` are (spec, params, documents) with the documents of one `pair_rows`.
 
     Documents are read in groups of at most GROUP_BATCHES batches; only one group and one block are held. Batches are
-    those of `capture`: `batch_tokens`, `memory_mib`, `place` and `multiple` mean the same, `progress` counts the
+    those of `capture`: `batch_tokens`, `memory_mib` and `layout` mean the same, `progress` counts the
     batches of both models, and there is one compilation per model and bucket of lengths. Raises, before anything runs,
     RowMismatchError if the documents are not those of `rows` and InputError for an unknown site or token id; while it
     runs, NonFiniteError if an activation is NaN or infinite.
     """
-    readers = (target, source)
+    readers, layout = (target, source), layout or Layout()
     if sites is None:
         sites = tuple(site for site in target[0].sites if site in source[0].sites)
     for name, (spec, _, documents) in zip(("target", "source"), readers, strict=True):
@@ -173,7 +175,7 @@ def paired_blocks(
     groups = _groups([documents for _, _, documents in readers], limits)
     sides = []
     for reader, limit in zip(readers, limits, strict=True):
-        shapes = _shapes(reader[2], limit, multiple)
+        shapes = _shapes(reader[2], limit, layout.batch_multiple)
         sides.append(_Side(reader, groups, [_batches(group, reader[2], shapes) for group in groups]))
     total = sum(len(batches) for side in sides for batches in side.batches)
     done = itertools.count(1)
@@ -183,6 +185,6 @@ def paired_blocks(
 
     def pieces() -> Iterator[Sequence[Values]]:
         for number in range(len(groups)):
-            yield [side.read(number, tick, sites=sites, dtype=dtype, place=place) for side in sides]
+            yield [side.read(number, tick, sites=sites, dtype=dtype, layout=layout) for side in sides]
 
     return _cut(pieces(), block_rows)

@@ -29,6 +29,7 @@ from tmjax.ot import (
     prepared,
     solve_each,
 )
+from tmjax.sharding.hosts import to_host
 from tmjax.typing import Array, ArrayLike
 
 #: Most pairs of layers that are solved in one call; progress is shown between calls.
@@ -308,7 +309,7 @@ def solve_pairs(
             part = _solve_on_host(site, chunk, solver, gain, form, top_k)
         else:
             part = _solve_pairs(site, jnp.asarray(chunk), solver, gain, form, top_k, mesh)
-        parts.append(jax.device_get(part))
+        parts.append(to_host(part))
         progress(min(start + size, len(pairs)), len(pairs))
     joined = jax.tree.map(lambda *x: np.concatenate(x)[: len(pairs)], *parts)
     held = joined.plan

@@ -1,5 +1,6 @@
 """Hugging Face checkpoint <-> Flax parameters, both ways derived from the family's ParamSpec table."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from tmjax.hub.atomic import atomic_directory
 from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions, read_config
 from tmjax.hub.tensors import Weights
 from tmjax.hub.weights import open_weights
-from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors
+from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors, writing_order
 from tmjax.models.families import family_of
 from tmjax.models.families.base import BUFFERS, Family
 from tmjax.models.spec import DecoderSpec, ParamSpec
+from tmjax.sharding import hosts
 from tmjax.typing import Array
 
 #: Most of a tensor that is compared or cast at a time.
@@ -156,7 +158,7 @@ def tensors(model: Model) -> tuple[list[TensorMeta], Callable[[str], np.ndarray]
                 where.setdefault(name, []).append((row, at))
 
     def read(name: str) -> np.ndarray:
-        held = [(row, np.asarray(model.params[row.tied_to or row.path][at])) for row, at in where[name]]
+        held = [(row, hosts.to_host(model.params[row.tied_to or row.path][at])) for row, at in where[name]]
         if held[0][0].part is None:
             return held[0][1]
         tensor = np.empty(metas[name].shape, metas[name].dtype)
@@ -175,15 +177,24 @@ def write_config(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def write(model: Model, directory: Path, *, max_shard_size: str = DEFAULT_SHARD_SIZE) -> None:
-    """Writes a Hugging Face checkpoint into an existing, empty directory: weights, config, tokenizer and companions."""
+    """Writes a Hugging Face checkpoint into an existing, empty directory: weights, config, tokenizer and companions.
+
+    Of several processes all must call it: tensor by tensor is gathered from them, and the first one writes.
+    """
+    metas, read = tensors(model)
+    if not hosts.is_first():
+        for meta in writing_order(metas, max_shard_size):
+            read(meta.name)
+        return
     write_config(model.config, directory)
     copy_companions(model.directory, directory)
-    metas, read = tensors(model)
     write_tensors(directory, metas, read, max_shard_size=max_shard_size)
 
 
 def export(model: Model, path: Path, *, max_shard_size: str = DEFAULT_SHARD_SIZE, overwrite: bool = False) -> Path:
     """Writes a Hugging Face checkpoint directory atomically; bit-exact inverse of `load`. Returns its path."""
-    with atomic_directory(Path(path), overwrite=overwrite) as partial:
+    path = Path(path)
+    with atomic_directory(path, overwrite=overwrite) if hosts.is_first() else contextlib.nullcontext(path) as partial:
         write(model, partial, max_shard_size=max_shard_size)
-    return Path(path)
+    hosts.barrier(f"export {path}")
+    return path

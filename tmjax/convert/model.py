@@ -57,6 +57,15 @@ class Model:
         return replace(self, params=cast)
 
 
+def config_directory(path: str | Path) -> Path:
+    """Where config and tokenizer of a checkpoint lie (directory, hub id or orbax directory of ours)."""
+    from tmjax.convert import orbax
+    from tmjax.hub.checkpoint import resolve
+
+    directory = resolve(str(path))
+    return directory / "hf" if orbax.is_orbax(directory) else directory
+
+
 def load_model(path: str | Path, *, placement: Placement = default_placement) -> Model:
     """Loads a checkpoint directory, hub id or orbax directory written by `tmjax convert`; dtypes are kept.
 

@@ -7,13 +7,13 @@ scored in consecutive windows that share one token, so every token after the fir
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from tmjax.activations.batches import bucketed
 from tmjax.convert.model import Model
@@ -22,26 +22,42 @@ from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
 from tmjax.models.decoder import bind
 from tmjax.models.spec import DecoderSpec
+from tmjax.sharding.hosts import to_host
+from tmjax.sharding.mesh import Layout
 from tmjax.typing import Array, Params
 
 #: Logits are made for about this many entries (token x vocabulary) at a time.
 LOGIT_ENTRIES = 2**23
+#: But for at least so many tokens, however large the vocabulary: fewer would read the unembedding too often.
+LEAST_ROWS = 512
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
-def sequence_nll(spec: DecoderSpec, params: Params, ids_bt: Array, length_b: Array, dtype: jnp.dtype) -> Array:
+@functools.partial(jax.jit, static_argnames=("spec", "dtype", "mesh"))
+def sequence_nll(
+    spec: DecoderSpec, params: Params, ids_bt: Array, length_b: Array, dtype: jnp.dtype, mesh: Mesh | None = None
+) -> Array:
     """Sum over each right-padded row of -ln p(token | tokens before), all but its first token: [B] float32."""
     model = bind(spec, params)
-    hidden, _ = model.hidden(ids_bt[:, :-1], dtype, (), lambda x: x)
+    hidden, _ = model.hidden(ids_bt[:, :-1], dtype, (), lambda x: x, mesh)
 
-    def row(item: tuple[Array, Array, Array]) -> Array:
-        states, labels, length = item
+    batch, tokens, _ = hidden.shape
+    # Pieces of the token axis, not of the batch: the batch is what a mesh splits.
+    most = max(-(-LEAST_ROWS // batch), LOGIT_ENTRIES // (batch * spec.vocab))
+    pieces = -(-tokens // most)
+    size = -(-tokens // pieces)
+
+    def cut(x_bt: Array) -> Array:
+        padded = jnp.pad(x_bt, [(0, 0), (0, pieces * size - tokens), *[(0, 0)] * (x_bt.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(batch, pieces, size, *x_bt.shape[2:]), 1, 0)
+
+    def piece(item: tuple[Array, Array, Array]) -> Array:
+        states, labels, scored = item
         logits = model.logits(states)
-        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        return jnp.sum(jnp.where(jnp.arange(nll.shape[0]) < length - 1, nll, 0.0))
+        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(scored, nll, 0.0), axis=1)
 
-    at_once = max(1, LOGIT_ENTRIES // (ids_bt.shape[1] * spec.vocab))
-    return jax.lax.map(row, (hidden, ids_bt[:, 1:], length_b), batch_size=at_once)
+    scored_bt = jnp.arange(tokens) < length_b[:, None] - 1
+    return jnp.sum(jax.lax.map(piece, (cut(hidden), cut(ids_bt[:, 1:]), cut(scored_bt))), axis=0)
 
 
 @dataclass(frozen=True)
@@ -70,10 +86,10 @@ class Scorer:
         batch_tokens: int = 4096,
         max_tokens: int | None = None,
         dtype: jnp.dtype = jnp.float32,
-        place: Callable[[np.ndarray], Array] = jnp.asarray,
-        multiple: int = 1,
+        layout: Layout | None = None,
     ) -> None:
-        self.spec, self.dtype = spec, dtype
+        layout = layout or Layout()
+        self.spec, self.dtype, self.mesh = spec, dtype, layout.mesh
         window = max_tokens or spec.max_positions
         if window < 2:
             raise InputError(f"evaluation.max_tokens is {window}; scoring needs windows of at least 2 tokens")
@@ -93,22 +109,23 @@ class Scorer:
             for start in range(0, len(ids) - 1, window - 1)
         ]
         self._batches = []
-        for batch in bucketed([len(ids) for _, ids in pieces], batch_tokens=batch_tokens, multiple=multiple):
+        lengths = [len(ids) for _, ids in pieces]
+        for batch in bucketed(lengths, batch_tokens=batch_tokens, multiple=layout.batch_multiple):
             ids_bt, length_b = np.zeros((batch.size, batch.tokens), np.int32), np.ones(batch.size, np.int32)
             for slot, piece in enumerate(batch.documents):
                 ids = pieces[piece][1]
                 ids_bt[slot, : len(ids)], length_b[slot] = ids, len(ids)
             owner = np.asarray([pieces[piece][0] for piece in batch.documents])
-            self._batches.append((place(ids_bt), place(length_b), owner))
+            self._batches.append((layout.place_batch(ids_bt), layout.place_batch(length_b), owner))
 
     def __call__(self, params: Params) -> Scores:
         """Scores of every document; raises NonFiniteError if the model gives NaN."""
         pending = [
-            (owner, sequence_nll(self.spec, params, ids, length, self.dtype)) for ids, length, owner in self._batches
+            sequence_nll(self.spec, params, ids, length, self.dtype, self.mesh) for ids, length, _ in self._batches
         ]
         nll = np.zeros(len(self.bytes))
-        for owner, values in pending:
-            np.add.at(nll, owner, np.asarray(values, np.float64)[: len(owner)])
+        for (_, _, owner), values in zip(self._batches, to_host(pending), strict=True):
+            np.add.at(nll, owner, values.astype(np.float64)[: len(owner)])
         if not np.isfinite(nll).all():
             raise NonFiniteError("the model's log-likelihoods hold NaN or infinity")
         return Scores(nll, self.bytes, self.tokens)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from tmjax.align.alignment import Alignment
 from tmjax.fuse.masks import masks
@@ -30,6 +31,11 @@ class Transported:
     bias_mask: ArrayLike
     raw_norm: Array
     input_mean: ArrayLike
+
+
+def sharding_of(x: ArrayLike) -> NamedSharding | None:
+    """Where an array lies on a mesh; None if it is on no mesh."""
+    return x.sharding if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) else None
 
 
 def _norm(x: Array) -> Array:
@@ -58,6 +64,7 @@ def transport_model(
             source[bias_source[role].path] if role in bias_source else None,
             kind=options.map,
             permutations=permutations,
+            sharding=sharding_of(target[row.path]),
         )
         raw = _norm(weight)
         mean_out = jnp.asarray(alignment.target[row.output_site].centre(alignment.centred))

@@ -9,6 +9,7 @@ import numpy as np
 from tmjax.errors import NoTransferError
 from tmjax.fuse.apply import Coefficients, Transported
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
+from tmjax.sharding.hosts import to_host
 from tmjax.typing import Array, Params
 
 #: Smallest source contribution, as a fraction of the target's norm, that counts as a transfer.
@@ -52,7 +53,7 @@ def update_table(
     for role, item in transported.items():
         row = projections(rows)[role]
         alpha, beta = coefficients[role]
-        n = jax.device_get(_tensor_norms(target[row.path], fused[row.path], item, jnp.float32(alpha)))
+        n = to_host(_tensor_norms(target[row.path], fused[row.path], item, jnp.float32(alpha)))
         old, transport = np.maximum(n["old"], 1e-30), np.maximum(n["transported"], 1e-30)
         columns = {
             "transported_to_target_norm": n["transported"] / old,

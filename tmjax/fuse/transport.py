@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from tmjax.align.alignment import Alignment, plan_site
 from tmjax.align.plans import SitePlans
@@ -72,12 +73,21 @@ def _permuted(x: Array, end: Side, layer: Array, source: Array, axis: int) -> Ar
     return jnp.take(x, jnp.asarray(end.permutation)[layer, source], axis=axis)
 
 
-@functools.partial(jax.jit, static_argnames="kind")
-def transport(into: Side, out: Side, weights_lm: Array, w_moi: Array, b_mo: Array, *, kind: str) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames=("kind", "sharding"))
+def transport(
+    into: Side,
+    out: Side,
+    weights_lm: Array,
+    w_moi: Array,
+    b_mo: Array,
+    *,
+    kind: str,
+    sharding: NamedSharding | None = None,
+) -> tuple[Array, Array]:
     """W^ [L, out, in] and b^ [L, out] float32 from source weights [M, out', in'] and biases [M, out'] (zero if none).
 
     `weights_lm` are the layer weights: P_eff for `paper`, its normalised rows for `barycentric`; pairs without weight
-    are not looked at. Plans are only applied, never written out (see `Plan.apply`).
+    are not looked at. Plans are only applied, never written out (see `Plan.apply`). W^ lies where `sharding` says.
     """
 
     def pair(layer: Array, source: Array) -> tuple[Array, Array]:
@@ -111,7 +121,8 @@ def transport(into: Side, out: Side, weights_lm: Array, w_moi: Array, b_mo: Arra
         zero = (jnp.zeros((n_out, n_in), jnp.float32), jnp.zeros((n_out,), jnp.float32))
         return jax.lax.scan(add, zero, jnp.arange(w_moi.shape[0]))[0]
 
-    return jax.lax.map(target_layer, jnp.arange(weights_lm.shape[0]))
+    weight, bias = jax.lax.map(target_layer, jnp.arange(weights_lm.shape[0]))
+    return weight if sharding is None else jax.lax.with_sharding_constraint(weight, sharding), bias
 
 
 def transport_projection(
@@ -122,6 +133,7 @@ def transport_projection(
     *,
     kind: str,
     permutations: dict[str, np.ndarray] | None = None,
+    sharding: NamedSharding | None = None,
 ) -> tuple[Array, Array]:
     """Transports one projection of the source (stacked weight and bias) for all target layers; see the module."""
     permutations = permutations or {}
@@ -129,4 +141,5 @@ def transport_projection(
     plan = alignment.layer_plans[row.role]
     weights = jnp.asarray(plan.effective if kind == "paper" else plan.weights)
     zero = jnp.zeros(weight.shape[:2], jnp.float32)
-    return transport(into, out, weights, jnp.asarray(weight), zero if bias is None else jnp.asarray(bias), kind=kind)
+    bias = zero if bias is None else jnp.asarray(bias)
+    return transport(into, out, weights, jnp.asarray(weight), bias, kind=kind, sharding=sharding)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tmjax.errors import InputError
 from tmjax.hub.atomic import PARTIAL, partial_name, remove, write_json, write_text
@@ -75,16 +75,57 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest if "tmjax" in manifest and "stages" in manifest else None
 
 
-class RunDirectory:
-    """One run: `manifest.json` is written first and after every stage; a finished stage with intact files is reused."""
+class Team(Protocol):
+    """The processes of a job that share a run directory (see `sharding.hosts`)."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and decides."""
+
+    def barrier(self, name: str) -> None:
+        """Waits for all processes."""
+
+    def agree(self, value: Any) -> Any:
+        """The first process's value, on every process."""
+
+
+class Alone:
+    """A team of one."""
+
+    def is_first(self) -> bool:
+        """Yes."""
+        return True
+
+    def barrier(self, name: str) -> None:
+        """Nobody to wait for."""
+
+    def agree(self, value: Any) -> Any:
+        """The value."""
+        return value
+
+
+class RunDirectory:
+    """One run: `manifest.json` is written first and after every stage; a finished stage with intact files is reused.
+
+    Of a team's processes only the first changes the directory; the others follow its manifest. `here` are the facts of
+    this process (devices, mesh) that the manifest tells of whoever did the latest work.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], here: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self.here = dict(here or {})
+        self.team: Team = Alone()
 
     @classmethod
     def start(
-        cls, path: Path, recipe_yaml: str, header: Mapping[str, Any], *, key: Mapping[str, str], overwrite: bool
+        cls,
+        path: Path,
+        recipe_yaml: str,
+        header: Mapping[str, Any],
+        *,
+        key: Mapping[str, str],
+        overwrite: bool,
+        here: Mapping[str, Any] | None = None,
     ) -> "RunDirectory":
         """Creates the run, or resumes the one that is there if its `key` (hashes of recipe and inputs) is the same.
 
@@ -92,7 +133,7 @@ class RunDirectory:
         """
         previous = read_manifest(path)
         if previous is not None and previous.get("key") == key:
-            return cls._resume(path, previous, recipe_yaml)
+            return cls._resume(path, previous, recipe_yaml, here)
         if path.exists() and (path.is_file() or any(path.iterdir())):
             if previous is None:
                 raise InputError(f"{path} exists and is not a run of tmjax; choose another output directory")
@@ -102,14 +143,17 @@ class RunDirectory:
                 )
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
-        run = cls(path, {**header, "versions": versions(), "key": dict(key), "stages": {}, "outputs": {}})
+        told = {**header, **(here or {}), "versions": versions(), "key": dict(key), "stages": {}, "outputs": {}}
+        run = cls(path, told, here)
         run.save()
         write_text(path / RECIPE, recipe_yaml)
         return run
 
     @classmethod
-    def _resume(cls, path: Path, manifest: dict[str, Any], recipe_yaml: str) -> "RunDirectory":
-        run = cls(path, manifest)
+    def _resume(
+        cls, path: Path, manifest: dict[str, Any], recipe_yaml: str, here: Mapping[str, Any] | None
+    ) -> "RunDirectory":
+        run = cls(path, manifest, here)
         for leftover in list(path.rglob(f"*{PARTIAL}")):
             remove(leftover)
         for stage in manifest["stages"].values():
@@ -122,18 +166,36 @@ class RunDirectory:
 
     @classmethod
     def amend(
-        cls, path: Path, recipe_yaml: str, header: Mapping[str, Any], *, key: Mapping[str, str]
+        cls,
+        path: Path,
+        recipe_yaml: str,
+        header: Mapping[str, Any],
+        *,
+        key: Mapping[str, str],
+        here: Mapping[str, Any] | None = None,
     ) -> "RunDirectory":
         """Resumes a run under another recipe: finished stages that it does not change stay."""
         manifest = read_manifest(path)
         if manifest is None:
             raise InputError(f"{path} is not a run of tmjax (no {MANIFEST})")
         manifest |= {"key": dict(key), "inputs": header["inputs"]}
-        return cls._resume(path, manifest, recipe_yaml)
+        return cls._resume(path, manifest, recipe_yaml, here)
+
+    @classmethod
+    def follow(cls, path: Path, key: Mapping[str, str], here: Mapping[str, Any] | None = None) -> "RunDirectory":
+        """The run that another process has started; raises InputError if this host does not see it."""
+        manifest = read_manifest(path)
+        if manifest is None or manifest.get("key") != key:
+            raise InputError(
+                f"{path.absolute()} is not the directory that the first process sees; the output must lie on a file"
+                " system that all processes share"
+            )
+        return cls(path, manifest, here)
 
     def save(self) -> None:
         """Writes the manifest atomically."""
-        write_json(self.path / MANIFEST, self.manifest)
+        if self.team.is_first():
+            write_json(self.path / MANIFEST, self.manifest)
 
     def finished(self, stage: str, key: object) -> bool:
         """Whether a stage with this input hash has finished and its files are still whole."""
@@ -142,34 +204,49 @@ class RunDirectory:
             return False
         return all(_size(self.path / name) == size for name, size in entry["files"].items())
 
-    def stage(self, name: str, key: object, output: str, work: Callable[[Path], Mapping[str, Any] | None]) -> Path:
+    def stage(
+        self,
+        name: str,
+        key: object,
+        output: str,
+        work: Callable[[Path], Mapping[str, Any] | None],
+        *,
+        joint: bool = True,
+    ) -> Path:
         """Runs `work(partial)` unless the stage is finished; returns the path of its output.
 
         `work` writes a directory (or a file, if `output` has a suffix) under the temporary path it gets and returns
-        what goes into the manifest's top level. The output is renamed into place, then the manifest records it.
+        what goes into the manifest's top level. The output is renamed into place, then the manifest records it. All
+        processes of a team do joint work, of which the first (or all, in a directory) write; only the first does other
+        work, which then has no facts.
         """
         path = self.path / output
-        if self.finished(name, key):
+        first = self.team.is_first()
+        if self.team.agree(first and self.finished(name, key)):
             return path
         started = time.perf_counter()
         partial = partial_name(path)
-        remove(partial)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if not path.suffix:
-            partial.mkdir()
-        try:
-            facts = work(partial)
-        except BaseException:
+        if first:
             remove(partial)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            if not path.suffix:
+                partial.mkdir()
+        self.team.barrier(f"{name} begins")
+        try:
+            facts = work(partial) if joint or first else None
+            self.team.barrier(f"{name} ends")
+        except BaseException:
+            if first:
+                remove(partial)
             raise
-        remove(path)
-        os.replace(partial, path)
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        self.manifest["outputs"][name] = {
-            "key": digest(key),
-            "files": {str(file.relative_to(self.path)): file.stat().st_size for file in sorted(files)},
-        }
+        if first:
+            remove(path)
+            os.replace(partial, path)
+            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            sizes = {str(file.relative_to(self.path)): file.stat().st_size for file in sorted(files)}
+            self.manifest["outputs"][name] = {"key": digest(key), "files": sizes}
         seconds = round(time.perf_counter() - started, 3)
+        self.manifest |= self.here
         self.manifest["stages"][name] = {"seconds": seconds, "peak_rss_mib": peak_rss_mib(), "reused": False}
         for key_path, value in (facts or {}).items():
             place = self.manifest
@@ -178,6 +255,7 @@ class RunDirectory:
                 place = place.setdefault(parent, {})
             place[last] = value
         self.save()
+        self.team.barrier(f"{name} recorded")
         return path
 
 

@@ -52,6 +52,16 @@ def plan_shards(tensors: Sequence[TensorMeta], max_shard_bytes: int) -> list[lis
     return shards
 
 
+def _in_file_order(shard: Sequence[TensorMeta]) -> list[TensorMeta]:
+    """Wider dtypes first keeps every tensor aligned to its item size, as the reference implementation does."""
+    return sorted(shard, key=lambda tensor: (-np.dtype(tensor.dtype).itemsize, tensor.name))
+
+
+def writing_order(tensors: Sequence[TensorMeta], max_shard_size: str = DEFAULT_SHARD_SIZE) -> list[TensorMeta]:
+    """The order in which `write_tensors` asks for them."""
+    return [tensor for shard in plan_shards(tensors, parse_size(max_shard_size)) for tensor in _in_file_order(shard)]
+
+
 def write_tensors(
     directory: Path,
     tensors: Sequence[TensorMeta],
@@ -77,8 +87,7 @@ def write_tensors(
 
 
 def _write_file(path: Path, tensors: Sequence[TensorMeta], read: Callable[[str], np.ndarray]) -> None:
-    # Wider dtypes first keeps every tensor aligned to its item size, as the reference implementation does.
-    ordered = sorted(tensors, key=lambda tensor: (-np.dtype(tensor.dtype).itemsize, tensor.name))
+    ordered = _in_file_order(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:

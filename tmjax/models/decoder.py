@@ -4,15 +4,18 @@ Parameters live in a flat mapping from dotted Flax path to array; `forward` and 
 """
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from tmjax.models.layers import INIT_STD, Block, LayerPlace, Linear, Norm, einsum
 from tmjax.models.rotary import rotary_tables
+from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
+from tmjax.sharding.mesh import constrain
 from tmjax.typing import Array, Params
 
 #: What is done with the activations [B, T, unit] of a recorded site inside the scanned forward.
@@ -45,9 +48,12 @@ class Decoder(nnx.Module):
             self.head = Linear(spec.hidden, spec.vocab, rngs=rngs)
 
     def hidden(
-        self, ids_bt: Array, dtype: jnp.dtype, sites: Collection[str], collect: Collect
+        self, ids_bt: Array, dtype: jnp.dtype, sites: Collection[str], collect: Collect, mesh: Mesh | None = None
     ) -> tuple[Array, dict[str, Array]]:
-        """Final normed states [B, T, embed] and `collect`ed activations [layer, ...] of each named site."""
+        """Final normed states [B, T, embed] and `collect`ed activations [layer, ...] of each named site.
+
+        With a mesh, the activations of every site are laid out by the logical axis of its units.
+        """
         spec, tokens = self.spec, ids_bt.shape[1]
         position = jnp.arange(tokens)
         distance = position[:, None] - position[None, :]
@@ -66,6 +72,7 @@ class Decoder(nnx.Module):
             captured = {}
 
             def record(site: str, value: Array) -> Array:
+                value = constrain(mesh, value, ("batch", None, SITES[site]))
                 if site in sites:
                     captured[site] = collect(value)
                 return value
@@ -80,6 +87,7 @@ class Decoder(nnx.Module):
         if spec.learned_positions:
             # Padding may reach beyond the last position; that no text does is checked where texts are read.
             x = x + self.positions.weight[...][jnp.minimum(position, spec.max_positions - 1)].astype(dtype)
+        x = constrain(mesh, x, ("batch", None, SITES["resid"]))
         x, captured = jax.lax.scan(step, x, (state, places))
         return self.norm(x), captured
 
@@ -119,8 +127,18 @@ def forward(spec: DecoderSpec, params: Params, ids_bt: Array, dtype: jnp.dtype =
     return model.logits(hidden)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def init_params(spec: DecoderSpec, key: Array) -> dict[str, Array]:
-    """Fresh random float32 parameters: matrices N(0, 0.02), norms one, biases zero."""
+def init_params(
+    spec: DecoderSpec, key: Array, shardings: Mapping[str, jax.sharding.Sharding | None] | None = None
+) -> dict[str, Array]:
+    """Fresh random float32 parameters: matrices N(0, 0.02), norms one, biases zero; made where `shardings` say."""
+    return _init_params(spec, key, tuple((shardings or {}).items()))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "shardings"))
+def _init_params(
+    spec: DecoderSpec, key: Array, shardings: tuple[tuple[str, jax.sharding.Sharding | None], ...]
+) -> dict[str, Array]:
     state = nnx.state(Decoder(spec, rngs=nnx.Rngs(params=key)))
-    return {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(state)}
+    params = {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(state)}
+    placed = {path: sharding for path, sharding in shardings if sharding is not None}
+    return params | {path: jax.lax.with_sharding_constraint(params[path], where) for path, where in placed.items()}

@@ -20,6 +20,7 @@ from tmjax.hub.rundir import RunDirectory, digest, read_manifest
 from tmjax.models.decoder import init_params
 from tmjax.pipeline.inputs import Inputs
 from tmjax.recipe import Recipe, dump_recipe
+from tmjax.sharding import hosts
 
 #: (stage, steps done, steps in all) while a stage runs.
 Progress = Callable[[str, int, int], None]
@@ -56,31 +57,42 @@ class AlignmentRun:
         self.progress, self.warn = progress, warn
         self._alignment: Alignment | None = None
         path = Path(recipe.out)
-        hashes = self.inputs.hashes
+        hashes = hosts.together(lambda: self.inputs.hashes)
+        hosts.require_same("inputs", hashes)
         _refuse_nested(recipe)
-        # What may change without making another run of it: where things lie, and whether a no-op is let through.
-        told = recipe.model_dump(mode="json", exclude={"out", "allow_negligible", *_INPUTS})
+        # What may change without making another run of it: where things lie and are computed, whether a no-op passes.
+        told = recipe.model_dump(mode="json", exclude={"out", "allow_negligible", "mesh", *_INPUTS})
         key = {"recipe": digest(told)} | hashes
         previous = read_manifest(path)
-        if previous is None or previous.get("key") != key:
-            self.inputs.check()
+        if hosts.agree(previous is None or previous.get("key") != key):
+            hosts.together(self.inputs.check)
         layout = self.inputs.layout
         header = {
             "tmjax": tmjax.__version__,
             "seed": recipe.seed,
-            "mesh": layout.sizes,
-            "devices": layout.devices,
-            "platform": jax.devices()[0].platform,
             "inputs": {name: {"path": getattr(recipe, name), "sha256": value} for name, value in hashes.items()},
             "evaluation": {},
             "source_gain": None,
             "update": {},
             "alignment": {},
         }
-        if amend:
-            self.run = RunDirectory.amend(path, dump_recipe(recipe), header, key=key)
-        else:
-            self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite)
+        here = {
+            "mesh": layout.sizes,
+            "devices": layout.devices,
+            "processes": hosts.count(),
+            "platform": jax.devices()[0].platform,
+        }
+
+        def start() -> RunDirectory | None:
+            if not hosts.is_first():
+                return None
+            if amend:
+                return RunDirectory.amend(path, dump_recipe(recipe), header, key=key, here=here)
+            return RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite, here=here)
+
+        started = hosts.together(start)
+        self.run = hosts.together(lambda: started or RunDirectory.follow(path, key, here))
+        self.run.team = hosts
 
     def _step(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(stage, done, total)
@@ -118,8 +130,7 @@ class AlignmentRun:
                 batch_tokens=self.recipe.activations.batch_tokens,
                 memory_mib=self.recipe.activations.memory_mib,
                 dtype=self.inputs.dtype,
-                place=self.inputs.layout.place_batch,
-                multiple=self.inputs.layout.batch_multiple,
+                layout=self.inputs.layout,
                 progress=self._step(name),
             )
             return {("rows",): {"documents": len(self.inputs.texts), "rows": len(rows), "pooling": rows.pooling}}
@@ -145,27 +156,23 @@ class AlignmentRun:
                 batch_tokens=options.batch_tokens,
                 memory_mib=options.memory_mib,
                 dtype=self.inputs.dtype,
-                place=self.inputs.layout.place_batch,
-                multiple=self.inputs.layout.batch_multiple,
+                layout=self.inputs.layout,
                 progress=self._step(name),
             )
             shuffled = (
                 (lambda count: derangement(count, self.recipe.seed)) if control and control.shuffle_rows else None
             )
-            save_moments(gather(blocks, self.inputs.projections.values(), order=shuffled), partial)
+            found = gather(blocks, self.inputs.projections.values(), order=shuffled)
+            if hosts.is_first():
+                save_moments(found, partial)
             return {("rows",): {"documents": len(self.inputs.texts), "rows": len(rows), "pooling": rows.pooling}}
 
         key = [self._activation_key(which), self.recipe.seed if control else None]
         return load_moments(self.run.stage(name, key, f"moments/{which}.safetensors", work))
 
     def _random_source(self) -> dict[str, jax.Array]:
-        params = init_params(self.inputs.source.spec, jax.random.key(self.recipe.seed))
-        rows = {row.path: row for row in self.inputs.source.rows}
-        shardings = {path: self.inputs.place(rows[path], value.shape) for path, value in params.items()}
-        return {
-            path: value if shardings[path] is None else jax.device_put(value, shardings[path])
-            for path, value in params.items()
-        }
+        source = self.inputs.source
+        return init_params(source.spec, jax.random.key(self.recipe.seed), self.inputs.shardings(source))
 
     def align(self) -> Alignment:
         """Activations of both models, then all plans; what did not converge is said once."""
@@ -175,7 +182,8 @@ class AlignmentRun:
 
         def work(partial: Path) -> dict[Any, Any]:
             found = find()
-            alignment_store.save(found, partial)
+            if hosts.is_first():
+                alignment_store.save(found, partial)
             return {"alignment": found.certificates(), "layer_plans": found.layer_facts()}
 
         path = self.run.stage("alignment", self._alignment_key(), "alignment", work)

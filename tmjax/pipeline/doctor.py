@@ -24,7 +24,7 @@ from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec, Rotary, pr
 from tmjax.ot import capabilities_of
 from tmjax.pipeline.doctor_estimate import Reading, memory, sites_of, time
 from tmjax.recipe import Recipe
-from tmjax.sharding.mesh import Layout
+from tmjax.sharding.mesh import AUTO, Layout
 
 #: Rows and tokens that are assumed where no texts are given.
 ASSUMED = Reading(rows=10_000, target_tokens=15_000, source_tokens=15_000, assumed=True)
@@ -71,7 +71,8 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         name: _tried(problems, lambda s=side: load_tokenizer(s.directory)) if side else None
         for name, side in sides.items()
     }
-    layout = _tried(problems, lambda: Layout(recipe.mesh))
+    widths = [side.spec.hidden for side in sides.values() if side]
+    layout = _tried(problems, lambda: Layout(recipe.mesh or AUTO, widths))
     report: dict[str, Any] = {
         "mergeable": False,
         "problems": problems,

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 from tmjax.activations.rows import Rows, TokenisedDocument, pair_rows
 from tmjax.align.alignment import solver_of
 from tmjax.align.streaming import require_streamable
-from tmjax.convert.model import Model, load_model
+from tmjax.convert.model import Model, config_directory, load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer
 from tmjax.hub.checkpoint import read_config, resolve
 from tmjax.hub.rundir import sha256_checkpoint
 from tmjax.hub.texts import Texts, read_texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.models.families import family_of
 from tmjax.models.spec import ParamSpec, shared_projections
 from tmjax.recipe import Recipe
-from tmjax.sharding.mesh import Layout
+from tmjax.sharding.mesh import AUTO, Layout
 
 
 @dataclass(frozen=True)
@@ -29,27 +30,29 @@ class Inputs:
 
     @functools.cached_property
     def layout(self) -> Layout:
-        """The device mesh."""
-        return Layout(self.recipe.mesh)
+        """The device mesh; chosen over all devices unless the recipe says otherwise."""
+        configs = [read_config(config_directory(name)) for name in (self.recipe.source, self.recipe.target)]
+        return Layout(self.recipe.mesh or AUTO, [family_of(config).spec(config).hidden for config in configs])
 
     @functools.cached_property
     def dtype(self) -> jnp.dtype:
         """The dtype that forward passes compute in."""
         return jnp.dtype(self.recipe.dtype)
 
-    def place(self, row: ParamSpec, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
-        """Where a parameter lives on the mesh."""
-        return self.layout.param_sharding(row.path, row.axes, shape)
+    def shardings(self, model: Model) -> dict[str, jax.sharding.Sharding | None]:
+        """Where every parameter of a model lives, by path."""
+        rows = [row for row in model.rows if row.tied_to is None]
+        return {row.path: self.layout.place(row, row.stacked_shape(model.spec)) for row in rows}
 
     @functools.cached_property
     def source(self) -> Model:
         """The source model."""
-        return load_model(self.recipe.source, placement=self.place)
+        return load_model(self.recipe.source, placement=self.layout.place)
 
     @functools.cached_property
     def target(self) -> Model:
         """The target model."""
-        return load_model(self.recipe.target, placement=self.place)
+        return load_model(self.recipe.target, placement=self.layout.place)
 
     @functools.cached_property
     def source_tokenizer(self) -> TextTokenizer:
@@ -105,8 +108,7 @@ class Inputs:
             batch_tokens=options.batch_tokens,
             max_tokens=options.max_tokens,
             dtype=self.dtype,
-            place=self.layout.place_batch,
-            multiple=self.layout.batch_multiple,
+            layout=self.layout,
         )
 
     @functools.cached_property
@@ -121,7 +123,5 @@ class Inputs:
         solver_of(self.recipe.alignment)
         if not self.recipe.activations.keep:
             require_streamable(self.recipe.alignment)
-        for name in ("source", "target"):
-            read_config(resolve(getattr(self.recipe, name)))
         for name in ("layout", "texts", "valid", "test", "target", "source", "rows"):
             getattr(self, name)

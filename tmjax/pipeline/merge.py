@@ -8,7 +8,7 @@ import numpy as np
 
 from tmjax.align.alignment import Alignment
 from tmjax.convert import hf
-from tmjax.convert.model import load_model
+from tmjax.convert.model import config_directory, load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.bootstrap import resample, source_gain
@@ -16,13 +16,17 @@ from tmjax.evaluate.controls import CONTROLS, Control, plan_permutations
 from tmjax.fuse.coefficients import Fit
 from tmjax.fuse.diagnostics import require_transfer
 from tmjax.fuse.merge import fuse
+from tmjax.hub.checkpoint import read_config
 from tmjax.hub.rundir import RECIPE, read_manifest
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.models.families import family_of
 from tmjax.pipeline.alignment import AlignmentRun, Progress, quiet
 from tmjax.recipe import Recipe, build_recipe, read_recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
+from tmjax.sharding import hosts
+from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.typing import Params
 
 
@@ -89,11 +93,14 @@ class Merge(AlignmentRun):
                     own = inputs.scorer(inputs.source, inputs.source_tokenizer, inputs.test)
                     scores[arm] = own(inputs.source.params)
                 else:
-                    params = inputs.target.params if path is None else load_model(path, placement=inputs.place).params
+                    params = (
+                        inputs.target.params if path is None else load_model(path, placement=inputs.layout.place).params
+                    )
                     scores[arm] = scorer(params)
                 self.progress("evaluate", done + 1, len(arms))
-            with partial.open("wb") as stream:
-                np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
+            if hosts.is_first():
+                with partial.open("wb") as stream:
+                    np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed)
 
         keys = [self._fuse_key(arm) for arm in checkpoints]
@@ -117,8 +124,8 @@ class Merge(AlignmentRun):
             write_report(partial, self.run.path, self.recipe, self.run.manifest, alignment)
 
         facts = {name: self.run.manifest.get(name) for name in ("evaluation", "coefficients", "source_gain", "update")}
-        self.run.stage("card", facts, f"{merged.name}/README.md", card)
-        self.run.stage("report", facts, "report.html", report)
+        self.run.stage("card", facts, f"{merged.name}/README.md", card, joint=False)
+        self.run.stage("report", facts, "report.html", report, joint=False)
         return self.run.manifest
 
 
@@ -158,13 +165,21 @@ def open_run(path: Path, changes: Mapping[str, Any]) -> Recipe:
 
 
 def evaluate_models(
-    directories: list[str], texts: str, *, draws: int = 10000, seed: int = 0, progress: Progress = quiet
+    directories: list[str],
+    texts: str,
+    *,
+    draws: int = 10000,
+    seed: int = 0,
+    mesh: str | None = None,
+    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Bits per byte of checkpoints on one text file, with 95% intervals: the result of `tmjax evaluate`."""
     documents = read_texts(texts)
     scores = {}
     for done, directory in enumerate(directories):
-        model = load_model(directory)
-        scores[directory] = Scorer(model.spec, load_tokenizer(model.directory), documents)(model.params)
+        config = read_config(config_directory(directory))
+        layout = Layout(mesh or AUTO, [family_of(config).spec(config).hidden])
+        model = load_model(directory, placement=layout.place)
+        scores[directory] = Scorer(model.spec, load_tokenizer(model.directory), documents, layout=layout)(model.params)
         progress("evaluate", done + 1, len(directories))
     return {"evaluation": evaluation_facts(scores, draws=draws, seed=seed)["evaluation"]}

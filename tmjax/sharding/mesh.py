@@ -1,11 +1,13 @@
-"""A mesh of devices with the axes data, fsdp and tensor; where parameters and batches lie on it.
+"""A mesh of devices with the axes data, fsdp and tensor; where parameters, batches and activations lie on it.
 
 Parameters are split over `fsdp` along their embedding axis and over `tensor` along heads, MLP units or vocabulary;
-batches over `data` and `fsdp`. XLA inserts the communication.
+batches over `data` and `fsdp`, activations also over `tensor` along heads and MLP units. XLA inserts the communication.
+The devices may be those of several processes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -23,6 +25,24 @@ RULES: Mapping[str, str] = {
     "mlp": "tensor",
     "vocab": "tensor",
 }
+#: Logical axis of an activation -> mesh axes. Its embedding axis is whole: fsdp already splits the batch.
+ACTIVATION_RULES: Mapping[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+
+
+class Parameter(Protocol):
+    """What a layout reads of a row of a family's table."""
+
+    path: str
+    axes: tuple[str, ...]
+
+
+#: Chosen by `automatic`.
+AUTO = "auto"
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:
@@ -33,26 +53,40 @@ def parse_mesh(text: str | None) -> dict[str, int]:
         axis, _, number = (piece.strip() for piece in part.partition("="))
         if axis not in AXES or not number.isdecimal() or int(number) < 1 or axis in given:
             raise InputError(
-                f"mesh {text!r}: write for example data=2,fsdp=2,tensor=2 (axes {', '.join(AXES)}, each once)"
+                f"mesh {text!r}: write for example data=2,fsdp=2,tensor=2 (axes {', '.join(AXES)}, each once), or auto"
             )
         given.add(axis)
         sizes[axis] = int(number)
     return sizes
 
 
-class Layout:
-    """Where parameters and batches go; a layout of one device leaves everything to JAX's default."""
+def automatic(devices: int, widths: Iterable[int]) -> dict[str, int]:
+    """A mesh of all devices: parameters over as many as divide all of the models' `widths`, the rest data."""
+    common = math.gcd(devices, *widths)
+    return {"data": devices // common, "fsdp": common, "tensor": 1}
 
-    def __init__(self, mesh: str | None = None) -> None:
-        self.sizes = parse_mesh(mesh)
-        self.devices = math.prod(self.sizes.values())
+
+class Layout:
+    """Where parameters and batches go; a layout of one device leaves everything to JAX's default.
+
+    `widths` are the embedding sizes of the models, which `auto` divides. Raises InputError for a mesh that the devices
+    of the job do not make up.
+    """
+
+    def __init__(self, mesh: str | None = None, widths: Iterable[int] = ()) -> None:
         available = jax.devices()
+        self.sizes = automatic(len(available), widths) if mesh == AUTO else parse_mesh(mesh)
+        self.devices = math.prod(self.sizes.values())
+        self.mesh = None
         if self.devices > len(available):
             raise InputError(f"mesh {mesh!r} needs {self.devices} devices, {len(available)} are here")
-        self.mesh = None
+        if jax.process_count() > 1 and self.devices != len(available):
+            raise InputError(
+                f"mesh {mesh!r} has {self.devices} devices, the job's {jax.process_count()} processes have"
+                f" {len(available)}; a mesh over processes takes all"
+            )
         if self.devices > 1:
-            grid = np.asarray(available[: self.devices]).reshape([self.sizes[axis] for axis in AXES])
-            self.mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+            self.mesh = _mesh(tuple(self.sizes[axis] for axis in AXES), available[: self.devices])
 
     @property
     def batch_multiple(self) -> int:
@@ -60,10 +94,15 @@ class Layout:
         return self.sizes["data"] * self.sizes["fsdp"]
 
     def place_batch(self, array: np.ndarray) -> Array:
-        """Puts a batch on the devices, its leading axis split over data and fsdp."""
+        """Puts a batch on the devices, its leading axis split over data and fsdp; every process gives all of it."""
         if self.mesh is None:
             return jax.numpy.asarray(array)
-        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(("data", "fsdp"))))
+        spec = PartitionSpec(ACTIVATION_RULES["batch"])
+        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), lambda index: array[index])
+
+    def place(self, row: Parameter, shape: tuple[int, ...]) -> NamedSharding | None:
+        """`param_sharding` of a row of a family's table."""
+        return self.param_sharding(row.path, row.axes, shape)
 
     def param_sharding(self, name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | None:
         """Sharding of a parameter whose trailing axes are the logical `axes`; a leading layer axis is never split.
@@ -79,7 +118,25 @@ class Layout:
                 raise InputError(f"parameter {name}: two of its axes {axes} ask for the mesh axis {where}")
             if where is not None and size % self.sizes[where]:
                 raise InputError(
-                    f"mesh axis {where}={self.sizes[where]} does not divide {axis}={size} of parameter {name}"
+                    f"mesh axis {where}={self.sizes[where]} does not divide {axis}={size} of parameter {name};"
+                    " choose another --mesh"
                 )
             chosen.append(where)
         return NamedSharding(self.mesh, PartitionSpec(*chosen))
+
+
+def _mesh(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except (NotImplementedError, ValueError, AssertionError):
+        # The shape does not fit the wiring (part of a slice, several slices): any order of the devices is right.
+        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
+
+
+def constrain(mesh: Mesh | None, x: Array, axes: tuple[str | None, ...]) -> Array:
+    """`x` inside a jitted function, laid out as its logical axes say (ACTIVATION_RULES); None is not split."""
+    if mesh is None:
+        return x
+    spec = PartitionSpec(*(ACTIVATION_RULES.get(axis) for axis in axes))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
