@@ -252,7 +252,7 @@ def cast(tensors: dict, dtype: np.dtype) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("stored_as", ["float32", "bfloat16", "float16"])
 def test_casting(tmp_path, capsys, monkeypatch, dtype, stored_as):
-    monkeypatch.setattr("tmjax.convert.hf._BLOCK_BYTES", 1000)  # several blocks per tensor
+    monkeypatch.setattr("tmjax.hub.tensors.BLOCK_BYTES", 1000)  # several blocks per tensor
     directory = make_checkpoint(tmp_path / "x", "qwen2", QWEN2, dtype=stored_as)
     edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     want = cast(safetensors.numpy.load_file(directory / SINGLE_NAME), DTYPES[dtype])
