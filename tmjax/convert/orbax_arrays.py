@@ -18,7 +18,9 @@ import tensorstore as ts
 from tmjax.errors import CheckpointError
 
 #: Largest chunk, and most that waits to be written beside it: what is held of the arrays while they are written.
-CHUNK_BYTES = 2**26
+CHUNK_BYTES = 2**24
+#: More than a chunk takes in tensorstore's cache beside its data; what exceeds the limit is not kept at all.
+_ENTRY_BYTES = 2**20
 
 
 class _Parts:
@@ -27,9 +29,9 @@ class _Parts:
     def __init__(self, value: Any, *, stacked: bool) -> None:
         self.value, self.shape, self.dtype = value, tuple(value.shape), np.dtype(value.dtype)
         first, *rest = self.shape[stacked:] or (1,)
-        size = first * math.prod(rest) * self.dtype.itemsize
+        most = max(1, CHUNK_BYTES // (math.prod(rest) * self.dtype.itemsize))
         # As even as they come rather than dividing the rows: vocabularies can be prime.
-        rows = math.ceil(first / max(1, math.ceil(size / CHUNK_BYTES)))
+        rows = math.ceil(first / math.ceil(first / most))
         self.chunk = ((1,) * stacked + (rows, *rest))[: len(self.shape)]
 
     def __iter__(self) -> Iterator[tuple[slice, ...]]:
@@ -139,7 +141,7 @@ def open_arrays(
             found = "missing" if store is None else f"{store.dtype.numpy_dtype} {list(store.shape)}"
             raise CheckpointError(f"{directory}: parameter {name} is {found}, expected {dtype} {list(shape)}")
         if name in layered and store.chunk_layout.read_chunk.shape[0] > 1:
-            kept[layered[name]] = kept.get(layered[name], 0) + store.size * dtype.itemsize
+            kept[layered[name]] = kept.get(layered[name], 0) + store.size * dtype.itemsize + _ENTRY_BYTES
     if kept:
         context = ts.Context({"cache_pool": {"total_bytes_limit": max(kept.values())}})
         stores = {
