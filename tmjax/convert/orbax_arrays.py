@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -93,8 +94,11 @@ class _Handler(ocp.type_handlers.TypeHandler):
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    handlers = ocp.type_handlers.create_type_handler_registry((_Parts, _Handler()))
-    # Weights hardly compress, and uncompressed ones are read several times as fast.
+    # That of JAX's arrays is never used; orbax warns of a registry without it.
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (_Parts, _Handler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    # Compression saves a tenth of float32, a fifth of bfloat16, and makes reading several times slower.
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False))
 
 
