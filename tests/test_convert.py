@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+import tensorstore as ts
 from helpers import QWEN2, SPEC, edit_config, edit_tensors, read_config, refused, stored
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tmjax import cli
 from tmjax.convert import hf, orbax
-from tmjax.convert.model import load_model
-from tmjax.convert.stream import stream
+from tmjax.convert.model import Model, load_model
+from tmjax.convert.stream import convert, stream
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.hub.tensors import DTYPES_BY_NAME as DTYPES
 from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME
@@ -252,21 +255,21 @@ def cast(tensors: dict, dtype: np.dtype) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("stored_as", ["float32", "bfloat16", "float16"])
 def test_casting(tmp_path, capsys, monkeypatch, dtype, stored_as):
-    monkeypatch.setattr("tmjax.convert.hf._BLOCK_BYTES", 1000)  # several blocks per tensor
+    monkeypatch.setattr("tmjax.hub.tensors.BLOCK_BYTES", 1000)  # several blocks per tensor
     directory = make_checkpoint(tmp_path / "x", "qwen2", QWEN2, dtype=stored_as)
     edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     want = cast(safetensors.numpy.load_file(directory / SINGLE_NAME), DTYPES[dtype])
 
-    def convert(source: Path, name: str, to: str) -> Path:
+    def run(source: Path, name: str, to: str) -> Path:
         arguments = ["convert", str(source), str(tmp_path / name), "--to", to, "--dtype", dtype, "--json"]
         assert cli.run(arguments) == 0, capsys.readouterr().err
         assert json.loads(capsys.readouterr().out)["dtype"] == dtype
         return tmp_path / name
 
-    streamed = convert(directory, "streamed", "hf")
-    through_orbax = convert(convert(directory, "orbax", "orbax"), "again", "hf")
+    streamed = run(directory, "streamed", "hf")
+    through_orbax = run(run(directory, "orbax", "orbax"), "again", "hf")
     plain_orbax = orbax.save(load_model(directory), tmp_path / "plain orbax")
-    for out in (streamed, through_orbax, convert(plain_orbax, "cast later", "hf")):
+    for out in (streamed, through_orbax, run(plain_orbax, "cast later", "hf")):
         assert {name: data for name, (_, _, data) in stored(out).items()} == want
         assert read_config(out) == read_config(directory) | {"dtype": dtype}
 
@@ -338,18 +341,30 @@ def test_a_checkpoint_can_be_cast_in_place(llama, tmp_path):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from tmjax.convert.stream import stream
-from tmjax.hub.tensors import DTYPES_BY_NAME as DTYPES
+from tmjax.convert.stream import convert, parse_dtype
 import jax.numpy as jnp
-if sys.argv[3] == "bin":
+if sys.argv[4] == "bin":
     import torch
 # Not ru_maxrss, which begins at what the parent process held.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 jnp.zeros(3).block_until_ready()
 base = peak()
-stream(Path(sys.argv[1]), Path(sys.argv[2]), dtype=DTYPES.get(sys.argv[4]), max_shard_size="64MB")
+convert(sys.argv[1], Path(sys.argv[2]), to=sys.argv[3], dtype=parse_dtype(sys.argv[5] or None), max_shard_size="64MB")
 print(peak() - base)
 """
+
+
+def growth(repo: Path, source: Path, out: Path, to: str, kind: str = "safetensors", dtype: str = "") -> float:
+    """MiB by which the peak memory of a process grows while it converts."""
+    arguments = [str(source), str(out), to, kind, dtype]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, cwd=repo)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
+needs_linux = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory"
+)
 
 
 @pytest.fixture(scope="module")
@@ -365,9 +380,12 @@ def large(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
-@pytest.mark.parametrize(("kind", "dtype"), [("safetensors", ""), ("safetensors", "bfloat16"), ("bin", "")])
-def test_streaming_holds_a_shard_at_most(large, tmp_path, repo, kind, dtype):
+@needs_linux
+@pytest.mark.parametrize(
+    ("kind", "dtype", "limit"), [("safetensors", "", 32), ("safetensors", "bfloat16", 32), ("bin", "", 64 + 34 + 100)]
+)
+def test_streaming_holds_a_shard_at_most(large, tmp_path, repo, kind, dtype, limit):
+    """Blocks only, less than the largest tensor; of PyTorch's format, which is mapped into memory, a shard."""
     if kind == "bin":
         torch = pytest.importorskip("torch")
         from safetensors.torch import load_file
@@ -378,9 +396,162 @@ def test_streaming_holds_a_shard_at_most(large, tmp_path, repo, kind, dtype):
         weight_map = {name: file.replace("safetensors", "bin") for name, file in index.items()}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
         shutil.copy(large / "config.json", tmp_path)
-    arguments = [str(tmp_path if kind == "bin" else large), str(tmp_path / "out"), kind, dtype]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, cwd=repo)
-    assert done.returncode == 0, done.stderr
-    growth = float(done.stdout)
-    assert growth < 64 + 34 + 100, f"peak memory grew by {growth:.0f} MiB"
+    grown = growth(repo, tmp_path if kind == "bin" else large, tmp_path / "out", "hf", kind, dtype)
+    assert grown < limit, f"peak memory grew by {grown:.0f} MiB"
     shutil.rmtree(tmp_path)  # pytest keeps the folders of the last runs
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> Path:
+    """415 MB, nearly all in three stacked parameters of 134 MB each, whose layers are 4 MB."""
+    spec = DecoderSpec(
+        vocab=64, hidden=256, layers=32, heads=2, kv_heads=2, head_dim=32, mlp=4096, max_positions=64,
+        tied_embeddings=True,
+    )  # fmt: skip
+    directory = make_checkpoint(tmp_path_factory.mktemp("deep") / "checkpoint", "llama", spec, scale=0.02)
+    assert 410e6 < (directory / SINGLE_NAME).stat().st_size < 420e6
+    return directory
+
+
+@needs_linux
+def test_orbax_is_converted_layer_by_layer(deep, tmp_path, repo):
+    """Both ways with less memory than one of the stacked parameters takes, a third of the checkpoint."""
+    there = growth(repo, deep, tmp_path / "orbax", "orbax")
+    back = growth(repo, tmp_path / "orbax", tmp_path / "back", "hf")
+    assert stored(tmp_path / "back") == stored(deep)
+    assert there < 128, f"peak memory grew by {there:.0f} MiB"
+    assert back < 64, f"peak memory grew by {back:.0f} MiB"
+    shutil.rmtree(tmp_path)  # pytest keeps the folders of the last runs
+
+
+def write_as_before(model: Model, path: Path) -> Path:
+    """An orbax directory as the first versions wrote it: JAX arrays by orbax itself, every parameter one chunk."""
+    small = dataclasses.replace(model, params={name: value[..., :1] for name, value in model.params.items()})
+    orbax.save(small, path)
+    marker = json.loads((path / "tmjax.json").read_text())
+    for name, value in model.params.items():
+        marker["params"][name]["shape"] = list(value.shape)
+    (path / "tmjax.json").write_text(json.dumps(marker))
+    shutil.rmtree(path / "params")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((path / "params").absolute(), dict(model.params))
+    return path
+
+
+def chunks(directory: Path) -> dict[str, tuple[int, ...]]:
+    with ocp.StandardCheckpointer() as checkpointer:
+        held = checkpointer.metadata((directory / "params").absolute()).item_metadata.tree
+    return {name: tuple(value.storage.chunk_shape) for name, value in held.items()}
+
+
+def test_chunks_of_earlier_versions_are_decoded_once(llama_dir, tmp_path):
+    """All layers of such a chunk come from one reading of it, not one each."""
+    before = write_as_before(load_model(llama_dir), tmp_path / "before")
+
+    def bytes_read() -> int:
+        name = "/tensorstore/kvstore/file/bytes_read"
+        return sum(each["value"] for m in ts.experimental_collect_matching_metrics(name) for each in m["values"])
+
+    start = bytes_read()
+    convert(str(before), tmp_path / "hf", to="hf")
+    size = sum(file.stat().st_size for file in (before / "params").rglob("d/*"))
+    assert size / 2 < bytes_read() - start < 1.5 * size
+    assert stored(tmp_path / "hf") == stored(llama_dir)
+
+
+def test_what_earlier_versions_wrote_is_read(checkpoint, tmp_path):
+    model = load_model(checkpoint)
+    before = write_as_before(model, tmp_path / "before")
+    assert chunks(before) == {name: value.shape for name, value in model.params.items()}
+    for to, out in (("hf", tmp_path / "hf"), ("orbax", tmp_path / "orbax")):
+        convert(str(before), out, to=to)
+    assert stored(tmp_path / "hf") == stored(checkpoint)
+    assert stored(hf.export(load_model(before), tmp_path / "again")) == stored(checkpoint)
+    assert all(chunk[0] == 1 for name, chunk in chunks(tmp_path / "orbax").items() if name.startswith("blocks."))
+    assert stored(hf.export(load_model(tmp_path / "orbax"), tmp_path / "last")) == stored(checkpoint)
+
+
+@pytest.mark.parametrize("parts", [1, 37])
+def test_orbax_reads_what_we_write(checkpoint, tmp_path, monkeypatch, parts):
+    """As NumPy arrays and on to devices, whatever the chunks; they are of whole rows of one layer, the last smaller."""
+    model = load_model(checkpoint)
+    size = max(value.nbytes for value in model.params.values()) // parts
+    monkeypatch.setattr("tmjax.convert.orbax_arrays.CHUNK_BYTES", size)
+    convert(str(checkpoint), tmp_path / "orbax", to="orbax")
+    for name, shape in chunks(tmp_path / "orbax").items():
+        whole = model.params[name].shape
+        axis = 1 if name.startswith("blocks.") else 0
+        assert shape[:axis] == (1,) * axis
+        assert shape[axis + 1 :] == whole[axis + 1 :]
+        row = math.prod(whole[axis + 1 :]) * model.params[name].dtype.itemsize
+        assert shape[axis] * row <= max(size, row)
+        assert shape[axis] == whole[axis] or (shape[axis] + 1) * row > size / 2
+    path = (tmp_path / "orbax/params").absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        plain = checkpointer.restore(path)
+        mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
+        spread = {
+            name: NamedSharding(mesh, PartitionSpec("x" if value.shape[0] % jax.device_count() == 0 else None))
+            for name, value in model.params.items()
+        }
+        wanted = {
+            name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=spread[name])
+            for name, value in model.params.items()
+        }
+        sharded = checkpointer.restore(path, wanted)
+    for name, value in model.params.items():
+        assert isinstance(plain[name], np.ndarray)
+        assert plain[name].tobytes() == np.asarray(sharded[name]).tobytes() == np.asarray(value).tobytes()
+        assert sharded[name].sharding == spread[name]
+    convert(str(tmp_path / "orbax"), tmp_path / "hf", to="hf")
+    assert stored(tmp_path / "hf") == stored(checkpoint)
+
+
+def test_damaged_orbax_chunks(llama, tmp_path, capsys):
+    convert(str(llama), tmp_path / "good", to="orbax")
+    data = max((tmp_path / "good").rglob("d/*"), key=lambda file: file.stat().st_size)
+
+    def refuses(name: str) -> str:
+        for arguments in (["--to", "hf"], ["--to", "orbax"]):
+            assert cli.run(["convert", str(tmp_path / name), str(tmp_path / "out"), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 2
+        assert not list(tmp_path.glob("out*"))
+        return error
+
+    for name, length in (("cut", data.stat().st_size // 2), ("empty", 0)):
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+        with (tmp_path / name / data.relative_to(tmp_path / "good")).open("r+b") as stream:
+            stream.truncate(length)
+        assert "is damaged" in refuses(name)
+    shutil.copytree(tmp_path / "good", tmp_path / "other")
+    marker = json.loads((tmp_path / "other/tmjax.json").read_text())
+    marker["params"]["norm.weight"]["dtype"] = "bfloat16"
+    (tmp_path / "other/tmjax.json").write_text(json.dumps(marker))
+    assert "norm.weight is float32 [24], expected bfloat16 [24]" in refuses("other")
+
+
+def test_nothing_is_left_of_what_was_interrupted(llama, tmp_path):
+    opened = hf.open_model(llama)
+
+    def interrupted(slices: tuple[slice, ...]) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    last = dataclasses.replace(opened.params["norm.weight"], read=interrupted)
+    broken = dataclasses.replace(opened, params=dict(opened.params) | {"norm.weight": last})
+    for write in (orbax.save, hf.export):
+        with pytest.raises(KeyboardInterrupt):
+            write(broken, tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_slices_of_parameters_on_disk(checkpoint, tmp_path):
+    """Whatever is asked for of a parameter is what the array in memory has there, for both kinds of directory."""
+    model = load_model(checkpoint)
+    orbax.save(model, tmp_path / "orbax")
+    for opened in (hf.open_model(checkpoint), orbax.open_model(tmp_path / "orbax")):
+        for name, value in model.params.items():
+            held = np.asarray(value)
+            for at in ((), (1,), (slice(1, 3),), (slice(0, 2), slice(3, 99)), (2, slice(None, 5)), (0, 1)):
+                if len(at) <= held.ndim:
+                    np.testing.assert_array_equal(opened.params[name][at], held[at])

@@ -541,21 +541,26 @@ def test_greedy_tokens_of_a_published_checkpoint(stories_dir):
     assert ids[0, 1:].tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["llama_dir", "qwen2_dir"])
+@pytest.mark.parametrize("name", ["llama_dir", "qwen2_dir", "stories_dir"])
 def test_bundled_checkpoints(request, name):
-    """The real weights, in float32 and, more loosely, in bfloat16."""
+    """The real weights, in float32 and, as well as PyTorch does it, in bfloat16.
+
+    Of the two of the merge the KL is below 1e-3; rounding the weights of stories260k alone takes 5e-3, in PyTorch too.
+    """
     directory = request.getfixturevalue(name)
     model = load_model(directory)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    reference, rounded = (
+        transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     ids = torch.randint(model.spec.vocab, (2, 200), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        theirs = reference(ids).logits.numpy()
+        theirs, theirs_low = reference(ids).logits.numpy(), rounded(ids).logits.float().numpy()
     ours = np.asarray(forward(model.spec, model.params, ids.numpy()))
     assert deviation(ours, theirs) < TOLERANCE
     assert mean_kl(ours, theirs) < KL_TOLERANCE
     low = np.asarray(forward(model.spec, model.params, ids.numpy(), jnp.bfloat16))
     assert low.dtype == np.float32
     assert deviation(low, theirs) > TOLERANCE
-    assert mean_kl(low, theirs) < 1e-3
+    assert mean_kl(low, theirs) < 1.2 * mean_kl(theirs_low, theirs)
+    assert mean_kl(low, theirs) < (1e-3 if name != "stories_dir" else 2e-2)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -17,7 +18,7 @@ from hypothesis.extra.numpy import array_shapes
 
 from tmjax import cli
 from tmjax.errors import CheckpointError, InputError
-from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME, TensorIndex
+from tmjax.hub.tensors import BLOCK_BYTES, INDEX_NAME, SINGLE_NAME, TensorIndex, Weights, all_finite
 from tmjax.hub.writer import TensorMeta, parse_size, plan_shards, write_tensors
 from tools.make_checkpoint import make_checkpoint
 
@@ -150,6 +151,75 @@ def test_sizes():
 def test_writer_refuses_a_tensor_that_is_not_as_announced(tmp_path):
     with pytest.raises(ValueError, match="announced"):
         write_tensors(tmp_path, [TensorMeta("x", np.dtype(np.float32), (2,))], lambda _: np.zeros(2, np.float16))
+
+
+def test_tensors_are_asked_for_in_the_order_given(tmp_path):
+    tensors = random_tensors({"b": (7, 3), "z": (5,), "a": (2, 3, 4)}, DTYPES[0])
+    asked = []
+    metas = [TensorMeta(name, value.dtype, value.shape) for name, value in tensors.items()]
+    write_tensors(tmp_path, metas, lambda name: asked.append(name) or tensors[name])
+    assert asked == list(tensors)
+    assert same(TensorIndex(tmp_path), tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_are_the_tensor(tmp_path, monkeypatch, dtype):
+    """Read in blocks and written from blocks, each of them intact while the next is made."""
+    monkeypatch.setattr("tmjax.hub.tensors.BLOCK_BYTES", 100)
+    tensors = random_tensors({"b": (70, 3), "a": (5,), "scalar": (), "none": (0, 4), "wide": (2, 333)}, dtype)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    save(tmp_path / "a", tensors)
+    index = TensorIndex(tmp_path / "a")
+    for name, value in tensors.items():
+        for blocks in (index.blocks(name), Weights.blocks(index, name)):
+            found = [block.copy() for block in blocks]
+            assert b"".join(block.tobytes() for block in found) == value.tobytes()
+            assert all(block.ndim == 1 for block in found)
+        pairs = [one.copy() for one, _ in zip(*[index.blocks(name)] * 2, strict=False)]
+        assert all(one.tobytes() == value.tobytes()[200 * n : 200 * n + 100] for n, one in enumerate(pairs))
+    write_tensors(tmp_path / "b", list(map(index.__getitem__, index)), index.blocks)
+    assert (tmp_path / "a" / SINGLE_NAME).read_bytes() == (tmp_path / "b" / SINGLE_NAME).read_bytes()
+
+
+def test_writer_refuses_blocks_that_are_not_as_announced(tmp_path):
+    meta = TensorMeta("x", np.dtype(np.float32), (4,))
+    for blocks in ([np.zeros(3, np.float32)], [np.zeros(4, np.float32), np.zeros(1, np.float32)], [np.zeros(8, "f2")]):
+        with pytest.raises(ValueError, match="announced"):
+            write_tensors(tmp_path, [meta], lambda _, blocks=blocks: blocks)
+
+    def failing() -> Iterator[np.ndarray]:
+        yield np.zeros(2, np.float32)
+        raise CheckpointError("gone")
+
+    with pytest.raises(CheckpointError, match="gone"):
+        write_tensors(tmp_path, [meta], lambda _: failing())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_finite(dtype):
+    """Of 16 bits every number there is; of 32 all exponents with the mantissas where mistakes would show."""
+    if dtype.itemsize == 2:
+        every = np.arange(2**16, dtype=np.uint16).view(dtype)
+    else:
+        top = np.arange(2**9, dtype=np.uint32)[:, None] << 23
+        every = (top | np.array([0, 1, 2**22, 2**23 - 1], np.uint32)).reshape(-1).view(dtype)
+    with np.errstate(invalid="ignore"):  # NaN of the signalling kind
+        ordinary = np.isfinite(every)
+    assert [all_finite(number) for number in every.reshape(-1, 1)] == ordinary.tolist()
+    assert all_finite(every[ordinary])
+    size = 3 * BLOCK_BYTES // dtype.itemsize
+    for place in (0, size // 3, size - 1):
+        array = np.zeros(size, dtype)
+        array[place] = np.nan
+        for view in (array, array.reshape(-1, 4).T, array.reshape(2, -1)[:, ::-1]):
+            assert not all_finite(view)
+    array = np.full((4, 6), np.inf, dtype)
+    array[1:3, 2:5] = 1
+    assert all_finite(array[1:3, 2:5])
+    assert all_finite(np.zeros((0, 3), dtype))
+    assert all_finite(np.zeros((), dtype))
+    assert not all_finite(np.full((), -np.inf, dtype))
 
 
 # Damaged files. `GOOD` is a header of two float32 tensors over 24 bytes of data.

@@ -7,24 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from tmjax.convert.model import Model, Placement, default_placement
+from tmjax.convert.ondisk import OnDisk, in_memory
 from tmjax.errors import CheckpointError, NonFiniteError, summarise
 from tmjax.hub.atomic import atomic_directory
 from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions, read_config
-from tmjax.hub.tensors import Weights
+from tmjax.hub.tensors import Weights, all_finite
 from tmjax.hub.weights import open_weights
-from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors, writing_order
+from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors
 from tmjax.models.families import family_of
 from tmjax.models.families.base import BUFFERS, Family
 from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.sharding import hosts
-from tmjax.typing import Array
-
-#: Most of a tensor that is compared or cast at a time.
-_BLOCK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -55,30 +51,24 @@ def open_checkpoint(directory: Path) -> Opened:
     ties = check_tensors(index, rows, spec)
     originals = {row.path: row.names(spec)[0] for row in rows if not row.stacked}
     for name, row in ties.items():
-        for block in blocks(index, name):
-            held = [index.read(each, block) for each in (name, originals[row.tied_to])]
-            if not np.array_equal(*(np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in held)):
-                raise CheckpointError(
-                    f"{directory}: config says that {name} is tied, but it differs from what it is tied to"
-                )
+        held = (index.blocks(each) for each in (name, originals[row.tied_to]))
+        if not all(np.array_equal(*(block.view(np.uint8) for block in pair)) for pair in zip(*held, strict=True)):
+            raise CheckpointError(
+                f"{directory}: config says that {name} is tied, but it differs from what it is tied to"
+            )
     return Opened(config, family, spec, index, ties)
 
 
-def blocks(index: Weights, name: str) -> list[tuple[slice, ...]]:
-    """Slices of whole rows that cover a tensor, each of bounded size."""
-    info = index[name]
-    if not info.shape or info.nbytes <= _BLOCK_BYTES:
-        return [()]
-    rows = max(1, _BLOCK_BYTES * info.shape[0] // info.nbytes)
-    return [(slice(start, start + rows),) for start in range(0, info.shape[0], rows)]
+def open_model(directory: Path) -> Model:
+    """A Hugging Face directory as a model whose parameters are `OnDisk`; raises as `load_model` does."""
+    config, family, spec, index, ties = open_checkpoint(directory)
+    params = {row.path: _on_disk(index, row, spec) for row in family.params(spec) if row.tied_to is None}
+    return Model(family, spec, params, config, directory, tuple(ties))
 
 
 def load(directory: Path, *, placement: Placement = default_placement) -> Model:
     """Reads a Hugging Face directory; see `load_model`."""
-    config, family, spec, index, ties = open_checkpoint(directory)
-    rows = family.params(spec)
-    params = {row.path: _load_row(index, row, spec, placement) for row in rows if row.tied_to is None}
-    return Model(family, spec, params, config, directory, tuple(ties))
+    return in_memory(open_model(directory), placement)
 
 
 def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> dict[str, ParamSpec]:
@@ -108,7 +98,7 @@ def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec
     return {name: row for name, row in held.items() if row.tied_to is not None}
 
 
-def _load_row(index: Weights, row: ParamSpec, spec: DecoderSpec, placement: Placement) -> Array:
+def _on_disk(index: Weights, row: ParamSpec, spec: DecoderSpec) -> OnDisk:
     names, shape = row.layer_names(spec), row.stacked_shape(spec)
 
     def one(names: list[str], slices: tuple[slice, ...]) -> np.ndarray:
@@ -117,8 +107,11 @@ def _load_row(index: Weights, row: ParamSpec, spec: DecoderSpec, placement: Plac
             return np.stack([read_finite(index, name) for name in names])[slices]
         if row.part is None:
             return read_finite(index, names[0], slices)
-        own = row.shape(spec)
-        return row.part.view(read_finite(index, names[0]), own).reshape(own)[slices]
+        own, part = row.shape(spec), row.part
+        if part.of == 1 and not part.transposed:
+            first, stop, _ = slices[0].indices(own[0])
+            return read_finite(index, names[0], (slice(part.start + first, part.start + stop), *slices[1:]))
+        return part.view(read_finite(index, names[0]), own).reshape(own)[slices]
 
     def read(slices: tuple[slice, ...]) -> np.ndarray:
         if not row.stacked:
@@ -126,19 +119,21 @@ def _load_row(index: Weights, row: ParamSpec, spec: DecoderSpec, placement: Plac
         parts = [one(layer, tuple(slices[1:])) for layer in names[slices[0]]]
         return np.stack(parts) if len(parts) > 1 else parts[0][None]
 
-    sharding = placement(row, shape)
-    if sharding is None:
-        return jax.device_put(read((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, sharding, read)
+    return OnDisk(row.path, shape, index[names[0][0]].dtype, read)
 
 
 def read_finite(index: Weights, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray:
     """Reads a tensor or slices of it; raises NonFiniteError for NaN and infinity."""
-    array = index.read(name, slices)
-    # The sum is finite only if every entry is, unless it overflows, which a second, exact look decides.
-    with np.errstate(all="ignore"):
-        suspicious = not np.isfinite(array.sum(dtype=np.float32))
-    if suspicious and not np.isfinite(array).all():
+    return _finite(index.read(name, slices), index, name)
+
+
+def finite_blocks(index: Weights, name: str) -> Iterator[np.ndarray]:
+    """The numbers of a tensor in small flat blocks (see `Weights.blocks`); raises as `read_finite` does."""
+    return (_finite(block, index, name) for block in index.blocks(name))
+
+
+def _finite(array: np.ndarray, index: Weights, name: str) -> np.ndarray:
+    if not all_finite(array):
         raise NonFiniteError(f"{index[name].file}: tensor {name} holds NaN or infinity")
     return array
 
@@ -183,7 +178,7 @@ def write(model: Model, directory: Path, *, max_shard_size: str = DEFAULT_SHARD_
     """
     metas, read = tensors(model)
     if not hosts.is_first():
-        for meta in writing_order(metas, max_shard_size):
+        for meta in metas:  # in the order in which `write_tensors` asks for them
             read(meta.name)
         return
     write_config(model.config, directory)

@@ -1,16 +1,20 @@
 """Orbax checkpoint directory of ours: `params/` by orbax, `hf/` with config and tokenizer, `tmjax.json` as marker."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
+from tmjax.convert.hf import write_config
 from tmjax.convert.model import Model, Placement, default_placement
+from tmjax.convert.ondisk import OnDisk, in_memory
+from tmjax.convert.orbax_arrays import open_arrays, save_arrays
 from tmjax.errors import CheckpointError, InputError, NonFiniteError
 from tmjax.hub.atomic import atomic_directory
-from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions, read_config, read_json
+from tmjax.hub.checkpoint import copy_companions, read_config, read_json
+from tmjax.hub.tensors import DTYPES_BY_NAME, all_finite
 from tmjax.models.families import family_of
 
 MARKER = "tmjax.json"
@@ -23,7 +27,10 @@ def is_orbax(directory: Path) -> bool:
 
 
 def save(model: Model, path: Path, *, overwrite: bool = False) -> Path:
-    """Writes parameters, config and tokenizer atomically. Returns the path."""
+    """Writes parameters, config and tokenizer atomically, some rows of a layer at a time. Returns the path.
+
+    `params/` is a checkpoint like any other to orbax; no chunk of it spans layers.
+    """
     with atomic_directory(Path(path), overwrite=overwrite) as partial:
         marker = {
             "format": FORMAT,
@@ -34,18 +41,14 @@ def save(model: Model, path: Path, *, overwrite: bool = False) -> Path:
         }
         (partial / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         (partial / "hf").mkdir()
-        (partial / "hf" / CONFIG_NAME).write_text(
-            json.dumps(dict(model.config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_config(model.config, partial / "hf")
         copy_companions(model.directory, partial / "hf")
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((partial / "params").absolute(), dict(model.params))
-            checkpointer.wait_until_finished()
+        save_arrays(partial / "params", model.params, {row.path for row in model.rows if row.stacked})
     return Path(path)
 
 
-def load(directory: Path, *, placement: Placement = default_placement) -> Model:
-    """Reads a directory written by `save`; see `load_model`."""
+def open_model(directory: Path) -> Model:
+    """A directory written by `save` as a model whose parameters are `OnDisk`; raises as `load_model` does."""
     directory = Path(directory)
     marker = read_json(directory / MARKER)
     if marker.get("format") != FORMAT:
@@ -55,26 +58,37 @@ def load(directory: Path, *, placement: Placement = default_placement) -> Model:
     config = read_config(directory / "hf")
     family = family_of(config)
     spec = family.spec(config)
-    rows = [row for row in family.params(spec) if row.tied_to is None]
-    held = marker.get("params", {})
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {}
-    for row in rows:
-        shape = row.stacked_shape(spec)
-        if list(shape) != held.get(row.path, {}).get("shape"):
-            raise CheckpointError(
-                f"{directory}: parameter {row.path} is {held.get(row.path)}, its config says {list(shape)}"
-            )
-        wanted[row.path] = jax.ShapeDtypeStruct(
-            shape, np.dtype(held[row.path]["dtype"]), sharding=placement(row, shape) or default
-        )
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((directory / "params").absolute(), wanted)
-    except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{directory}/params is damaged: {reason}") from None
-    for name, value in params.items():
-        if not bool(jax.numpy.isfinite(value).all()):
-            raise NonFiniteError(f"{directory}: parameter {name} holds NaN or infinity")
+    rows = {row.path: row for row in family.params(spec) if row.tied_to is None}
+    held = _described(directory, marker, {path: row.stacked_shape(spec) for path, row in rows.items()})
+    readers = open_arrays(directory / "params", held, {path: row.hf for path, row in rows.items() if row.stacked})
+    params = {path: OnDisk(path, *held[path], _checked(directory, path, readers[path])) for path in rows}
     return Model(family, spec, params, config, directory / "hf", tuple(marker.get("written_ties", ())))
+
+
+def load(directory: Path, *, placement: Placement = default_placement) -> Model:
+    """Reads a directory written by `save`; see `load_model`."""
+    return in_memory(open_model(directory), placement)
+
+
+def _described(
+    directory: Path, marker: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of every parameter, as the marker says, which has to agree with the config."""
+    held = marker.get("params", {})
+    for path, shape in shapes.items():
+        told = held.get(path, {})
+        if list(shape) != told.get("shape") or told.get("dtype") not in DTYPES_BY_NAME:
+            raise CheckpointError(f"{directory}: parameter {path} is {held.get(path)}, its config says {list(shape)}")
+    return {path: (shape, DTYPES_BY_NAME[held[path]["dtype"]]) for path, shape in shapes.items()}
+
+
+def _checked(
+    directory: Path, path: str, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    def checked(slices: tuple[slice, ...]) -> np.ndarray:
+        array = read(slices)
+        if not all_finite(array):
+            raise NonFiniteError(f"{directory}: parameter {path} holds NaN or infinity")
+        return array
+
+    return checked

@@ -1,18 +1,17 @@
-"""Hugging Face -> Hugging Face tensor by tensor: a checkpoint larger than memory, checked as loading checks it."""
+"""Conversion of checkpoints larger than memory: block by block or layer by layer, checked as loading checks them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from tmjax.convert import hf, orbax
-from tmjax.convert.hf import blocks, open_checkpoint, read_finite, write_config
-from tmjax.convert.model import Model, load_model
-from tmjax.errors import InputError, NonFiniteError
+from tmjax.convert.hf import finite_blocks, open_checkpoint, write_config
+from tmjax.convert.ondisk import cast
+from tmjax.errors import InputError
 from tmjax.hub.atomic import atomic_directory, refuse_existing
 from tmjax.hub.checkpoint import copy_companions, resolve
 from tmjax.hub.tensors import DTYPES_BY_NAME, Weights
@@ -45,15 +44,6 @@ def cast_config(config: Mapping[str, Any], dtype: np.dtype | None) -> dict[str, 
     return dict(config) | dict.fromkeys(keys, dtype.name)
 
 
-def cast_model(model: Model, dtype: np.dtype) -> Model:
-    """The model with every parameter cast to `dtype`; raises NonFiniteError if a value is too large for it."""
-    params = {path: value.astype(dtype) for path, value in model.params.items()}
-    for path, value in params.items():
-        if not bool(jnp.isfinite(value).all()):
-            raise NonFiniteError(f"{model.directory}: parameter {path} does not fit {dtype.name}")
-    return replace(model, params=params, config=cast_config(model.config, dtype))
-
-
 def stream(
     directory: Path,
     path: Path,
@@ -62,7 +52,7 @@ def stream(
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
 ) -> Converted:
-    """Writes the checkpoint of a Hugging Face directory as safetensors, atomically, holding one tensor at a time.
+    """Writes the checkpoint of a Hugging Face directory as safetensors, atomically, a small block at a time.
 
     The same files as loading and exporting it would write. Raises what `load_model` raises (CheckpointError for names,
     shapes, dtypes and tied copies that differ, NonFiniteError), and NonFiniteError for values too large for `dtype`.
@@ -75,7 +65,7 @@ def stream(
     with atomic_directory(Path(path), overwrite=overwrite) as partial:
         write_config(cast_config(config, dtype), partial)
         copy_companions(directory, partial)
-        write_tensors(partial, metas, lambda name: _read(index, name, dtype), max_shard_size=max_shard_size)
+        write_tensors(partial, metas, lambda name: _blocks(index, name, dtype), max_shard_size=max_shard_size)
     size = sum(math.prod(row.stacked_shape(spec)) for row in rows if row.tied_to is None)
     return Converted(family, spec, size)
 
@@ -91,34 +81,28 @@ def convert(
 ) -> Converted:
     """Converts a checkpoint (directory, hub id, orbax directory of ours) to either form; `dtype` None keeps dtypes.
 
-    Hugging Face to Hugging Face holds one tensor at a time, the others the whole model. Raises what `load_model`
-    raises, and InputError if `out` holds anything.
+    Hugging Face to Hugging Face holds a block of a tensor at a time, the others a layer of a parameter. Raises what
+    `load_model` raises, NonFiniteError for values too large for `dtype`, and InputError if `out` holds anything.
     """
     refuse_existing(out, overwrite=overwrite)
     directory = resolve(model)
     if to == "hf" and not orbax.is_orbax(directory):
         return stream(directory, out, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     parse_size(max_shard_size)
-    loaded = load_model(model)
+    opened = (orbax if orbax.is_orbax(directory) else hf).open_model(directory)
     if dtype is not None:
-        loaded = cast_model(loaded, dtype)
+        params = {path: value.cast(dtype, opened.directory) for path, value in opened.params.items()}
+        opened = replace(opened, params=params, config=cast_config(opened.config, dtype))
     if to == "hf":
-        hf.export(loaded, out, max_shard_size=max_shard_size, overwrite=overwrite)
+        hf.export(opened, out, max_shard_size=max_shard_size, overwrite=overwrite)
     else:
-        orbax.save(loaded, out, overwrite=overwrite)
-    return Converted(loaded.family, loaded.spec, loaded.size)
+        orbax.save(opened, out, overwrite=overwrite)
+    return Converted(opened.family, opened.spec, opened.size)
 
 
-def _read(index: Weights, name: str, dtype: np.dtype | None) -> np.ndarray:
-    """A tensor in `dtype`; only a block of it is ever held in both."""
-    info = index[name]
-    if dtype is None or dtype == info.dtype:
-        return read_finite(index, name)
-    result = np.empty(info.shape, dtype)
-    for block in blocks(index, name):
-        with np.errstate(over="ignore"):
-            part = read_finite(index, name, block).astype(dtype)
-        if not np.isfinite(part).all():
-            raise NonFiniteError(f"{info.file}: tensor {name} does not fit {dtype.name}")
-        result[block or ...] = part
-    return result
+def _blocks(index: Weights, name: str, dtype: np.dtype | None) -> Iterator[np.ndarray]:
+    """The numbers of a tensor in `dtype`, block by block."""
+    if dtype is None or dtype == index[name].dtype:
+        return finite_blocks(index, name)
+    what = f"{index[name].file}: tensor {name}"
+    return (cast(block, dtype, what) for block in finite_blocks(index, name))

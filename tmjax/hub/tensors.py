@@ -6,10 +6,12 @@ Format: https://huggingface.co/docs/safetensors (8-byte little-endian header len
 """
 
 import abc
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 import ml_dtypes
@@ -20,6 +22,8 @@ from tmjax.errors import CheckpointError, InputError, summarise
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
+#: What `Weights.blocks` gives at a time, and `all_finite` looks at: little enough to stay in a processor's cache.
+BLOCK_BYTES = 2**20
 
 #: safetensors dtype names to NumPy dtypes; everything else is refused: quantised formats, and F64, which JAX rounds.
 DTYPES: Mapping[str, np.dtype] = {
@@ -30,6 +34,18 @@ DTYPES: Mapping[str, np.dtype] = {
 #: The same by the names that configs and command lines use: float32, float16, bfloat16.
 DTYPES_BY_NAME: Mapping[str, np.dtype] = {dtype.name: dtype for dtype in DTYPES.values()}
 DTYPE_NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+#: The bits of the exponent, all of them set in NaN and infinity and in nothing else.
+_EXPONENTS = {"float32": np.uint32(0x7F800000), "bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether an array of any shape, of a dtype in `DTYPES`, holds neither NaN nor infinity."""
+    mask = _EXPONENTS[array.dtype.name]
+    bits = array.view(mask.dtype)  # far faster than isfinite, which ml_dtypes computes number by number
+    if bits.flags.c_contiguous:
+        bits = bits.reshape(-1)
+    rows = max(1, BLOCK_BYTES * len(bits) // max(1, bits.nbytes))
+    return not any(((bits[row : row + rows] & mask) == mask).any() for row in range(0, len(bits), rows))
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,19 @@ class Weights(Mapping[str, TensorInfo]):
     @abc.abstractmethod
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads a tensor, or `tensor[index]`, into an array of its own. Raises CheckpointError."""
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The numbers of a tensor in order, in flat blocks of some `BLOCK_BYTES`.
+
+        A block may be overwritten once the next but one is asked for. Raises CheckpointError.
+        """
+        info = self[name]
+        if not info.shape:
+            yield self.read(name).reshape(-1)
+            return
+        rows = max(1, BLOCK_BYTES * info.shape[0] // max(1, info.nbytes))
+        for row in range(0, info.shape[0], rows):
+            yield self.read(name, (slice(row, row + rows),)).reshape(-1)
 
 
 def refused_dtype(file: Path, name: str, dtype: str) -> CheckpointError:
@@ -209,14 +238,31 @@ class TensorIndex(Weights):
                 (stop - first) * row,
             )
         buffer = np.empty(count, info.dtype)
-        view = memoryview(buffer.view(np.uint8))
         with info.file.open("rb", buffering=0) as stream:
             stream.seek(start)
-            done = 0
-            while done < len(view):
-                got = stream.readinto(view[done:])
-                if not got:
-                    raise CheckpointError(f"{info.file} ended while reading {name}")
-                done += got
+            _fill(stream, buffer, info)
         array = buffer.reshape(shape)
         return array[(slice(None), *index[1:])] if index[1:] else array
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The numbers of a tensor in order, through two buffers: fresh memory would cost more than the reading."""
+        info = self._tensors[name]
+        count = math.prod(info.shape)
+        size = min(count, BLOCK_BYTES // info.dtype.itemsize) or 1
+        buffers = itertools.cycle((np.empty(size, info.dtype), np.empty(size, info.dtype)))
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.start)
+            for start in range(0, count, size):
+                block = next(buffers)[: count - start]
+                _fill(stream, block, info)
+                yield block
+
+
+def _fill(stream: RawIOBase, buffer: np.ndarray, info: TensorInfo) -> None:
+    """Reads as many bytes as the buffer holds."""
+    view, done = memoryview(buffer.view(np.uint8)), 0
+    while done < len(view):
+        got = stream.readinto(view[done:])
+        if not got:
+            raise CheckpointError(f"{info.file} ended while reading {info.name}")
+        done += got

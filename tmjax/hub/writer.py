@@ -3,9 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from tmjax.errors import InputError
 from tmjax.hub.tensors import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
 
 DEFAULT_SHARD_SIZE = "5GB"
+#: Makes a tensor: an array, or its numbers in order in flat blocks, which stay as they are while the next one is made.
+Producer = Callable[[str], np.ndarray | Iterable[np.ndarray]]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -52,26 +56,16 @@ def plan_shards(tensors: Sequence[TensorMeta], max_shard_bytes: int) -> list[lis
     return shards
 
 
-def _in_file_order(shard: Sequence[TensorMeta]) -> list[TensorMeta]:
-    """Wider dtypes first keeps every tensor aligned to its item size, as the reference implementation does."""
-    return sorted(shard, key=lambda tensor: (-np.dtype(tensor.dtype).itemsize, tensor.name))
-
-
-def writing_order(tensors: Sequence[TensorMeta], max_shard_size: str = DEFAULT_SHARD_SIZE) -> list[TensorMeta]:
-    """The order in which `write_tensors` asks for them."""
-    return [tensor for shard in plan_shards(tensors, parse_size(max_shard_size)) for tensor in _in_file_order(shard)]
-
-
 def write_tensors(
     directory: Path,
     tensors: Sequence[TensorMeta],
-    read: Callable[[str], np.ndarray],
+    read: Producer,
     *,
     max_shard_size: str = DEFAULT_SHARD_SIZE,
 ) -> None:
     """Writes `model.safetensors`, or numbered shards and their index, into an existing directory.
 
-    `read(name)` is called once per tensor, when its bytes are due; its dtype and shape must be those announced.
+    `read(name)` is called once per tensor, in the order given; dtype and shape must be those announced.
     """
     shards = plan_shards(tensors, parse_size(max_shard_size))
     if len(shards) == 1:
@@ -86,9 +80,10 @@ def write_tensors(
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, tensors: Sequence[TensorMeta], read: Callable[[str], np.ndarray]) -> None:
-    ordered = _in_file_order(tensors)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _write_file(path: Path, tensors: Sequence[TensorMeta], read: Producer) -> None:
+    # Wider dtypes first keeps every tensor aligned to its item size, as the reference implementation does.
+    ordered = sorted(tensors, key=lambda tensor: (-np.dtype(tensor.dtype).itemsize, tensor.name))
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:
         header[tensor.name] = {
@@ -102,10 +97,28 @@ def _write_file(path: Path, tensors: Sequence[TensorMeta], read: Callable[[str],
     with path.open("wb") as stream:
         stream.write(len(raw).to_bytes(8, "little"))
         stream.write(raw)
-        for tensor in ordered:
-            array = np.asarray(read(tensor.name), order="C")
-            if array.dtype != tensor.dtype or array.shape != tuple(tensor.shape):
-                raise ValueError(
-                    f"{tensor.name}: announced {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}"
-                )
-            stream.write(array.reshape(-1).view(np.uint8))
+        for tensor in tensors:  # as given, since what they are made from may be cheap to read in that order only
+            stream.seek(8 + len(raw) + header[tensor.name]["data_offsets"][0])
+            _write_tensor(stream, tensor, read(tensor.name))
+
+
+def _write_tensor(stream: BinaryIO, tensor: TensorMeta, made: np.ndarray | Iterable[np.ndarray]) -> None:
+    whole = isinstance(made, np.ndarray)
+    written = 0
+    for block in [made] if whole else _ahead(made):
+        if block.dtype != tensor.dtype or (whole and block.shape != tuple(tensor.shape)):
+            raise ValueError(f"{tensor.name}: announced {tensor.dtype} {tensor.shape}, got {block.dtype} {block.shape}")
+        stream.write(np.asarray(block, order="C").reshape(-1).view(np.uint8))
+        written += block.nbytes
+    if written != tensor.nbytes:
+        raise ValueError(f"{tensor.name}: announced {tensor.nbytes} bytes, got {written}")
+
+
+def _ahead(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same blocks, the next one made in a thread while one is used."""
+    left = iter(blocks)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, left, None)
+        while (block := coming.result()) is not None:
+            coming = thread.submit(next, left, None)
+            yield block
