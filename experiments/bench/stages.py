@@ -1,7 +1,6 @@
 """The stages of a merge, timed one by one on whatever devices are there: seconds, compilation, memory, FLOP/s."""
 
 import functools
-import resource
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from tmjax.align.alignment import Alignment, needed_sites
 from tmjax.align.streaming import align_moments, gather
 from tmjax.convert.model import Model
 from tmjax.fuse.merge import Fused
+from tmjax.hub.rundir import peak_rss_mib
 from tmjax.models.decoder import bind
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec
@@ -58,7 +58,7 @@ class Clock:
         held = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         # Both are the process's largest so far, not the stage's own.
         entry["device_peak_gib"] = held and held / 2**30
-        entry["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        entry["host_peak_gib"] = peak_rss_mib() / 2**10
         self.stages[name] = entry
         print(f"{name}: {entry['seconds']:.2f} s, of which compiling {entry['compiling']:.2f}", file=sys.stderr)
         self.saved()
