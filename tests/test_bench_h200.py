@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from tmjax.activations.rows import Rows
+from tmjax.align.alignment import solver_of
+from tmjax.align.plans import solve_site
 from tmjax.convert.model import load_model
 from tmjax.models.decoder import init_params
+from tmjax.recipe import AlignmentOptions
 
 BENCH = Path(__file__).resolve().parent.parent / "experiments/bench"
 
@@ -155,6 +158,15 @@ def test_what_fits_decides_what_is_kept(bench) -> None:
     assert not kept("auto", needs, {"disk": 5.0, "device": None, "host": 20.0})
     with pytest.raises(bench["h200"].InputError, match="neither"):
         kept("auto", needs, {"disk": 5.0, "device": 5.0, "host": 20.0})
+
+
+def test_a_fixed_number_of_iterations_is_what_is_done(bench) -> None:
+    generator = np.random.default_rng(0)
+    x, y = (generator.normal(size=(2, 50, units)).astype(np.float32) for units in (12, 20))
+    for iterations in (None, 3, 40):
+        options = AlignmentOptions(epsilon=0.1, solver_options=bench["h200"].solver_options("float32", iterations))
+        found = np.asarray(solve_site(x, y, solver_of(options)).iterations)
+        assert (found == iterations).all() if iterations else len(set(found)) > 1
 
 
 def test_peaks_go_by_the_name_of_the_device(bench) -> None:

@@ -7,7 +7,7 @@
 One process, no network, no PyTorch, no checkpoint, no tokenizer (`--checkpoints DIR` goes through the disk). Weights
 are N(0, 0.02) in bfloat16, made on the device; texts are random token ids, all of `--tokens` tokens. A text is one row,
 as with `sequence` pooling, or `--rows-per-text` spans of equal length. Time depends on sizes, and on the iterations of
-the solver, which are printed: how many random activations take says little about real ones.
+the solver, which are printed: random activations take few, real ones tens to hundreds (`--iterations 100`).
 
 Stages, each with what it needs before it:
 
@@ -73,6 +73,12 @@ def stages_of(text: str) -> tuple[str, ...]:
     return tuple(name for name in STAGES if name in wanted)
 
 
+def solver_options(kernel_dtype: str, iterations: int | None) -> dict[str, str | int | float]:
+    """Options of the scaling solver; with `iterations` it does exactly so many and never asks whether it is done."""
+    exact = {} if iterations is None else {"threshold": 0.0, "max_iterations": iterations, "check_every": iterations}
+    return {"kernel_dtype": kernel_dtype} | exact
+
+
 def peak_of(kind: str, told: float | None) -> float | None:
     """Dense bfloat16 TFLOP/s of a device by its name, or as told; None if not known."""
     return told or next((float(value) for part, value in PEAKS.items() if part in kind.lower()), None)
@@ -133,6 +139,9 @@ def _main(
     epsilon: Annotated[float, typer.Option(min=0)] = AlignmentOptions().epsilon,
     layer_pairs: Annotated[str, typer.Option(help="all, coarse or band.")] = "all",
     kernel_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Exactly so many, for time that real pairs take.")
+    ] = None,
     solver_memory_mib: Annotated[int | None, typer.Option(help="Default: a quarter of the device's memory.")] = None,
     mesh: Annotated[str | None, typer.Option(help="As in tmjax merge; default: one device.")] = None,
     stages: Annotated[str, typer.Option(help=f"Of {', '.join(STAGES)}.")] = "forward,extract,align,fuse",
@@ -164,7 +173,7 @@ def _main(
         epsilon=epsilon,
         layer_pairs=layer_pairs,
         memory_mib=solver_memory_mib or (max(512, limit // 2**22) if limit else 512),
-        solver_options={"kernel_dtype": kernel_dtype},
+        solver_options=solver_options(kernel_dtype, iterations),
     )
     rows, documents = random_texts(texts, tokens, rows_per_text, min(s.vocab for s in specs.values()), seed)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
