@@ -233,3 +233,27 @@ def test_token_strings_are_compared_whatever_their_spelling():
     byte_level = token_strings(vocabulary("<s>", "Ġhabari", "a", "Ã©", "Ċ"))
     pieces = token_strings(vocabulary("<s>", "▁habari", "a", "é", "<0x0A>"))
     assert byte_level == pieces == {b" habari", b"a", "é".encode(), b"\n"}
+
+
+def test_devices_of_the_data_axis_repeat_the_weights(capsys, pair):
+    held = {}
+    for mesh in ("data=2", "fsdp=2", "data=2,fsdp=2,tensor=2"):
+        _, report, _ = doctor(capsys, "--source", pair[0], "--target", pair[1], "--mesh", mesh)
+        held[mesh] = report["memory"]["weights_per_device"]
+        whole = sum(model["bytes"] for model in report["models"].values())
+    assert held == {"data=2": whole, "fsdp=2": whole / 2, "data=2,fsdp=2,tensor=2": whole / 4}
+
+
+def test_a_solver_without_room_is_said_before_anything_runs(capsys, tmp_path, pair, flags, texts):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("alignment: {memory_mib: 1}")
+    models = ("--source", pair[0], "--target", pair[1])
+    code, report, error = doctor(capsys, recipe, *models, "--texts", texts["calibration"])
+    assert code == 2 and not report["mergeable"]
+    assert "memory_mib 1 is too little for 128 x 192 units" in error
+    # Rows that nobody gave are no reason to refuse.
+    code, report, _ = doctor(capsys, recipe, *models)
+    assert code == 0 and any("memory_mib 1 is too little" in note for note in report["notes"])
+    assert cli.run(["merge", str(recipe), *flags, "--out", str(tmp_path / "run")]) == 2
+    assert "memory_mib 1 is too little" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

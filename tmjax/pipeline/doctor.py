@@ -22,7 +22,7 @@ from tmjax.hub.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME
 from tmjax.models.families import family_of
 from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec, Rotary, projections, shared_projections
 from tmjax.ot import capabilities_of
-from tmjax.pipeline.doctor_estimate import Reading, memory, sites_of, time
+from tmjax.pipeline.doctor_estimate import Reading, memory, require_room, sites_of, time
 from tmjax.recipe import Recipe
 from tmjax.sharding.mesh import AUTO, Layout
 
@@ -110,7 +110,10 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         if chosen and reading and layout and solvable:
             report["rows"] = dataclasses.asdict(reading)
             sites = sites_of(target, source, chosen)
-            report["memory"] = memory(target, source, sites, chosen, reading, recipe, layout.devices)
+            # Of rows that are only assumed it is no more than a hint.
+            _tried(notes if reading.assumed else problems, lambda: require_room(sites, reading.rows, recipe))
+            shards = layout.sizes["fsdp"] * layout.sizes["tensor"]
+            report["memory"] = memory(target, source, sites, chosen, reading, recipe, shards)
             rebuilt = {site for site, item in report["memory"]["sites"].items() if item["kept_as"] != "dense"}
             report["time"] = time(target, source, sites, chosen, reading, recipe, layout.devices, rebuilt)
             held = report["memory"]["available"]
@@ -124,7 +127,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
 
 
 def _tried(problems: list[str], work: Any) -> Any:
-    """The result of `work`, or None with the user's error among the problems."""
+    """The result of `work`, or None with the user's error among the problems (or notes)."""
     try:
         return work()
     except InputError as error:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -26,11 +26,15 @@ COMPILE = (5.0, 1.0)
 LIBRARIES = 2**29
 
 
-class Sized(Protocol):
-    """A model of which only the table is known."""
+class Tabled(Protocol):
+    """A model's architecture and its tensor table."""
 
     spec: DecoderSpec
     rows: tuple[ParamSpec, ...]
+
+
+class Sized(Tabled, Protocol):
+    """The same, and how large it is; weights need not be there."""
 
     @property
     def parameters(self) -> int:
@@ -59,7 +63,7 @@ class Sites:
     plans: tuple[str, ...]
 
 
-def sites_of(target: Sized, source: Sized, chosen: Mapping[str, ParamSpec]) -> Sites:
+def sites_of(target: Tabled, source: Tabled, chosen: Mapping[str, ParamSpec]) -> Sites:
     """The sites that the transport of these projections needs."""
     theirs = projections(source.rows)
     units: dict[str, tuple[int, int]] = {}
@@ -86,6 +90,15 @@ def _kept(target: Sized, source: Sized, recipe: Recipe) -> int:
     return pairs if top is None else min(pairs, target.spec.layers * top)
 
 
+def require_room(sites: Sites, rows: int, recipe: Recipe) -> None:
+    """Raises InputError if `alignment.memory_mib` is too little for the solver to work on a pair of some site."""
+    solver = solver_of(recipe.alignment)
+    if hasattr(solver, "form"):
+        solver = replace(solver, memory_mib=recipe.alignment.memory_mib)
+        for site in sites.plans:
+            solver.form(sites.units[site], 1, rows if recipe.activations.keep else 0)
+
+
 def memory(
     target: Sized,
     source: Sized,
@@ -93,10 +106,11 @@ def memory(
     chosen: Mapping[str, ParamSpec],
     reading: Reading,
     recipe: Recipe,
-    devices: int,
+    shards: int,
 ) -> dict[str, Any]:
     """Bytes by stage and site, their peak, and what this machine has; of the host unless it says otherwise.
 
+    `shards` are the devices that a parameter is split over: those of the mesh's `data` axis repeat it.
     Per plan site: `features` and `potentials` against `dense`, and which of the two is the smaller and thus kept.
     """
     layers = target.spec.layers, source.spec.layers
@@ -143,7 +157,7 @@ def memory(
         "stages": stages,
         "sites": by_site,
         "solver": solver,
-        "weights_per_device": math.ceil(weights / devices),
+        "weights_per_device": math.ceil(weights / shards),
         "peak": max(in_memory),
         "available": available(),
     }

@@ -18,6 +18,7 @@ from tmjax.hub.texts import Texts, read_texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
 from tmjax.models.families import family_of
 from tmjax.models.spec import ParamSpec, shared_projections
+from tmjax.pipeline.doctor_estimate import require_room, sites_of
 from tmjax.recipe import Recipe
 from tmjax.sharding.mesh import AUTO, Layout
 
@@ -125,3 +126,4 @@ class Inputs:
             require_streamable(self.recipe.alignment)
         for name in ("layout", "texts", "valid", "test", "target", "source", "rows"):
             getattr(self, name)
+        require_room(sites_of(self.target, self.source, self.projections), len(self.rows[0]), self.recipe)
