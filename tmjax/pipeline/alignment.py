@@ -1,6 +1,6 @@
 """The stages up to the alignment, each with its input hash: activations (or their moments), plans."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ class AlignmentRun:
         amend: bool = False,
         progress: Progress = quiet,
         warn: Warn = lambda message: None,
+        also: Mapping[str, str] | None = None,
     ) -> None:
+        # `also`: what makes the run another one beside its recipe and inputs.
         self.recipe, self.inputs = recipe, Inputs(recipe)
         self.progress, self.warn = progress, warn
         self._alignment: Alignment | None = None
@@ -60,7 +62,7 @@ class AlignmentRun:
         _refuse_nested(recipe)
         # What may change without making another run of it: where things lie, and whether a no-op is let through.
         told = recipe.model_dump(mode="json", exclude={"out", "allow_negligible", *_INPUTS})
-        key = {"recipe": digest(told)} | hashes
+        key = {"recipe": digest(told)} | hashes | dict(also or {})
         previous = read_manifest(path)
         if previous is None or previous.get("key") != key:
             self.inputs.check()

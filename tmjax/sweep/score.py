@@ -6,7 +6,9 @@ hardware are made for it) and scores the packed texts chunk by chunk.
 
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ MOST_AT_ONCE = 16
 
 
 def settings_mesh(layout: Layout) -> tuple[Mesh, str]:
-    """The mesh and its axis that settings are split over: the layout's data axis, or all devices where none is given."""
+    """The mesh and the axis of it that settings are split over: all devices, or the data axis of a given layout."""
     if layout.mesh is not None:
         return layout.mesh, "data"
     devices = np.asarray(jax.local_devices())
@@ -42,8 +44,7 @@ def settings_mesh(layout: Layout) -> tuple[Mesh, str]:
 class SettingsScorer:
     """Texts packed and placed once, to be scored under many coefficients of one transport after the other.
 
-    `stored`: fused parameters are rounded to the target's dtypes first, as the written checkpoint is. `compilations`
-    counts how often the program was traced, once for every shape and kind of transport.
+    `stored`: fused parameters are rounded to the target's dtypes first, as the written checkpoint is.
     """
 
     def __init__(
@@ -61,7 +62,6 @@ class SettingsScorer:
         stored: bool = False,
     ) -> None:
         self.target, self.dtype, self.stored = target, dtype, stored
-        self.compilations = 0
         self._mesh, self._axis = mesh, axis
         self._cut = windows(target.spec, tokenizer, texts, max_tokens)
         cpu = mesh.devices.flat[0].platform == "cpu"
@@ -75,7 +75,8 @@ class SettingsScorer:
         each = min(MOST_AT_ONCE, max(self._at_once, round(BATCH_OPERATIONS / operations)), -(-most // devices))
         #: Settings per call: smaller batches are filled up, so that there is one shape.
         self.batch = max(1, each) * devices
-        self._programs: dict[str, Callable[..., Array]] = {}
+        self._programs: dict[Any, Callable[..., Array]] = {}
+        self.compile_seconds = 0.0
 
     def _settings_in_memory(self) -> int:
         spec, nodes = self.target.spec, self._chunks.packed.ids.shape[-1]
@@ -89,8 +90,11 @@ class SettingsScorer:
         """The transport on every device that scores."""
         return self._everywhere(dict(transported))
 
-    def _program(self, bias_rule: str) -> Callable[..., Array]:
-        if bias_rule not in self._programs:
+    def _program(self, bias_rule: str, arguments: tuple[Any, ...]) -> Callable[..., Array]:
+        leaves, structure = jax.tree.flatten(arguments)
+        shape = (bias_rule, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if shape not in self._programs:
+            started = time.perf_counter()
             whole, split = PartitionSpec(), PartitionSpec(self._axis)
             # Where parameters are split too (fsdp, tensor), those axes stay the compiler's.
             program = jax.shard_map(
@@ -101,8 +105,14 @@ class SettingsScorer:
                 axis_names={self._axis},
                 check_vma=False,
             )
-            self._programs[bias_rule] = jax.jit(program)
-        return self._programs[bias_rule]
+            self._programs[shape] = jax.jit(program).lower(*arguments).compile()
+            self.compile_seconds += time.perf_counter() - started
+        return self._programs[shape]
+
+    @property
+    def compilations(self) -> int:
+        """How many programs were compiled: one for every kind of transport (its roles, with or without biases)."""
+        return len(self._programs)
 
     def _score(
         self,
@@ -114,7 +124,6 @@ class SettingsScorer:
         bias_rule: str,
     ) -> Array:
         """Sums [S, C, B] of the texts in all chunks under every setting."""
-        self.compilations += 1  # runs when the program is traced, not when it is run
 
         def one(pairs_r2: Array) -> Array:
             pairs = {
@@ -137,7 +146,8 @@ class SettingsScorer:
         told = np.asarray([[pairs[role] for role in sorted(transported)] for pairs in settings], np.float32)
         filled = np.concatenate([told, np.repeat(told[-1:], self.batch - len(told), axis=0)])
         placed = jax.device_put(filled, NamedSharding(self._mesh, PartitionSpec(self._axis)))
-        sums = self._program(bias_rule)(self._params, transported, self._placed, placed)
+        arguments = (self._params, transported, self._placed, placed)
+        sums = self._program(bias_rule, arguments)(*arguments)
         values = self._chunks.sums(np.asarray(sums, np.float64), len(self._cut.pieces))[: len(told)]
         nll = np.zeros((len(told), len(self._cut.bytes)))
         np.add.at(nll, (slice(None), [document for document, _ in self._cut.pieces]), values)
