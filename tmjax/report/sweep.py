@@ -71,9 +71,10 @@ def sweep_summary(manifest: Mapping[str, Any], rows: Sequence[Result]) -> Group:
 
 def _sentence(facts: Mapping[str, Any]) -> str:
     failed = f", {facts['failed']} failed" if facts["failed"] else ""
+    pace = f"{1000 * facts['seconds_per_setting']:.0f} ms per setting"
     return (
-        f"{facts['settings']} settings in {facts['groups']} groups{failed}; forward compiled {facts['compilations']} "
-        f"times in {facts['compile_seconds']:.1f} s, then {1000 * facts['seconds_per_setting']:.0f} ms per setting."
+        f"{facts['settings']} settings{failed}; groups that share transported weights: {facts['groups']}; compilations "
+        f"of the forward: {facts['compilations']} ({facts['compile_seconds']:.1f} s); then {pace}."
     )
 
 
@@ -102,7 +103,7 @@ def plot_sweep(rows: Sequence[Result]) -> bytes:
     keys = _keys(rows)
     done = _finished(rows)
     if len(keys) == 2:
-        first, second = (sorted({row[key] for row in done}, key=lambda v: (str(type(v)), v)) for key in keys)
+        first, second = ([value for value, *_ in marginals(rows, key)] for key in keys)
         cells = {(row[keys[0]], row[keys[1]]): row["bits_per_byte"] for row in done}
         if len(first) > 1 and len(second) > 1 and 2 * len(cells) > len(first) * len(second):
             grid = np.asarray([[cells.get((a, b), np.nan) for a in first] for b in second])

@@ -21,6 +21,7 @@ from tmjax.evaluate.packing import LOGIT_ENTRIES, pack, packed_nll
 from tmjax.fuse.apply import Coefficients, Transported, fuse_params
 from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer
+from tmjax.models.packed import Packed
 from tmjax.sharding.mesh import Layout
 from tmjax.typing import Array, Params
 
@@ -118,7 +119,7 @@ class SettingsScorer:
         self,
         params: Params,
         transported: Mapping[str, Transported],
-        packed: object,
+        packed: Packed,
         pairs_sr2: Array,
         *,
         bias_rule: str,
