@@ -5,6 +5,10 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -266,6 +270,30 @@ def test_an_interrupted_sweep_goes_on_at_the_next_batch(flags, recipe_file, tmp_
     assert json.loads(printed)["sweep"] == manifest["sweep"]
     code, _, error = _run(capsys, *arguments, tmp_path / "run", "--grid", "seed=1,2")
     assert code == 2 and "--overwrite" in error
+
+
+def test_a_killed_sweep_resumes(flags, recipe_file, tmp_path, capsys) -> None:
+    """Killed in a process of its own after its first batch; what is finished is kept, the table is whole."""
+    grid = ["--grid", "alpha=0:0.99:0.01", "--grid", "beta=-0.1:0.1:0.05"]
+    arguments = ["sweep", recipe_file, *flags, *grid, "--out", str(tmp_path / "run"), "--json"]
+    process = subprocess.Popen([sys.executable, "-m", "tmjax.cli", *arguments], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while not (held := list((tmp_path / "run/settings").glob("*.json"))):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "run/results.csv").exists()
+    before = {file.name: file.stat().st_mtime_ns for file in held}
+    code, printed, _ = _run(capsys, *arguments)
+    assert code == 0 and json.loads(printed)["sweep"]["settings"] == 500
+    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run/settings").glob("*.json")}
+    assert len(after) == 4 > len(before) and after.items() >= before.items()
+    rows = read_csv(tmp_path / "run/results.csv")
+    assert len({(row["alpha"], row["beta"]) for row in rows}) == 500 and all(row["status"] == "done" for row in rows)
+    assert not list((tmp_path / "run").rglob("*.partial"))
 
 
 def test_a_setting_that_fails_is_a_row(flags, recipe_file, tmp_path, capsys) -> None:

@@ -245,6 +245,7 @@ class Sweep(AlignmentRun):
             "settings": len(results),
             "random": self.random,
             "groups": len(self.groups),
+            "devices": max(scorer.devices for scorer in scorers),
             "failed": sum(result.bits_per_byte is None for result in results),
             "compilations": sum(scorer.compilations for scorer in scorers),
             "compile_seconds": round(sum(scorer.compile_seconds for scorer in scorers), 3),

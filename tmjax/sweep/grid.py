@@ -52,8 +52,8 @@ class Range:
             value = math.exp(generator.uniform(math.log(self.low), math.log(self.high)))
         else:
             value = generator.uniform(self.low, self.high)
-        value = min(max(value, self.low), self.high)
-        return round(value) if whole else float(f"{value:.6g}")
+        value = round(value) if whole else float(f"{value:.6g}")
+        return min(max(value, self.low), self.high)
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,11 @@ class SettingsScorer:
         self._params = target.params if mesh.axis_names != ("settings",) else self._everywhere(dict(target.params))
         self._at_once = 1 if cpu else self._settings_in_memory()
         operations = 2 * target.size * self._chunks.packed.ids.size
-        devices = mesh.shape[axis]
-        each = min(MOST_AT_ONCE, max(self._at_once, round(BATCH_OPERATIONS / operations)), -(-most // devices))
+        #: Devices that settings are split over.
+        self.devices = mesh.shape[axis]
+        each = min(MOST_AT_ONCE, max(self._at_once, round(BATCH_OPERATIONS / operations)), -(-most // self.devices))
         #: Settings per call: smaller batches are filled up, so that there is one shape.
-        self.batch = max(1, each) * devices
+        self.batch = max(1, each) * self.devices
         self._programs: dict[Any, Callable[..., Array]] = {}
         self.compile_seconds = 0.0
 
