@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -173,7 +174,7 @@ def sweep(
 ) -> None:
     """Score many settings of a recipe on the validation texts: a grid or random draws, in one compiled program.
 
-    Writes results.csv (and results.parquet where pyarrow is installed: pip install 'tmjax[sweep]'), plots, sweep.html.
+    Writes results.csv (results.parquet too where pyarrow is installed, the optional extra `sweep`), plots, sweep.html.
     """
     told = _recipe(recipe, locals())
     if told.mesh is None:
@@ -383,6 +384,7 @@ def _live() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callab
     console = _console(stderr=True)
     stages = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}
+    shown = [0.0]
     with Live(stages, console=console, refresh_per_second=4) as display:
 
         def step(stage: str, done: int, total: int) -> None:
@@ -394,7 +396,9 @@ def _live() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callab
             display.console.print(f"tmjax: warning: {message}", markup=False, highlight=False, soft_wrap=True)
 
         def show(rows: Any, total: int) -> None:
-            display.update(Group(stages, live_table(rows, total)))
+            if len(rows) == total or time.monotonic() > shown[-1] + 0.5:
+                display.update(Group(stages, live_table(rows, total)))
+                shown[:] = [time.monotonic()]
 
         yield step, warn, show
 

@@ -112,7 +112,7 @@ class Sweep(AlignmentRun):
             if not group.recipe.activations.keep:
                 require_streamable(group.recipe.alignment)
         self.random, self.write_best, self.show = random, write_best, show
-        told = {"grid": sorted(grid), "random": random}
+        told = {"grid": list(grid), "random": random}
         super().__init__(recipe, overwrite=overwrite, progress=progress, warn=warn, also={"sweep": digest(told)})
         self._scorers: dict[tuple[str, str, bool], SettingsScorer] = {}
         self._held: tuple[list[object], dict[str, Transported]] | None = None

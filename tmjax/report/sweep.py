@@ -27,7 +27,7 @@ def _keys(rows: Sequence[Result]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _finished(rows: Sequence[Result]) -> list[Result]:
