@@ -290,7 +290,7 @@ def test_a_killed_sweep_resumes(flags, recipe_file, tmp_path, capsys) -> None:
     code, printed, _ = _run(capsys, *arguments)
     assert code == 0 and json.loads(printed)["sweep"]["settings"] == 500
     after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run/settings").glob("*.json")}
-    assert len(after) == 4 > len(before) and after.items() >= before.items()
+    assert len(after) > len(before) and after.items() >= before.items()
     rows = read_csv(tmp_path / "run/results.csv")
     assert len({(row["alpha"], row["beta"]) for row in rows}) == 500 and all(row["status"] == "done" for row in rows)
     assert not list((tmp_path / "run").rglob("*.partial"))

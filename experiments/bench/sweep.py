@@ -3,7 +3,7 @@
     python experiments/bench/sweep.py experiments/swahili/recipe.yaml
 
 Everything but the commands runs in one process, batch of the sweep and plain loop over the same settings in turn, so
-that both see the same machine; the ratio is the median over batches. The plain loop fuses and scores one setting after
+that both see the same machine. The plain loop fuses and scores one setting after
 the other from the same transported weights in memory, with the compiled forward of `tmjax merge`; both are warm.
 """
 
@@ -70,19 +70,20 @@ def main(
 
         batched(pairs[:1]), plain(pairs[:1])
         walls, cpus, worst = [], [], 0.0
-        for start in range(0, settings - settings % scorer.batch or settings, scorer.batch):
+        for start in range(0, settings, scorer.batch):
             some = pairs[start : start + scorer.batch]
             one, many = timed(plain, some), timed(batched, some)
-            walls.append((one[1], many[1]))
-            cpus.append((one[2], many[2]))
+            walls.append((one[1], many[1], len(some)))
+            cpus.append((one[2], many[2], len(some)))
             worst = max(worst, float(np.abs(many[0] / one[0] - 1).max()))
-        wall, cpu = np.asarray(walls), np.asarray(cpus)
-        print(f"{len(wall) * scorer.batch} settings, batches of {scorer.batch} on {mesh.devices.size} devices")
+        print(f"{settings} settings, {len(walls)} batches of up to {scorer.batch} on {scorer.devices} devices")
         print(f"forward compiled {scorer.compilations} time(s), {scorer.compile_seconds:.1f} s")
-        for name, times in (("wall", wall), ("processor", cpu)):
-            middle, ratio = np.median(times, axis=0), np.median(times[:, 0] / times[:, 1])
+        for name, times in (("wall", np.asarray(walls)), ("processor", np.asarray(cpus))):
+            mean, ratios = np.average(times[:, :2], axis=0, weights=times[:, 2]), times[:, 0] / times[:, 1]
             print(
-                f"{name}: plain {1e3 * middle[0]:.0f} ms, sweep {1e3 * middle[1]:.0f} ms a setting, ratio {ratio:.2f}"
+                f"{name}: plain {1e3 * mean[0]:.0f} ms, sweep {1e3 * mean[1]:.0f} ms a setting (means); ratio "
+                f"{mean[0] / mean[1]:.2f}, of batches {ratios.min():.2f} to {ratios.max():.2f}, median "
+                f"{np.median(ratios):.2f}"
             )
         print(f"largest relative difference in bits per byte {worst:.1e}")
         if commands:
@@ -109,7 +110,7 @@ def main(
                 json.loads(done.stdout)
             print(
                 f"`tmjax fuse` from the same alignment: {np.median(took):.1f} s a setting, "
-                f"ratio {np.median(took) / np.median(wall[:, 1]):.0f}"
+                f"ratio {np.median(took) / np.median(np.asarray(walls)[:, 1]):.0f}"
             )
 
 

@@ -74,9 +74,12 @@ class SettingsScorer:
         operations = 2 * target.size * self._chunks.packed.ids.size
         #: Devices that settings are split over.
         self.devices = mesh.shape[axis]
-        each = min(MOST_AT_ONCE, max(self._at_once, round(BATCH_OPERATIONS / operations)), -(-most // self.devices))
-        #: Settings per call: smaller batches are filled up, so that there is one shape.
-        self.batch = max(1, each) * self.devices
+        limit = min(MOST_AT_ONCE, max(self._at_once, 1, round(BATCH_OPERATIONS / operations)))
+        #: Settings per call. Smaller batches are filled up, so that there is one shape: the one that `most` fill best.
+        self.batch = self.devices * min(
+            range(-(-limit // 2), limit + 1),
+            key=lambda each: (-(-most // (each * self.devices)) * each, -each),
+        )
         self._programs: dict[Any, Callable[..., Array]] = {}
         self.compile_seconds = 0.0
 
