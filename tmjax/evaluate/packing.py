@@ -20,8 +20,10 @@ from tmjax.typing import Array, Params
 
 #: Most lengths that attention is compiled for.
 LENGTHS = 6
-#: Logits are made for about this many entries (node x vocabulary) at a time: they stay in a processor's cache.
-LOGIT_ENTRIES = 2**22
+#: Logits are made for about this many entries (node x vocabulary) at a time, which stay in a processor's cache; but not
+#: for fewer nodes than make a matrix product worth its while.
+LOGIT_ENTRIES = 2**20
+LOGIT_NODES = 256
 
 
 def text_lengths(tokens: Sequence[int], most: int = LENGTHS) -> list[int]:
@@ -153,8 +155,8 @@ def packed_nll(spec: DecoderSpec, params: Params, packed: Packed, dtype: jnp.dty
     model = bind(spec, params)
     hidden = packed_hidden(model, packed, dtype)
     nodes = hidden.shape[0]
-    at_once = min(nodes, max(1, LOGIT_ENTRIES // spec.vocab))
-    blocks = -(-nodes // at_once)
+    blocks = -(-nodes // max(LOGIT_NODES, LOGIT_ENTRIES // spec.vocab))
+    at_once = -(-nodes // blocks)
     padded = jnp.pad(hidden, ((0, blocks * at_once - nodes), (0, 0))).reshape(blocks, at_once, -1)
     normaliser = jax.lax.map(lambda states: jax.nn.logsumexp(model.logits(states), axis=-1), padded).reshape(-1)
     sums = []

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tmjax.convert.model import Model
 from tmjax.evaluate.bits import Scores, windows
-from tmjax.evaluate.packing import LOGIT_ENTRIES, pack, packed_nll
+from tmjax.evaluate.packing import LOGIT_NODES, pack, packed_nll
 from tmjax.fuse.apply import Coefficients, Transported, fuse_params
 from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer
@@ -85,7 +85,7 @@ class SettingsScorer:
 
     def _settings_in_memory(self) -> int:
         spec, nodes = self.target.spec, self._chunks.packed.ids.shape[-1]
-        size = 4 * (self.target.size + nodes * (3 * spec.mlp + 8 * spec.hidden) + 2 * LOGIT_ENTRIES)
+        size = 4 * (self.target.size + nodes * (3 * spec.mlp + 8 * spec.hidden) + 2 * LOGIT_NODES * spec.vocab)
         return int(min(MOST_AT_ONCE, max(1, ACCELERATOR_BYTES // size)))
 
     def _everywhere(self, tree: object) -> object:
