@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,6 +162,69 @@ def solvers(
 
     _console().print(rich_table("Solvers on the same problems", *solver_rows(manifest)))
     _console().print(f"Run directory {told.out} (with solvers.html, plots)")
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile = None,
+    source: Source = None,
+    target: Target = None,
+    texts: TextFile = None,
+    valid: Valid = None,
+    test: Test = None,
+    out: Out = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=a,b,c or KEY=low:high:step (ends included), repeatable. KEY: any dotted recipe key, or alpha, "
+            "beta, epsilon, solver, alpha.PART, beta.PART with PART attention, mlp, q, k, v, o, gate, up or down. "
+            "With --random also KEY=low..high and KEY=log:low..high."
+        ),
+    ] = None,
+    random: Annotated[
+        int | None, typer.Option(min=1, help="Draw so many settings instead of all combinations.")
+    ] = None,
+    write_best: Annotated[
+        bool, typer.Option("--write-best", help="Write the best setting's checkpoint to best/.")
+    ] = False,
+    preset: Preset = None,
+    alpha: Alpha = None,
+    seed: Seed = None,
+    mesh: Mesh = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Score many settings of a recipe on the validation texts: a grid or random draws, in one compiled program.
+
+    Writes results.csv (results.parquet too where pyarrow is installed, the optional extra `sweep`), plots, sweep.html.
+    """
+    told = _recipe(recipe, locals())
+    if told.mesh is None:
+        _every_core()
+    with _live() as (progress, warn, show):
+        from tmjax.pipeline.sweep import Sweep
+
+        run = Sweep(
+            told,
+            grid or [],
+            random=random,
+            write_best=write_best,
+            overwrite=overwrite,
+            progress=progress,
+            warn=warn,
+            show=show,
+        )
+        manifest = run.sweep()
+    if as_json:
+        _print_json(manifest)
+        return
+    from tmjax.report.sweep import sweep_summary
+
+    _console().print(sweep_summary(manifest, run.rows()), highlight=False)
+    done = [
+        name for name in ("results.csv", "results.parquet", "sweep.html", "best") if (Path(told.out) / name).exists()
+    ]
+    _console().print(f"Run directory {told.out} (with {', '.join(done)})")
 
 
 @app.command()
@@ -340,6 +404,48 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str
             display.console.print(f"tmjax: warning: {message}", markup=False, highlight=False, soft_wrap=True)
 
         yield step, warn
+
+
+def _every_core() -> None:
+    """One CPU device per core, each of which takes settings of its own, unless devices were chosen already."""
+    import jax
+
+    if "device_count" in os.environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices > 0:
+        return
+    with contextlib.suppress(RuntimeError):  # the backend has started
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
+@contextlib.contextmanager
+def _live() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callable[[Any, int], None]]]:
+    """As `_progress`, and below it a table of a sweep's rows so far, given them and the number of all settings."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from tmjax.report.sweep import live_table
+
+    console = _console(stderr=True)
+    stages = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, Any] = {}
+    shown = [0.0]
+    with Live(stages, console=console, refresh_per_second=4) as display:
+
+        def step(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = stages.add_task(stage, total=total)
+            stages.update(tasks[stage], completed=done, total=total)
+
+        def warn(message: str) -> None:
+            display.console.print(f"tmjax: warning: {message}", markup=False, highlight=False, soft_wrap=True)
+
+        def show(rows: Any, total: int) -> None:
+            if len(rows) == total or time.monotonic() > shown[-1] + 0.5:
+                display.update(Group(stages, live_table(rows, total)))
+                shown[:] = [time.monotonic()]
+
+        yield step, warn, show
 
 
 def _prepare() -> None:

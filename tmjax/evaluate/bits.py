@@ -74,6 +74,43 @@ class Scores:
         return float(self.nll.sum() / math.log(2) / self.bytes.sum())
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Texts cut to a model's context: (document, token ids) of every piece; UTF-8 bytes and scored tokens [D] each."""
+
+    pieces: list[tuple[int, list[int]]]
+    bytes: np.ndarray
+    tokens: np.ndarray
+
+
+def windows(spec: DecoderSpec, tokenizer: TextTokenizer, texts: Texts, max_tokens: int | None = None) -> Windows:
+    """Cuts documents longer than `max_tokens` (the model's context) into windows that share one token.
+
+    Raises InputError if the windows or the tokenizer do not suit the model.
+    """
+    window = max_tokens or spec.max_positions
+    if window < 2:
+        raise InputError(f"evaluation.max_tokens is {window}; scoring needs windows of at least 2 tokens")
+    if spec.learned_positions and window > spec.max_positions:
+        raise InputError(
+            f"evaluation.max_tokens is {window}, the model learned {spec.max_positions} positions; lower it"
+        )
+    documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts.texts)]
+    largest = max(map(max, documents))
+    if largest >= spec.vocab:
+        raise InputError(f"the tokenizer gives id {largest}, but the model's vocabulary has {spec.vocab} entries")
+    pieces = [
+        (number, ids[start : start + window])
+        for number, ids in enumerate(documents)
+        for start in range(0, len(ids) - 1, window - 1)
+    ]
+    return Windows(
+        pieces,
+        np.asarray([len(text.encode()) for text in texts.texts]),
+        np.asarray([len(ids) - 1 for ids in documents]),
+    )
+
+
 class Scorer:
     """Texts tokenised, batched and placed once, to be scored under many parameter values of one architecture."""
 
@@ -90,24 +127,8 @@ class Scorer:
     ) -> None:
         layout = layout or Layout()
         self.spec, self.dtype, self.mesh = spec, dtype, layout.mesh
-        window = max_tokens or spec.max_positions
-        if window < 2:
-            raise InputError(f"evaluation.max_tokens is {window}; scoring needs windows of at least 2 tokens")
-        if spec.learned_positions and window > spec.max_positions:
-            raise InputError(
-                f"evaluation.max_tokens is {window}, the model learned {spec.max_positions} positions; lower it"
-            )
-        documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts.texts)]
-        largest = max(map(max, documents))
-        if largest >= spec.vocab:
-            raise InputError(f"the tokenizer gives id {largest}, but the model's vocabulary has {spec.vocab} entries")
-        self.bytes = np.asarray([len(text.encode()) for text in texts.texts])
-        self.tokens = np.asarray([len(ids) - 1 for ids in documents])
-        pieces = [
-            (number, ids[start : start + window])
-            for number, ids in enumerate(documents)
-            for start in range(0, len(ids) - 1, window - 1)
-        ]
+        cut = windows(spec, tokenizer, texts, max_tokens)
+        self.bytes, self.tokens, pieces = cut.bytes, cut.tokens, cut.pieces
         self._batches = []
         lengths = [len(ids) for _, ids in pieces]
         for batch in bucketed(lengths, batch_tokens=batch_tokens, multiple=layout.batch_multiple):

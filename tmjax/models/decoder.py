@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from tmjax.models.layers import INIT_STD, Block, LayerPlace, Linear, Norm, einsum
+from tmjax.models.layers import INIT_STD, Attend, Block, LayerPlace, Linear, Norm, attention, einsum
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
@@ -54,10 +54,32 @@ class Decoder(nnx.Module):
 
         With a mesh, the activations of every site are laid out by the logical axis of its units.
         """
-        spec, tokens = self.spec, ids_bt.shape[1]
-        position = jnp.arange(tokens)
+        position = jnp.arange(ids_bt.shape[1])
         distance = position[:, None] - position[None, :]
-        tables = rotary_tables(spec.rotaries, spec.head_dim, position)
+        tables = rotary_tables(self.spec.rotaries, self.spec.head_dim, position)
+
+        def mask(window: Array) -> Array:
+            return (distance >= 0) & (distance < window)
+
+        return self.run(ids_bt, position, tables, mask, attention, dtype, sites, collect, mesh)
+
+    def run(
+        self,
+        ids_bt: Array,
+        position_t: Array,
+        tables: tuple[Array, Array],
+        mask: Callable[[Array], Array],
+        attend: Attend,
+        dtype: jnp.dtype,
+        sites: Collection[str] = (),
+        collect: Collect = lambda x: x,
+        mesh: Mesh | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """`hidden` of tokens at any positions [T]: `tables` [rotary, T, planes] are theirs.
+
+        `attend` is `attention` or what takes its place; it is given `mask(window)` of every layer.
+        """
+        spec = self.spec
         scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         number = jnp.arange(1, spec.layers + 1, dtype=jnp.float32)
         places = (
@@ -77,8 +99,7 @@ class Decoder(nnx.Module):
                     captured[site] = collect(value)
                 return value
 
-            mask = (distance >= 0) & (distance < window)
-            place = LayerPlace((tables[0][kind], tables[1][kind]), mask, scale)
+            place = LayerPlace((tables[0][kind], tables[1][kind]), mask(window), scale, attend)
             return nnx.merge(graph, state)(x, place, record), captured
 
         x = self.embed.weight[...][ids_bt].astype(dtype)
@@ -86,15 +107,25 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(spec.embedding_scale, dtype)
         if spec.learned_positions:
             # Padding may reach beyond the last position; that no text does is checked where texts are read.
-            x = x + self.positions.weight[...][jnp.minimum(position, spec.max_positions - 1)].astype(dtype)
+            x = x + self.positions.weight[...][jnp.minimum(position_t, spec.max_positions - 1)].astype(dtype)
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
         x, captured = jax.lax.scan(step, x, (state, places))
         return self.norm(x), captured
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., vocab] of normed states, in float32."""
-        weight = self.embed.weight[...] if self.spec.tied_embeddings else self.head.weight[...]
-        logits = einsum("...e,ve->...v", hidden, weight.astype(hidden.dtype)).astype(jnp.float32)
+        return self._capped(einsum("...e,ve->...v", hidden, self._head.astype(hidden.dtype)))
+
+    def logits_of(self, hidden: Array, ids: Array) -> Array:
+        """Logits [...] of one token `ids` [...] per state, in float32: `logits` without those of all others."""
+        return self._capped(einsum("...e,...e->...", hidden, self._head[ids].astype(hidden.dtype)))
+
+    @property
+    def _head(self) -> Array:
+        return self.embed.weight[...] if self.spec.tied_embeddings else self.head.weight[...]
+
+    def _capped(self, logits: Array) -> Array:
+        logits = logits.astype(jnp.float32)
         logits = logits if self.spec.logit_scale == 1 else logits * self.spec.logit_scale
         cap = self.spec.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

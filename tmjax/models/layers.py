@@ -83,12 +83,17 @@ def attention(
     return einsum("bkgts,bskd->btkgd", weights, v_btkd).reshape(batch, tokens, heads * dim)
 
 
+#: What `attention` does; packed texts bring their own, which knows where each text's tokens lie.
+Attend: TypeAlias = Callable[[Array, Array, Array, Array, Array, float | None], Array]
+
+
 class LayerPlace(NamedTuple):
     """What a block is told of its place: cosines and sines [T, planes], mask [T, T], scale of the scores."""
 
     tables: tuple[Array, Array]
     mask_tt: Array
     scale: Array
+    attend: Attend = attention
 
 
 class Block(nnx.Module):
@@ -129,7 +134,7 @@ class Block(nnx.Module):
         if spec.qk_norm in ("head", "heads"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(y, place.tables, interleaved=spec.rotary.interleaved) for y in (q, k))
-        mix = record("attn_mix", attention(q, k, v, place.mask_tt, place.scale, spec.attention_cap))
+        mix = record("attn_mix", place.attend(q, k, v, place.mask_tt, place.scale, spec.attention_cap))
         out = record("attn_out", self.o(mix))
         return self.attn_post_norm(out) if spec.post_norm else out
 

@@ -1,6 +1,6 @@
 """The stages up to the alignment, each with its input hash: activations (or their moments), plans."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ class AlignmentRun:
         amend: bool = False,
         progress: Progress = quiet,
         warn: Warn = lambda message: None,
+        also: Mapping[str, str] | None = None,
     ) -> None:
+        # `also`: what makes the run another one beside its recipe and inputs.
         self.recipe, self.inputs = recipe, Inputs(recipe)
         self.progress, self.warn = progress, warn
         self._alignment: Alignment | None = None
@@ -62,7 +64,7 @@ class AlignmentRun:
         _refuse_nested(recipe)
         # What may change without making another run of it: where things lie and are computed, whether a no-op passes.
         told = recipe.model_dump(mode="json", exclude={"out", "allow_negligible", "mesh", *_INPUTS})
-        key = {"recipe": digest(told)} | hashes
+        key = {"recipe": digest(told)} | hashes | dict(also or {})
         previous = read_manifest(path)
         if hosts.agree(previous is None or previous.get("key") != key):
             hosts.together(self.inputs.check)

@@ -10,7 +10,8 @@ from tmjax.align.alignment import Alignment
 from tmjax.recipe import ALL_ROLES
 
 
-def _figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
+def new_figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure of `rows` by `columns` axes of a size in inches, and the axes [row, column]."""
     # The object interface: no global state, no display, no default backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -20,7 +21,8 @@ def _figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _png(figure: Any) -> bytes:
+def png_bytes(figure: Any) -> bytes:
+    """The figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -31,7 +33,7 @@ def plot_layer_plans(alignment: Alignment) -> bytes:
     plans = {role: alignment.layer_plans[role] for role in ALL_ROLES if role in alignment.layer_plans}
     columns = min(4, len(plans))
     rows = -(-len(plans) // columns)
-    figure, axes = _figure(columns, rows, 3.0, 2.6)
+    figure, axes = new_figure(columns, rows, 3.0, 2.6)
     top = max(plan.weights.max() for plan in plans.values())
     image = None
     for axis in axes.flat[len(plans) :]:
@@ -45,14 +47,14 @@ def plot_layer_plans(alignment: Alignment) -> bytes:
         axis.set_yticks(np.arange(plan.weights.shape[0]))
     figure.colorbar(image, ax=axes.ravel().tolist(), label="share of the source layer")
     figure.suptitle("Layer plan P, rows scaled to 1")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def plot_coefficients(manifest: Mapping[str, Any]) -> bytes:
     """The chosen alpha and beta of every projection, and what the validation texts said of every setting tried."""
     facts = manifest["coefficients"]
     roles = list(facts["by_role"])
-    figure, axes = _figure(2, 1, 5.0, 3.4)
+    figure, axes = new_figure(2, 1, 5.0, 3.4)
     position = np.arange(len(roles))
     for offset, key in ((-0.2, "alpha"), (0.2, "beta")):
         axes[0, 0].bar(position + offset, [facts["by_role"][role][key] for role in roles], 0.4, label=key)
@@ -72,14 +74,14 @@ def plot_coefficients(manifest: Mapping[str, Any]) -> bytes:
         axes[0, 1].legend(fontsize="small")
     else:
         axes[0, 1].text(0.5, 0.5, "alpha was given, nothing was fitted", ha="center", transform=axes[0, 1].transAxes)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def plot_solvers(manifest: Mapping[str, Any]) -> bytes:
     """Per solver: time, variance explained in held-out rows, and bits per byte of the merge where it was made."""
     lines = manifest["solvers"]
     names = [line["solver"] for line in lines]
-    figure, axes = _figure(3, 1, 4.0, 1.2 + 0.35 * len(names))
+    figure, axes = new_figure(3, 1, 4.0, 1.2 + 0.35 * len(names))
     position = np.arange(len(names))
     axes[0, 0].barh(position, [line["seconds"] for line in lines])
     axes[0, 0].set_xscale("log")
@@ -97,4 +99,4 @@ def plot_solvers(manifest: Mapping[str, Any]) -> bytes:
     for axis in axes[0]:
         axis.set_yticks(position, names)
         axis.set_ylim(len(names) - 0.5, -0.5)
-    return _png(figure)
+    return png_bytes(figure)

@@ -1,0 +1,166 @@
+"""Texts packed for scoring: chunks of one shape, so that one program scores any number of them.
+
+Against the padded batches of `tmjax.evaluate.bits` there is next to no padding and the beginnings that texts share are
+computed once; the scores are the same up to rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmjax.activations.batches import bucket_length
+from tmjax.models.decoder import bind
+from tmjax.models.packed import Packed, packed_hidden
+from tmjax.models.rotary import rotary_tables
+from tmjax.models.spec import DecoderSpec
+from tmjax.typing import Array, Params
+
+#: Most lengths that attention is compiled for.
+LENGTHS = 6
+#: Logits are made for about this many entries (node x vocabulary) at a time, which stay in a processor's cache; but not
+#: for fewer nodes than make a matrix product worth its while.
+LOGIT_ENTRIES = 2**20
+LOGIT_NODES = 256
+
+
+def text_lengths(tokens: Sequence[int], most: int = LENGTHS) -> list[int]:
+    """At most `most` padded lengths, ascending, that pad texts of `tokens` each to the fewest entries T^2 in all."""
+    step = 8
+    while max(tokens) > 256 * step:
+        step *= 2
+    rounded, count = np.unique([-(-n // step) * step for n in tokens], return_counts=True)
+    below = np.concatenate([[0], np.cumsum(count)])
+    # Cost of the texts of the first j lengths with so many of them chosen, the j-th being one, and those before it.
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *[(float("inf"), ())] * len(rounded)]
+    finished = []
+    for _ in range(min(most, len(rounded))):
+        row: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+        for j, length in enumerate(rounded, 1):
+            cost, before = min((best[i][0] + float(below[j] - below[i]) * float(length) ** 2, i) for i in range(j))
+            row.append((cost, (*best[before][1], int(length))))
+        best = row
+        finished.append(row[-1])
+    return list(min(finished, key=lambda item: item[0])[1])
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Texts in chunks of one shape: `Packed` with a leading axis C; `owners` [C, B], all lengths: text, -1 for none."""
+
+    packed: Packed
+    owners: np.ndarray
+
+    def sums(self, values_cb: np.ndarray, texts: int) -> np.ndarray:
+        """Values [..., C, B] of the chunks' rows as one per text, [..., texts]."""
+        held = self.owners >= 0
+        result = np.zeros((*values_cb.shape[:-2], texts))
+        result[..., self.owners[held]] = values_cb[..., held]
+        return result
+
+
+class _Nodes:
+    """The nodes of one chunk while it is filled."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[int, int, int], int] = {}
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.runs: list[int] = []
+
+    def add(self, tokens: Sequence[int], run: int) -> list[int]:
+        """Node of every token of a text; `run` is the length that rotary embeddings take it to have."""
+        node, path = -1, []
+        for position, token in enumerate(tokens):
+            key = (node, token, run)
+            node = self.known.setdefault(key, len(self.ids))
+            if node == len(self.ids):
+                self.ids.append(token)
+                self.positions.append(position)
+                self.runs.append(run)
+            path.append(node)
+        return path
+
+
+def pack(spec: DecoderSpec, texts: Sequence[Sequence[int]], *, chunk_tokens: int) -> Chunks:
+    """Packs texts (token ids, at least two each) into chunks of about `chunk_tokens` tokens, or of the longest text.
+
+    Texts of one length are spread over the chunks, those that begin alike next to each other.
+    """
+    inputs = [len(ids) - 1 for ids in texts]
+    count = max(1, round(sum(inputs) / max(chunk_tokens, *inputs)))
+    # These two stretch with the length of a run, padding included: as long as `bucketed` would pad it.
+    stretches = any(rotary.scaling in ("dynamic", "longrope") for rotary in spec.rotaries)
+    runs = [bucket_length(len(ids)) - 1 if stretches else max(inputs) for ids in texts]
+    lengths = text_lengths(inputs)
+    members = np.searchsorted(lengths, inputs)
+    load = [0] * count
+    shares: list[list[list[int]]] = [[] for _ in range(count)]
+    for number in range(len(lengths)):
+        ordered = sorted(np.nonzero(members == number)[0].tolist(), key=lambda text: tuple(texts[text]))
+        parts = [part.tolist() for part in np.array_split(np.asarray(ordered, int), count)]
+        parts.sort(key=lambda part: -sum(inputs[text] for text in part))
+        for chunk, part in zip(sorted(range(count), key=lambda c: load[c]), parts, strict=True):
+            load[chunk] += sum(inputs[text] for text in part)
+            shares[chunk].append(part)
+    rows = [max(len(share[number]) for share in shares) for number in range(len(lengths))]
+    filled = [_Nodes() for _ in range(count)]
+    nodes = [np.zeros((count, size, length), np.int32) for size, length in zip(rows, lengths, strict=True)]
+    labels = [np.full_like(array, -1) for array in nodes]
+    owners = [np.full((count, size), -1) for size in rows]
+    for chunk, share in enumerate(shares):
+        for number, part in enumerate(share):
+            for row, text in enumerate(part):
+                nodes[number][chunk, row, : inputs[text]] = filled[chunk].add(texts[text][:-1], runs[text])
+                labels[number][chunk, row, : inputs[text]] = texts[text][1:]
+                owners[number][chunk, row] = text
+    size = -(-max(len(chunk.ids) for chunk in filled) // 8) * 8
+    back = np.zeros((count, size), np.int32)
+    for chunk in range(count):
+        start = 0
+        for node, label in zip(nodes, labels, strict=True):
+            real = np.nonzero(label[chunk].reshape(-1) >= 0)[0]
+            back[chunk, node[chunk].reshape(-1)[real]] = start + real
+            start += label[chunk].size
+
+    def stacked(name: str) -> np.ndarray:
+        held = [np.asarray(getattr(chunk, name), np.int32) for chunk in filled]
+        return np.stack([np.pad(values, (0, size - len(values))) for values in held])
+
+    ids, positions, run = stacked("ids"), stacked("positions"), stacked("runs")
+    cos, sin = _tables(spec, positions, run, sorted(set(runs)))
+    return Chunks(Packed(ids, positions, cos, sin, back, tuple(nodes), tuple(labels)), np.concatenate(owners, axis=1))
+
+
+def _tables(
+    spec: DecoderSpec, positions_cn: np.ndarray, runs_cn: np.ndarray, runs: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [C, rotary, N, planes] of nodes at `positions_cn` in runs of `runs_cn` tokens."""
+    result: list[np.ndarray] = []
+    for run in runs:
+        pair = [np.asarray(table) for table in rotary_tables(spec.rotaries, spec.head_dim, jnp.arange(run))]
+        chosen = [np.moveaxis(table[:, np.minimum(positions_cn, run - 1)], 0, 1) for table in pair]
+        here = (runs_cn == run)[:, None, :, None]
+        result = chosen if not result else [np.where(here, new, old) for new, old in zip(chosen, result, strict=True)]
+    return result[0], result[1]
+
+
+def packed_nll(spec: DecoderSpec, params: Params, packed: Packed, dtype: jnp.dtype) -> Array:
+    """Sum over each text of a chunk of -ln p(token | tokens before), all but its first token: [B] float32.
+
+    B counts the texts of all lengths; a row without a text gives 0.
+    """
+    model = bind(spec, params)
+    hidden = packed_hidden(model, packed, dtype)
+    nodes = hidden.shape[0]
+    blocks = -(-nodes // max(LOGIT_NODES, LOGIT_ENTRIES // spec.vocab))
+    at_once = -(-nodes // blocks)
+    padded = jnp.pad(hidden, ((0, blocks * at_once - nodes), (0, 0))).reshape(blocks, at_once, -1)
+    normaliser = jax.lax.map(lambda states: jax.nn.logsumexp(model.logits(states), axis=-1), padded).reshape(-1)
+    sums = []
+    for text_bt, label_bt in zip(packed.texts, packed.labels, strict=True):
+        nll = normaliser[text_bt] - model.logits_of(hidden[text_bt], jnp.maximum(label_bt, 0))
+        sums.append(jnp.sum(jnp.where(label_bt >= 0, nll, 0.0), axis=1))
+    return jnp.concatenate(sums)

@@ -1,0 +1,52 @@
+"""Many texts in one forward pass without padding: tokens that follow the same tokens are computed once.
+
+Everything but attention is done for single tokens, whatever texts they belong to, so texts lie end to end in one row of
+`nodes`: (token, tokens before it), each once even where several texts begin alike. Only attention sees texts, in a few
+lengths: queries, keys and values are taken from the nodes into [text, T], and back.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from tmjax.models.decoder import Decoder
+from tmjax.models.layers import attention
+from tmjax.typing import Array, ArrayLike
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Packed:
+    """Texts as nodes [N] and, for each of a few lengths T, texts [B, T] of node numbers; padding is any node.
+
+    `ids`, `positions` [N]; `cos`, `sin` [rotary, N, planes]; `back` [N]: where in the texts of all lengths, laid end to
+    end, a node stands (in one of its texts). `texts` and `labels` hold a [B, T] for each length: nodes, and the token
+    that follows (-1 where there is none to be scored).
+    """
+
+    ids: ArrayLike
+    positions: ArrayLike
+    cos: ArrayLike
+    sin: ArrayLike
+    back: ArrayLike
+    texts: tuple[ArrayLike, ...]
+    labels: tuple[ArrayLike, ...]
+
+
+def packed_hidden(model: Decoder, packed: Packed, dtype: jnp.dtype) -> Array:
+    """Final normed states [N, embed] of all nodes: those of `Decoder.hidden` on each text alone."""
+
+    def attend(q: Array, k: Array, v: Array, window: Array, scale: Array, cap: float | None) -> Array:
+        mixed = []
+        for text_bt in packed.texts:
+            step = jnp.arange(text_bt.shape[1])
+            distance = step[:, None] - step[None, :]
+            mask = (distance >= 0) & (distance < window)
+            mixed.append(attention(q[0][text_bt], k[0][text_bt], v[0][text_bt], mask, scale, cap))
+        flat = [x.reshape(-1, x.shape[-1]) for x in mixed]
+        return jnp.concatenate(flat)[packed.back][None]
+
+    tables = (packed.cos, packed.sin)
+    hidden, _ = model.run(packed.ids[None], packed.positions, tables, lambda window: window, attend, dtype)
+    return hidden[0]
