@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import QWEN2, SPEC
-from jax.sharding import AxisType, Mesh
 
 from tmjax import cli
 from tmjax.activations import store
@@ -39,7 +38,7 @@ from tmjax.sharding.mesh import Layout
 from tmjax.sweep import score
 from tmjax.sweep.grid import coefficients_of, recipe_of
 from tmjax.sweep.results import read_csv
-from tmjax.sweep.score import SettingsScorer, settings_mesh
+from tmjax.sweep.score import SettingsScorer
 
 GRID = [
     *("--grid", "alpha=0:0.1:0.05"),
@@ -147,15 +146,13 @@ def transported(swept, models):
     return transport_model(alignment, target.rows, target.params, source.rows, source.params, recipe.fusion)
 
 
-@pytest.mark.parametrize("mesh", ["one", "all", "data=4", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", ["data=1", "data=8", "data=4", "data=2,fsdp=2,tensor=2"])
 def test_devices_do_not_change_scores(transported, models, texts, qwen2_dir, mesh: str) -> None:
     """Random coefficients of every projection, on one device, on eight, on meshes that split the model too."""
-    layout = Layout(mesh if "=" in mesh else None)
-    target = load_model(qwen2_dir, placement=lambda row, shape: layout.param_sharding(row.path, row.axes, shape))
-    where = (Mesh(np.asarray(jax.devices()[:1]), ("settings",), axis_types=(AxisType.Auto,)), "settings")
+    layout = Layout(mesh)
+    target = load_model(qwen2_dir, placement=layout.place)
     tokenizer, valid = load_tokenizer(target.directory), read_texts(texts["valid"])
-    own, axis = where if mesh == "one" else settings_mesh(layout)
-    scorer = SettingsScorer(target, tokenizer, valid, mesh=own, axis=axis, most=11)
+    scorer = SettingsScorer(target, tokenizer, valid, most=11, layout=layout)
     generator = np.random.default_rng(3)
     settings = [{role: tuple(generator.uniform(-0.1, 0.1, 2)) for role in transported} for _ in range(11)]
     placed, found = scorer.place(transported), []
@@ -242,7 +239,7 @@ def test_an_interrupted_sweep_goes_on_at_the_next_batch(flags, recipe_file, tmp_
     """Interrupted after its first batch; afterwards only the other batches are scored, and the table is the same."""
     monkeypatch.setattr(score, "BATCH_OPERATIONS", 0)
     grid = ["--grid", "alpha=0:0.15:0.01", "--grid", "beta=-0.1,0"]
-    arguments = ["sweep", recipe_file, *flags, *grid, "--json", "--out"]
+    arguments = ["sweep", recipe_file, *flags, *grid, "--mesh", "data=8", "--json", "--out"]
     assert _run(capsys, *arguments, tmp_path / "whole")[0] == 0
     kept = pipeline_sweep.Sweep._score
     calls = []
@@ -387,14 +384,11 @@ def test_plots_of_any_number_of_keys(keys: list[str]) -> None:
 
 
 def test_scores_need_valid_input(models, texts) -> None:
-    mesh, axis = settings_mesh(Layout(None))
     with pytest.raises(InputError, match="at least 2 tokens"):
         SettingsScorer(
             models[0],
             load_tokenizer(models[0].directory),
             read_texts(texts["valid"]),
-            mesh=mesh,
-            axis=axis,
             most=1,
             max_tokens=1,
         )

@@ -191,6 +191,10 @@ def sweep(
     alpha: Alpha = None,
     seed: Seed = None,
     mesh: Mesh = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    num_processes: Processes = None,
+    process_id: Process = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -201,7 +205,7 @@ def sweep(
     told = _recipe(recipe, locals())
     if told.mesh is None:
         _every_core()
-    with _live() as (progress, warn, show):
+    with _job(locals()), _live() as (progress, warn, show):
         from tmjax.pipeline.sweep import Sweep
 
         run = Sweep(
@@ -215,7 +219,7 @@ def sweep(
             show=show,
         )
         manifest = run.sweep()
-    if as_json:
+    if as_json or job.silent():
         _print_json(manifest)
         return
     from tmjax.report.sweep import sweep_summary
@@ -426,6 +430,9 @@ def _live() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callab
 
     from tmjax.report.sweep import live_table
 
+    if job.silent():
+        yield lambda stage, done, total: None, lambda message: None, lambda rows, total: None
+        return
     console = _console(stderr=True)
     stages = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}

@@ -228,12 +228,7 @@ def through_disk(clock: Clock, models: dict[str, Model], checkpoints: Path, layo
     sides = list(models)
     models.clear()
     with clock.stage("load"):
-        found = {
-            side: tmjax.load_model(
-                checkpoints / side, placement=lambda row, shape: layout.param_sharding(row.path, row.axes, shape)
-            )
-            for side in sides
-        }
+        found = {side: tmjax.load_model(checkpoints / side, placement=layout.place) for side in sides}
         jax.block_until_ready([dict(model.params) for model in found.values()])
     return found
 

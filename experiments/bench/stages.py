@@ -98,8 +98,7 @@ class Setting:
             # Unless told, what lets a batch have all its tokens.
             "memory_mib": self.memory_mib or 1 + whole * self.batch_tokens // 2**20,
             "dtype": self.dtype,
-            "place": self.layout.place_batch,
-            "multiple": self.layout.batch_multiple,
+            "layout": self.layout,
         }
 
     def texts_per_batch(self, spec: DecoderSpec) -> int:
@@ -114,10 +113,12 @@ class Setting:
         return {"tflops": rate, "mfu": rate / (self.peak * self.layout.devices) if self.peak else None}
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
-def final_states(spec: DecoderSpec, params: Mapping, ids_bt: jax.Array, dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("spec", "dtype", "mesh"))
+def final_states(
+    spec: DecoderSpec, params: Mapping, ids_bt: jax.Array, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None = None
+) -> jax.Array:
     """The model alone, up to its last states [B, T, embed]: what an extraction runs, without the head."""
-    return bind(spec, params).hidden(ids_bt, dtype, (), lambda x: x)[0]
+    return bind(spec, params).hidden(ids_bt, dtype, (), lambda x: x, mesh)[0]
 
 
 def forward(setting: Setting, clock: Clock, side: str, model: Model, repeats: int = 5) -> None:
@@ -131,10 +132,12 @@ def forward(setting: Setting, clock: Clock, side: str, model: Model, repeats: in
     for row, positions in enumerate(first.rows):
         weights[:, row, positions] = 1 / len(positions)
     ids, weights = setting.layout.place_batch(ids), setting.layout.place_batch(weights)
-    flops = forward_flops(model.family, spec, [tokens] * size)
+    flops, mesh = forward_flops(model.family, spec, [tokens] * size), setting.layout.mesh
     calls = {
-        "model": lambda: final_states(spec, model.params, ids, setting.dtype),
-        "model and averages": lambda: pooled_forward(spec, model.params, ids, weights, setting.sites, setting.dtype),
+        "model": lambda: final_states(spec, model.params, ids, setting.dtype, mesh),
+        "model and averages": lambda: pooled_forward(
+            spec, model.params, ids, weights, setting.sites, setting.dtype, mesh
+        ),
     }
     with clock.stage(f"forward {side}") as entry:
         entry["batch"] = list(ids.shape)

@@ -32,10 +32,13 @@ def main(
     from tmjax.fuse.apply import fuse_params, transport_model
     from tmjax.pipeline import Merge
     from tmjax.recipe import build_recipe, read_recipe
-    from tmjax.sweep.score import SettingsScorer, settings_mesh
+    from tmjax.sharding.mesh import Layout
+    from tmjax.sweep.score import SettingsScorer
 
     with tempfile.TemporaryDirectory() as folder:
-        told = build_recipe(read_recipe(recipe) | {"out": f"{folder}/run", "controls": False}, base=recipe.parent)
+        told = build_recipe(
+            read_recipe(recipe) | {"out": f"{folder}/run", "controls": False, "mesh": "data=1"}, base=recipe.parent
+        )
         merge = Merge(told)
         alignment, inputs = merge.align(), merge.inputs
         target, source, rule = inputs.target, inputs.source, told.fusion.bias
@@ -44,9 +47,9 @@ def main(
         grid = [(a, b) for a in np.linspace(0, 0.3, across) for b in np.linspace(-0.2, 0.15, 8)][:settings]
         pairs = [dict.fromkeys(transported, (float(a), float(b))) for a, b in grid]
 
-        mesh, axis = settings_mesh(inputs.layout)
+        layout = Layout(f"data={jax.device_count()}")
         scorer = SettingsScorer(
-            target, inputs.target_tokenizer, inputs.valid, mesh=mesh, axis=axis, most=settings, dtype=inputs.dtype
+            target, inputs.target_tokenizer, inputs.valid, most=settings, dtype=inputs.dtype, layout=layout
         )
         placed = scorer.place(transported)
 

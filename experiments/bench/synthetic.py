@@ -77,7 +77,7 @@ def random_model(spec: DecoderSpec, seed: int, layout: Layout, directory: Path) 
                 made[row.path] = draw(own, shape)
         return made
 
-    places = {row.path: layout.param_sharding(row.path, row.axes, row.stacked_shape(spec)) for row in rows}
+    places = {row.path: layout.place(row, row.stacked_shape(spec)) for row in rows}
     # This generator is made by the device's own instruction where it has one, and compiles quickly.
     key = jax.random.key(seed, impl="unsafe_rbg")
     params = jax.block_until_ready(jax.jit(make, out_shardings=places)(key))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,10 +28,11 @@ from tmjax.pipeline.inputs import Inputs
 from tmjax.pipeline.merge import evaluation_facts
 from tmjax.recipe import Recipe
 from tmjax.report.sweep import write_sweep_report
+from tmjax.sharding import hosts
 from tmjax.sweep.grid import coefficients_of, make_settings, parse_axes
 from tmjax.sweep.plan import Group, make_groups
 from tmjax.sweep.results import Result, best_of, has_parquet, read_csv, write_csv, write_parquet
-from tmjax.sweep.score import SettingsScorer, settings_mesh
+from tmjax.sweep.score import SettingsScorer
 
 #: Called with the rows so far and the number of all settings.
 Show = Callable[[Sequence[Mapping[str, Any]], int], None]
@@ -104,6 +106,8 @@ class Sweep(AlignmentRun):
     ) -> None:
         if recipe.valid is None:
             raise InputError("settings are compared on validation texts: give --valid FILE")
+        if recipe.mesh is None:  # settings are split over data, so the models are whole on every device unless told
+            recipe = recipe.model_copy(update={"mesh": f"data={jax.device_count()}"})
         self.axes = parse_axes(grid, recipe, random=random is not None)
         self.settings = make_settings(self.axes, recipe, random=random)
         self.groups = make_groups(recipe, self.settings)
@@ -122,18 +126,16 @@ class Sweep(AlignmentRun):
         name = (recipe.dtype, which, stored)
         if name not in self._scorers:
             texts: Texts = getattr(self.inputs, which)
-            mesh, axis = settings_mesh(self.inputs.layout)
             self._scorers[name] = SettingsScorer(
                 self.inputs.target,
                 self.inputs.target_tokenizer,
                 texts,
-                mesh=mesh,
-                axis=axis,
                 most=max(len(group.members) for group in self.groups) if which == "valid" else 2,
                 batch_tokens=recipe.evaluation.batch_tokens,
                 max_tokens=recipe.evaluation.max_tokens,
                 dtype=jnp.dtype(recipe.dtype),
                 stored=stored,
+                layout=self.inputs.layout,
             )
         return self._scorers[name]
 
@@ -168,7 +170,9 @@ class Sweep(AlignmentRun):
             batch = items[start : start + scorer.batch]
             file = self.run.path / "settings" / f"{digest([shared, [pairs for pairs, _ in batch]])}.json"
             try:
-                held = _read(file) or self._score(file, scorer, place(), [dict(p) for p, _ in batch], group.recipe)
+                held = hosts.agree(_read(file)) or self._score(
+                    file, scorer, place(), [dict(p) for p, _ in batch], group.recipe
+                )
             except InputError as error:
                 yield [result(member, None, 0.0, str(error)) for _, members in items[start:] for member in members]
                 return
@@ -194,8 +198,9 @@ class Sweep(AlignmentRun):
             "bits_per_byte": [float(value) if np.isfinite(value) else None for value in bits],
             "seconds": round(seconds / len(settings), 6),
         }
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, held)
+        if hosts.is_first():
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, held)
         return held
 
     def sweep(self) -> dict[str, Any]:
@@ -213,9 +218,10 @@ class Sweep(AlignmentRun):
             best = best_of(results)
             if best is None:
                 raise InputError(f"all {len(results)} settings failed: {results[0].reason}")
-            write_csv(partial, results)
-            if has_parquet():
-                write_parquet(self.run.path / "results.parquet", results)
+            if hosts.is_first():
+                write_csv(partial, results)
+                if has_parquet():
+                    write_parquet(self.run.path / "results.parquet", results)
             label = digest(_Variant(self.groups[best.group].recipe, self)._alignment_key())[:8]
             return {"sweep": self._facts(results, best), "alignment": self.run.manifest["shared"][label]["alignment"]}
 
@@ -226,7 +232,9 @@ class Sweep(AlignmentRun):
         def report(partial: Path) -> None:
             write_sweep_report(partial, self.run.path, self.run.manifest, self.rows())
 
-        self.run.stage("report", [self.run.manifest["sweep"], self.run.manifest["evaluation"]], "sweep.html", report)
+        self.run.stage(
+            "report", [self.run.manifest["sweep"], self.run.manifest["evaluation"]], "sweep.html", report, joint=False
+        )
         return self.run.manifest
 
     def rows(self) -> list[dict[str, Any]]:
@@ -271,8 +279,9 @@ class Sweep(AlignmentRun):
             transported = scorer.place(self._transported(variant))
             both = [scorer(transported, [setting], bias_rule=group.recipe.fusion.bias)[0] for setting in arms.values()]
             scores = {arm: scorer.scores(nll) for arm, nll in zip(arms, both, strict=True)}
-            with partial.open("wb") as stream:
-                np.savez(stream, bytes=scores["best"].bytes, **{arm: value.nll for arm, value in scores.items()})
+            if hosts.is_first():
+                with partial.open("wb") as stream:
+                    np.savez(stream, bytes=scores["best"].bytes, **{arm: value.nll for arm, value in scores.items()})
             options = self.recipe.evaluation
             facts = evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed)
             return {"evaluation": facts["evaluation"], ("sweep", "test_compilations"): scorer.compilations}

@@ -22,7 +22,8 @@ from tmjax.fuse.apply import Coefficients, Transported, fuse_params
 from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer
 from tmjax.models.packed import Packed
-from tmjax.sharding.mesh import Layout
+from tmjax.sharding.hosts import to_host
+from tmjax.sharding.mesh import AXES, Layout
 from tmjax.typing import Array, Params
 
 #: Nodes per chunk on a CPU, whose caches hold the activations of about so many.
@@ -34,17 +35,10 @@ BATCH_OPERATIONS = 2e11
 MOST_AT_ONCE = 16
 
 
-def settings_mesh(layout: Layout) -> tuple[Mesh, str]:
-    """The mesh and the axis of it that settings are split over: all devices, or the data axis of a given layout."""
-    if layout.mesh is not None:
-        return layout.mesh, "data"
-    devices = np.asarray(jax.local_devices())
-    return Mesh(devices, ("settings",), axis_types=(AxisType.Auto,)), "settings"
-
-
 class SettingsScorer:
     """Texts packed and placed once, to be scored under many coefficients of one transport after the other.
 
+    Settings are split over the data axis of `layout`; its other axes split the parameters, as they do elsewhere.
     `stored`: fused parameters are rounded to the target's dtypes first, as the written checkpoint is.
     """
 
@@ -54,26 +48,31 @@ class SettingsScorer:
         tokenizer: TextTokenizer,
         texts: Texts,
         *,
-        mesh: Mesh,
-        axis: str,
         most: int,
         batch_tokens: int = 4096,
         max_tokens: int | None = None,
         dtype: jnp.dtype = jnp.float32,
+        layout: Layout | None = None,
         stored: bool = False,
     ) -> None:
         self.target, self.dtype, self.stored = target, dtype, stored
-        self._mesh, self._axis = mesh, axis
+        mesh = (layout or Layout()).mesh
+        if mesh is None:
+            mesh = Mesh(np.asarray(jax.local_devices()[:1]), AXES[:1], axis_types=(AxisType.Auto,))
+        self._mesh, self._axis = mesh, AXES[0]
         self._cut = windows(target.spec, tokenizer, texts, max_tokens)
         cpu = mesh.devices.flat[0].platform == "cpu"
         tokens = min(batch_tokens, CPU_TOKENS) if cpu else batch_tokens
         self._chunks = pack(target.spec, [ids for _, ids in self._cut.pieces], chunk_tokens=tokens)
         self._placed = self._everywhere(self._chunks.packed)
-        self._params = target.params if mesh.axis_names != ("settings",) else self._everywhere(dict(target.params))
+        self._params = {
+            path: value if getattr(value.sharding, "mesh", None) == mesh else self._everywhere(value)
+            for path, value in target.params.items()
+        }
         self._at_once = 1 if cpu else self._settings_in_memory()
         operations = 2 * target.size * self._chunks.packed.ids.size
         #: Devices that settings are split over.
-        self.devices = mesh.shape[axis]
+        self.devices = mesh.shape[self._axis]
         limit = min(MOST_AT_ONCE, max(self._at_once, 1, round(BATCH_OPERATIONS / operations)))
         #: Settings per call. Smaller batches are filled up, so that there is one shape: the one that `most` fill best.
         self.batch = self.devices * min(
@@ -153,7 +152,7 @@ class SettingsScorer:
         placed = jax.device_put(filled, NamedSharding(self._mesh, PartitionSpec(self._axis)))
         arguments = (self._params, transported, self._placed, placed)
         sums = self._program(bias_rule, arguments)(*arguments)
-        values = self._chunks.sums(np.asarray(sums, np.float64), len(self._cut.pieces))[: len(told)]
+        values = self._chunks.sums(to_host(sums).astype(np.float64), len(self._cut.pieces))[: len(told)]
         nll = np.zeros((len(told), len(self._cut.bytes)))
         np.add.at(nll, (slice(None), [document for document, _ in self._cut.pieces]), values)
         return nll
