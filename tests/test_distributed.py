@@ -1,0 +1,186 @@
+"""One job of two real processes with four devices each, over loopback: same results, one voice, clear ends, resume."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tmjax import cli
+from tmjax.sweep.results import read_csv
+
+MESH = "data=2,fsdp=2,tensor=2"
+
+
+class Job:
+    """The same command in two processes. Ended with the test, whatever happens."""
+
+    def __init__(self, arguments: Sequence[object], *, own: Sequence[Sequence[object]] = ((), ())) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        where = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tmjax.cli", *map(str, [*arguments, *own[process], *where, process])],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for process in range(2)
+        ]
+
+    def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:
+        """Exit status, standard output and standard error of both."""
+        try:
+            told = [process.communicate(timeout=timeout) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(process.returncode, *texts) for process, texts in zip(self.processes, told, strict=True)]
+
+    def wait_for_stage(self, out: Path, stage: str, timeout: float = 300) -> None:
+        """Waits until the manifest of a run has a stage."""
+        until = time.monotonic() + timeout
+        while (
+            stage not in (json.loads((out / "manifest.json").read_text()) if out.exists() else {"stages": {}})["stages"]
+        ):
+            assert time.monotonic() < until and all(process.poll() is None for process in self.processes)
+            time.sleep(0.02)
+
+
+def _errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "tmjax: error:" in line]
+
+
+@pytest.fixture(scope="module")
+def merged(flags, recipe_file, tmp_path_factory) -> dict[str, object]:
+    """A merge whose second process is killed after the first stage, and the same command again."""
+    out = tmp_path_factory.mktemp("job") / "run"
+    command = ["merge", recipe_file, *flags, "--out", out, "--mesh", MESH, "--json"]
+    job = Job(command)
+    job.wait_for_stage(out, "activations:target")
+    job.processes[1].send_signal(signal.SIGKILL)
+    killed = job.end(timeout=120)
+    left = sorted(path.name for path in out.iterdir())
+    return {"out": out, "killed": killed, "left": left, "ended": Job(command).end()}
+
+
+def test_a_killed_process_ends_the_job_with_a_clear_line(merged) -> None:
+    (code, printed, error), (other, *_) = merged["killed"]
+    assert code == 1 and other == -signal.SIGKILL and printed == ""
+    assert len(_errors(error)) == 1 and "another process of this job" in error and "resumes" in error
+    assert "Traceback" not in error and "merged" not in merged["left"]
+
+
+def test_the_rerun_resumes_and_only_the_first_process_speaks(merged) -> None:
+    (code, printed, error), (other, nothing, silence) = merged["ended"]
+    assert code == other == 0, error + silence
+    manifest = json.loads(printed)
+    assert nothing == "" and silence == ""
+    assert manifest["stages"]["activations:target"]["reused"] and not manifest["stages"]["fuse"]["reused"]
+    assert manifest["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert (manifest["devices"], manifest["processes"], manifest["platform"]) == (8, 2, "cpu")
+
+
+def test_two_processes_merge_as_one_device_does(merged, plain) -> None:
+    found, expected = (load_file(path / "merged/model.safetensors") for path in (merged["out"], plain))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), name
+    scores, one = (np.load(path / "scores.npz") for path in (merged["out"], plain))
+    for arm in one.files:
+        np.testing.assert_allclose(scores[arm], one[arm], rtol=1e-5)
+    names = {path.relative_to(plain) for path in plain.rglob("*")}
+    assert {path.relative_to(merged["out"]) for path in merged["out"].rglob("*")} == names
+
+
+def test_a_sweep_over_two_processes(flags, recipe_file, tmp_path) -> None:
+    """Settings over all eight devices; the table is that of one device."""
+    command = ["sweep", recipe_file, *flags, "--grid", "alpha=0:0.15:0.01", "--write-best", "--out"]
+    (code, printed, error), (other, nothing, _) = Job([*command, tmp_path / "job", "--mesh", "data=8", "--json"]).end()
+    assert code == other == 0 and nothing == "", error
+    assert json.loads(printed)["sweep"]["devices"] == 8
+    assert cli.run([*map(str, command), str(tmp_path / "one")]) == 0
+    found, expected = (read_csv(tmp_path / name / "results.csv") for name in ("job", "one"))
+    assert len(found) == 16
+    for row, one in zip(found, expected, strict=True):
+        assert row["alpha"] == one["alpha"] and abs(row["bits_per_byte"] / one["bits_per_byte"] - 1) < 1e-5
+    assert (tmp_path / "job/best/model.safetensors").is_file() and (tmp_path / "job/sweep.html").is_file()
+
+
+def test_processes_that_were_told_different_things(flags, recipe_file, texts, tmp_path) -> None:
+    """Other texts, or an output that the other process does not see: one line each, nothing written."""
+    command = ["merge", recipe_file, *flags]
+    for own, said in (
+        ([["--out", tmp_path / "a"], ["--out", tmp_path / "a", "--texts", texts["valid"]]], "has other inputs"),
+        ([["--out", tmp_path / "b"], ["--out", tmp_path / "c"]], "must lie on a file system that all processes share"),
+    ):
+        ended = Job([*command, "--mesh", MESH], own=own).end(timeout=120)
+        assert all(code != 0 and len(_errors(error)) == 1 for code, _, error in ended)
+        assert any(said in " ".join(error.split()) for *_, error in ended), ended
+        assert not any((tmp_path / name / "activations").exists() for name in "abc")
+
+
+@pytest.mark.slow
+def test_evaluate_controls_and_moments_over_two_processes(flags, recipe_file, plain, tmp_path) -> None:
+    """Controls, activations that are not kept, and `tmjax evaluate`, against one process."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(Path(recipe_file).read_text() + "activations: {keep: false}\n")
+    command = ["merge", recipe, *flags, "--controls", "--out"]
+    ended = Job([*command, tmp_path / "job", "--mesh", MESH]).end(timeout=600)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert cli.run([*map(str, command), str(tmp_path / "one")]) == 0
+    arms = ["merged", *(f"controls/{path.name}" for path in (tmp_path / "one/controls").iterdir())]
+    assert len(arms) == 5
+    for arm in arms:
+        found, expected = (load_file(tmp_path / name / arm / "model.safetensors") for name in ("job", "one"))
+        for name, value in expected.items():
+            assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), (arm, name)
+    test = flags[flags.index("--test") + 1]
+    (code, printed, _), (other, nothing, _) = Job(["evaluate", plain / "merged", "--texts", test, "--json"]).end()
+    assert code == other == 0 and nothing == ""
+    bits = json.loads(printed)["evaluation"][str(plain / "merged")]["bits_per_byte"]
+    assert bits == pytest.approx(
+        json.loads((plain / "manifest.json").read_text())["evaluation"]["merged"]["bits_per_byte"]
+    )
+
+
+@pytest.mark.slow
+def test_the_first_process_killed(flags, recipe_file, tmp_path) -> None:
+    """It is the coordinator: the other one ends at once, with one line."""
+    job = Job(["merge", recipe_file, *flags, "--out", tmp_path / "run", "--mesh", MESH])
+    job.wait_for_stage(tmp_path / "run", "activations:target")
+    job.processes[0].send_signal(signal.SIGKILL)
+    (code, *_), (other, printed, error) = job.end(timeout=120)
+    assert code == -signal.SIGKILL and other == 1 and printed == ""
+    assert len(_errors(error)) == 1 and "resumes" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--coordinator", "127.0.0.1:9"], "go with --distributed"),
+        (["--distributed", "--coordinator", "127.0.0.1:9"], "belong together"),
+        (["--distributed", "--coordinator", "here", "--num-processes", "2", "--process-id", "0"], "write HOST:PORT"),
+        (
+            ["--distributed", "--coordinator", "a:9", "--num-processes", "2", "--process-id", "2"],
+            "not one of 2 processes",
+        ),
+        (["--distributed"], "found no TPU pod, SLURM, Open MPI or Kubernetes job"),
+    ],
+)
+def test_what_is_wrong_with_a_job_is_said(flags, recipe_file, tmp_path, capfd, more: list[str], said: str) -> None:
+    code = cli.run(["merge", recipe_file, *flags, "--out", str(tmp_path / "run"), *more])
+    error = capfd.readouterr().err
+    assert code == 2 and len(_errors(error)) == 1 and said in error and not (tmp_path / "run").exists()
