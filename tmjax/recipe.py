@@ -48,7 +48,8 @@ class AlignmentOptions(_Section):
     differ by at most `layer_band`. `layer_top_k` keeps only so many source layers per target layer, `plan_top_k` only
     the entries of a plan among the so many largest of their row or column. `gain` multiplies every unit's map by its
     least-squares gain. Where the activations are kept with the potentials (large models), it is as `feature_dtype`.
-    `memory_mib` is what the solver may use beside the activations of a site.
+    `memory_mib` is what the solver may use beside the activations of a site: unless given, a quarter of an
+    accelerator's memory, 512 on a CPU.
     """
 
     cost: Literal["correlation", "cosine"] = "correlation"
@@ -69,7 +70,7 @@ class AlignmentOptions(_Section):
     plan_top_k: Positive | None = None
     gain: bool = False
     feature_dtype: Literal["float16", "float32"] = "float16"
-    memory_mib: Positive = 512
+    memory_mib: Positive | None = None
 
     @property
     def centred(self) -> bool:

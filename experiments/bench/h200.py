@@ -168,11 +168,10 @@ def _main(
     wanted = stages_of(stages)
     specs = {side: shape_of(name) for side, name in names.items()}
     layout, device = Layout(mesh), jax.devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
     options = AlignmentOptions(
         epsilon=epsilon,
         layer_pairs=layer_pairs,
-        memory_mib=solver_memory_mib or (max(512, limit // 2**22) if limit else 512),
+        memory_mib=solver_memory_mib,
         solver_options=solver_options(kernel_dtype, iterations),
     )
     rows, documents = random_texts(texts, tokens, rows_per_text, min(s.vocab for s in specs.values()), seed)

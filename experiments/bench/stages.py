@@ -104,7 +104,7 @@ class Setting:
     def texts_per_batch(self, spec: DecoderSpec) -> int:
         """As `capture` makes batches."""
         how = self.reading(spec)
-        limit = batch_limit(spec, self.sites, how["batch_tokens"], how["memory_mib"])
+        limit = batch_limit(spec, self.sites, self.documents, how["batch_tokens"], how["memory_mib"])
         return max(1, min(limit // bucket_length(self.lengths[0]), len(self.documents)))
 
     def rate(self, flops: float, seconds: float) -> dict:

@@ -10,13 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tmjax.activations import store
-from tmjax.activations.batches import Batch, bucketed
+from tmjax.activations.batches import Batch, bucket_length, bucketed
 from tmjax.activations.rows import Rows, TokenisedDocument
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.decoder import bind
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding import hosts
+from tmjax.sharding.memory import share_mib
 from tmjax.sharding.mesh import Layout, constrain
 from tmjax.typing import Array, Params
 
@@ -41,13 +42,6 @@ def pooled_forward(
 
     _, captured = bind(spec, params).hidden(ids_bt, dtype, sites, pool, mesh)
     return {site: constrain(mesh, x, (None, "batch", None, None)) for site, x in captured.items()}
-
-
-def _default_memory_mib() -> int:
-    """64 MiB on the CPU, a sixteenth of the device's memory elsewhere."""
-    device = jax.devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    return 64 if limit is None else max(64, limit // 16 // 2**20)
 
 
 def _arrays(batch: Batch, documents: Sequence[TokenisedDocument], rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,10 +71,18 @@ def require_readable(spec: DecoderSpec, documents: Sequence[TokenisedDocument], 
         )
 
 
-def batch_limit(spec: DecoderSpec, sites: Sequence[str], batch_tokens: int, memory_mib: int | None) -> int:
-    """Padded tokens of a batch: `batch_tokens`, or fewer where the activations of that many rows exceed the memory."""
+def batch_limit(
+    spec: DecoderSpec,
+    sites: Sequence[str],
+    documents: Sequence[TokenisedDocument],
+    batch_tokens: int,
+    memory_mib: int | None,
+) -> int:
+    """Padded tokens of a batch: `batch_tokens`, or fewer where the activations of its rows exceed the memory."""
     row_bytes = 4 * spec.layers * sum(spec.axis_size(SITES[site]) for site in sites)
-    return max(1, min(batch_tokens, (memory_mib or _default_memory_mib()) * 2**20 // row_bytes))
+    rows = max(len(document.rows) / bucket_length(len(document.ids)) for document in documents)  # per padded token
+    memory = (memory_mib or share_mib(16, 48)) * 2**20
+    return max(1, min(batch_tokens, int(memory / (row_bytes * max(rows, 1 / batch_tokens)))))
 
 
 def pooled_batches(
@@ -95,11 +97,18 @@ def pooled_batches(
 ) -> Iterator[tuple[Batch, dict[str, Array]]]:
     """Each batch with its pooled activations, `[layer, slot, R, unit]` float32 of every site, on the devices.
 
-    `batches` pairs a batch with R, the rows that each of its documents is padded to.
+    `batches` pairs a batch with R, the rows that each of its documents is padded to. While one is used the next is
+    computed.
     """
+    before: tuple[Batch, dict[str, Array]] | None = None
     for batch, rows in batches:
         ids, weights = (layout.place_batch(x) for x in _arrays(batch, documents, rows))
-        yield batch, pooled_forward(spec, params, ids, weights, tuple(sites), dtype, layout.mesh)
+        started = batch, pooled_forward(spec, params, ids, weights, tuple(sites), dtype, layout.mesh)
+        if before is not None:
+            yield before
+        before = started
+    if before is not None:
+        yield before
 
 
 def require_finite(site: str, values: np.ndarray) -> None:
@@ -137,7 +146,7 @@ def capture(
     hosts.barrier("activation store")
     counts = [len(document.rows) for document in documents]
     first_row = np.concatenate([[0], np.cumsum(counts)])
-    limit = batch_limit(spec, sites, batch_tokens, memory_mib)
+    limit = batch_limit(spec, sites, documents, batch_tokens, memory_mib)
     used = [number for number, count in enumerate(counts) if count]
     lengths = [len(documents[n].ids) for n in used]
     batches = list(bucketed(lengths, batch_tokens=limit, multiple=layout.batch_multiple))

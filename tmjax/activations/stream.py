@@ -171,7 +171,7 @@ def paired_blocks(
     for name, (spec, _, documents) in zip(("target", "source"), readers, strict=True):
         require_readable(spec, documents, sites)
         _require_rows(name, documents, rows)
-    limits = [batch_limit(spec, sites, batch_tokens, memory_mib) for spec, _, _ in readers]
+    limits = [batch_limit(spec, sites, documents, batch_tokens, memory_mib) for spec, _, documents in readers]
     groups = _groups([documents for _, _, documents in readers], limits)
     sides = []
     for reader, limit in zip(readers, limits, strict=True):

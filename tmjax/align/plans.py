@@ -30,6 +30,7 @@ from tmjax.ot import (
     solve_each,
 )
 from tmjax.sharding.hosts import to_host
+from tmjax.sharding.memory import solver_mib
 from tmjax.typing import Array, ArrayLike
 
 #: Most pairs of layers that are solved in one call; progress is shown between calls.
@@ -271,7 +272,7 @@ def solve_pairs(
     solver: Solver,
     *,
     wanted_lm: np.ndarray | None = None,
-    memory_mib: int = 512,
+    memory_mib: int | None = None,
     gain: bool = False,
     top_k: int | None = None,
     mesh: Mesh | None = None,
@@ -292,6 +293,7 @@ def solve_pairs(
     if isinstance(site, CorrelationSite) and (can.needs_features or gain):
         what = f"solver {solver.name!r}" if can.needs_features else "alignment.gain"
         raise InputError(f"{what} needs the activations, which were not kept; set activations.keep: true")
+    memory_mib = solver_mib(memory_mib)
     if hasattr(solver, "memory_mib"):
         solver = replace(solver, memory_mib=memory_mib)
     wanted_lm = np.ones((layers, sources), bool) if wanted_lm is None else wanted_lm

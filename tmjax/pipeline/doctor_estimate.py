@@ -13,6 +13,7 @@ from tmjax.align.pairs import band
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.ot import capabilities_of
 from tmjax.recipe import Recipe
+from tmjax.sharding.memory import solver_mib
 
 #: Iterations of the solver that times assume; easy sites take fewer, small epsilons more.
 ITERATIONS = 300
@@ -94,7 +95,7 @@ def require_room(sites: Sites, rows: int, recipe: Recipe) -> None:
     """Raises InputError if `alignment.memory_mib` is too little for the solver to work on a pair of some site."""
     solver = solver_of(recipe.alignment)
     if hasattr(solver, "form"):
-        solver = replace(solver, memory_mib=recipe.alignment.memory_mib)
+        solver = replace(solver, memory_mib=solver_mib(recipe.alignment.memory_mib))
         for site in sites.plans:
             solver.form(sites.units[site], 1, rows if recipe.activations.keep else 0)
 
@@ -136,7 +137,7 @@ def memory(
         }
     weights = target.bytes + source.bytes
     store = sum(4 * reading.rows * (layers[0] * units[0] + layers[1] * units[1]) for units in sites.units.values())
-    solver = options.memory_mib * 2**20
+    solver = solver_mib(options.memory_mib) * 2**20
     stored = sum(item["kept"] for item in by_site.values())
     # Activations of a site are mapped from disk, standardised on the host, put on the device: a CPU holds all three.
     largest = max(3 * item["activations"] + item["kept"] for item in by_site.values())

@@ -83,21 +83,20 @@ class Merge(AlignmentRun):
         inputs = self.inputs
         if inputs.recipe.test is None:
             return
-        arms = {"target": None, "source": None, **checkpoints}
 
         def work(partial: Path) -> dict[Any, Any]:
-            scorer = inputs.scorer(inputs.target, inputs.target_tokenizer, inputs.test)
             scores: dict[str, Scores] = {}
-            for done, (arm, path) in enumerate(arms.items()):
-                if arm == "source":
-                    own = inputs.scorer(inputs.source, inputs.source_tokenizer, inputs.test)
-                    scores[arm] = own(inputs.source.params)
-                else:
-                    params = (
-                        inputs.target.params if path is None else load_model(path, placement=inputs.layout.place).params
-                    )
-                    scores[arm] = scorer(params)
-                self.progress("evaluate", done + 1, len(arms))
+
+            def score(arm: str, scorer: Scorer, params: Params) -> None:
+                scores[arm] = scorer(params)
+                self.progress("evaluate", len(scores), 2 + len(checkpoints))
+
+            scorer = inputs.scorer(inputs.target, inputs.target_tokenizer, inputs.test)
+            score("target", scorer, inputs.target.params)
+            own = inputs.scorer(inputs.source, inputs.source_tokenizer, inputs.test)
+            score("source", own, inputs.source.params)
+            for arm, path in checkpoints.items():
+                score(arm, scorer, load_model(path, placement=inputs.layout.place).params)
             if hosts.is_first():
                 with partial.open("wb") as stream:
                     np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})

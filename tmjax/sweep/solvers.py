@@ -139,7 +139,7 @@ class SolverProblem:
 
 
 def measure_site(
-    name: str, solver: Solver, problem: SolverProblem, *, memory_mib: int = 512, repeats: int = 3
+    name: str, solver: Solver, problem: SolverProblem, *, memory_mib: int | None = None, repeats: int = 3
 ) -> SolverRow:
     """Solves every pair of layers of a site on one half of the rows and measures the maps on the other.
 

@@ -1,0 +1,21 @@
+"""Memory of the device that work runs on, of which parts are set aside for one purpose or another."""
+
+import jax
+
+#: What the solver may use unless told: a quarter of an accelerator, of a CPU so many MiB.
+SOLVER_SHARE, SOLVER_CPU_MIB = 4, 512
+
+
+def share_mib(share: int, cpu: int) -> int:
+    """MiB of a `share`-th of the device's memory, at least `cpu`; `cpu` on a CPU or where it is not known.
+
+    A power of two: processes whose devices differ a little must come to the same.
+    """
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    return cpu if limit is None else max(cpu, 2 ** ((limit // share // 2**20).bit_length() - 1))
+
+
+def solver_mib(given: int | None) -> int:
+    """`alignment.memory_mib`, or what it is unless given."""
+    return given or share_mib(SOLVER_SHARE, SOLVER_CPU_MIB)
