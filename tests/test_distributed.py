@@ -40,7 +40,7 @@ class Job:
             for process in range(2)
         ]
 
-    def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:
+    def end(self, timeout: float = 600) -> list[tuple[int, str, str]]:
         """Exit status, standard output and standard error of both."""
         try:
             told = [process.communicate(timeout=timeout) for process in self.processes]
@@ -49,12 +49,10 @@ class Job:
                 process.kill()
         return [(process.returncode, *texts) for process, texts in zip(self.processes, told, strict=True)]
 
-    def wait_for_stage(self, out: Path, stage: str, timeout: float = 300) -> None:
+    def wait_for_stage(self, out: Path, stage: str, timeout: float = 600) -> None:
         """Waits until the manifest of a run has a stage."""
-        until = time.monotonic() + timeout
-        while (
-            stage not in (json.loads((out / "manifest.json").read_text()) if out.exists() else {"stages": {}})["stages"]
-        ):
+        manifest, until = out / "manifest.json", time.monotonic() + timeout
+        while not (manifest.exists() and stage in json.loads(manifest.read_text())["stages"]):
             assert time.monotonic() < until and all(process.poll() is None for process in self.processes)
             time.sleep(0.02)
 
@@ -71,7 +69,7 @@ def merged(flags, recipe_file, tmp_path_factory) -> dict[str, object]:
     job = Job(command)
     job.wait_for_stage(out, "activations:target")
     job.processes[1].send_signal(signal.SIGKILL)
-    killed = job.end(timeout=120)
+    killed = job.end(timeout=300)
     left = sorted(path.name for path in out.iterdir())
     return {"out": out, "killed": killed, "left": left, "ended": Job(command).end()}
 
@@ -126,7 +124,7 @@ def test_processes_that_were_told_different_things(flags, recipe_file, texts, tm
         ([["--out", tmp_path / "a"], ["--out", tmp_path / "a", "--texts", texts["valid"]]], "has other inputs"),
         ([["--out", tmp_path / "b"], ["--out", tmp_path / "c"]], "must lie on a file system that all processes share"),
     ):
-        ended = Job([*command, "--mesh", MESH], own=own).end(timeout=120)
+        ended = Job([*command, "--mesh", MESH], own=own).end(timeout=300)
         assert all(code != 0 and len(_errors(error)) == 1 for code, _, error in ended)
         assert any(said in " ".join(error.split()) for *_, error in ended), ended
         assert not any((tmp_path / name / "activations").exists() for name in "abc")
@@ -138,7 +136,7 @@ def test_evaluate_controls_and_moments_over_two_processes(flags, recipe_file, pl
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(Path(recipe_file).read_text() + "activations: {keep: false}\n")
     command = ["merge", recipe, *flags, "--controls", "--out"]
-    ended = Job([*command, tmp_path / "job", "--mesh", MESH]).end(timeout=600)
+    ended = Job([*command, tmp_path / "job", "--mesh", MESH]).end(timeout=1200)
     assert [code for code, *_ in ended] == [0, 0], ended
     assert cli.run([*map(str, command), str(tmp_path / "one")]) == 0
     arms = ["merged", *(f"controls/{path.name}" for path in (tmp_path / "one/controls").iterdir())]
@@ -162,7 +160,7 @@ def test_the_first_process_killed(flags, recipe_file, tmp_path) -> None:
     job = Job(["merge", recipe_file, *flags, "--out", tmp_path / "run", "--mesh", MESH])
     job.wait_for_stage(tmp_path / "run", "activations:target")
     job.processes[0].send_signal(signal.SIGKILL)
-    (code, *_), (other, printed, error) = job.end(timeout=120)
+    (code, *_), (other, printed, error) = job.end(timeout=300)
     assert code == -signal.SIGKILL and other == 1 and printed == ""
     assert len(_errors(error)) == 1 and "resumes" in error and "Traceback" not in error
 
