@@ -524,8 +524,10 @@ def main() -> None:
         code = run()
     except BaseException:
         if job.joined():  # or the traceback would wait for the other processes
-            traceback.print_exc()
-            job.end(1)
+            try:
+                traceback.print_exc()
+            finally:
+                job.end(1)
         raise
     sys.exit(code)
 

@@ -89,9 +89,11 @@ def leave() -> None:
 
 def end(code: int) -> None:
     """Ends this process at once with an exit status: a failed one must not wait for the others to shut down."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # whoever read them may be gone
+        os._exit(code)
 
 
 def _redirect_native_output() -> None:
