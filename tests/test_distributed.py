@@ -178,10 +178,27 @@ def test_the_first_process_killed(flags, recipe_file, tmp_path) -> None:
             ["--distributed", "--coordinator", "a:9", "--num-processes", "2", "--process-id", "2"],
             "not one of 2 processes",
         ),
-        (["--distributed"], "found no TPU pod, SLURM, Open MPI or Kubernetes job"),
     ],
 )
 def test_what_is_wrong_with_a_job_is_said(flags, recipe_file, tmp_path, capfd, more: list[str], said: str) -> None:
     code = cli.run(["merge", recipe_file, *flags, "--out", str(tmp_path / "run"), *more])
     error = capfd.readouterr().err
     assert code == 2 and len(_errors(error)) == 1 and said in error and not (tmp_path / "run").exists()
+
+
+def test_no_job_around_it(flags, recipe_file, tmp_path) -> None:
+    """In a process of its own: a job must be joined before any device is used."""
+    command = [
+        sys.executable,
+        "-m",
+        "tmjax.cli",
+        "merge",
+        recipe_file,
+        *flags,
+        "--out",
+        tmp_path / "run",
+        "--distributed",
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(_errors(done.stderr)) == 1 and done.stdout == ""
+    assert "found no TPU pod, SLURM, Open MPI or Kubernetes job" in done.stderr and not (tmp_path / "run").exists()

@@ -75,13 +75,16 @@ class _Handler(ocp.type_handlers.TypeHandler):
             context = ts.Context({"file_io_sync": False}, parent=info.ts_context)
             store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
             pending: list[tuple[int, Any]] = []
-            for slices in value:
-                part = np.asarray(value.value[slices])
-                while pending and sum(size for size, _ in pending) + part.nbytes > CHUNK_BYTES:
-                    await pending.pop(0)[1]
-                pending.append((part.nbytes, store[slices].write(part, can_reference_source_data_indefinitely=True)))
-            for _, write in pending:
-                await write
+            try:
+                for slices in value:
+                    part = np.asarray(value.value[slices])
+                    while pending and sum(size for size, _ in pending) + part.nbytes > CHUNK_BYTES:
+                        await pending.pop(0)[1]
+                    write = store[slices].write(part, can_reference_source_data_indefinitely=True)
+                    pending.append((part.nbytes, write))
+            finally:  # also when reading has failed: nothing may be written to what the caller then deletes
+                for _, write in pending:
+                    await write
         return []
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[ts.TensorStore]:

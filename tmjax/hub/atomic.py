@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,19 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield partial
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _discard(partial)
         raise
     remove(path)
     os.replace(partial, path)
+
+
+def _discard(partial: Path) -> None:
+    """Deletes a directory in which a library's threads may still be finishing what has failed."""
+    for _ in range(20):
+        shutil.rmtree(partial, ignore_errors=True)
+        if not partial.exists():
+            return
+        time.sleep(0.1)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
