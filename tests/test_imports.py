@@ -153,3 +153,9 @@ def test_checkpoint_names_stay_in_the_family_tables(path):
 
 def test_family_tables_are_where_the_names_are():
     assert any(HF_NAMES.search(MODULES[path].read_text()) for path in MODULES if path.startswith(FAMILIES))
+
+
+def test_dataclasses_are_registered_by_our_own_function(repo) -> None:
+    """See `tmjax.typing.pytree_dataclass` for why not by JAX's."""
+    used = [path for path in (repo / "tmjax").rglob("*.py") if "@jax.tree_util.register_dataclass" in path.read_text()]
+    assert used == []

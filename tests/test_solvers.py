@@ -391,3 +391,13 @@ def test_maps_of_plans_that_are_not_balanced_are_averages(name):
     reached = q.sum(0) > 1e-9
     np.testing.assert_allclose((q * np.asarray(columns)).sum(0)[reached], 1, rtol=1e-4)
     assert reached.all() or name == "greedy"
+
+
+def test_kinds_of_plans_are_told_apart_by_structure():
+    """Equal structures would let a cached result of one kind be taken for another of as many fields."""
+    kinds = [ot.EntropicPlan(1.0, 1.0, 1.0), ot.SignedPlan(1.0, 1.0, 1.0), ot.DensePlan(1.0), ot.LowRankPlan(1, 1, 1)]
+    structures = [jax.tree.structure(kind) for kind in kinds]
+    for i, one in enumerate(structures):
+        assert [one == other for other in structures] == [i == j for j in range(len(kinds))]
+        assert type(jax.tree.unflatten(one, jax.tree.leaves(kinds[i]))) is type(kinds[i])
+    assert jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(kinds[1])[0][0]) == ".f"

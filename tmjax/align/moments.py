@@ -16,10 +16,10 @@ import numpy as np
 from tmjax.align.statistics import Statistics
 from tmjax.errors import InputError
 from tmjax.ot.cost import CONSTANT
-from tmjax.typing import Array, ArrayLike
+from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class Sum:
     """A compensated float32 sum: `high` is the plain running sum, `low` the sum of what its roundings lost."""
@@ -44,7 +44,7 @@ class Sum:
         return Sum(high, self.low + ((self.high - (high - kept)) + (term - kept)))
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class UnitMoments:
     """Of each unit, [S, unit] float32: mean, mean absolute value, and centred sum of squares sum (x - mean)^2."""
@@ -54,7 +54,7 @@ class UnitMoments:
     square: Sum
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class Moments:
     """One site of both models over `count` (int32) rows; `cross` [L, M, n, k] is sum (x - mean_x) (y - mean_y)^T.

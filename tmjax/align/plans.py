@@ -31,13 +31,13 @@ from tmjax.ot import (
 )
 from tmjax.sharding.hosts import to_host
 from tmjax.sharding.memory import solver_mib
-from tmjax.typing import Array, ArrayLike
+from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 #: Most pairs of layers that are solved in one call; progress is shown between calls.
 CHUNK = 64
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class FeaturePlan:
     """Entropic plans of pairs of layers whose cost is rebuilt when asked for.
@@ -71,7 +71,7 @@ class FeaturePlan:
         return replace(self, **held)
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class SignedFeaturePlan(FeaturePlan):
     """The same of signed plans: the features give the costs and the signs."""
@@ -89,7 +89,7 @@ _NAMES = {
 }
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class SitePlans:
     """Plans of a site for pairs of layers, in the smallest form that `fuse` can rebuild the couplings from.

@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tmjax.errors import NonFiniteError
 from tmjax.ot import FeatureCost, Problem, standardise
-from tmjax.typing import Array, ArrayLike
+from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class FeatureSite:
     """Standardised activations zx [L, N, n] of the target and zy [M, N, k] of the source, float32 or float16."""
@@ -62,7 +61,7 @@ class FeatureSite:
         return FeatureSite(some(self.zx), some(self.zy))
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class CorrelationSite:
     """Correlations rho [L, M, n, k] of all pairs of layers, where activations were not kept (see `moments`)."""

@@ -4,17 +4,16 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from tmjax.ot.cost import CONSTANT
-from tmjax.typing import ArrayLike
+from tmjax.typing import ArrayLike, pytree_dataclass
 
 #: Units whose float64 copies stay in a core's cache while several passes read them.
 BLOCK = 256
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class Statistics:
     """Mean, standard deviation, root mean square and mean absolute value of each unit, all [layer, unit] float32."""

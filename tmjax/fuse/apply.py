@@ -13,10 +13,10 @@ from tmjax.fuse.masks import masks
 from tmjax.fuse.transport import transport_projection
 from tmjax.models.spec import ParamSpec, biases, projections, shared_projections
 from tmjax.recipe import FusionOptions
-from tmjax.typing import Array, ArrayLike, Params
+from tmjax.typing import Array, ArrayLike, Params, pytree_dataclass
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class Transported:
     """What the source contributes to one projection of the target, all layers.

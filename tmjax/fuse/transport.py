@@ -18,12 +18,12 @@ from tmjax.align.alignment import Alignment, plan_site
 from tmjax.align.plans import SitePlans
 from tmjax.models.spec import ParamSpec
 from tmjax.ot import Plan
-from tmjax.typing import Array, ArrayLike
+from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class Side:
     """What the transport knows of one side (input or output) of a projection.

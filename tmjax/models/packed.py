@@ -7,15 +7,14 @@ lengths: queries, keys and values are taken from the nodes into [text, T], and b
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
 from tmjax.models.decoder import Decoder
 from tmjax.models.layers import attention
-from tmjax.typing import Array, ArrayLike
+from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class Packed:
     """Texts as nodes [N] and, for each of a few lengths T, texts [B, T] of node numbers; padding is any node.

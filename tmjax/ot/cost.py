@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from tmjax.typing import Array, ArrayLike
+from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 #: A unit whose standard deviation is below this fraction of its root mean square is constant: float32 noise, no signal.
 CONSTANT = 1e-6
@@ -42,7 +42,7 @@ def correlation(zx_nt: Array, zy_nk: Array) -> Array:
     return jnp.clip(product, -1.0, 1.0)
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class FeatureCost:
     """The cost 1 - correlation [..., n, k] as the standardised activations zx [..., N, n] and zy [..., N, k].

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from tmjax.ot.blocks import block_size, columns_product, rows_product
 from tmjax.ot.cost import Cost, cost_matrix, cost_rows
 from tmjax.ot.problem import Problem
-from tmjax.typing import Array, ArrayLike
+from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 
 def _matmul(x: Array, y: Array) -> Array:
@@ -76,7 +76,7 @@ class Plan(abc.ABC):
         return self
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class EntropicPlan(Plan):
     """Potentials f [..., n], g [..., k] of the entropic problem with regularisation epsilon [...] and its cost."""
@@ -145,7 +145,7 @@ class EntropicPlan(Plan):
         return replace(self, cost=problem.cost)
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class SignedPlan(EntropicPlan):
     """sign(rho) times the entropic coupling at cost 1 - |rho|; `cost` is 1 - rho, as in the problem.
@@ -164,7 +164,7 @@ class SignedPlan(EntropicPlan):
         return jnp.sign(1.0 - jnp.asarray(cost))
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class DensePlan(Plan):
     """The coupling itself, q [..., n, k]."""
@@ -176,7 +176,7 @@ class DensePlan(Plan):
         return jnp.asarray(self.q)
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class LowRankPlan(Plan):
     """Q = q diag(1 / g) r^T with q [..., n, rank], r [..., k, rank], g [..., rank] (Scetbon et al. 2021)."""
@@ -201,7 +201,7 @@ class LowRankPlan(Plan):
         return _matmul(jnp.asarray(self.r), _matmul(jnp.swapaxes(self._left(), -1, -2), x))
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class MatchPlan(Plan):
     """Every unit of the first side sends all of its mass to one unit of the second.
@@ -230,7 +230,7 @@ class MatchPlan(Plan):
         return jnp.asarray(self.mass)[..., None] * moved
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class LinearMap(Plan):
     """Maps between standardised units, not a coupling: x ~ to_target y and y ~ to_source x.

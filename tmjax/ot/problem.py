@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
 from tmjax.ot.cost import Cost
-from tmjax.typing import Array
+from tmjax.typing import Array, pytree_dataclass
 
 
 def uniform(size: int) -> Array:
@@ -14,7 +13,7 @@ def uniform(size: int) -> Array:
     return jnp.full((size,), 1.0 / size, jnp.float32)
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class Problem:
     """min over couplings Q of <cost, Q>: cost [..., n, k], marginals a [..., n] and b [..., k] of equal mass.

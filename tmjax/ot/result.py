@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from tmjax.ot.blocks import scan_rows
 from tmjax.ot.plan import EntropicPlan, LinearMap, Plan
 from tmjax.ot.problem import Problem
-from tmjax.typing import Array
+from tmjax.typing import Array, pytree_dataclass
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class OTResult:
     """Plan and certificate of one or, with leading axes, many problems.

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from tmjax.ot.blocks import block_size, scan_rows
 from tmjax.ot.plan import EntropicPlan, Plan
-from tmjax.typing import Array, ArrayLike
+from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class SparsePlan(Plan):
     """The entries of a plan that are among the t largest (by size) of their row, or the s largest of their column.
