@@ -14,6 +14,7 @@ from tmjax.align.sites import CorrelationSite, FeatureSite, Site
 from tmjax.errors import InputError
 from tmjax.ot import (
     DensePlan,
+    EdgePlan,
     EntropicPlan,
     FeatureCost,
     LinearMap,
@@ -83,6 +84,7 @@ _NAMES = {
     FeaturePlan: "potentials, features",
     LowRankPlan: "factors",
     MatchPlan: "matches",
+    EdgePlan: "matches",
     SparsePlan: "sparse",
     LinearMap: "maps",
 }

@@ -7,13 +7,15 @@ from tmjax.ot.result import OTResult
 from tmjax.ot.solve import solve
 from tmjax.ot.solvers import SOLVERS, Capabilities, Solver, capabilities_of, make_solver, solver_options
 from tmjax.ot.solvers.base import prepared, solve_each
-from tmjax.ot.sparse import SparsePlan
+from tmjax.ot.solvers.cover import cover_edges
+from tmjax.ot.sparse import EdgePlan, SparsePlan
 
 __all__ = [
     "SOLVERS",
     "Capabilities",
     "Cost",
     "DensePlan",
+    "EdgePlan",
     "EntropicPlan",
     "FeatureCost",
     "LinearMap",
@@ -28,6 +30,7 @@ __all__ = [
     "capabilities_of",
     "correlation",
     "cost_matrix",
+    "cover_edges",
     "make_solver",
     "prepared",
     "solve",
