@@ -49,6 +49,12 @@ class AlignmentOptions(_Section):
     the entries of a plan among the so many largest of their row or column. `gain` multiplies every unit's map by its
     least-squares gain. Where the activations are kept with the potentials (large models), it is as `feature_dtype`.
     `memory_mib` is what the solver may use beside the activations of a site.
+
+    `structure`: `none` matches the units of every site by themselves; `heads` matches key-value groups, query heads
+    inside them, rotary planes by their frequencies and values inside matched heads; `full` also gives all that reads
+    or writes the residual stream one plan, for all layers (`residual: tied`) or for each pair of them (`layer`).
+    `depth`: `entropic` couples layers softly; `monotone` one to one and in order, leaving target layers without a
+    partner as they are. With either of the two all projections share one layer plan.
     """
 
     cost: Literal["correlation", "cosine"] = "correlation"
@@ -68,6 +74,9 @@ class AlignmentOptions(_Section):
     coarse_units: Positive = 256
     plan_top_k: Positive | None = None
     gain: bool = False
+    structure: Literal["none", "heads", "full"] = "none"
+    residual: Literal["tied", "layer"] = "tied"
+    depth: Literal["entropic", "monotone"] = "entropic"
     feature_dtype: Literal["float16", "float32"] = "float16"
     memory_mib: Positive = 512
 
@@ -76,6 +85,11 @@ class AlignmentOptions(_Section):
         """Whether means are subtracted: for correlations, not for cosines."""
         return self.cost == "correlation"
 
+    @property
+    def whole_layers(self) -> bool:
+        """Whether all projections share one layer plan."""
+        return self.structure != "none" or self.depth == "monotone"
+
 
 class FusionOptions(_Section):
     """How the source's weights enter the target's.
@@ -83,7 +97,9 @@ class FusionOptions(_Section):
     `roles` are the projections to be transported (all that both models have, unless said), `map` is how plans become
     maps, `norm_match` rescales each transported tensor to its target's norm, `beta` is the change of the target's own
     weights (`tied`: minus alpha, so that alpha blends), and `alphas`, `betas` are what is tried on the validation texts
-    when alpha is not given, per group of projections.
+    when alpha is not given, per group of projections. `embeddings: shared` also transports the embeddings (and output
+    rows) of tokens that both models have, `norms: transported` the norms of the residual stream; both go through the
+    stream's plan, which `alignment.structure: full` has.
     """
 
     map: Literal["paper", "barycentric"] = "barycentric"
@@ -95,6 +111,8 @@ class FusionOptions(_Section):
     alphas: Annotated[tuple[Alpha, ...], Field(min_length=1)] = (0.0, 0.02, 0.04, 0.08)
     betas: Annotated[tuple[float, ...], Field(min_length=1)] = (-0.1, -0.05, 0.0, 0.05)
     groups: Literal["all", "kind", "role"] = "kind"
+    embeddings: Literal["keep", "shared"] = "keep"
+    norms: Literal["keep", "transported"] = "keep"
 
 
 class EvaluationOptions(_Section):

@@ -7,9 +7,9 @@ from tmjax.fuse.apply import Coefficients
 from tmjax.recipe import ALL_ROLES, FusionOptions
 
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
-    "all": {"all": ("q", "k", "v", "o", "gate", "up", "down")},
-    "kind": {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")},
-    "role": {role: (role,) for role in ("q", "k", "v", "o", "gate", "up", "down")},
+    "all": {"all": ("q", "k", "v", "o", "gate", "up", "down", "embed", "norm")},
+    "kind": {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"), "stream": ("embed", "norm")},
+    "role": {role: (role,) for role in ("q", "k", "v", "o", "gate", "up", "down", "embed", "norm")},
 }
 
 

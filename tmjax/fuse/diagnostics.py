@@ -53,7 +53,8 @@ def update_table(
     for role, item in transported.items():
         row = projections(rows)[role]
         alpha, beta = coefficients[role]
-        n = to_host(_tensor_norms(target[row.path], fused[row.path], item, jnp.float32(alpha)))
+        norms = to_host(_tensor_norms(target[row.path], fused[row.path], item, jnp.float32(alpha)))
+        n = {key: value.astype(np.float64) for key, value in norms.items()}  # 1e-30 squared is no float32
         old, transport = np.maximum(n["old"], 1e-30), np.maximum(n["transported"], 1e-30)
         columns = {
             "transported_to_target_norm": n["transported"] / old,

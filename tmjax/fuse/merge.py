@@ -1,6 +1,5 @@
 """`fuse`: an alignment and two models in, a merged model and the table of what happened out."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +8,10 @@ import numpy as np
 from tmjax.align.alignment import Alignment
 from tmjax.convert.model import Model
 from tmjax.errors import InputError
-from tmjax.fuse.apply import fuse_params, transport_model, without_source
+from tmjax.fuse.apply import Coefficients, fuse_params, transport_model, without_source
 from tmjax.fuse.coefficients import Fit, fit, fixed
 from tmjax.fuse.diagnostics import update_table
+from tmjax.fuse.stream import fuse_stream, stream_table, stream_without_source, transport_stream
 from tmjax.recipe import FusionOptions
 from tmjax.typing import Params
 
@@ -50,15 +50,22 @@ def fuse(
     transported = transport_model(
         alignment, target.rows, target.params, source.rows, params, options, permutations=permutations
     )
+    stream = transport_stream(alignment, target, source, options, source_params=params, permutations=permutations)
     if zero_source:
-        transported = without_source(transported)
-    combine = functools.partial(fuse_params, target.rows, target.params, transported, bias_rule=options.bias)
+        transported, stream = without_source(transported), stream_without_source(stream)
+
+    def combine(coefficients: Coefficients) -> Params:
+        fused = fuse_params(target.rows, target.params, transported, coefficients, bias_rule=options.bias)
+        return fuse_stream(fused, stream, coefficients)
+
+    roles = (*transported, *stream)
     if alpha is not None:
-        chosen = fixed(alpha, options, tuple(transported))
+        chosen = fixed(alpha, options, roles)
     elif loss is not None:
-        chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress, tuple(transported))
+        chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress, roles)
     else:
         raise InputError("fuse needs alpha or a loss to choose it by")
     fused = combine(chosen.coefficients)
     table = update_table(target.spec, target.rows, target.params, fused, transported, chosen.coefficients)
+    table |= stream_table(target, fused, stream, chosen.coefficients)
     return Fused(target.with_params(fused), chosen, table)

@@ -1,6 +1,7 @@
 """Optimal transport: costs, problems, results with certificates, one registry of solvers."""
 
 from tmjax.ot.cost import Cost, FeatureCost, correlation, cost_matrix, standardise
+from tmjax.ot.headmap import HeadMap
 from tmjax.ot.plan import DensePlan, EntropicPlan, LinearMap, LowRankPlan, MatchPlan, Plan, SignedPlan
 from tmjax.ot.problem import Problem, uniform
 from tmjax.ot.result import OTResult
@@ -18,6 +19,7 @@ __all__ = [
     "EdgePlan",
     "EntropicPlan",
     "FeatureCost",
+    "HeadMap",
     "LinearMap",
     "LowRankPlan",
     "MatchPlan",

@@ -126,4 +126,5 @@ class Inputs:
             require_streamable(self.recipe.alignment)
         for name in ("layout", "texts", "valid", "test", "target", "source", "rows"):
             getattr(self, name)
-        require_room(sites_of(self.target, self.source, self.projections), len(self.rows[0]), self.recipe)
+        sites = sites_of(self.target, self.source, self.projections, self.recipe.alignment.structure)
+        require_room(sites, len(self.rows[0]), self.recipe)

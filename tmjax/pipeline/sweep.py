@@ -74,6 +74,8 @@ class _Variant(AlignmentRun):
     def transport(self) -> dict[str, Transported]:
         """The transported weights, without masks."""
         target, source = self.inputs.target, self.inputs.source
+        if self.recipe.fusion.embeddings != "keep" or self.recipe.fusion.norms != "keep":
+            raise InputError("a sweep varies projections only; set fusion.embeddings and fusion.norms to keep")
         options = self.recipe.fusion.model_copy(update={"mask_top_k": None})
         return transport_model(self.align(), target.rows, target.params, source.rows, source.params, options)
 
