@@ -91,6 +91,21 @@ class AlignmentOptions(_Section):
         return self.structure != "none" or self.depth == "monotone"
 
 
+class LearningOptions(_Section):
+    """How coefficients are learned: Adam on the calibration texts, the best on the validation texts is kept.
+
+    `granularity`: one alpha and beta per tensor and layer, per head (of q, k, v and o) or per unit. Every `check_every`
+    steps the validation texts are scored; after `patience` scores without a better one it ends.
+    """
+
+    granularity: Literal["tensor", "head", "unit"] = "tensor"
+    steps: Positive = 200
+    lr: PositiveFloat = 0.01
+    batch_tokens: Positive = 4096
+    check_every: Positive = 20
+    patience: Positive = 3
+
+
 class FusionOptions(_Section):
     """How the source's weights enter the target's.
 
@@ -100,6 +115,11 @@ class FusionOptions(_Section):
     when alpha is not given, per group of projections. `embeddings: shared` also transports the embeddings (and output
     rows) of tokens that both models have, `norms: transported` the norms of the residual stream; both go through the
     stream's plan, which `alignment.structure: full` has.
+
+    `fit: grid` tries the grid; `learned` learns alpha and beta by gradient (`learning`). `trust` caps the change of
+    every tensor at this part of its norm. `base` names a checkpoint of the target's architecture: task vectors
+    W^ - W_base are fused. `transport: regression` fuses, instead of transported weights, those that by least squares
+    turn the target's inputs into the source's mapped outputs (`ridge` holds them at the target's own).
     """
 
     map: Literal["paper", "barycentric"] = "barycentric"
@@ -113,6 +133,12 @@ class FusionOptions(_Section):
     groups: Literal["all", "kind", "role"] = "kind"
     embeddings: Literal["keep", "shared"] = "keep"
     norms: Literal["keep", "transported"] = "keep"
+    fit: Literal["grid", "learned"] = "grid"
+    learning: LearningOptions = LearningOptions()
+    trust: PositiveFloat | None = None
+    base: str | None = None
+    transport: Literal["weights", "regression"] = "weights"
+    ridge: PositiveFloat = 0.1
 
 
 class EvaluationOptions(_Section):

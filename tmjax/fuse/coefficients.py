@@ -23,9 +23,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Fit:
-    """The chosen coefficients by role and everything that was tried."""
+    """The chosen coefficients by role (numbers, or arrays if learned) and everything that was tried."""
 
-    coefficients: dict[str, tuple[float, float]]
+    coefficients: Coefficients
     loss: float | None = None
     trials: list[Trial] = field(default_factory=list)
 

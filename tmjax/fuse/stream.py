@@ -221,7 +221,7 @@ def stream_table(
     rows: dict[str, ParamSpec] = {row.path: row for row in target.rows}
     table = {}
     for role, items in stream.items():
-        alpha, beta = coefficients[role]
+        alpha, beta = (float(value) for value in coefficients[role])
         for path, item in items.items():
             old, new = (np.asarray(x[path], np.float64) for x in (target.params, fused))
             names, lead = rows[path].names(target.spec), (len(old) if rows[path].stacked else 1)
@@ -238,7 +238,7 @@ def stream_table(
                     "cosine": float((w * kept * moved).sum()) / (size * max(transported, 1e-30)),
                     "source_part": abs(alpha) * transported / whole,
                     "dropped_mean": 0.0,
-                    "alpha": float(alpha),
-                    "beta": float(beta),
+                    "alpha": alpha,
+                    "beta": beta,
                 }
     return table

@@ -127,6 +127,14 @@ def transport(
     return weight if sharding is None else jax.lax.with_sharding_constraint(weight, sharding), bias
 
 
+def mapped_outputs(end: Side, layer: int, source_layer: int, y_rk: Array) -> Array:
+    """M (y - mean) [N, n] for the source's activations y [N, k] of a site: what they mean in the target's units."""
+    _, rows, columns, _, _ = _scales(end, layer, source_layer)
+    plan = end.plans.pair(layer, source_layer)[0]
+    y = _permuted(y_rk - jnp.asarray(jnp.mean(y_rk, axis=0)), end, layer, source_layer, 1)
+    return (rows[:, None] * plan.apply(columns[:, None] * y.T)).T
+
+
 def transport_projection(
     alignment: Alignment,
     row: ParamSpec,

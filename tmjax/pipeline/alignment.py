@@ -72,7 +72,10 @@ class AlignmentRun:
         header = {
             "tmjax": tmjax.__version__,
             "seed": recipe.seed,
-            "inputs": {name: {"path": getattr(recipe, name), "sha256": value} for name, value in hashes.items()},
+            "inputs": {
+                name: {"path": recipe.fusion.base if name == "base" else getattr(recipe, name), "sha256": value}
+                for name, value in hashes.items()
+            },
             "evaluation": {},
             "source_gain": None,
             "update": {},

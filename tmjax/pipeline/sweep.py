@@ -25,7 +25,7 @@ from tmjax.models.spec import projections
 from tmjax.pipeline.alignment import AlignmentRun, Progress, Warn, quiet
 from tmjax.pipeline.inputs import Inputs
 from tmjax.pipeline.merge import evaluation_facts
-from tmjax.recipe import Recipe
+from tmjax.recipe import FusionOptions, Recipe
 from tmjax.report.sweep import write_sweep_report
 from tmjax.sweep.grid import coefficients_of, make_settings, parse_axes
 from tmjax.sweep.plan import Group, make_groups
@@ -74,8 +74,12 @@ class _Variant(AlignmentRun):
     def transport(self) -> dict[str, Transported]:
         """The transported weights, without masks."""
         target, source = self.inputs.target, self.inputs.source
-        if self.recipe.fusion.embeddings != "keep" or self.recipe.fusion.norms != "keep":
-            raise InputError("a sweep varies projections only; set fusion.embeddings and fusion.norms to keep")
+        plain = FusionOptions()
+        for name in ("embeddings", "norms", "fit", "trust", "base", "transport"):
+            if getattr(self.recipe.fusion, name) != getattr(plain, name):
+                raise InputError(
+                    f"a sweep fuses transported projections by given coefficients: leave fusion.{name} out"
+                )
         options = self.recipe.fusion.model_copy(update={"mask_top_k": None})
         return transport_model(self.align(), target.rows, target.params, source.rows, source.params, options)
 
