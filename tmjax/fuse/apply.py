@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from tmjax.align.alignment import Alignment
 from tmjax.fuse.masks import masks
-from tmjax.fuse.transport import transport_projection
+from tmjax.fuse.transport import side, transport_projection
 from tmjax.models.spec import ParamSpec, biases, projections, shared_projections
 from tmjax.recipe import FusionOptions
 from tmjax.typing import Array, ArrayLike, Params
@@ -79,7 +79,7 @@ def transport_model(
             )
         )
         raw = _norm(weight)
-        mean_out = jnp.asarray(alignment.target[row.output_site].centre(alignment.centred))
+        mean_out = jnp.asarray(side(alignment, row.output_site).mean)
         if options.norm_match:
             scale = jnp.where(raw > 0, _norm(jnp.asarray(target[row.path])) / jnp.where(raw > 0, raw, 1.0), 0.0)
             weight = weight * scale[:, None, None]
