@@ -1,6 +1,7 @@
 """Properties of every solver of the registry, by what it says of itself; most share one shape, which compiles once."""
 
 import functools
+import itertools
 import sys
 
 import jax
@@ -126,7 +127,7 @@ def test_certificate_costs_and_apply(name):
 def test_faulty_units(name):
     """Equal units are treated alike where the solver is told nothing apart; the constant layer has no preference."""
     can, q = ot.capabilities_of(ot.SOLVERS[name]), np.asarray(solved(name).matrix())
-    smooth = can.equivariant and not can.equal_sizes and not isinstance(solved(name).plan, ot.MatchPlan)
+    smooth = can.equivariant and not can.equal_sizes and not isinstance(solved(name).plan, ot.MatchPlan | ot.EdgePlan)
     if smooth and name != "network_simplex":
         np.testing.assert_allclose(q[3][0], q[3][1], atol=1e-3 * np.abs(q[3]).max())
     if smooth and not can.signed and not can.needs_features and name != "network_simplex":
@@ -209,6 +210,24 @@ def test_greedy_is_the_cheapest_of_all():
     np.testing.assert_allclose(
         solved("greedy").transport_cost, np.asarray(square().cost.min(axis=2).mean(axis=1)), rtol=1e-5
     )
+
+
+def test_cover_is_the_exact_assignment_and_finds_duplicates():
+    mass = np.full(UNITS, 1 / UNITS)
+    exact = [pot.emd2(mass, mass, np.asarray(cost, np.float64)) for cost in square().cost]
+    np.testing.assert_allclose(solved("cover").transport_cost, exact, atol=2e-6)
+    # More units: all injections of three rows into five columns, then the cheapest row for the two columns left.
+    cost = np.random.default_rng(0).random((3, 5))
+    best = min(itertools.permutations(range(5), 3), key=lambda chosen: cost[range(3), list(chosen)].sum())
+    wanted = sorted([*zip(range(3), best, strict=True), *((cost[:, j].argmin(), j) for j in {*range(5)} - {*best})])
+    for matrix, order in ((cost, (0, 1)), (cost.T, (1, 0))):
+        found = ot.cover_edges(matrix)
+        assert sorted(zip(found[order[0]], found[order[1]], strict=True)) == wanted
+    x, _ = activations(UNITS, 1)
+    copies = np.concatenate([np.arange(UNITS), [3, 3, 7]])[np.random.default_rng(1).permutation(UNITS + 3)]
+    plan = ot.solve(problem_of(x, 2.5 * x[:, copies]), ot.make_solver("cover")).plan
+    np.testing.assert_array_equal(np.asarray(plan.matrix()).argmax(0), copies)
+    np.testing.assert_allclose(plan.received, 1 / (UNITS + 3), rtol=1e-6)
 
 
 def test_signed_matches_what_is_anticorrelated():
@@ -352,6 +371,7 @@ def test_missing_pot_is_said(monkeypatch):
         ("signed", ROWS, "DensePlan", "dense"),
         ("signed", 8, "SignedFeaturePlan", "potentials, features"),
         ("greedy", ROWS, "MatchPlan", "matches"),
+        ("cover", ROWS, "EdgePlan", "matches"),
         ("lowrank", ROWS, "LowRankPlan", "factors"),
         ("gw", ROWS, "DensePlan", "dense"),
         ("network_simplex", ROWS, "DensePlan", "dense"),

@@ -50,6 +50,12 @@ class AlignmentOptions(_Section):
     least-squares gain. Where the activations are kept with the potentials (large models), it is as `feature_dtype`.
     `memory_mib` is what the solver may use beside the activations of a site: unless given, a quarter of an
     accelerator's memory, 512 on a CPU.
+
+    `structure`: `none` matches the units of every site by themselves; `heads` matches key-value groups, query heads
+    inside them, rotary planes by their frequencies and values inside matched heads; `full` also gives all that reads
+    or writes the residual stream one plan, for all layers (`residual: tied`) or for each pair of them (`layer`).
+    `depth`: `entropic` couples layers softly; `monotone` one to one and in order, leaving target layers without a
+    partner as they are. With either of the two all projections share one layer plan.
     """
 
     cost: Literal["correlation", "cosine"] = "correlation"
@@ -69,6 +75,9 @@ class AlignmentOptions(_Section):
     coarse_units: Positive = 256
     plan_top_k: Positive | None = None
     gain: bool = False
+    structure: Literal["none", "heads", "full"] = "none"
+    residual: Literal["tied", "layer"] = "tied"
+    depth: Literal["entropic", "monotone"] = "entropic"
     feature_dtype: Literal["float16", "float32"] = "float16"
     memory_mib: Positive | None = None
 
@@ -77,6 +86,26 @@ class AlignmentOptions(_Section):
         """Whether means are subtracted: for correlations, not for cosines."""
         return self.cost == "correlation"
 
+    @property
+    def whole_layers(self) -> bool:
+        """Whether all projections share one layer plan."""
+        return self.structure != "none" or self.depth == "monotone"
+
+
+class LearningOptions(_Section):
+    """How coefficients are learned: Adam on the calibration texts, the best on the validation texts is kept.
+
+    `granularity`: one alpha and beta per tensor and layer, per head (of q, k, v and o) or per unit. Every `check_every`
+    steps the validation texts are scored; after `patience` scores without a better one it ends.
+    """
+
+    granularity: Literal["tensor", "head", "unit"] = "tensor"
+    steps: Positive = 200
+    lr: PositiveFloat = 0.01
+    batch_tokens: Positive = 4096
+    check_every: Positive = 20
+    patience: Positive = 3
+
 
 class FusionOptions(_Section):
     """How the source's weights enter the target's.
@@ -84,7 +113,14 @@ class FusionOptions(_Section):
     `roles` are the projections to be transported (all that both models have, unless said), `map` is how plans become
     maps, `norm_match` rescales each transported tensor to its target's norm, `beta` is the change of the target's own
     weights (`tied`: minus alpha, so that alpha blends), and `alphas`, `betas` are what is tried on the validation texts
-    when alpha is not given, per group of projections.
+    when alpha is not given, per group of projections. `embeddings: shared` also transports the embeddings (and output
+    rows) of tokens that both models have, `norms: transported` the norms of the residual stream; both go through the
+    stream's plan, which `alignment.structure: full` has.
+
+    `fit: grid` tries the grid; `learned` learns alpha and beta by gradient (`learning`). `trust` caps the change of
+    every tensor at this part of its norm. `base` names a checkpoint of the target's architecture: task vectors
+    W^ - W_base are fused. `transport: regression` fuses, instead of transported weights, those that by least squares
+    turn the target's inputs into the source's mapped outputs (`ridge` holds them at the target's own).
     """
 
     map: Literal["paper", "barycentric"] = "barycentric"
@@ -96,6 +132,14 @@ class FusionOptions(_Section):
     alphas: Annotated[tuple[Alpha, ...], Field(min_length=1)] = (0.0, 0.02, 0.04, 0.08)
     betas: Annotated[tuple[float, ...], Field(min_length=1)] = (-0.1, -0.05, 0.0, 0.05)
     groups: Literal["all", "kind", "role"] = "kind"
+    embeddings: Literal["keep", "shared"] = "keep"
+    norms: Literal["keep", "transported"] = "keep"
+    fit: Literal["grid", "learned"] = "grid"
+    learning: LearningOptions = LearningOptions()
+    trust: PositiveFloat | None = None
+    base: str | None = None
+    transport: Literal["weights", "regression"] = "weights"
+    ridge: PositiveFloat = 0.1
 
 
 class EvaluationOptions(_Section):

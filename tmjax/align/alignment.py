@@ -1,5 +1,6 @@
 """`align`: plans for every site a merge needs, statistics of every unit, layer plans of every projection."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -10,8 +11,10 @@ from tmjax.activations.store import Activations
 from tmjax.align.layers import LayerPlan
 from tmjax.align.pairs import by_site, choose, coarse_costs, completed, layer_plans
 from tmjax.align.plans import SitePlans, solve_site
-from tmjax.align.sites import FeatureSite
+from tmjax.align.sites import FeatureSite, Site
 from tmjax.align.statistics import Statistics, statistics
+from tmjax.align.structure import Described, Solve, Structure, require_structure, structured_sites
+from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
 from tmjax.ot import Solver, make_solver, solver_options
 from tmjax.recipe import AlignmentOptions
@@ -25,10 +28,10 @@ def plan_site(site: str) -> str:
     return SHARED_PLAN.get(site, site)
 
 
-def needed_sites(rows: Collection[ParamSpec]) -> tuple[str, ...]:
-    """All sites whose activations the transport of these projections needs."""
+def needed_sites(rows: Collection[ParamSpec], structure: str = "none") -> tuple[str, ...]:
+    """All sites whose activations the transport of these projections needs, for this `alignment.structure`."""
     found = [site for row in rows for end in (row.input_site, row.output_site) for site in (end, plan_site(end))]
-    return tuple(dict.fromkeys(found))
+    return structured_sites(found, structure)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def align(
     projections: Mapping[str, ParamSpec],
     options: AlignmentOptions | None = None,
     *,
+    models: tuple[Described, Described] | None = None,
     source_rows: np.ndarray | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -94,8 +98,9 @@ def align(
 
     `projections` are the ParamSpec rows to be transported, by role. Every pair is solved, or those that a cheap guess
     at P keeps (`options.layer_pairs`); held are those with a weight in P. `source_rows` reorders the source's rows (a
-    control). `mesh`: pairs are split over its devices. Raises RowMismatchError if the rows of the two do not pair the
-    same text.
+    control). `mesh`: pairs are split over its devices. `models`, the specs and parameters of target and source, are
+    for `options.structure`. Raises RowMismatchError if the rows of the two do not pair the same text, InputError if a
+    structure is asked for without the models.
     """
     options = options or AlignmentOptions()
     target.rows.require_same(source.rows)
@@ -120,13 +125,33 @@ def align(
             mesh=mesh,
         )
 
+    @functools.cache
     def measure(site: str) -> tuple[Statistics, Statistics]:
         x, y = both(site)
         return statistics(x), statistics(y)
 
-    return assemble(
-        projections, options, len(target.rows), measure=measure, guess=guess, solve=solve, progress=progress
-    )
+    def site_of(site: str) -> FeatureSite:
+        return FeatureSite.of(*both(site), centred=options.centred)
+
+    how = {"measure": measure, "guess": guess, "solve": structured(solve, models, options, site_of, measure)}
+    return assemble(projections, options, len(target.rows), **how, progress=progress)
+
+
+def structured(
+    solve: Solve,
+    models: tuple[Described, Described] | None,
+    options: AlignmentOptions,
+    site_of: Callable[[str], Site],
+    measure: Callable[[str], tuple[Statistics, Statistics]],
+) -> Solve:
+    """What solves a site: `solve`, or the structure that the options ask for around it (see `structure`)."""
+    solver = solver_of(options)
+    require_structure(options, solver)
+    if options.structure == "none":
+        return solve
+    if models is None:
+        raise InputError("alignment.structure needs the models beside their activations: pass models to align")
+    return Structure(*models, options, solver, solve, site_of, measure).solve
 
 
 def assemble(
@@ -140,14 +165,18 @@ def assemble(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Alignment:
     """The alignment, from what can be asked of every site: statistics, a guess at its layer costs, its plans."""
-    sites = needed_sites(projections.values())
+    sites = needed_sites(projections.values(), options.structure)
     ends = {role: (plan_site(row.input_site), plan_site(row.output_site)) for role, row in projections.items()}
     plan_sites = list(dict.fromkeys(plan_site(site) for site in sites))
     guesses, wanted, allowed = {}, dict.fromkeys(plan_sites), None
     if options.layer_pairs != "all":
         guesses = {site: guess(site) for site in plan_sites}
         allowed = choose(guesses, ends, options)
+        if options.whole_layers:
+            allowed = dict.fromkeys(ends, np.any(list(allowed.values()), axis=0))
         wanted = by_site(allowed, ends, plan_sites)
+        if options.structure != "none":
+            wanted = dict.fromkeys(plan_sites, next(iter(allowed.values())))
     plans, statistics_of = {}, {}
     for done, site in enumerate(sites):
         statistics_of[site] = measure(site)
@@ -157,7 +186,10 @@ def assemble(
             plans[site] = replace(found, layer_cost=costs)
         progress(done + 1, len(sites))
     layers, certificates = layer_plans({site: p.layer_cost for site, p in plans.items()}, ends, options, allowed)
-    used = by_site({role: plan.weights > 0 for role, plan in layers.items()}, ends, plan_sites)
+    weighed = {role: plan.weights > 0 for role, plan in layers.items()}
+    used = by_site(weighed, ends, plan_sites)
+    # Of sites that only the structure needs, the pairs that any projection uses.
+    used |= {site: np.any(list(weighed.values()), axis=0) for site, pairs in used.items() if np.ndim(pairs) == 0}
     return Alignment(
         options.centred,
         rows,

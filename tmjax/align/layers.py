@@ -35,7 +35,8 @@ def layer_plan(cost_lm: np.ndarray, options: AlignmentOptions) -> OTResult:
 class LayerPlan:
     """Layer plans of one projection, [L, M]: from its input site, its output site, and P_eff = sqrt(P_pre P_post).
 
-    `weights` are P_eff with each row scaled to sum 1: P_eff itself is not a coupling. `dropped` [L] is the share of
+    `weights` are P_eff with each row scaled to sum 1: P_eff itself is not a coupling. Rows of a monotone plan may be
+    empty: such target layers have no partner, and a merge leaves them as they are. `dropped` [L] is the share of
     each row of P_eff that was left out (because few pairs were asked for, or few were solved).
     """
 
@@ -47,11 +48,16 @@ class LayerPlan:
 
 
 def combine(
-    pre: np.ndarray, post: np.ndarray, top_k: int | None = None, allowed: np.ndarray | None = None
+    pre: np.ndarray,
+    post: np.ndarray,
+    top_k: int | None = None,
+    allowed: np.ndarray | None = None,
+    *,
+    gaps: bool = False,
 ) -> LayerPlan:
     """P_eff of two layer plans; with `top_k` only the largest entries of each row are kept (paper, appendix A.1).
 
-    `allowed` (bool [L, M]) are the pairs that may be kept.
+    `allowed` (bool [L, M]) are the pairs that may be kept. Raises InputError for a row without mass unless `gaps`.
     """
     full = np.sqrt(pre * post)
     effective = full if allowed is None else np.where(allowed, full, 0.0)
@@ -59,6 +65,8 @@ def combine(
         effective = effective.copy()
         np.put_along_axis(effective, np.argsort(effective, axis=1)[:, :-top_k], 0.0, axis=1)
     mass = effective.sum(axis=1, keepdims=True)
-    if not (mass > 0).all():
+    if not gaps and not (mass > 0).all():
         raise InputError("a target layer is matched with no source layer; raise alignment.layer_epsilon")
-    return LayerPlan(pre, post, effective, effective / mass, 1.0 - mass[:, 0] / full.sum(axis=1))
+    some = np.where(mass > 0, mass, 1.0)
+    dropped = np.where(mass > 0, 1.0 - mass / np.maximum(full.sum(axis=1, keepdims=True), 1e-30), 0.0)
+    return LayerPlan(pre, post, effective, effective / some, dropped[:, 0].astype(full.dtype))

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from tmjax.align.depth import monotone_matches
 from tmjax.align.layers import LayerPlan, combine, layer_plan
 from tmjax.align.plans import solve_pairs
 from tmjax.align.sites import Site
@@ -42,23 +43,43 @@ def completed(layer_cost: np.ndarray, solved: np.ndarray, guess: np.ndarray) -> 
     return np.where(solved, layer_cost, guess + np.mean((layer_cost - guess)[solved])).astype(np.float32)
 
 
+def couple(
+    cost_lm: np.ndarray, options: AlignmentOptions, allowed: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
+    """The coupling of layers [L, M] that `options.depth` asks for, and its marginal error (0 for matches)."""
+    if options.depth == "monotone":
+        return monotone_matches(cost_lm, allowed), 0.0
+    result = layer_plan(cost_lm, options)
+    return np.asarray(result.matrix()), float(result.marginal_error)
+
+
 def layer_plans(
     costs: Mapping[str, np.ndarray],
     ends: Mapping[str, tuple[str, str]],
     options: AlignmentOptions,
     allowed: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, LayerPlan], dict[str, float]]:
-    """Layer plans of projections (role -> its plan sites) from the layer costs of sites; their marginal errors."""
+    """Layer plans of projections (role -> its plan sites) from the layer costs of sites; their marginal errors.
+
+    Where layers are matched as a whole, it is by the mean cost of all sites.
+    """
     couplings, certificates = {}, {}
-    for site, cost in costs.items():
-        result = layer_plan(cost, options)
-        couplings[site], certificates[site] = np.asarray(result.matrix()), float(result.marginal_error)
+    monotone = options.depth == "monotone"
+    if options.whole_layers:
+        whole = np.mean(list(costs.values()), axis=0)
+        both = None if allowed is None else np.any(list(allowed.values()), axis=0)
+        one = couple(whole, options, both)
+        couplings, certificates = dict.fromkeys(costs, one[0]), dict.fromkeys(costs, one[1])
+    else:
+        for site, cost in costs.items():
+            couplings[site], certificates[site] = couple(cost, options)
     plans = {
         role: combine(
             couplings[into],
             couplings[out],
             top_k=options.layer_top_k,
             allowed=None if allowed is None else allowed[role],
+            gaps=monotone,
         )
         for role, (into, out) in ends.items()
     }
@@ -73,7 +94,8 @@ def choose(
         shape = next(iter(guesses.values())).shape
         return dict.fromkeys(ends, band(*shape, options.layer_band))
     if options.layer_pairs == "coarse":
-        plans, _ = layer_plans(guesses, ends, options.model_copy(update={"layer_top_k": None}))
+        soft = {"layer_top_k": None, "depth": "entropic"}
+        plans, _ = layer_plans(guesses, ends, options.model_copy(update=soft))
         return {role: most_of_the_mass(plan.weights, options.layer_mass) for role, plan in plans.items()}
     raise InputError(f"alignment.layer_pairs {options.layer_pairs!r} chooses nothing")
 

@@ -14,8 +14,10 @@ from tmjax.align.sites import CorrelationSite, FeatureSite, Site
 from tmjax.errors import InputError
 from tmjax.ot import (
     DensePlan,
+    EdgePlan,
     EntropicPlan,
     FeatureCost,
+    HeadMap,
     LinearMap,
     LowRankPlan,
     MatchPlan,
@@ -84,8 +86,10 @@ _NAMES = {
     FeaturePlan: "potentials, features",
     LowRankPlan: "factors",
     MatchPlan: "matches",
+    EdgePlan: "matches",
     SparsePlan: "sparse",
     LinearMap: "maps",
+    HeadMap: "head maps",
 }
 
 
@@ -94,11 +98,11 @@ _NAMES = {
 class SitePlans:
     """Plans of a site for pairs of layers, in the smallest form that `fuse` can rebuild the couplings from.
 
-    `held`: P plans, entropic ones without their costs where that is smaller (`FeaturePlan`), else dense. `index` [L, M]
-    is a pair's position in them, -1 for a pair that is not held. `layer_cost` [L, M] = <cost, Q>, an estimate where
-    `solved` is False (see `pairs`). Certificates [P]: iterations, converged, marginal error (L1, larger side), whether
-    the solver fell back to a slower form. `weight_target` [P, n] and `weight_source` [P, k] turn rows of Q and Q^T into
-    averages: 1 / their mass, times the least-squares gain if that was asked for; None: n and k.
+    `held`: P plans (pairs may share one), entropic ones without their costs where that is smaller (`FeaturePlan`), else
+    dense. `index` [L, M] is a pair's position in them, -1 for a pair that is not held. `layer_cost` [L, M] = <cost, Q>,
+    an estimate where `solved` is False (see `pairs`). Certificates [P]: iterations, converged, marginal error (L1,
+    larger side), whether the solver fell back to a slower form. `weight_target` [P, n] and `weight_source` [P, k] turn
+    rows of Q and Q^T into averages: 1 / their mass, times the least-squares gain if that was asked for; None: n and k.
     """
 
     held: Plan | FeaturePlan
@@ -111,6 +115,11 @@ class SitePlans:
     fallback: ArrayLike
     weight_target: ArrayLike | None = None
     weight_source: ArrayLike | None = None
+
+    @property
+    def real_units(self) -> bool:
+        """Whether the plans map real units, scales and all, where others map standardised ones."""
+        return isinstance(self.held, HeadMap)
 
     @property
     def stored(self) -> str:
@@ -134,11 +143,12 @@ class SitePlans:
     def keep(self, wanted_lm: np.ndarray) -> "SitePlans":
         """Only the pairs that are wanted (bool [L, M]); `layer_cost` stays whole."""
         index = np.asarray(self.index)
-        chosen = index[wanted_lm & (index >= 0)]
-        if len(chosen) == np.sum(index >= 0):
+        kept = wanted_lm & (index >= 0)
+        if kept.sum() == np.sum(index >= 0):
             return self
+        chosen, position = np.unique(index[kept], return_inverse=True)  # pairs may share a plan
         fresh = np.full_like(index, -1)
-        fresh[wanted_lm & (index >= 0)] = np.arange(len(chosen))
+        fresh[kept] = position
         fields = ("iterations", "converged", "marginal_error", "fallback", "weight_target", "weight_source")
         held = self.held
         held = held.keep(chosen) if isinstance(held, FeaturePlan) else jax.tree.map(lambda x: x[chosen], held)

@@ -12,12 +12,12 @@ from tmjax.align.plans import FeaturePlan, SignedFeaturePlan, SitePlans
 from tmjax.align.statistics import Statistics
 from tmjax.hub.atomic import write_json
 from tmjax.hub.checkpoint import read_json
-from tmjax.ot import DensePlan, LinearMap, LowRankPlan, MatchPlan, SparsePlan
+from tmjax.ot import DensePlan, EdgePlan, HeadMap, LinearMap, LowRankPlan, MatchPlan, SparsePlan
 
 ARRAYS = "alignment.safetensors"
 META = "alignment.json"
 _GROUPS = {"target": Statistics, "source": Statistics, "layer_plans": LayerPlan}
-_FORMS = (FeaturePlan, SignedFeaturePlan, DensePlan, SparsePlan, LowRankPlan, MatchPlan, LinearMap)
+_FORMS = (FeaturePlan, SignedFeaturePlan, DensePlan, SparsePlan, LowRankPlan, MatchPlan, EdgePlan, LinearMap, HeadMap)
 _PLANS = {cls.__name__: cls for cls in _FORMS}
 
 

@@ -11,11 +11,13 @@ from safetensors.numpy import load_file, save_file
 
 from tmjax.activations.stream import Block
 from tmjax.align import moments
-from tmjax.align.alignment import Alignment, assemble, needed_sites, plan_site, solver_of
+from tmjax.align.alignment import Alignment, assemble, needed_sites, plan_site, solver_of, structured
 from tmjax.align.moments import Moments, Sum, UnitMoments
 from tmjax.align.pairs import coarse_costs
 from tmjax.align.plans import SitePlans, solve_pairs
 from tmjax.align.sites import CorrelationSite
+from tmjax.align.statistics import Statistics
+from tmjax.align.structure import Described, require_structure
 from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
 from tmjax.ot import capabilities_of
@@ -25,6 +27,7 @@ from tmjax.recipe import AlignmentOptions
 def require_streamable(options: AlignmentOptions) -> None:
     """Raises InputError if the options need all rows at once."""
     solver = solver_of(options)
+    require_structure(options, solver)
     if capabilities_of(solver).needs_features or options.gain:
         what = "alignment.gain" if options.gain else f"solver {solver.name!r}"
         raise InputError(f"{what} needs the activations themselves; set activations.keep: true")
@@ -35,8 +38,9 @@ def gather(
     projections: Collection[ParamSpec],
     *,
     order: Callable[[int], np.ndarray] | None = None,
+    structure: str = "none",
 ) -> dict[str, Moments]:
-    """Moments of every site that these projections need, from blocks of paired rows.
+    """Moments of every site that these projections need (for this structure), from blocks of paired rows.
 
     `order(rows)` reorders the source's rows within each block (a control); blocks of one row are then left out.
     """
@@ -48,7 +52,7 @@ def gather(
             chosen = np.arange(len(mask))
             chosen[:rows] = order(rows) if rows > 1 else chosen[:rows]
             source = {site: y[:, chosen] for site, y in source.items()}
-        for site in needed_sites(projections):
+        for site in needed_sites(projections, structure):
             x, y = target[site], source[site]
             if site not in held:
                 sizes = x.shape[0], y.shape[0], x.shape[2], y.shape[2]
@@ -62,6 +66,7 @@ def align_moments(
     projections: Mapping[str, ParamSpec],
     options: AlignmentOptions,
     *,
+    models: tuple[Described, Described] | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Alignment:
@@ -81,13 +86,16 @@ def align_moments(
             mesh=mesh,
         )
 
+    def measure(site: str) -> tuple[Statistics, Statistics]:
+        return moments.unit_statistics(held[site])
+
     return assemble(
         projections,
         options,
         int(next(iter(held.values())).count),
-        measure=lambda site: moments.unit_statistics(held[site]),
+        measure=measure,
         guess=lambda site: coarse_costs(site_of(site), options),
-        solve=solve,
+        solve=structured(solve, models, options, site_of, measure),
         progress=progress,
     )
 

@@ -1,6 +1,7 @@
 """Fusion of transported weights into the target: W = W_T + Mask (alpha W^ + beta W_T); beta = -alpha blends the two."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from tmjax.align.alignment import Alignment
 from tmjax.fuse.masks import masks
-from tmjax.fuse.transport import transport_projection
+from tmjax.fuse.transport import side, transport_projection
 from tmjax.models.spec import ParamSpec, biases, projections, shared_projections
 from tmjax.recipe import FusionOptions
 from tmjax.typing import Array, ArrayLike, Params, pytree_dataclass
@@ -51,28 +52,42 @@ def transport_model(
     options: FusionOptions,
     *,
     permutations: dict[str, np.ndarray] | None = None,
+    base: Params | None = None,
+    instead: Callable[[ParamSpec], tuple[Array, Array]] | None = None,
 ) -> dict[str, Transported]:
-    """Transports every projection that the recipe names, by role; raises InputError for a role a model lacks."""
+    """Transports every projection that the recipe names, by role; raises InputError for a role a model lacks.
+
+    `instead` gives weight and bias of a projection in place of the transported ones (see `regression`).
+
+    With the parameters of a `base` of the target's architecture what is fused is the task vector W^ - W_base.
+    """
     rows, rows_source = shared_projections(target_rows, source_rows, options.roles), projections(source_rows)
     bias, bias_source = biases(target_rows), biases(source_rows)
     result = {}
     for role, row in rows.items():
-        weight, offset = transport_projection(
-            alignment,
-            row,
-            source[rows_source[role].path],
-            source[bias_source[role].path] if role in bias_source else None,
-            kind=options.map,
-            permutations=permutations,
-            sharding=sharding_of(target[row.path]),
+        weight, offset = (
+            instead(row)
+            if instead is not None
+            else transport_projection(
+                alignment,
+                row,
+                source[rows_source[role].path],
+                source[bias_source[role].path] if role in bias_source else None,
+                kind=options.map,
+                permutations=permutations,
+                sharding=sharding_of(target[row.path]),
+            )
         )
         raw = _norm(weight)
-        mean_out = jnp.asarray(alignment.target[row.output_site].centre(alignment.centred))
+        mean_out = jnp.asarray(side(alignment, row.output_site).mean)
         if options.norm_match:
             scale = jnp.where(raw > 0, _norm(jnp.asarray(target[row.path])) / jnp.where(raw > 0, raw, 1.0), 0.0)
             weight = weight * scale[:, None, None]
             # The affine map is scaled about the mean output, which both models' rows share.
             offset = mean_out + scale[:, None] * (offset - mean_out)
+        if base is not None:
+            weight = weight - jnp.asarray(base[row.path], jnp.float32)
+            offset = offset - jnp.asarray(base[bias[role].path], jnp.float32) if role in bias else offset
         weight_mask, bias_mask = masks(alignment, row, options.mask_top_k)
         keeps = role in bias and options.bias != "none"
         result[role] = Transported(
@@ -94,16 +109,29 @@ def without_source(transported: Mapping[str, Transported]) -> dict[str, Transpor
     }
 
 
-@jax.jit
-def _fuse_weight(old: Array, item: Transported, alpha: Array, beta: Array) -> Array:
+def of_bias(value: Array) -> Array:
+    """A coefficient of a weight, a scalar or [L, out or 1, in or 1], as one of its bias [L, out or 1]."""
+    return value if jnp.ndim(value) == 0 else jnp.mean(value, axis=2)
+
+
+@functools.partial(jax.jit, static_argnames="trust")
+def _fuse_weight(old: Array, item: Transported, alpha: Array, beta: Array, trust: float | None) -> tuple[Array, Array]:
+    """W, and the factor [L] that the trust cap put on the change."""
     wide = old.astype(jnp.float32)
-    return wide + item.weight_mask * (alpha * item.weight + beta * wide)
+    change = item.weight_mask * (alpha * item.weight + beta * wide)
+    factor = jnp.ones((wide.shape[0],))
+    if trust is not None:
+        # Squares, with a root only where the cap holds: its derivative at 0 is infinite.
+        size, limit = jnp.sum(jnp.square(change), axis=(1, 2)), trust**2 * jnp.sum(jnp.square(wide), axis=(1, 2))
+        over = size > limit
+        factor = jnp.where(over, jnp.sqrt(limit / jnp.where(over, size, 1.0)), 1.0)
+    return wide + factor[:, None, None] * change, factor
 
 
 @jax.jit
-def _fuse_bias(old: Array, item: Transported, alpha: Array, beta: Array) -> Array:
+def _fuse_bias(old: Array, item: Transported, alpha: Array, beta: Array, factor: Array) -> Array:
     wide = old.astype(jnp.float32)
-    return wide + item.bias_mask * (alpha * item.bias + beta * wide)
+    return wide + factor[:, None] * item.bias_mask * (of_bias(alpha) * item.bias + of_bias(beta) * wide)
 
 
 @jax.jit
@@ -114,8 +142,8 @@ def _keep_mean(old: Array, old_weight: Array, new_weight: Array, mean: Array) ->
     return old.astype(jnp.float32) + moved
 
 
-#: alpha and beta of each role.
-Coefficients = Mapping[str, tuple[float, float]]
+#: alpha and beta of each role: numbers, or arrays that broadcast to the stacked weight (see `fuse.learned`).
+Coefficients = Mapping[str, tuple[ArrayLike | float, ArrayLike | float]]
 
 
 def fuse_params(
@@ -125,23 +153,25 @@ def fuse_params(
     coefficients: Coefficients,
     *,
     bias_rule: str = "transported",
+    trust: float | None = None,
 ) -> dict[str, ArrayLike]:
     """The target's parameters with every transported projection fused in (float32), the rest as they are.
 
     `bias_rule`: `transported` treats a bias like its weight; `keep_mean` sets b = b_T + (W_T - W) mu_in, which keeps
-    the mean output; `none` leaves biases alone.
+    the mean output; `none` leaves biases alone. `trust`: no layer's weight changes by more than this part of its norm;
+    what the cap takes off the weight it takes off the bias.
     """
     rows, bias = projections(target_rows), biases(target_rows)
     fused = dict(target)
     for role, item in transported.items():
-        alpha, beta = (jnp.float32(value) for value in coefficients[role])
+        alpha, beta = (jnp.asarray(value, jnp.float32) for value in coefficients[role])
         path = rows[role].path
-        fused[path] = _fuse_weight(target[path], item, alpha, beta)
+        fused[path], factor = _fuse_weight(target[path], item, alpha, beta, trust)
         if item.bias is None or role not in bias:
             continue
         where = bias[role].path
         if bias_rule == "keep_mean":
             fused[where] = _keep_mean(target[where], target[path], fused[path], item.input_mean)
         else:
-            fused[where] = _fuse_bias(target[where], item, alpha, beta)
+            fused[where] = _fuse_bias(target[where], item, alpha, beta, factor)
     return fused

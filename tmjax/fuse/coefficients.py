@@ -7,9 +7,9 @@ from tmjax.fuse.apply import Coefficients
 from tmjax.recipe import ALL_ROLES, FusionOptions
 
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
-    "all": {"all": ("q", "k", "v", "o", "gate", "up", "down")},
-    "kind": {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")},
-    "role": {role: (role,) for role in ("q", "k", "v", "o", "gate", "up", "down")},
+    "all": {"all": ("q", "k", "v", "o", "gate", "up", "down", "embed", "norm")},
+    "kind": {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"), "stream": ("embed", "norm")},
+    "role": {role: (role,) for role in ("q", "k", "v", "o", "gate", "up", "down", "embed", "norm")},
 }
 
 
@@ -23,9 +23,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Fit:
-    """The chosen coefficients by role and everything that was tried."""
+    """The chosen coefficients by role (numbers, or arrays if learned) and everything that was tried."""
 
-    coefficients: dict[str, tuple[float, float]]
+    coefficients: Coefficients
     loss: float | None = None
     trials: list[Trial] = field(default_factory=list)
 

@@ -10,7 +10,7 @@ from tmjax.errors import NoTransferError
 from tmjax.fuse.apply import Coefficients, Transported
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.sharding.hosts import to_host
-from tmjax.typing import Array, Params
+from tmjax.typing import Array, ArrayLike, Params
 
 #: Smallest source contribution, as a fraction of the target's norm, that counts as a transfer.
 NEGLIGIBLE = 1e-3
@@ -27,12 +27,17 @@ def _tensor_norms(old: Array, new: Array, item: Transported, alpha: Array) -> di
         "old": norm(old),
         "transported": norm(item.weight),
         "raw": item.raw_norm,
-        "part": jnp.abs(alpha) * norm(item.weight_mask * item.weight),
+        "part": norm(alpha * item.weight_mask * item.weight),
         "update": norm(new - old),
         "inner": jnp.sum(old * item.weight, axis=(1, 2)),
         "shift": jnp.sqrt(jnp.sum(shift * shift, axis=1)),
         "output": jnp.sqrt(jnp.sum(jnp.square(jnp.einsum("loi,li->lo", old, item.input_mean)), axis=1)),
     }
+
+
+def of_layer(value: ArrayLike | float, layer: int) -> float:
+    """A coefficient in one layer: a number as it is, the mean over the heads or units of an array [L, ...]."""
+    return float(value) if np.ndim(value) == 0 else float(np.asarray(value)[layer].mean())
 
 
 def update_table(
@@ -53,7 +58,8 @@ def update_table(
     for role, item in transported.items():
         row = projections(rows)[role]
         alpha, beta = coefficients[role]
-        n = to_host(_tensor_norms(target[row.path], fused[row.path], item, jnp.float32(alpha)))
+        norms = to_host(_tensor_norms(target[row.path], fused[row.path], item, jnp.asarray(alpha, jnp.float32)))
+        n = {key: value.astype(np.float64) for key, value in norms.items()}  # 1e-30 squared is no float32
         old, transport = np.maximum(n["old"], 1e-30), np.maximum(n["transported"], 1e-30)
         columns = {
             "transported_to_target_norm": n["transported"] / old,
@@ -65,7 +71,7 @@ def update_table(
         }
         for layer, name in enumerate(row.names(spec)):
             values = {key: float(column[layer]) for key, column in columns.items()}
-            table[name] = values | {"alpha": float(alpha), "beta": float(beta)}
+            table[name] = values | {"alpha": of_layer(alpha, layer), "beta": of_layer(beta, layer)}
     return table
 
 

@@ -23,9 +23,11 @@ def masks(alignment: Alignment, row: ParamSpec, top_k: int | None) -> tuple[np.n
     """Masks of a projection's weight, broadcastable to [L, out, in], and of its bias [L, out].
 
     Rows for projections whose output units are neurons; columns, on the input side, for o and down, whose bias belongs
-    to no neuron and is changed as a whole.
+    to no neuron and is changed as a whole. Both are 0 for target layers that have no partner in the source.
     """
     by_input = row.role in READS_NEURONS
     site = row.input_site if by_input else row.output_site
     mask = top_neurons(np.asarray(alignment.target[site].mean_abs), top_k)
-    return (mask[:, None, :], np.ones((mask.shape[0], 1), np.float32)) if by_input else (mask[:, :, None], mask)
+    matched = (np.asarray(alignment.layer_plans[row.role].weights).sum(axis=1) > 0).astype(np.float32)[:, None]
+    mask = mask * matched
+    return (mask[:, None, :], matched) if by_input else (mask[:, :, None], mask)

@@ -1,19 +1,24 @@
 """`fuse`: an alignment and two models in, a merged model and the table of what happened out."""
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from tmjax.activations.store import Activations
 from tmjax.align.alignment import Alignment
-from tmjax.convert.model import Model
+from tmjax.convert.model import Model, load_model
 from tmjax.errors import InputError
-from tmjax.fuse.apply import fuse_params, transport_model, without_source
+from tmjax.fuse.apply import Coefficients, fuse_params, transport_model, without_source
 from tmjax.fuse.coefficients import Fit, fit, fixed
 from tmjax.fuse.diagnostics import update_table
+from tmjax.fuse.learned import BatchLoss, FuseLearned, expanded, learn, start
+from tmjax.fuse.regression import regress_projection
+from tmjax.fuse.stream import fuse_stream, stream_table, stream_without_source, transport_stream
+from tmjax.models.spec import ParamSpec
 from tmjax.recipe import FusionOptions
-from tmjax.typing import Params
+from tmjax.typing import Array, Params
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,15 @@ class Fused:
     table: dict[str, dict[str, float]]
 
 
+@dataclass(frozen=True)
+class Regressed:
+    """What `transport: regression` needs: activations of target and source, and the order of the source's rows."""
+
+    target: Activations
+    source: Activations
+    source_rows: np.ndarray | None = None
+
+
 def fuse(
     alignment: Alignment,
     target: Model,
@@ -33,6 +47,8 @@ def fuse(
     *,
     alpha: float | None = None,
     loss: Callable[[Params], float] | None = None,
+    training: tuple[Iterable[Any], BatchLoss] | None = None,
+    activations: Regressed | None = None,
     source_params: Params | None = None,
     permutations: dict[str, np.ndarray] | None = None,
     zero_source: bool = False,
@@ -41,24 +57,85 @@ def fuse(
     """Transports the source's projections through the alignment and fuses them into the target.
 
     `alpha` fixes the coefficient; without it `loss` (of fused parameters, on validation text) chooses from the options'
-    grid. The last three are for controls: other source weights, permuted source units, a source contribution of zero.
-    Raises InputError if neither alpha nor loss is given, or a role is missing in a model. Refusing a merge in which
-    nothing came from the source is `require_transfer`'s, on the table.
+    grid, or, with `options.fit: learned`, stops the learning on `training` (batches, and the loss of parameters on
+    one). `activations` are for `options.transport: regression`. The last three are for controls: other source weights,
+    permuted source units, a source contribution of zero. Raises InputError if what the options need is not given, or a
+    role is missing in a model. Refusing a merge in which nothing came from the source is `require_transfer`'s, on the
+    table.
     """
     options = options or FusionOptions()
     params = source.params if source_params is None else source_params
     transported = transport_model(
-        alignment, target.rows, target.params, source.rows, params, options, permutations=permutations
+        alignment,
+        target.rows,
+        target.params,
+        source.rows,
+        params,
+        options,
+        permutations=permutations,
+        base=_base(options, target),
+        instead=_regression(alignment, target, options, activations, permutations),
     )
+    stream = transport_stream(alignment, target, source, options, source_params=params, permutations=permutations)
     if zero_source:
-        transported = without_source(transported)
-    combine = functools.partial(fuse_params, target.rows, target.params, transported, bias_rule=options.bias)
+        transported, stream = without_source(transported), stream_without_source(stream)
+
+    def combine(coefficients: Coefficients) -> Params:
+        fused = fuse_params(
+            target.rows, target.params, transported, coefficients, bias_rule=options.bias, trust=options.trust
+        )
+        return fuse_stream(fused, stream, coefficients)
+
+    roles = (*transported, *stream)
     if alpha is not None:
-        chosen = fixed(alpha, options, tuple(transported))
-    elif loss is not None:
-        chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress, tuple(transported))
-    else:
+        chosen = fixed(alpha, options, roles)
+    elif loss is None:
         raise InputError("fuse needs alpha or a loss to choose it by")
+    elif options.fit == "learned":
+        if training is None:
+            raise InputError("fusion.fit: learned needs calibration batches: pass training to fuse")
+        begin = start(target.spec, target.projections, roles, options.learning.granularity)
+        how = FuseLearned(target.spec, target.rows, options.bias, options.trust)
+        chosen = learn(
+            how, (dict(target.params), transported, stream), begin, *training, loss, options.learning, progress
+        )
+        chosen = replace(chosen, coefficients=expanded(target.spec, target.projections, chosen.coefficients))
+    else:
+        chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress, roles)
     fused = combine(chosen.coefficients)
     table = update_table(target.spec, target.rows, target.params, fused, transported, chosen.coefficients)
+    table |= stream_table(target, fused, stream, chosen.coefficients)
     return Fused(target.with_params(fused), chosen, table)
+
+
+def _base(options: FusionOptions, target: Model) -> Params | None:
+    """The parameters of the common base; raises InputError if it is not of the target's architecture."""
+    if options.base is None:
+        return None
+    base = load_model(options.base)
+    if base.spec != target.spec:
+        raise InputError(f"fusion.base {options.base} is not of the target's architecture")
+    return base.params
+
+
+def _regression(
+    alignment: Alignment,
+    target: Model,
+    options: FusionOptions,
+    held: Regressed | None,
+    permutations: dict[str, np.ndarray] | None,
+) -> Callable[[ParamSpec], tuple[Array, Array]] | None:
+    if options.transport == "weights":
+        return None
+    if held is None:
+        raise InputError("fusion.transport: regression needs the activations; set activations.keep: true")
+    return lambda row: regress_projection(
+        alignment,
+        row,
+        target.params[row.path],
+        held.target,
+        held.source,
+        ridge=options.ridge,
+        source_rows=held.source_rows,
+        permutations=permutations,
+    )

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from tmjax.align.alignment import Alignment, plan_site
 from tmjax.align.plans import SitePlans
+from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
 from tmjax.ot import Plan
 from tmjax.typing import Array, ArrayLike, pytree_dataclass
@@ -41,16 +42,17 @@ class Side:
 
 
 def side(alignment: Alignment, site: str, permutation: np.ndarray | None = None) -> Side:
-    """The side of a projection that lies at `site`."""
-    target, source, centred = alignment.target[site], alignment.source[site], alignment.centred
-    return Side(
-        alignment.plans[plan_site(site)],
-        target.centre(centred),
-        target.scale(centred),
-        source.centre(centred),
-        source.scale(centred),
-        permutation,
-    )
+    """The side of a projection that lies at `site`.
+
+    Plans between real units need no scales; and queries and keys keep no means: what the logits see is q and k whole.
+    """
+    target, source = alignment.target[site], alignment.source[site]
+    plans, centred = alignment.plans[plan_site(site)], alignment.centred
+    means = [both.centre(centred and not (plans.real_units and site in ("q", "k"))) for both in (target, source)]
+    scales = [both.scale(centred) for both in (target, source)]
+    if plans.real_units:
+        scales = [scale * 0 + 1 for scale in scales]
+    return Side(plans, means[0], scales[0], means[1], scales[1], permutation)
 
 
 def _inverse(x: Array) -> Array:
@@ -125,6 +127,14 @@ def transport(
     return weight if sharding is None else jax.lax.with_sharding_constraint(weight, sharding), bias
 
 
+def mapped_outputs(end: Side, layer: int, source_layer: int, y_rk: Array) -> Array:
+    """M (y - mean) [N, n] for the source's activations y [N, k] of a site: what they mean in the target's units."""
+    _, rows, columns, _, _ = _scales(end, layer, source_layer)
+    plan = end.plans.pair(layer, source_layer)[0]
+    y = _permuted(y_rk - jnp.asarray(jnp.mean(y_rk, axis=0)), end, layer, source_layer, 1)
+    return (rows[:, None] * plan.apply(columns[:, None] * y.T)).T
+
+
 def transport_projection(
     alignment: Alignment,
     row: ParamSpec,
@@ -137,6 +147,8 @@ def transport_projection(
 ) -> tuple[Array, Array]:
     """Transports one projection of the source (stacked weight and bias) for all target layers; see the module."""
     permutations = permutations or {}
+    if kind == "paper" and any(plans.real_units for plans in alignment.plans.values()):
+        raise InputError("fusion.map: paper takes plans of single units; set alignment.structure: none")
     into, out = (side(alignment, site, permutations.get(plan_site(site))) for site in (row.input_site, row.output_site))
     plan = alignment.layer_plans[row.role]
     weights = jnp.asarray(plan.effective if kind == "paper" else plan.weights)

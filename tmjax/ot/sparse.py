@@ -1,9 +1,10 @@
-"""Plans of which only the largest entries are kept (paper, appendix A.1)."""
+"""Plans with few entries: the largest of another plan (paper, appendix A.1), or a list of matches."""
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tmjax.ot.blocks import block_size, scan_rows
 from tmjax.ot.plan import EntropicPlan, Plan
@@ -97,3 +98,38 @@ def _scatter(columns: Array, values: Array, rows: Array, column_values: Array) -
     n, k = columns.shape[0], rows.shape[0]
     dense = jnp.zeros((n, k), jnp.float32).at[jnp.arange(n)[:, None], columns].add(values)
     return dense.at[rows, jnp.arange(k)[:, None]].add(column_values)
+
+
+@pytree_dataclass
+@dataclass(frozen=True)
+class EdgePlan(Plan):
+    """A list of matches: `mass` [..., E] between unit `rows` [..., E] and unit `columns` [..., E] (int32), each once.
+
+    `given` [..., n] and `received` [..., k] are the marginals.
+    """
+
+    rows: ArrayLike
+    columns: ArrayLike
+    mass: ArrayLike
+    given: ArrayLike
+    received: ArrayLike
+
+    @classmethod
+    def of(cls, rows: np.ndarray, columns: np.ndarray, mass: np.ndarray, shape: tuple[int, int]) -> "EdgePlan":
+        """The plan [n, k] of these matches (one problem)."""
+        given, received = (np.bincount(x, mass, size) for x, size in zip((rows, columns), shape, strict=True))
+        indices = (jnp.asarray(x, jnp.int32) for x in (rows, columns))
+        return cls(*indices, *(jnp.asarray(x, jnp.float32) for x in (mass, given, received)))
+
+    def matrix(self) -> Array:
+        """Q [..., n, k]."""
+        rows = jax.nn.one_hot(self.rows, jnp.shape(self.given)[-1]) * jnp.asarray(self.mass)[..., None]
+        columns = jax.nn.one_hot(self.columns, jnp.shape(self.received)[-1])
+        return jnp.einsum("...en,...ek->...nk", rows, columns, precision=jax.lax.Precision.HIGHEST)
+
+    def apply(self, x: Array) -> Array:
+        """Q x by indexing, of one problem."""
+        if jnp.ndim(self.rows) > 1:
+            return super().apply(x)
+        moved = jnp.asarray(self.mass)[:, None] * x[jnp.asarray(self.columns)]
+        return jnp.zeros((jnp.shape(self.given)[0], x.shape[1]), moved.dtype).at[jnp.asarray(self.rows)].add(moved)

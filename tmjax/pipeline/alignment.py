@@ -72,7 +72,10 @@ class AlignmentRun:
         header = {
             "tmjax": tmjax.__version__,
             "seed": recipe.seed,
-            "inputs": {name: {"path": getattr(recipe, name), "sha256": value} for name, value in hashes.items()},
+            "inputs": {
+                name: {"path": recipe.fusion.base if name == "base" else getattr(recipe, name), "sha256": value}
+                for name, value in hashes.items()
+            },
             "evaluation": {},
             "source_gain": None,
             "update": {},
@@ -103,7 +106,8 @@ class AlignmentRun:
 
     def _activation_key(self, model: str) -> object:
         hashes = {name: self.inputs.hashes[name] for name in ("texts", "source", "target")}
-        return [model, hashes, self.recipe.activations.model_dump(), self.recipe.fusion.roles, self.recipe.dtype]
+        told = self.recipe.activations.model_dump(), self.recipe.fusion.roles, self.recipe.dtype
+        return [model, hashes, *told, self.recipe.alignment.structure]
 
     def _alignment_key(self) -> object:
         return [self._activation_key("source"), self.recipe.alignment.model_dump(mode="json")]
@@ -128,7 +132,7 @@ class AlignmentRun:
                 rows,
                 target_documents if which == "target" else source_documents,
                 partial,
-                sites=needed_sites(self.inputs.projections.values()),
+                sites=needed_sites(self.inputs.projections.values(), self.recipe.alignment.structure),
                 batch_tokens=self.recipe.activations.batch_tokens,
                 memory_mib=self.recipe.activations.memory_mib,
                 dtype=self.inputs.dtype,
@@ -153,7 +157,7 @@ class AlignmentRun:
                 (target.spec, target.params, target_documents),
                 (source.spec, params, source_documents),
                 rows,
-                sites=needed_sites(self.inputs.projections.values()),
+                sites=needed_sites(self.inputs.projections.values(), self.recipe.alignment.structure),
                 block_rows=options.block_rows,
                 batch_tokens=options.batch_tokens,
                 memory_mib=options.memory_mib,
@@ -164,7 +168,12 @@ class AlignmentRun:
             shuffled = (
                 (lambda count: derangement(count, self.recipe.seed)) if control and control.shuffle_rows else None
             )
-            found = gather(blocks, self.inputs.projections.values(), order=shuffled)
+            found = gather(
+                blocks,
+                self.inputs.projections.values(),
+                order=shuffled,
+                structure=self.recipe.alignment.structure,
+            )
             if hosts.is_first():
                 save_moments(found, partial)
             return {("rows",): {"documents": len(self.inputs.texts), "rows": len(rows), "pooling": rows.pooling}}
@@ -208,7 +217,10 @@ class AlignmentRun:
 
     def _aligned(self, which: str, control: Control | None, step: str) -> Callable[[], Alignment]:
         """What aligns the target with a source, its activations (or their moments) being there."""
-        how = {"mesh": self.inputs.layout.mesh, "progress": self._step(step)}
+        random = control is not None and control.random_source
+        params = self._random_source() if random else self.inputs.source.params
+        models = (self.inputs.target.spec, self.inputs.target.params), (self.inputs.source.spec, params)
+        how = {"mesh": self.inputs.layout.mesh, "progress": self._step(step), "models": models}
         projections, options = self.inputs.projections, self.recipe.alignment
         if not self.recipe.activations.keep:
             held = self.moments(which, control)

@@ -109,7 +109,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         solvable = _tried(problems, lambda: _require_solver(recipe, target, source, chosen or {}))
         if chosen and reading and layout and solvable:
             report["rows"] = dataclasses.asdict(reading)
-            sites = sites_of(target, source, chosen)
+            sites = sites_of(target, source, chosen, recipe.alignment.structure)
             # Of rows that are only assumed it is no more than a hint.
             _tried(notes if reading.assumed else problems, lambda: require_room(sites, reading.rows, recipe))
             shards = layout.sizes["fsdp"] * layout.sizes["tensor"]
@@ -239,7 +239,7 @@ def _require_solver(recipe: Recipe, target: Side, source: Side, chosen: Mapping[
     if not recipe.activations.keep:
         require_streamable(recipe.alignment)
     if capabilities_of(solver).equal_sizes:
-        for site, units in sites_of(target, source, chosen).units.items():
+        for site, units in sites_of(target, source, chosen, recipe.alignment.structure).units.items():
             if units[0] != units[1]:
                 raise InputError(
                     f"solver {solver.name!r} needs equal sizes; {site} has {units[0]} and {units[1]} units"

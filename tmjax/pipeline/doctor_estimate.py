@@ -10,6 +10,7 @@ import jax
 
 from tmjax.align.alignment import needed_sites, plan_site, solver_of
 from tmjax.align.pairs import band
+from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.ot import capabilities_of
 from tmjax.recipe import Recipe
@@ -64,15 +65,17 @@ class Sites:
     plans: tuple[str, ...]
 
 
-def sites_of(target: Tabled, source: Tabled, chosen: Mapping[str, ParamSpec]) -> Sites:
-    """The sites that the transport of these projections needs."""
+def sites_of(target: Tabled, source: Tabled, chosen: Mapping[str, ParamSpec], structure: str = "none") -> Sites:
+    """The sites that the transport of these projections needs, for this `alignment.structure`."""
     theirs = projections(source.rows)
     units: dict[str, tuple[int, int]] = {}
     for role, row in chosen.items():
         shapes = row.shape(target.spec), theirs[role].shape(source.spec)
         units[row.output_site], units[row.input_site] = (tuple(shape[end] for shape in shapes) for end in (0, 1))
         units.setdefault(plan_site(row.output_site), units[row.output_site])
-    sites = needed_sites(chosen.values())
+    sites = needed_sites(chosen.values(), structure)
+    for site in sites:
+        units.setdefault(site, tuple(side.spec.axis_size(SITES[site]) for side in (target, source)))
     return Sites({site: units[site] for site in sites}, tuple(dict.fromkeys(plan_site(site) for site in sites)))
 
 

@@ -95,7 +95,8 @@ class Inputs:
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every input."""
-        models = {name: sha256_checkpoint(resolve(getattr(self.recipe, name))) for name in ("source", "target")}
+        named = {"source": self.recipe.source, "target": self.recipe.target, "base": self.recipe.fusion.base}
+        models = {name: sha256_checkpoint(resolve(path)) for name, path in named.items() if path is not None}
         texts = {name: getattr(self, name) for name in ("texts", "valid", "test")}
         return models | {name: value.sha256 for name, value in texts.items() if value is not None}
 
@@ -124,6 +125,9 @@ class Inputs:
         solver_of(self.recipe.alignment)
         if not self.recipe.activations.keep:
             require_streamable(self.recipe.alignment)
+        if self.recipe.fusion.transport == "regression" and not self.recipe.activations.keep:
+            raise InputError("fusion.transport: regression needs the activations; set activations.keep: true")
         for name in ("layout", "texts", "valid", "test", "target", "source", "rows"):
             getattr(self, name)
-        require_room(sites_of(self.target, self.source, self.projections), len(self.rows[0]), self.recipe)
+        sites = sites_of(self.target, self.source, self.projections, self.recipe.alignment.structure)
+        require_room(sites, len(self.rows[0]), self.recipe)

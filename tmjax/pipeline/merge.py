@@ -1,33 +1,38 @@
 """The stages of a merge, each with its input hash: alignment, fuse, controls, evaluate, report."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tmjax.adapt.data import Batch, batches
+from tmjax.adapt.train import next_token_loss
 from tmjax.align.alignment import Alignment
 from tmjax.convert import hf
 from tmjax.convert.model import config_directory, load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.bootstrap import resample, source_gain
-from tmjax.evaluate.controls import CONTROLS, Control, plan_permutations
+from tmjax.evaluate.controls import CONTROLS, Control, derangement, plan_permutations
 from tmjax.fuse.coefficients import Fit
 from tmjax.fuse.diagnostics import require_transfer
-from tmjax.fuse.merge import fuse
+from tmjax.fuse.learned import BatchLoss
+from tmjax.fuse.merge import Regressed, fuse
 from tmjax.hub.checkpoint import read_config
 from tmjax.hub.rundir import RECIPE, read_manifest
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.families import family_of
+from tmjax.models.spec import DecoderSpec
 from tmjax.pipeline.alignment import AlignmentRun, Progress, quiet
 from tmjax.recipe import Recipe, build_recipe, read_recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
 from tmjax.sharding import hosts
 from tmjax.sharding.mesh import AUTO, Layout
-from tmjax.typing import Params
+from tmjax.typing import ArrayLike, Params
 
 
 class Merge(AlignmentRun):
@@ -45,6 +50,8 @@ class Merge(AlignmentRun):
             self.recipe.fusion,
             alpha=self.recipe.alpha,
             loss=lambda params: inputs.valid_scorer(params).bits_per_byte,
+            training=self._training(),
+            activations=self._regressed(control),
             source_params=source,
             permutations=plan_permutations(alignment, self.recipe.seed) if control and control.permute_plan else None,
             zero_source=control is not None and control.zero_source,
@@ -59,6 +66,28 @@ class Merge(AlignmentRun):
         if control is None:
             return {"update": fused.table, "coefficients": facts}
         return {("controls", arm): facts | {"update": fused.table}}
+
+    def _training(self) -> tuple[Iterable[Batch], BatchLoss] | None:
+        """Calibration batches, the same for all arms, and the target's loss, where coefficients are learned."""
+        options = self.recipe.fusion
+        if options.fit != "learned" or self.recipe.alpha is not None:
+            return None
+        tokenizer, spec = self.inputs.target_tokenizer, self.inputs.target.spec
+        documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(self.inputs.texts.texts)]
+        longest = min(spec.max_positions, self.recipe.activations.max_tokens)
+        data = batches(
+            documents, tokens=options.learning.batch_tokens, seed=self.recipe.seed, lengths=2, max_tokens=longest
+        )
+        return data, _token_loss(spec)
+
+    def _regressed(self, control: Control | None) -> Regressed | None:
+        """The activations that a closed-form transport solves on, the control's where it has its own."""
+        if self.recipe.fusion.transport != "regression" or not self.recipe.activations.keep:
+            return None
+        random = control is not None and control.random_source
+        shuffled = control is not None and control.shuffle_rows
+        held = self.activations("target"), self.activations("random_source" if random else "source")
+        return Regressed(*held, derangement(len(held[1].rows), self.recipe.seed) if shuffled else None)
 
     def fuse(self) -> Path:
         """The merged checkpoint."""
@@ -128,9 +157,22 @@ class Merge(AlignmentRun):
         return self.run.manifest
 
 
+@functools.cache
+def _token_loss(spec: DecoderSpec) -> BatchLoss:
+    """The same function object for every arm, so that nothing is compiled again."""
+    return functools.partial(next_token_loss, spec)
+
+
+def _mean(value: ArrayLike | float) -> float:
+    return float(np.mean(np.asarray(value, np.float64)))
+
+
 def _fit_facts(chosen: Fit) -> dict[str, Any]:
+    """Coefficients by role (means, if learned: by layer they are in the update table), and what was tried."""
     return {
-        "by_role": {role: {"alpha": alpha, "beta": beta} for role, (alpha, beta) in chosen.coefficients.items()},
+        "by_role": {
+            role: {"alpha": _mean(alpha), "beta": _mean(beta)} for role, (alpha, beta) in chosen.coefficients.items()
+        },
         "valid_bits_per_byte": chosen.loss,
         "trials": [
             {"loss": trial.loss, "coefficients": {role: list(pair) for role, pair in trial.coefficients.items()}}

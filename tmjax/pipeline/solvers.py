@@ -93,9 +93,10 @@ class SolverComparison(Merge):
         """Bits per byte on the test texts of the merge made with these plans; None without test texts."""
         if self.inputs.test is None:
             return None
-        target, source = self.activations("target"), self.activations("source")
+        models = tuple((model.spec, model.params) for model in (self.inputs.target, self.inputs.source))
+        held = self.activations("target"), self.activations("source")
         fused = fuse(
-            align(target, source, self.inputs.projections, options),
+            align(*held, self.inputs.projections, options, models=models),
             self.inputs.target,
             self.inputs.source,
             self.recipe.fusion,

@@ -26,7 +26,7 @@ from tmjax.models.spec import projections
 from tmjax.pipeline.alignment import AlignmentRun, Progress, Warn, quiet
 from tmjax.pipeline.inputs import Inputs
 from tmjax.pipeline.merge import evaluation_facts
-from tmjax.recipe import Recipe
+from tmjax.recipe import FusionOptions, Recipe
 from tmjax.report.sweep import write_sweep_report
 from tmjax.sharding import hosts
 from tmjax.sweep.grid import coefficients_of, make_settings, parse_axes
@@ -76,6 +76,12 @@ class _Variant(AlignmentRun):
     def transport(self) -> dict[str, Transported]:
         """The transported weights, without masks."""
         target, source = self.inputs.target, self.inputs.source
+        plain = FusionOptions()
+        for name in ("embeddings", "norms", "fit", "trust", "base", "transport"):
+            if getattr(self.recipe.fusion, name) != getattr(plain, name):
+                raise InputError(
+                    f"a sweep fuses transported projections by given coefficients: leave fusion.{name} out"
+                )
         options = self.recipe.fusion.model_copy(update={"mask_top_k": None})
         return transport_model(self.align(), target.rows, target.params, source.rows, source.params, options)
 

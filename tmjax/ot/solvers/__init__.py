@@ -7,6 +7,7 @@ from typing import Any
 from tmjax.errors import InputError
 from tmjax.ot.solvers.assignment import Assignment
 from tmjax.ot.solvers.base import Capabilities, Solver, capabilities_of
+from tmjax.ot.solvers.cover import Cover
 from tmjax.ot.solvers.fused_gromov import FusedGromovWasserstein
 from tmjax.ot.solvers.greedy import Greedy
 from tmjax.ot.solvers.gromov import GromovWasserstein
@@ -31,6 +32,7 @@ _ALL: tuple[type[Solver], ...] = (
     FusedGromovWasserstein,
     LowRankGromovWasserstein,
     Assignment,
+    Cover,
     NetworkSimplex,
     Permutation,
     Greedy,

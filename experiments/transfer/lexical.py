@@ -1,0 +1,100 @@
+"""Lexical transport: what the source's embeddings know of words goes into the rare tokens of the target.
+
+Every target token is written as text and read by the source's tokenizer; the mean of the source's embeddings over its
+tokens is mapped to the target's space by a ridge regression fitted on tokens that are frequent in the calibration
+texts, each weighted by its count c. A token's embedding (and, if tied, its output row) becomes (1 - w) e + w e^ with
+w = alpha kappa / (kappa + c): what is rare in the texts is trusted to the source, what is frequent stays.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from tmjax.evaluate.bits import Scores
+from tmjax.hub.texts import Texts
+from tmjax.hub.tokenizer import TextTokenizer
+from tmjax.pipeline.inputs import Inputs
+from tmjax.pipeline.merge import evaluation_facts
+from tmjax.recipe import Recipe
+
+ALPHAS = (0.0, 0.1, 0.3, 0.6, 1.0)
+KAPPAS = (0.3, 3.0, 30.0)
+FREQUENT = 3
+ARMS = ("merged", "control:shrink", "control:random_source", "control:shuffled_rows")
+
+
+def counts_of(tokenizer: TextTokenizer, texts: Texts, vocab: int) -> np.ndarray:
+    """How often every token occurs in the texts [V]."""
+    ids = [i for encoding in tokenizer.encode(texts.texts) for i in encoding.ids]
+    return np.bincount(ids, minlength=vocab).astype(np.float64)
+
+
+def source_rows(target: TextTokenizer, source: TextTokenizer, embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the target's tokens that are text, and the mean source embedding of each."""
+    plain = [i for i in range(len(target.fast)) if i not in target.special_ids]
+    surface = [target.fast.decode([i]) for i in plain]
+    read = source.encode(surface)
+    kept = [n for n, (text, e) in enumerate(zip(surface, read, strict=True)) if e.ids and "\ufffd" not in text]
+    return np.array([plain[n] for n in kept]), np.stack([embeddings[read[n].ids].mean(axis=0) for n in kept])
+
+
+def ridge_map(x_nk: np.ndarray, y_nd: np.ndarray, weight_n: np.ndarray, ridge: float = 0.1) -> Callable:
+    """The affine map that predicts y from x, weighted least squares; the penalty is relative to the mean variance."""
+    share = weight_n / weight_n.sum()
+    mean_x, mean_y = share @ x_nk, share @ y_nd
+    x, y = x_nk - mean_x, y_nd - mean_y
+    gram = (x * share[:, None]).T @ x
+    solved = np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), (x * share[:, None]).T @ y)
+    return lambda z: mean_y + (z - mean_x) @ solved
+
+
+def predictions(arm: str, rows: np.ndarray, own: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+    """What an arm would put in place of the embeddings `own` [n, d]; `rows` [n, k] are the source's."""
+    rng = np.random.default_rng(seed)
+    if arm == "control:random_source":
+        rows = rng.normal(size=rows.shape) * rows.std()
+    if arm == "control:shuffled_rows":
+        rows = rows[rng.permutation(len(rows))]
+    if arm == "control:shrink":
+        return np.broadcast_to((counts[:, None] * own).sum(axis=0) / counts.sum(), own.shape)
+    frequent = counts >= FREQUENT
+    return ridge_map(rows[frequent], own[frequent], counts[frequent])(rows)
+
+
+def run(recipe: Recipe, progress: Callable[[str], None]) -> dict[str, Any]:
+    """All arms with the same trials on `valid`, measured once on `test`: manifest facts."""
+    inputs = Inputs(recipe)
+    target, source = inputs.target, inputs.source
+    own_all = np.asarray(target.params["embed.weight"], np.float64)
+    theirs = np.asarray(source.params["embed.weight"], np.float64)
+    ids, rows = source_rows(inputs.target_tokenizer, inputs.source_tokenizer, theirs)
+    counts, own = counts_of(inputs.target_tokenizer, inputs.texts, target.spec.vocab)[ids], own_all[ids]
+    test = inputs.scorer(target, inputs.target_tokenizer, inputs.test)
+    scores: dict[str, Scores] = {
+        "target": test(target.params),
+        "source": inputs.scorer(source, inputs.source_tokenizer, inputs.test)(source.params),
+    }
+    chosen: dict[str, Mapping[str, float]] = {}
+    for arm in ARMS:
+        predicted = predictions(arm, rows, own, counts, recipe.seed)
+
+        def fused(alpha: float, kappa: float, predicted: np.ndarray = predicted) -> dict[str, Any]:
+            weight = (alpha * kappa / (kappa + counts))[:, None]
+            table = own_all.copy()
+            table[ids] = (1 - weight) * own + weight * predicted
+            return {**target.params, "embed.weight": table.astype(np.float32)}
+
+        trials = {(0.0, 0.0): inputs.valid_scorer(target.params).bits_per_byte}
+        for pair in [(a, k) for a in ALPHAS if a for k in KAPPAS]:
+            trials[pair] = inputs.valid_scorer(fused(*pair)).bits_per_byte
+        best = min(trials, key=lambda pair: trials[pair])
+        chosen[arm] = {"alpha": best[0], "kappa": best[1], "valid_bits_per_byte": trials[best]}
+        scores[arm] = test(fused(*best) if best[0] else target.params)
+        progress(f"{arm}: {chosen[arm]}")
+    facts = evaluation_facts(scores, draws=recipe.evaluation.draws, seed=recipe.seed)
+    return facts | {"chosen": chosen}

@@ -1,0 +1,127 @@
+"""Which operator transfers anything: every setting with all controls, one table with paired intervals; resumable.
+
+    python experiments/transfer/study.py experiments/swahili/recipe.yaml --out runs/transfer [--only plain,lexical]
+
+A setting is a change of the recipe. Finished settings are not run again, an interrupted one goes on where it was.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import lexical
+
+from tmjax.errors import TmjaxError
+from tmjax.hub.atomic import write_json
+from tmjax.pipeline.merge import Merge
+from tmjax.recipe import build_recipe, read_recipe
+
+LEARNED = {"fit": "learned"}
+FULL = {"structure": "full", "solver": "cover", "depth": "monotone"}
+#: Changes of the recipe, by name; None: an operator of its own.
+SETTINGS: dict[str, dict[str, Any] | None] = {
+    "plain": {},
+    "plain, learned": {"fusion": LEARNED},
+    "heads": {"alignment": {"structure": "heads"}},
+    "heads, learned": {"alignment": {"structure": "heads"}, "fusion": LEARNED},
+    "full, soft, learned": {"alignment": {"structure": "full"}, "fusion": LEARNED},
+    "full, hard, monotone": {"alignment": FULL},
+    "full, hard, monotone, learned": {"alignment": FULL, "fusion": LEARNED},
+    "full, per head": {"alignment": FULL, "fusion": LEARNED | {"learning": {"granularity": "head"}}},
+    "full, per unit": {"alignment": FULL, "fusion": LEARNED | {"learning": {"granularity": "unit"}}},
+    "full, per layer stream": {"alignment": FULL | {"residual": "layer"}, "fusion": LEARNED},
+    "full, embeddings": {"alignment": FULL, "fusion": LEARNED | {"embeddings": "shared"}},
+    "attention only": {"alignment": FULL, "fusion": LEARNED | {"roles": ["q", "k", "v", "o"]}},
+    "mlp only": {"alignment": FULL, "fusion": LEARNED | {"roles": ["gate", "up", "down"]}},
+    "regression": {"fusion": {"transport": "regression", "norm_match": False, "beta": "tied"}},
+    "regression, learned": {"fusion": LEARNED | {"transport": "regression", "norm_match": False}},
+    "lexical": None,
+}
+
+
+def nested(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with a change, sections merged."""
+    both = base | change
+    return both | {
+        key: nested(base[key], value) for key, value in change.items() if isinstance(value, dict) and key in base
+    }
+
+
+def measure(name: str, recipe: Path, out: Path, seed: int, texts: int | None) -> dict[str, Any]:
+    """Facts of one setting and seed: evaluation, gain due to the source, what was chosen; or why it failed."""
+    change = nested(SETTINGS[name] or {}, {"seed": seed, "controls": True, "allow_negligible": True})
+    change["out"] = str(out)
+    base = read_recipe(recipe)
+    if texts is not None:
+        base = nested(base, {"activations": {"max_texts": texts}})
+    told = build_recipe(nested(base, change), base=recipe.parent)
+    done = out.parent / f"{out.name}.json"
+    if done.exists() and json.loads(done.read_text())["recipe"] == told.model_dump(mode="json"):
+        return json.loads(done.read_text())
+    try:
+        if SETTINGS[name] is None:
+            manifest = lexical.run(told, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+        else:
+            manifest = Merge(told).all()
+        facts = {key: manifest[key] for key in ("evaluation", "source_gain")}
+    except TmjaxError as error:
+        facts = {"error": str(error)}
+    facts |= {"name": name, "seed": seed, "recipe": told.model_dump(mode="json")}
+    write_json(done, facts)
+    return facts
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, a line per setting and seed."""
+    lines = [
+        "| setting | seed | target | merged | best control | gain due to the source [95%] | of the gap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        head = f"| {row['name']} | {row['seed']} |"
+        if "error" in row:
+            lines.append(f"{head} | | | {row['error']} | |")
+            continue
+        bits = {arm: held["bits_per_byte"] for arm, held in row["evaluation"].items()}
+        gain = row["source_gain"]
+        low, high = gain["ci95"]
+        share = "" if gain["fraction_of_gap"] is None else f"{100 * gain['fraction_of_gap']:.1f}%"
+        control = gain["best_control"]
+        lines.append(
+            f"{head} {bits['target']:.4f} | {bits['merged']:.4f} | {bits[control]:.4f} "
+            f"({control.removeprefix('control:')}) | {gain['bits_per_byte']:+.4f} [{low:+.4f}, {high:+.4f}] | {share} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs the settings and writes OUT/table.md after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", help="settings, separated by semicolons")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--max-texts", type=int, help="calibration texts, instead of the recipe's")
+    told = parser.parse_args()
+    names = list(SETTINGS) if told.only is None else [name.strip() for name in told.only.split(";")]
+    unknown = sorted(set(names) - set(SETTINGS))
+    if unknown:
+        parser.error(f"unknown settings {', '.join(unknown)}; there are {'; '.join(SETTINGS)}")
+    told.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in names:
+        for seed in map(int, told.seeds.split(",")):
+            print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
+            folder = told.out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+            rows.append(measure(name, told.recipe, folder, seed, told.max_texts))
+            (told.out / "table.md").write_text(table(rows), encoding="utf-8")
+    print(table(rows), end="")
+
+
+if __name__ == "__main__":
+    main()
