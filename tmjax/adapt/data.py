@@ -143,13 +143,14 @@ class Batches:
         """The batches after the first `count`: the same ones as after drawing those."""
         for bucket, chosen in itertools.islice(self._plans(), count, None):
             pieces = [self.pieces[number] for number in chosen]
-            rows = -(-self._rows(bucket) // self.multiple) * self.multiple
+            rows = -(-self.rows(bucket) // self.multiple) * self.multiple
             batch = make_batch(pieces, self.shapes[bucket], rows)
             if self.guidance is not None:
                 batch = batch._replace(guide=self.guidance.guide(pieces, rows, self._spans[bucket]))
             yield batch
 
-    def _rows(self, bucket: int) -> int:
+    def rows(self, bucket: int) -> int:
+        """Rows of a batch of the row length with this number, before they are made a multiple."""
         return max(1, self.tokens // self.shapes[bucket])
 
     def _plans(self) -> Iterator[tuple[int, list[int]]]:
@@ -160,6 +161,6 @@ class Batches:
             for number in rng.permutation(len(self.pieces)):
                 bucket = self._bucket[number]
                 waiting[bucket].append(int(number))
-                if len(waiting[bucket]) == self._rows(bucket):
+                if len(waiting[bucket]) == self.rows(bucket):
                     yield bucket, waiting[bucket]
                     waiting[bucket] = []
