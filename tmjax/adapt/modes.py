@@ -141,5 +141,7 @@ def shardings_of(
 
 def _plain(layout: Layout, sharding: NamedSharding) -> NamedSharding:
     """The sharding as XLA writes it, without axes of one device; or a second step would be compiled anew."""
-    axes = (axis if axis is not None and layout.sizes[axis] > 1 else None for axis in sharding.spec)
+    axes = [axis if axis is not None and layout.sizes[axis] > 1 else None for axis in sharding.spec]
+    while axes and axes[-1] is None:
+        axes.pop()
     return NamedSharding(layout.mesh, PartitionSpec(*axes))

@@ -166,6 +166,7 @@ def _share(batch: Batch) -> tuple[Array, Array]:
     return 1 / tokens, jnp.float32(1 / spans)
 
 
+@functools.partial(jax.jit, static_argnames=("spec",))
 def next_token_loss(spec: DecoderSpec, params: Params, batch: Batch) -> Array:
     """Mean cross entropy, in nats, of the tokens that count."""
     objective = Objective(spec, TrainConfig(steps=1, warmup=0))

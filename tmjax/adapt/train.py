@@ -130,7 +130,7 @@ class Trainer:
             group = list(itertools.islice(batches, config.accumulate))
             if len(group) < config.accumulate:
                 raise InputError(f"the training data ended after {done} of {config.steps} steps")
-            tokens = int(sum(batch.mask_bt.sum() for batch in group))
+            tokens = sum(int(np.count_nonzero(batch.mask_bt)) for batch in group)
             state, losses = step(self.objective, state, frozen, [self._place(batch) for batch in group])
             done += 1
             measured = None

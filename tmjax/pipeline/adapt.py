@@ -287,8 +287,9 @@ class Adapt:
                     base = self.inputs.names["target"]
                     write_adapter(objective.mode, target.spec, target.rows, result.trained, adapter, base=base)
             told = {("training", arm): facts | {"mode": mode, "init": start, "tried": tried}}
-            if self._merged is not None and arm == ADAPTED:
-                told |= {name: self._merged.run.manifest[name] for name in ("update", "alignment")}
+            if self.recipe.merges and arm == ADAPTED:
+                merge = read_manifest(self.inputs.run) if self.inputs.run else self._merge().run.manifest
+                told |= {name: merge[name] for name in ("update", "alignment")}
             return told
 
         output = "merged" if arm == ADAPTED else f"controls/{arm}"
