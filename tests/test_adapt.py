@@ -188,36 +188,41 @@ def test_residual_frozen_adapts_a_run_of_merge(plain, short, flags, capsys, tmp_
     assert {name for name, item in manifest["inputs"].items()} == {"source", "target", "texts", "valid", "test"}
 
 
-def test_lora_adapter_by_hand_is_the_merged_checkpoint(short, flags, qwen2_dir, capsys, tmp_path) -> None:
-    out = tmp_path / "run"
+@pytest.fixture(scope="session")
+def lora(tmp_path_factory, short, flags) -> Path:
+    """A run of mode lora on two projections, with two learning rates."""
+    folder = tmp_path_factory.mktemp("lora")
     values = yaml.safe_load(short.read_text()) | {"lora": {"rank": 4, "roles": ["q", "down"]}, "mode": "lora"}
     values["training"] = values["training"] | {"lr": [1e-3, 5e-2], "steps": 3}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    (folder / "r.yaml").write_text(yaml.safe_dump(values))
     rest = flags[flags.index("--target") : flags.index("--test")]
-    code, printed, error = run(capsys, tmp_path / "r.yaml", *rest, "--out", out, "--json")
-    assert code == 0, error
-    facts = json.loads(printed)["training"]["adapted"]
+    assert cli.run(["adapt", str(folder / "r.yaml"), *rest, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_lora_adapter_by_hand_is_the_merged_checkpoint(lora, qwen2_dir) -> None:
+    facts = read_manifest(lora)["training"]["adapted"]
     assert [item["lr"] for item in facts["tried"]] == [1e-3, 5e-2]
     assert facts["valid_bits_per_byte"] == min(item["valid_bits_per_byte"] for item in facts["tried"])
-    config = json.loads((out / "adapter/adapter_config.json").read_text())
-    adapter = safetensors.numpy.load_file(out / "adapter/adapter_model.safetensors")
-    base, merged = (safetensors.numpy.load_file(d / "model.safetensors") for d in (qwen2_dir, out / "merged"))
+    config = json.loads((lora / "adapter/adapter_config.json").read_text())
+    adapter = safetensors.numpy.load_file(lora / "adapter/adapter_model.safetensors")
+    base, merged = (safetensors.numpy.load_file(d / "model.safetensors") for d in (qwen2_dir, lora / "merged"))
     assert config["target_modules"] == ["self_attn.q_proj", "mlp.down_proj"] and len(adapter) == 4 * 2 * 2
     changed = {name for name in base if not np.array_equal(base[name], merged[name])}
-    touched = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in adapter}
-    assert changed == {f"{module}.weight" for module in touched}
+    assert changed == {key.removeprefix("base_model.model.").split(".lora_")[0] + ".weight" for key in adapter}
     for name in changed:
         key = f"base_model.model.{name.removesuffix('.weight')}"
         b, a = adapter[f"{key}.lora_B.weight"], adapter[f"{key}.lora_A.weight"]
         np.testing.assert_allclose(base[name] + config["lora_alpha"] / config["r"] * b @ a, merged[name], atol=1e-6)
-    peft = pytest.importorskip("peft", reason="the adapter was checked by hand; peft is not installed")
-    model = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(qwen2_dir), out / "adapter"
-    )
+
+
+def test_peft_loads_the_adapter(lora, qwen2_dir) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed; the adapter is checked by hand above")
+    base, merged = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (qwen2_dir, lora / "merged"))
+    model = peft.PeftModel.from_pretrained(base, lora / "adapter")
     ids = torch.arange(3, 40)[None]
-    whole = transformers.AutoModelForCausalLM.from_pretrained(out / "merged")
     with torch.no_grad():
-        assert (model(ids).logits - whole(ids).logits).abs().max() < 1e-4
+        assert (model(ids).logits - merged(ids).logits).abs().max() < 1e-4
 
 
 def test_leaks_are_said(short, flags, capsys, tmp_path) -> None:

@@ -31,8 +31,8 @@ class TrainingOptions(Section):
     end the training. A checkpoint is written every `keep_every` steps and the newest `keep` are kept.
     """
 
-    steps: Positive = 300
-    lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-3,)
+    steps: Positive = 200
+    lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (3e-4,)
     warmup: Annotated[int, Field(ge=0)] = 20
     final_lr: NotNegative = 0.1
     weight_decay: NotNegative = 0.1
@@ -42,9 +42,9 @@ class TrainingOptions(Section):
     eps: PositiveFloat = 1e-8
     tokens_per_step: Positive = 2048
     accumulate: Positive = 1
-    row_lengths: Positive = 6
+    row_lengths: Positive = 4
     remat: bool = False
-    validate_every: Positive = 50
+    validate_every: Positive = 20
     patience: Positive | None = None
     keep_every: Positive = 100
     keep: Positive = 2

@@ -4,11 +4,12 @@ Decoupled weight decay: Loshchilov and Hutter 2019 (arXiv:1711.05101), on matric
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -68,6 +69,11 @@ class Objective:
     mode: Mode = Plain()  # noqa: RUF009  (frozen, without fields)
     mesh: Mesh | None = None
 
+    def compiled(self) -> "Objective":
+        """What programs depend on: any number of steps and learning rates share those of one architecture."""
+        same = replace(self.config, steps=1, tokens_per_step=1, accumulate=1, lr=1.0, warmup=0, final_lr=0.0)
+        return replace(self, config=same)
+
 
 class State(NamedTuple):
     """Trained arrays and optimiser; `healthy` turns false at the first loss or gradient that is not a number.
@@ -114,12 +120,11 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Global-norm clipping and AdamW."""
+    """Global-norm clipping and AdamW, for a learning rate of 1: what it gives is still to be multiplied by -rate."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            learning_rate(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed
-        ),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
 
 
@@ -174,7 +179,7 @@ def next_token_loss(spec: DecoderSpec, params: Params, batch: Batch) -> Array:
 
 
 def _update(
-    objective: Objective, state: State, gradient: dict[str, Array], text: Array, guide: Array
+    objective: Objective, state: State, rate: Array, gradient: dict[str, Array], text: Array, guide: Array
 ) -> tuple[State, Losses]:
     norm = optax.tree.norm(gradient)
     updates, moved = optimizer(objective.config).update(gradient, state.optimizer, state.trained)
@@ -183,15 +188,15 @@ def _update(
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(healthy, new, old)
 
-    trained = jax.tree.map(keep, optax.apply_updates(state.trained, updates), state.trained)
+    trained = jax.tree.map(lambda x, update: keep(x - rate * update, x), state.trained, updates)
     return State(trained, jax.tree.map(keep, moved, state.optimizer), healthy), Losses(text, guide, norm)
 
 
 @functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("state",))
-def train_step(objective: Objective, state: State, frozen: Frozen, batch: Batch) -> tuple[State, Losses]:
+def train_step(objective: Objective, state: State, frozen: Frozen, batch: Batch, rate: Array) -> tuple[State, Losses]:
     """One update from one batch; returns the new state and the losses before the update. Donates the old state."""
     (_, (text, guide)), gradient = _gradients(objective, state.trained, frozen, batch, _share(batch))
-    return _update(objective, state, gradient, text, guide)
+    return _update(objective, state, rate, gradient, text, guide)
 
 
 @functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("total",))
@@ -210,16 +215,17 @@ def add_gradient(
 
 @functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("state",))
 def apply_gradient(
-    objective: Objective, state: State, total: tuple[dict[str, Array], Array, Array]
+    objective: Objective, state: State, rate: Array, total: tuple[dict[str, Array], Array, Array]
 ) -> tuple[State, Losses]:
     """One update from an accumulated gradient."""
-    return _update(objective, state, *total)
+    return _update(objective, state, rate, *total)
 
 
-def step(objective: Objective, state: State, frozen: Frozen, batches: list[Batch]) -> tuple[State, Losses]:
-    """One update from `batches`: the mean is over all of their tokens, as if they were one."""
+def step(objective: Objective, state: State, frozen: Frozen, batches: list[Batch], rate: float) -> tuple[State, Losses]:
+    """One update from `batches` with a learning rate: the mean is over all of their tokens, as if they were one."""
+    objective = objective.compiled()
     if len(batches) == 1:
-        return train_step(objective, state, frozen, batches[0])
+        return train_step(objective, state, frozen, batches[0], np.float32(rate))
     tokens = max(1.0, sum(float(batch.mask_bt.sum()) for batch in batches))
     spans = max(1.0, sum(0.0 if batch.guide is None else float(batch.guide.mask_br.sum()) for batch in batches))
     share = (jnp.float32(1 / tokens), jnp.float32(1 / spans))
@@ -227,7 +233,7 @@ def step(objective: Objective, state: State, frozen: Frozen, batches: list[Batch
     total = (jax.tree.map(jnp.zeros_like, state.trained), zero, zero.copy())
     for batch in batches:
         total = add_gradient(objective, state.trained, frozen, batch, share, total)
-    return apply_gradient(objective, state, total)
+    return apply_gradient(objective, state, np.float32(rate), total)
 
 
 def start(objective: Objective, trained: dict[str, Array]) -> State:

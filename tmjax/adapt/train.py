@@ -131,7 +131,9 @@ class Trainer:
             if len(group) < config.accumulate:
                 raise InputError(f"the training data ended after {done} of {config.steps} steps")
             tokens = sum(int(np.count_nonzero(batch.mask_bt)) for batch in group)
-            state, losses = step(self.objective, state, frozen, [self._place(batch) for batch in group])
+            state, losses = step(
+                self.objective, state, frozen, [self._place(batch) for batch in group], facts.rates[done]
+            )
             done += 1
             measured = None
             if self.validate is not None and (done % self.validate_every == 0 or done == config.steps):
@@ -199,7 +201,7 @@ class _Reporter:
 
     def __init__(self, config: TrainConfig, progress: Progress | None, done: int) -> None:
         self.config, self.progress, self.all = config, progress, []
-        self._rate = np.asarray(learning_rate(config)(jnp.arange(config.steps)))
+        self.rates = np.asarray(learning_rate(config)(jnp.arange(config.steps)))
         self._begin, self._tokens = time.perf_counter(), 0
         self._waiting: tuple[int, Losses, int, float | None] | None = None
 
@@ -219,7 +221,7 @@ class _Reporter:
         text, guide, norm = (float(x) for x in losses)
         loss = text + self.config.guide_weight * guide
         seconds = time.perf_counter() - self._begin
-        fact = Facts(count, loss, text, guide, norm, float(self._rate[count - 1]), tokens, seconds, measured)
+        fact = Facts(count, loss, text, guide, norm, float(self.rates[count - 1]), tokens, seconds, measured)
         self.all.append(fact)
         if self.progress is not None:
             self.progress(fact)
