@@ -1,11 +1,10 @@
 """The stages of an adaptation, each with its input hash: features, training of every arm, evaluation, report."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import tmjax
@@ -14,34 +13,27 @@ from tmjax.activations.capture import capture
 from tmjax.adapt.checkpoints import Checkpoints
 from tmjax.adapt.data import Batches
 from tmjax.adapt.guidance import SITE, SourceFeatures, by_depth, by_plan, last_tokens, start_maps
-from tmjax.adapt.modes import FrozenBase, Lora, Mode, Plain, residuals, shardings_of
+from tmjax.adapt.modes import Lora, shardings_of
 from tmjax.adapt.peft import write_adapter
 from tmjax.adapt.recipe import AdaptRecipe
 from tmjax.adapt.step import Objective
 from tmjax.adapt.train import Facts, Trainer, TrainResult
-from tmjax.align.alignment import Alignment
 from tmjax.convert import hf
-from tmjax.evaluate.controls import CONTROLS, derangement
-from tmjax.fuse.apply import Coefficients, fuse_params, transport_model
-from tmjax.fuse.coefficients import fixed
+from tmjax.evaluate.controls import derangement
 from tmjax.hub.atomic import atomic_directory, remove
 from tmjax.hub.rundir import RunDirectory, digest, read_manifest
 from tmjax.models.decoder import init_params
-from tmjax.models.spec import projections
 from tmjax.pipeline.adapt_inputs import AdaptInputs
+from tmjax.pipeline.adapt_start import PLACEBOS, Show, Starts
 from tmjax.pipeline.alignment import Warn, refuse_nested
-from tmjax.pipeline.merge import Merge, evaluation_facts
+from tmjax.pipeline.merge import evaluation_facts
 from tmjax.pipeline.training_log import StepLog
 from tmjax.recipe import dump_recipe
 from tmjax.report.training import adapted_card, write_training_report
-from tmjax.typing import Array, Params
+from tmjax.typing import Array
 
-#: (stage, steps done, steps in all, what else is to be said) while a stage runs.
-Show = Callable[[str, int, int, str], None]
 ADAPTED = "adapted"
 SFT = "control:sft"
-#: Placebos of the modes in which a source takes part.
-PLACEBOS = ("control:shuffled_rows", "control:random_source")
 _INPUTS = ("source", "target", "texts", "valid", "test")
 
 
@@ -58,7 +50,7 @@ class Adapt:
     ) -> None:
         self.recipe, self.inputs = recipe, AdaptInputs(recipe)
         self.show, self.warn = show, warn
-        self._merged: Merge | None = None
+        self.starts = Starts(self.inputs, show, warn)
         path = Path(recipe.out)
         hashes = self.inputs.hashes
         refuse_nested(recipe)
@@ -85,72 +77,6 @@ class Adapt:
         self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite, here=here)
         self._key = key
 
-    # What training begins from.
-
-    def _merge(self) -> Merge:
-        """The merge inside this run, for modes that need one which the target does not bring."""
-        if self._merged is None:
-            quiet = lambda stage, done, total: self.show(f"merge {stage}", done, total, "")  # noqa: E731
-            recipe = self.inputs.merge_recipe()
-            self._merged = Merge(recipe, progress=quiet, warn=self.warn)
-        return self._merged
-
-    def _aligned(self, arm: str) -> tuple[Alignment, Coefficients, Params]:
-        """Alignment, coefficients and source parameters of an arm whose start or residual is transported."""
-        inputs, options = self.inputs, self.recipe
-        if arm not in PLACEBOS and inputs.run is not None:
-            alignment, coefficients = inputs.alignment, inputs.coefficients
-            if options.alpha is not None:
-                coefficients = fixed(options.alpha, inputs.run_recipe.fusion, tuple(coefficients)).coefficients
-            return alignment, coefficients, inputs.source.params
-        merge = self._merge()
-        if arm in PLACEBOS:
-            control = CONTROLS[arm]
-            merge.control(control)
-            facts = merge.run.manifest["controls"][arm]
-            alignment = merge.control_alignment(control)
-            params = merge.random_source() if control.random_source else inputs.source.params
-        else:
-            merge.fuse()
-            facts, alignment, params = merge.run.manifest["coefficients"], merge.align(), inputs.source.params
-        return alignment, {r: (item["alpha"], item["beta"]) for r, item in facts["by_role"].items()}, params
-
-    def _start(self, arm: str, mode: str, start: str) -> tuple[Mode, dict[str, Array], dict[str, Any]]:
-        """Mode, trained and frozen arrays (float32) before the first step; guidance comes on top."""
-        inputs, target, layout = self.inputs, self.inputs.target, self.inputs.layout
-        rank = self.recipe.lora.rank if mode == "lora" else 0
-        places = shardings_of(layout, target.rows, target.spec, rank)
-
-        def put(path: str, value: Any) -> Array:
-            copy = jnp.array(value, jnp.float32, copy=True)
-            return jax.device_put(copy, places[path]) if path in places else copy
-
-        params: Params = target.params
-        held = {}
-        if mode == "residual-frozen" or start == "merged":
-            fusion = (inputs.run_recipe or self._merge().recipe).fusion
-            alignment, pairs, source = self._aligned(arm)
-            moved = transport_model(alignment, target.rows, target.params, inputs.source.rows, source, fusion)
-            if start == "merged":
-                params = fuse_params(target.rows, target.params, moved, pairs, bias_rule=fusion.bias)
-            if mode == "residual-frozen":
-                held = residuals(target.rows, moved, {role: alpha for role, (alpha, _) in pairs.items()})
-        base = {path: put(path, value) for path, value in params.items()}
-        if mode == "lora":
-            rows, roles = projections(target.rows), self.recipe.lora.roles
-            lora = Lora(
-                tuple(row.path for role, row in rows.items() if role in (roles or rows)), rank, self.recipe.lora.alpha
-            )
-            return lora, lora.start(base, jax.random.key(self.recipe.seed), places), base
-        if mode != "residual-frozen":
-            return Plain(), base, {}
-        if start == "merged":
-            base |= {path: put(path, base[path] - item.value()) for path, item in held.items()}
-        if self.recipe.residual.variant == "frozen_delta":
-            return Plain(), base, held
-        deltas = {path: put(path, item.delta) for path, item in held.items()}
-        return FrozenBase(), deltas, base | {f"residual.{p}": item._replace(delta=None) for p, item in held.items()}
-
     # Guidance.
 
     def _features(self, which: str) -> activation_store.Activations:
@@ -166,7 +92,7 @@ class Adapt:
                 places = shardings_of(inputs.layout, model.rows, model.spec)
                 params = init_params(model.spec, jax.random.key(recipe.seed), places)
             elif which == "target":
-                params = self._start(ADAPTED, "sft", recipe.start)[1]
+                params = self.starts.of(ADAPTED, "sft", recipe.start)[1]
             documents = last_tokens(of_target if which == "target" else of_source)
             capture(
                 model.spec,
@@ -210,7 +136,7 @@ class Adapt:
 
     def _train(self, arm: str, mode: str, start: str, lr: float) -> tuple[TrainResult, Objective, dict[str, Any]]:
         recipe, inputs, training = self.recipe, self.inputs, self.recipe.training
-        kind, trained, frozen = self._start(arm, "sft" if mode == "guided" else mode, start)
+        kind, trained, frozen = self.starts.of(arm, "sft" if mode == "guided" else mode, start)
         guidance, facts = None, {}
         if mode == "guided":
             guidance, maps, statistics, explained = self._guidance(arm)
@@ -288,7 +214,7 @@ class Adapt:
                     write_adapter(objective.mode, target.spec, target.rows, result.trained, adapter, base=base)
             told = {("training", arm): facts | {"mode": mode, "init": start, "tried": tried}}
             if self.recipe.merges and arm == ADAPTED:
-                merge = read_manifest(self.inputs.run) if self.inputs.run else self._merge().run.manifest
+                merge = read_manifest(self.inputs.run) if self.inputs.run else self.starts.merge().run.manifest
                 told |= {name: merge[name] for name in ("update", "alignment")}
             return told
 
