@@ -3,8 +3,9 @@
     python experiments/bench/train.py [--model DIR] [--texts FILE] [--tokens 2048] [--rounds 7]
 
 One step is forward, backward, clipping and AdamW in float32 on this machine's cores. Every round times one pass over
-the same batches with each side, in turn; printed are the medians over rounds and their ratio. `--whole` adds what a
-plain jitted JAX step with whole logits takes.
+the same batches with each side, in turn; printed are the medians over rounds and their ratio. Of times on the clock and
+of processor time: on a machine that others use, run it on one core (`taskset -c 0`) and read the latter. `--whole` adds
+what a plain jitted JAX step with whole logits takes.
 """
 
 import argparse
@@ -118,22 +119,24 @@ def main() -> None:
         sides["plain JAX"] = whole_logits(model, batches)
     for run in sides.values():
         run()  # compiles
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(told.rounds):
         for name, run in sides.items():
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - begin)
-    base = statistics.median(seconds["transformers + PyTorch"])
+            seconds[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
     print(
         f"{told.model.name}: {model.size / 1e6:.1f}M parameters, {len(batches)} batches of up to {told.tokens} tokens, "
         f"{1 - counted / padded:.0%} padding, {len(os.sched_getaffinity(0))} cores, {told.rounds} rounds"
     )
-    print("| | tokens/s, median | fastest | PyTorch's time / its time, medians | fastest |\n|---|---|---|---|---|")
-    for name, values in seconds.items():
-        middle, least = statistics.median(values), min(values)
-        fastest = min(seconds["transformers + PyTorch"]) / least
-        print(f"| {name} | {counted / middle:,.0f} | {counted / least:,.0f} | {base / middle:.2f} | {fastest:.2f} |")
+    print("| | tokens/s | PyTorch's time / its time | the same, processor time |\n|---|---|---|---|")
+    clock, processor = (
+        {name: statistics.median(pair[i] for pair in pairs) for name, pairs in seconds.items()} for i in (0, 1)
+    )
+    other = "transformers + PyTorch"
+    for name in sides:
+        ratios = f"{clock[other] / clock[name]:.2f} | {processor[other] / processor[name]:.2f}"
+        print(f"| {name} | {counted / clock[name]:,.0f} | {ratios} |")
 
 
 if __name__ == "__main__":
