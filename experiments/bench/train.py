@@ -34,9 +34,9 @@ SWAHILI = Path(__file__).resolve().parents[1] / "swahili"
 RATE = 1e-4
 
 
-def ours(model: Model, batches: Sequence[Batch]) -> Callable[[], float]:
+def ours(model: Model, batches: Sequence[Batch], unroll: int) -> Callable[[], float]:
     """One pass over the batches with `tmjax.adapt`."""
-    objective = Objective(model.spec, TrainConfig(steps=10**6, lr=RATE, warmup=0))
+    objective = Objective(model.spec, TrainConfig(steps=10**6, lr=RATE, warmup=0, unroll=unroll))
     held: list[State] = [
         start(objective, {path: jnp.array(value, jnp.float32) for path, value in model.params.items()})
     ]
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--lengths", type=int, default=4, help="row lengths")
+    parser.add_argument("--unroll", type=int, default=1, help="layers in one turn of the loop (training.unroll)")
     parser.add_argument("--whole", action="store_true")
     told = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -114,7 +115,7 @@ def main() -> None:
     batches = list(itertools.islice(made, told.batches))
     counted = sum(int(batch.mask_bt.sum()) for batch in batches)
     padded = sum(batch.mask_bt.size for batch in batches)
-    sides = {"tmjax": ours(model, batches), "transformers + PyTorch": pytorch(told.model, batches)}
+    sides = {"tmjax": ours(model, batches, told.unroll), "transformers + PyTorch": pytorch(told.model, batches)}
     if told.whole:
         sides["plain JAX"] = whole_logits(model, batches)
     for run in sides.values():

@@ -44,6 +44,7 @@ class TrainingOptions(Section):
     accumulate: Positive = 1
     row_lengths: Positive = 4
     remat: bool = False
+    unroll: Positive = 1
     validate_every: Positive = 20
     patience: Positive | None = None
     keep_every: Positive = 100
@@ -52,7 +53,7 @@ class TrainingOptions(Section):
     def config(self, lr: float, dtype: str, guide_weight: float = 0.0) -> TrainConfig:
         """The optimiser's part, for one learning rate."""
         names = ("steps", "tokens_per_step", "accumulate", "warmup", "final_lr", "weight_decay", "clip", "b1", "b2")
-        told = {name: getattr(self, name) for name in (*names, "eps", "remat")}
+        told = {name: getattr(self, name) for name in (*names, "eps", "remat", "unroll")}
         return TrainConfig(lr=lr, dtype=dtype, guide_weight=guide_weight, **told)
 
 

@@ -34,7 +34,8 @@ class TrainConfig:
     `clip` bounds the global norm of the gradient, `weight_decay` shrinks matrices (not norms and biases). A step is
     made of `accumulate` batches of `tokens_per_step` tokens. Parameters and optimiser are float32; `dtype` is what the
     forward and backward pass compute in. `remat` keeps only the residual stream between blocks for the backward pass.
-    `guide_weight` is the weight of the guidance in the loss, where batches have one.
+    `unroll` layers make one turn of the loop over them, which takes longer to compile and runs faster. `guide_weight`
+    is the weight of the guidance in the loss, where batches have one.
     """
 
     steps: int
@@ -50,10 +51,13 @@ class TrainConfig:
     accumulate: int = 1
     dtype: str = "float32"
     remat: bool = False
+    unroll: int = 1
     guide_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        bad = [n for n in ("steps", "tokens_per_step", "lr", "clip", "accumulate") if not getattr(self, n) > 0]
+        bad = [
+            n for n in ("steps", "tokens_per_step", "lr", "clip", "accumulate", "unroll") if not getattr(self, n) > 0
+        ]
         if bad:
             raise InputError(f"training needs positive {', '.join(bad)}")
         if not 0 <= self.warmup < self.steps:
@@ -154,7 +158,9 @@ def _losses(
         return jnp.take_along_axis(states_bte, guide.position_br[..., None], axis=1)
 
     sites = () if guide is None else ("resid",)
-    hidden, captured = model.hidden(batch.ids_bt, jnp.dtype(config.dtype), sites, pick, mesh=mesh, remat=config.remat)
+    hidden, captured = model.hidden(
+        batch.ids_bt, jnp.dtype(config.dtype), sites, pick, mesh=mesh, remat=config.remat, unroll=config.unroll
+    )
     text = summed_nll(spec, model.unembedding, hidden, batch.targets_bt, batch.mask_bt) * share[0]
     if guide is None:
         return text, (text, jnp.zeros(()))

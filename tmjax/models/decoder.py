@@ -56,11 +56,13 @@ class Decoder(nnx.Module):
         mesh: Mesh | None = None,
         *,
         remat: bool = False,
+        unroll: int = 1,
     ) -> tuple[Array, dict[str, Array]]:
         """Final normed states [B, T, embed] and `collect`ed activations [layer, ...] of each named site.
 
         With a mesh, the activations of every site are laid out by the logical axis of its units. `remat`: a gradient
-        keeps only the residual stream between blocks and computes what is in them again.
+        keeps only the residual stream between blocks and computes what is in them again. `unroll` blocks make one turn
+        of the loop over layers: a longer program, with fewer copies of what a gradient keeps.
         """
         position = jnp.arange(ids_bt.shape[1])
         distance = position[:, None] - position[None, :]
@@ -69,7 +71,9 @@ class Decoder(nnx.Module):
         def mask(window: Array) -> Array:
             return (distance >= 0) & (distance < window)
 
-        return self.run(ids_bt, position, tables, mask, attention, dtype, sites, collect, mesh, remat=remat)
+        return self.run(
+            ids_bt, position, tables, mask, attention, dtype, sites, collect, mesh, remat=remat, unroll=unroll
+        )
 
     def run(
         self,
@@ -84,6 +88,7 @@ class Decoder(nnx.Module):
         mesh: Mesh | None = None,
         *,
         remat: bool = False,
+        unroll: int = 1,
     ) -> tuple[Array, dict[str, Array]]:
         """`hidden` of tokens at any positions [T]: `tables` [rotary, T, planes] are theirs.
 
@@ -120,7 +125,8 @@ class Decoder(nnx.Module):
             x = x + self.positions.weight[...][jnp.minimum(position_t, spec.max_positions - 1)].astype(dtype)
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
         # Inside a scan there is nothing that could undo the saving, so no barriers against it are needed.
-        x, captured = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, x, (state, places))
+        body = jax.checkpoint(step, prevent_cse=False) if remat else step
+        x, captured = jax.lax.scan(body, x, (state, places), unroll=min(unroll, spec.layers))
         return self.norm(x), captured
 
     def logits(self, hidden: Array) -> Array:
