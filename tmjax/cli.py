@@ -129,6 +129,59 @@ def fuse(
 
 
 @app.command()
+def adapt(
+    recipe: RecipeFile = None,
+    source: Source = None,
+    target: Annotated[str | None, typer.Option(help="Target checkpoint, or a run of tmjax merge.")] = None,
+    texts: Annotated[
+        str | None, typer.Option("--texts", help="Training texts: text, prompt and response, or messages.")
+    ] = None,
+    valid: Annotated[str | None, typer.Option(help="Texts on which steps and learning rate are chosen.")] = None,
+    test: Test = None,
+    out: Out = None,
+    mode: Annotated[str | None, typer.Option(help="guided, residual-frozen, lora or sft.")] = None,
+    init: Annotated[str | None, typer.Option(help="Where training begins: target or merged.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Coefficient of what is transported; default: the merge's.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates of every arm.")] = None,
+    lr: Annotated[
+        str | None, typer.Option(help="Learning rate, or several: 3e-4,1e-3; validation text chooses.")
+    ] = None,
+    controls: Controls = None,
+    seed: Seed = None,
+    mesh: Mesh = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train a target on texts, guided by a source or on top of a merge, beside controls of the same budget."""
+    from tmjax.adapt.recipe import build_adapt_recipe
+    from tmjax.recipe import read_recipe
+
+    values = read_recipe(recipe) if recipe else {}
+    given = _given(locals(), ("source", "target", "texts", "valid", "test", "out", "mode", "init", "alpha"))
+    given |= _given(locals(), ("controls", "seed", "mesh"))
+    missing = [name for name in ("target", "texts", "out") if name not in values | given]
+    if missing:
+        raise InputError(f"give {', '.join('--' + name for name in missing)} or name them in a recipe")
+    training = dict(values.get("training") or {}) | _given(locals(), ("steps",))
+    if lr is not None:
+        training["lr"] = [part.strip() for part in lr.split(",")]
+    told = build_adapt_recipe(values | given | {"training": training}, base=recipe.parent if recipe else None)
+    with _progress() as (progress, warn):
+        from tmjax.pipeline.adapt import Adapt
+
+        manifest = Adapt(told, overwrite=overwrite, show=progress, warn=warn).all()
+    if as_json:
+        _print_json(manifest)
+        return
+    from tmjax.report.training import adapt_summary
+
+    _console().print(adapt_summary(manifest))
+    _console().print(f"Run directory {told.out} (with merged, report.html, plots)")
+
+
+@app.command()
 def solvers(
     recipe: RecipeFile = None,
     source: Source = None,
@@ -387,22 +440,26 @@ def _show_run(out: str, manifest: dict[str, Any], as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
-    """A progress display on standard error, and a function that prints a warning above it."""
+def _progress() -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
+    """A progress display on standard error, and a function that prints a warning above it.
+
+    A stage may have a note beside its name.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     if job.silent():
-        yield lambda stage, done, total: None, lambda message: None
+        yield lambda stage, done, total, note="": None, lambda message: None
         return
     console = _console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}
     with Progress(*columns, console=console) as display:
 
-        def step(stage: str, done: int, total: int) -> None:
+        def step(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:
                 tasks[stage] = display.add_task(stage, total=total)
-            display.update(tasks[stage], completed=done, total=total)
+            described = f"{stage}  {note}" if note else stage
+            display.update(tasks[stage], completed=done, total=total, description=described)
 
         def warn(message: str) -> None:
             display.console.print(f"tmjax: warning: {message}", markup=False, highlight=False, soft_wrap=True)

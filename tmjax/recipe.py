@@ -1,7 +1,7 @@
 """The recipe: everything a run is told, as one frozen, checked object. Files hold the same keys as the command line."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -17,11 +17,16 @@ ALL_ROLES: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION_ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A frozen part of a recipe; unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
-class ActivationOptions(_Section):
+R = TypeVar("R", bound=Section)
+
+
+class ActivationOptions(Section):
     """What is recorded: rows are texts (`sequence`) or whitespace-delimited pieces of text (`span`).
 
     `keep`: activations are stored, all rows of them; otherwise only what alignment needs is summed up, in blocks of
@@ -37,7 +42,7 @@ class ActivationOptions(_Section):
     memory_mib: Positive | None = None
 
 
-class AlignmentOptions(_Section):
+class AlignmentOptions(Section):
     """How units and layers are matched. Both epsilons are in units of the cost, which lies in [0, 2].
 
     `solver` is any that `tmjax.ot.SOLVERS` knows and that finds couplings; `epsilon`, `max_iterations` and `threshold`
@@ -107,7 +112,7 @@ class LearningOptions(_Section):
     patience: Positive = 3
 
 
-class FusionOptions(_Section):
+class FusionOptions(Section):
     """How the source's weights enter the target's.
 
     `roles` are the projections to be transported (all that both models have, unless said), `map` is how plans become
@@ -142,7 +147,7 @@ class FusionOptions(_Section):
     ridge: PositiveFloat = 0.1
 
 
-class EvaluationOptions(_Section):
+class EvaluationOptions(Section):
     """How bits per byte and their intervals are computed."""
 
     draws: Positive = 10000
@@ -150,13 +155,13 @@ class EvaluationOptions(_Section):
     max_tokens: Positive | None = None
 
 
-class ExportOptions(_Section):
+class ExportOptions(Section):
     """How the merged checkpoint is written."""
 
     max_shard_size: str = "5GB"
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`."""
 
     source: str
@@ -216,13 +221,17 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
     preset = values.get("preset", "barycentric")
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")
-    merged = _over(PRESETS[preset], values)
+    recipe = checked(Recipe, _over(PRESETS[preset], values))
+    return recipe if base is None else found_near(recipe, base)
+
+
+def checked(kind: type[R], values: dict[str, Any]) -> R:
+    """A recipe of this kind from plain values; raises InputError listing all faults."""
     try:
-        recipe = Recipe.model_validate(merged)
+        return kind.model_validate(values)
     except pydantic.ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {_plain(fault)}" for fault in error.errors()]
         raise InputError(f"recipe: {summarise(faults)}") from None
-    return recipe if base is None else _relative_to(recipe, base)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -238,7 +247,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Section) -> str:
     """The recipe as YAML, every default spelled out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -255,7 +264,8 @@ def _plain(fault: Any) -> str:
     return "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"]
 
 
-def _relative_to(recipe: Recipe, base: Path) -> Recipe:
+def found_near(recipe: R, base: Path) -> R:
+    """The recipe with local files that are not here but in the folder `base`."""
     names = {key: getattr(recipe, key) for key in ("source", "target", "texts", "valid", "test")}
     found = {
         key: str(base / name)

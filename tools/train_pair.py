@@ -11,7 +11,6 @@ BPE tokenizer.
 
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -22,8 +21,8 @@ import jax
 import tokenizers
 import typer
 
-from tmjax.adapt.data import batches
-from tmjax.adapt.train import Progress, TrainConfig, train
+from tmjax.adapt.data import Batches
+from tmjax.adapt.train import Facts, Progress, TrainConfig, train
 from tmjax.cli import run
 from tmjax.convert.hf import export
 from tmjax.convert.model import Model, load_model
@@ -132,12 +131,13 @@ def new_model(plan: Plan, tokenizer: TextTokenizer, directory: Path, seed: int) 
 
 def reporter(name: str, steps: int) -> Progress:
     """Writes loss and seconds per step to standard error, now and then."""
-    begin = time.perf_counter()
 
-    def progress(step: int, loss: float) -> None:
-        if step % 50 == 0 or step == steps:
-            pace = (time.perf_counter() - begin) / step
-            print(f"{name} step {step}/{steps}  loss {loss:.3f}  {pace:.2f} s/step", file=sys.stderr, flush=True)
+    def progress(fact: Facts) -> None:
+        if fact.step % 50 == 0 or fact.step == steps:
+            pace = fact.seconds / fact.step
+            print(
+                f"{name} step {fact.step}/{steps}  loss {fact.loss:.3f}  {pace:.2f} s/step", file=sys.stderr, flush=True
+            )
 
     return progress
 
@@ -153,7 +153,7 @@ def make(side: Side, plan: Plan, texts: Sequence[str], out: Path, *, seed: int, 
             f"{sum(map(len, documents))} tokens",
             file=sys.stderr,
         )
-        data = batches(documents, tokens=plan.config.tokens_per_step, seed=seed, max_tokens=plan.spec.max_positions)
+        data = Batches(documents, tokens=plan.config.tokens_per_step, seed=seed, max_tokens=plan.spec.max_positions)
         result = train(model.spec, model.params, data, plan.config, progress=reporter(side, plan.config.steps))
         stored = {path: value.astype(plan.dtype) for path, value in result.params.items()}
         export(replace(model, params=stored), out, overwrite=overwrite)

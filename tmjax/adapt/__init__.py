@@ -1,1 +1,1 @@
-"""Training of our decoders: documents into batches, the causal-LM loss, one jitted AdamW step."""
+"""Training of our decoders: batches, losses, modes, guidance by a source's features, checkpoints."""

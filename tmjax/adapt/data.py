@@ -4,8 +4,9 @@ A row holds one document from position 0, as it is scored, and nothing attends a
 because the row lengths are chosen for the documents at hand.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,24 +17,63 @@ from tmjax.typing import ArrayLike
 ROW_STEP = 8
 
 
+class Piece(NamedTuple):
+    """Token ids of a document from position `start` on, and 1 for those that count, as predictions (not the first)."""
+
+    document: int
+    start: int
+    ids: np.ndarray
+    counts: np.ndarray
+
+
+class Guide(NamedTuple):
+    """Where target features are tied to source features: R spans a row, the last of them padding.
+
+    Positions [B, R] in the row, 1 where there is a span [B, R], standardised source features [L, B, R, k] of each
+    target layer.
+    """
+
+    position_br: ArrayLike
+    mask_br: ArrayLike
+    source_lbrk: ArrayLike
+
+
 class Batch(NamedTuple):
-    """Inputs [B, T], the token that follows each, and 1 where that token counts (0 on padding)."""
+    """Inputs [B, T], the token that follows each, 1 where that token counts (0 on padding and prompts), guidance."""
 
     ids_bt: ArrayLike
     targets_bt: ArrayLike
     mask_bt: ArrayLike
+    guide: Guide | None = None
 
 
-def split(documents: Sequence[Sequence[int]], max_tokens: int) -> list[np.ndarray]:
+class Guidance(Protocol):
+    """What gives batches their `Guide`."""
+
+    def spans(self, piece: Piece) -> int:
+        """How many spans a piece has."""
+
+    def guide(self, pieces: Sequence[Piece], rows: int, spans: int) -> Guide:
+        """The guide of a batch of `rows` rows, padded to `spans` spans each."""
+
+
+def split(
+    documents: Sequence[Sequence[int]], max_tokens: int, counts: Sequence[Sequence[bool]] | None = None
+) -> list[Piece]:
     """Cuts documents into pieces that predict at most `max_tokens` tokens each.
 
     The first token of a piece is only context, and pieces overlap by that token: every token of a document but its
-    first is predicted exactly once.
+    first is predicted exactly once. `counts` says which tokens are to be predicted (all unless given); pieces without
+    one are left out.
     """
     pieces = []
-    for document in documents:
+    for number, document in enumerate(documents):
         ids = np.asarray(document, np.int32)
-        pieces += [ids[start : start + max_tokens + 1] for start in range(0, len(ids) - 1, max_tokens)]
+        told = np.ones(len(ids), np.float32) if counts is None else np.asarray(counts[number], np.float32)
+        for start in range(0, len(ids) - 1, max_tokens):
+            window = slice(start, start + max_tokens + 1)
+            if told[window][1:].any():
+                pieces.append(Piece(number, start, ids[window], told[window]))
     return pieces
 
 
@@ -52,40 +92,75 @@ def row_lengths(sizes: Sequence[int], count: int) -> list[int]:
     return chosen[-1]
 
 
-def make_batch(rows: Sequence[np.ndarray], length: int) -> Batch:
-    """Right-pads documents of at most `length + 1` tokens into one batch."""
-    ids = np.zeros((len(rows), length + 1), np.int32)
-    mask = np.zeros((len(rows), length), np.float32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row) - 1] = 1.0
+def make_batch(pieces: Sequence[Piece], length: int, rows: int | None = None) -> Batch:
+    """Right-pads pieces of at most `length + 1` tokens into one batch of `rows` rows (as many as pieces)."""
+    ids = np.zeros((rows or len(pieces), length + 1), np.int32)
+    mask = np.zeros((rows or len(pieces), length), np.float32)
+    for i, piece in enumerate(pieces):
+        ids[i, : len(piece.ids)] = piece.ids
+        mask[i, : len(piece.ids) - 1] = piece.counts[1:]
     return Batch(ids[:, :-1], ids[:, 1:], mask)
 
 
-def batches(
-    documents: Sequence[Sequence[int]], *, tokens: int, seed: int, lengths: int = 4, max_tokens: int = 512
-) -> Iterator[Batch]:
+class Batches:
     """Endless batches of at most `tokens` tokens (padding included) in at most `lengths` different shapes.
 
-    Each epoch visits all documents in a new random order; a row length gives a batch whenever it has enough rows for
-    one, and rows left over at the end of an epoch open the next. Raises InputError if there is nothing to train on.
+    Each epoch visits all documents in a new random order, which `seed` alone decides; a row length gives a batch
+    whenever it has enough rows for one, and rows left over at the end of an epoch open the next. The number of rows is
+    a multiple of `multiple` (devices that share a batch), filled up with empty rows if need be. Raises InputError if
+    there is nothing to train on.
     """
-    pieces = split(documents, min(max_tokens, tokens))
-    if not pieces:
-        raise InputError("no document has two tokens; there is nothing to train on")
-    sizes = np.array([len(piece) - 1 for piece in pieces])
-    shapes = row_lengths(sizes, lengths)
-    return _endless(pieces, np.searchsorted(shapes, sizes), shapes, tokens, np.random.default_rng(seed))
 
+    def __init__(
+        self,
+        documents: Sequence[Sequence[int]],
+        *,
+        tokens: int,
+        seed: int,
+        lengths: int = 4,
+        max_tokens: int = 512,
+        counts: Sequence[Sequence[bool]] | None = None,
+        guidance: Guidance | None = None,
+        multiple: int = 1,
+    ) -> None:
+        self.pieces = split(documents, min(max_tokens, tokens), counts)
+        if not self.pieces:
+            raise InputError("no document has two tokens of which the second counts; there is nothing to train on")
+        self.seed, self.tokens, self.multiple, self.guidance = seed, tokens, multiple, guidance
+        sizes = np.array([len(piece.ids) - 1 for piece in self.pieces])
+        self.shapes = row_lengths(sizes, lengths)
+        self._bucket = np.searchsorted(self.shapes, sizes)
+        self._spans = [1] * len(self.shapes)
+        if guidance is not None:
+            for piece, bucket in zip(self.pieces, self._bucket, strict=True):
+                self._spans[bucket] = max(self._spans[bucket], guidance.spans(piece))
 
-def _endless(
-    pieces: list[np.ndarray], bucket: np.ndarray, shapes: list[int], tokens: int, rng: np.random.Generator
-) -> Iterator[Batch]:
-    waiting: list[list[np.ndarray]] = [[] for _ in shapes]
-    while True:
-        for i in rng.permutation(len(pieces)):
-            rows, length = waiting[bucket[i]], shapes[bucket[i]]
-            rows.append(pieces[i])
-            if len(rows) == max(1, tokens // length):
-                yield make_batch(rows, length)
-                rows.clear()
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from the first on."""
+        return self.after(0)
+
+    def after(self, count: int) -> Iterator[Batch]:
+        """The batches after the first `count`: the same ones as after drawing those."""
+        for bucket, chosen in itertools.islice(self._plans(), count, None):
+            pieces = [self.pieces[number] for number in chosen]
+            rows = -(-self.rows(bucket) // self.multiple) * self.multiple
+            batch = make_batch(pieces, self.shapes[bucket], rows)
+            if self.guidance is not None:
+                batch = batch._replace(guide=self.guidance.guide(pieces, rows, self._spans[bucket]))
+            yield batch
+
+    def rows(self, bucket: int) -> int:
+        """Rows of a batch of the row length with this number, before they are made a multiple."""
+        return max(1, self.tokens // self.shapes[bucket])
+
+    def _plans(self) -> Iterator[tuple[int, list[int]]]:
+        """Row length and pieces of each batch."""
+        rng = np.random.default_rng(self.seed)
+        waiting: list[list[int]] = [[] for _ in self.shapes]
+        while True:
+            for number in rng.permutation(len(self.pieces)):
+                bucket = self._bucket[number]
+                waiting[bucket].append(int(number))
+                if len(waiting[bucket]) == self.rows(bucket):
+                    yield bucket, waiting[bucket]
+                    waiting[bucket] = []

@@ -50,12 +50,13 @@ def resample(arms: Mapping[str, Scores], *, draws: int, seed: int) -> Draws:
 def source_gain(draws: Draws, controls: list[str], *, merged: str = "merged") -> dict[str, object]:
     """min over controls of (bits/byte of the control - of the merge), the minimum taken inside every draw.
 
-    `fraction_of_gap` divides by target - source in the same draw; null if that gap's interval touches 0.
+    `fraction_of_gap` divides by target - source in the same draw; null if that gap's interval touches 0, or there is no
+    source among the arms.
     """
     gains = np.min([draws.samples[name] - draws.samples[merged] for name in controls], axis=0)
     best = min(controls, key=lambda name: draws.point[name])
     gain = draws.point[best] - draws.point[merged]
-    gap = draws.samples["target"] - draws.samples["source"]
+    gap = draws.samples["target"] - draws.samples.get("source", draws.samples["target"])
     low, high = percentile_interval(gap)
     known = low > 0 or high < 0
     return {

@@ -37,6 +37,12 @@ def read_texts(name: str) -> Texts:
     """Reads documents; blank lines are skipped. Raises InputError naming the file and line."""
     if name.startswith("hf:"):
         return _from_hub(name)
+    parse = _json_line if Path(name).suffix == ".jsonl" else _plain_line
+    return _checked(name, [parse(name, number, line) for number, line in read_lines(name)])
+
+
+def read_lines(name: str) -> list[tuple[int, str]]:
+    """The lines of a .jsonl or .txt file that are not blank, with their numbers; raises InputError as `read_texts`."""
     path = Path(name).expanduser()
     if path.suffix not in (".jsonl", ".txt"):
         raise InputError(f"{name}: texts are a .jsonl or .txt file, or hf:NAME[:split[:field]]")
@@ -46,20 +52,23 @@ def read_texts(name: str) -> Texts:
         raise InputError(f"{name} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise InputError(f"cannot read texts {name}: {error.strerror}") from None
-    rows = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
-    parse = _json_line if path.suffix == ".jsonl" else _plain_line
-    return _checked(name, [parse(name, number, line) for number, line in rows])
+    return [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _plain_line(_name: str, number: int, line: str) -> tuple[str, str]:
     return str(number), line
 
 
-def _json_line(name: str, number: int, line: str) -> tuple[str, str]:
+def parse_json(name: str, number: int, line: str) -> object:
+    """The value of a line of a .jsonl file; raises InputError."""
     try:
-        entry = json.loads(line)
-    except ValueError as error:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{name} line {number} is not JSON: {error}") from None
+
+
+def _json_line(name: str, number: int, line: str) -> tuple[str, str]:
+    entry = parse_json(name, number, line)
     text = entry.get("text") if isinstance(entry, dict) else None
     if not isinstance(text, str):
         raise InputError(f"{name} line {number} has no text field")

@@ -48,11 +48,21 @@ class Decoder(nnx.Module):
             self.head = Linear(spec.hidden, spec.vocab, rngs=rngs)
 
     def hidden(
-        self, ids_bt: Array, dtype: jnp.dtype, sites: Collection[str], collect: Collect, mesh: Mesh | None = None
+        self,
+        ids_bt: Array,
+        dtype: jnp.dtype,
+        sites: Collection[str],
+        collect: Collect,
+        mesh: Mesh | None = None,
+        *,
+        remat: bool = False,
+        unroll: int = 1,
     ) -> tuple[Array, dict[str, Array]]:
         """Final normed states [B, T, embed] and `collect`ed activations [layer, ...] of each named site.
 
-        With a mesh, the activations of every site are laid out by the logical axis of its units.
+        With a mesh, the activations of every site are laid out by the logical axis of its units. `remat`: a gradient
+        keeps only the residual stream between blocks and computes what is in them again. `unroll` blocks make one turn
+        of the loop over layers: a longer program, with fewer copies of what a gradient keeps.
         """
         position = jnp.arange(ids_bt.shape[1])
         distance = position[:, None] - position[None, :]
@@ -61,7 +71,9 @@ class Decoder(nnx.Module):
         def mask(window: Array) -> Array:
             return (distance >= 0) & (distance < window)
 
-        return self.run(ids_bt, position, tables, mask, attention, dtype, sites, collect, mesh)
+        return self.run(
+            ids_bt, position, tables, mask, attention, dtype, sites, collect, mesh, remat=remat, unroll=unroll
+        )
 
     def run(
         self,
@@ -74,6 +86,9 @@ class Decoder(nnx.Module):
         sites: Collection[str] = (),
         collect: Collect = lambda x: x,
         mesh: Mesh | None = None,
+        *,
+        remat: bool = False,
+        unroll: int = 1,
     ) -> tuple[Array, dict[str, Array]]:
         """`hidden` of tokens at any positions [T]: `tables` [rotary, T, planes] are theirs.
 
@@ -109,26 +124,30 @@ class Decoder(nnx.Module):
             # Padding may reach beyond the last position; that no text does is checked where texts are read.
             x = x + self.positions.weight[...][jnp.minimum(position_t, spec.max_positions - 1)].astype(dtype)
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
-        x, captured = jax.lax.scan(step, x, (state, places))
+        # Inside a scan there is nothing that could undo the saving, so no barriers against it are needed.
+        body = jax.checkpoint(step, prevent_cse=False) if remat else step
+        x, captured = jax.lax.scan(body, x, (state, places), unroll=min(unroll, spec.layers))
         return self.norm(x), captured
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., vocab] of normed states, in float32."""
-        return self._capped(einsum("...e,ve->...v", hidden, self._head.astype(hidden.dtype)))
+        return scaled_logits(self.spec, einsum("...e,ve->...v", hidden, self.unembedding.astype(hidden.dtype)))
 
     def logits_of(self, hidden: Array, ids: Array) -> Array:
         """Logits [...] of one token `ids` [...] per state, in float32: `logits` without those of all others."""
-        return self._capped(einsum("...e,...e->...", hidden, self._head[ids].astype(hidden.dtype)))
+        return scaled_logits(self.spec, einsum("...e,...e->...", hidden, self.unembedding[ids].astype(hidden.dtype)))
 
     @property
-    def _head(self) -> Array:
+    def unembedding(self) -> Array:
+        """The head's table [vocab, embed], which may be the embeddings'."""
         return self.embed.weight[...] if self.spec.tied_embeddings else self.head.weight[...]
 
-    def _capped(self, logits: Array) -> Array:
-        logits = logits.astype(jnp.float32)
-        logits = logits if self.spec.logit_scale == 1 else logits * self.spec.logit_scale
-        cap = self.spec.logit_cap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+def scaled_logits(spec: DecoderSpec, logits: Array) -> Array:
+    """Products of states and unembedding as logits: float32, scaled and capped as the model says."""
+    logits = logits.astype(jnp.float32)
+    logits = logits if spec.logit_scale == 1 else logits * spec.logit_scale
+    return logits if spec.logit_cap is None else spec.logit_cap * jnp.tanh(logits / spec.logit_cap)
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,6 +1,6 @@
 """The stages up to the alignment, each with its input hash: activations (or their moments), plans."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tmjax.evaluate.controls import Control, derangement
 from tmjax.hub.rundir import RunDirectory, digest, read_manifest
 from tmjax.models.decoder import init_params
 from tmjax.pipeline.inputs import Inputs
-from tmjax.recipe import Recipe, dump_recipe
+from tmjax.recipe import Recipe, Section, dump_recipe
 from tmjax.sharding import hosts
 
 #: (stage, steps done, steps in all) while a stage runs.
@@ -32,10 +32,10 @@ def quiet(_stage: str, _done: int, _total: int) -> None:
     """No progress display."""
 
 
-def _refuse_nested(recipe: Recipe) -> None:
+def refuse_nested(recipe: Section, names: Sequence[str] = _INPUTS) -> None:
     """Raises InputError if a local input lies inside the output, where --overwrite would delete it."""
     out = Path(recipe.out).resolve()
-    for name in _INPUTS:
+    for name in names:
         value = getattr(recipe, name)
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(out):
             raise InputError(f"{name} lies inside the output {recipe.out}; choose another output directory")
@@ -61,7 +61,7 @@ class AlignmentRun:
         path = Path(recipe.out)
         hashes = hosts.together(lambda: self.inputs.hashes)
         hosts.require_same("inputs", hashes)
-        _refuse_nested(recipe)
+        refuse_nested(recipe)
         # What may change without making another run of it: where things lie and are computed, whether a no-op passes.
         told = recipe.model_dump(mode="json", exclude={"out", "allow_negligible", "mesh", *_INPUTS})
         key = {"recipe": digest(told)} | hashes | dict(also or {})
@@ -125,7 +125,7 @@ class AlignmentRun:
         def work(partial: Path) -> dict[Any, Any]:
             rows, (target_documents, source_documents) = self.inputs.rows
             model = self.inputs.target if which == "target" else self.inputs.source
-            params = self._random_source() if which == "random_source" else model.params
+            params = self.random_source() if which == "random_source" else model.params
             capture(
                 model.spec,
                 params,
@@ -151,7 +151,7 @@ class AlignmentRun:
         def work(partial: Path) -> dict[Any, Any]:
             rows, (target_documents, source_documents) = self.inputs.rows
             target, source = self.inputs.target, self.inputs.source
-            params = self._random_source() if control and control.random_source else source.params
+            params = self.random_source() if control and control.random_source else source.params
             options = self.recipe.activations
             blocks = paired_blocks(
                 (target.spec, target.params, target_documents),
@@ -181,7 +181,8 @@ class AlignmentRun:
         key = [self._activation_key(which), self.recipe.seed if control else None]
         return load_moments(self.run.stage(name, key, f"moments/{which}.safetensors", work))
 
-    def _random_source(self) -> dict[str, jax.Array]:
+    def random_source(self) -> dict[str, jax.Array]:
+        """Fresh random weights of the source's architecture."""
         source = self.inputs.source
         return init_params(source.spec, jax.random.key(self.recipe.seed), self.inputs.shardings(source))
 
@@ -209,7 +210,8 @@ class AlignmentRun:
         self._alignment = found
         return found
 
-    def _control_alignment(self, control: Control) -> Alignment:
+    def control_alignment(self, control: Control) -> Alignment:
+        """The alignment of a control, which intervenes before it."""
         if not (control.random_source or control.shuffle_rows):
             return self.align()
         which = control.name.removeprefix("control:") if not self.recipe.activations.keep else "source"

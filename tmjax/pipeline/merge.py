@@ -102,8 +102,8 @@ class Merge(AlignmentRun):
         """The checkpoint of one control arm: intervenes before alignment, then everything is run again."""
 
         def work(partial: Path) -> dict[Any, Any]:
-            params = self._random_source() if control.random_source else self.inputs.source.params
-            return self._fuse(control.name, self._control_alignment(control), control, params, partial)
+            params = self.random_source() if control.random_source else self.inputs.source.params
+            return self._fuse(control.name, self.control_alignment(control), control, params, partial)
 
         return self.run.stage(control.name, self._fuse_key(control.name), f"controls/{control.name}", work)
 
@@ -181,8 +181,8 @@ def _fit_facts(chosen: Fit) -> dict[str, Any]:
     }
 
 
-def evaluation_facts(scores: Mapping[str, Scores], *, draws: int, seed: int) -> dict[str, Any]:
-    """Manifest entries `evaluation` and `source_gain` of scored arms."""
+def evaluation_facts(scores: Mapping[str, Scores], *, draws: int, seed: int, merged: str = "merged") -> dict[str, Any]:
+    """Manifest entries `evaluation` and `source_gain` of scored arms, `merged` being the one that controls are for."""
     sampled = resample(scores, draws=draws, seed=seed)
     evaluation = {
         arm: {
@@ -194,8 +194,9 @@ def evaluation_facts(scores: Mapping[str, Scores], *, draws: int, seed: int) -> 
         }
         for arm, value in scores.items()
     }
-    controls = [arm for arm in scores if arm in CONTROLS]
-    return {"evaluation": evaluation, "source_gain": source_gain(sampled, controls) if controls else None}
+    controls = [arm for arm in scores if arm.startswith("control:")]
+    gain = source_gain(sampled, controls, merged=merged) if controls else None
+    return {"evaluation": evaluation, "source_gain": gain}
 
 
 def open_run(path: Path, changes: Mapping[str, Any]) -> Recipe:

@@ -1,0 +1,259 @@
+"""One training step: the loss of a batch, its gradient, AdamW. Pure functions, jitted once a shape.
+
+Decoupled weight decay: Loshchilov and Hutter 2019 (arXiv:1711.05101), on matrices only.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tmjax.adapt.data import Batch, Guide
+from tmjax.adapt.loss import summed_nll
+from tmjax.adapt.modes import Frozen, Mode, Plain
+from tmjax.errors import InputError
+from tmjax.models.decoder import bind
+from tmjax.models.layers import einsum
+from tmjax.models.spec import DecoderSpec
+from tmjax.typing import Array, Params
+
+#: What paths of the maps that tie target to source features begin with; they are trained, but no part of the model.
+GUIDE = "guide."
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Steps and optimiser; hashable, so it is a static argument of the jitted step.
+
+    The learning rate rises linearly to `lr` over `warmup` steps and falls along a cosine to `lr * final_lr`.
+    `clip` bounds the global norm of the gradient, `weight_decay` shrinks matrices (not norms and biases). A step is
+    made of `accumulate` batches of `tokens_per_step` tokens. Parameters and optimiser are float32; `dtype` is what the
+    forward and backward pass compute in. `remat` keeps only the residual stream between blocks for the backward pass.
+    `unroll` layers make one turn of the loop over them, which takes longer to compile and runs faster. `guide_weight`
+    is the weight of the guidance in the loss, where batches have one.
+    """
+
+    steps: int
+    tokens_per_step: int = 4096
+    lr: float = 3e-3
+    warmup: int = 100
+    final_lr: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    accumulate: int = 1
+    dtype: str = "float32"
+    remat: bool = False
+    unroll: int = 1
+    guide_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        bad = [
+            n for n in ("steps", "tokens_per_step", "lr", "clip", "accumulate", "unroll") if not getattr(self, n) > 0
+        ]
+        if bad:
+            raise InputError(f"training needs positive {', '.join(bad)}")
+        if not 0 <= self.warmup < self.steps:
+            raise InputError(f"a warm-up of {self.warmup} steps does not fit into {self.steps} steps")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised over what: architecture, optimiser, how parameters arise from trained arrays, mesh."""
+
+    spec: DecoderSpec
+    config: TrainConfig
+    mode: Mode = Plain()  # noqa: RUF009  (frozen, without fields)
+    mesh: Mesh | None = None
+
+    def compiled(self) -> "Objective":
+        """What programs depend on: any number of steps and learning rates share those of one architecture."""
+        same = replace(self.config, steps=1, tokens_per_step=1, accumulate=1, lr=1.0, warmup=0, final_lr=0.0)
+        return replace(self, config=same)
+
+
+class State(NamedTuple):
+    """Trained arrays and optimiser; `healthy` turns false at the first loss or gradient that is not a number.
+
+    From then on nothing else changes: the state stays the last good one.
+    """
+
+    trained: dict[str, Array]
+    optimizer: optax.OptState
+    healthy: Array
+
+
+class Losses(NamedTuple):
+    """Means in nats: `text`, cross entropy per token that counts; `guide`, squared error per standardised feature.
+
+    `norm` is that of the gradient, before clipping.
+    """
+
+    text: Array
+    guide: Array
+    norm: Array
+
+    def total(self, config: TrainConfig) -> Array:
+        """What is minimised."""
+        return self.text + config.guide_weight * self.guide
+
+
+def decayed(params: Params) -> dict[str, bool]:
+    """Which parameters weight decay acts on: those that are matrices within a layer; no maps of the guidance."""
+    return {
+        path: not path.startswith(GUIDE) and value.ndim - ("blocks." in path) >= 2 for path, value in params.items()
+    }
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Learning rate of the step that follows `count` steps."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.lr / (config.warmup + 1),
+        peak_value=config.lr,
+        warmup_steps=config.warmup,
+        decay_steps=config.steps,
+        end_value=config.lr * config.final_lr,
+    )
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Global-norm clipping and AdamW, for a learning rate of 1: what it gives is still to be multiplied by -rate."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    )
+
+
+def guide_error(trained: Params, frozen_mean: Array, frozen_scale: Array, states_lbre: Array, guide: Guide) -> Array:
+    """Sum over the spans of the mean squared error, over layers and source units, of the predicted source features.
+
+    Target features [L, B, R, embed] are standardised by `frozen_mean` and `frozen_scale` [L, embed] and mapped by
+    `guide.weight` [L, k, embed] and `guide.bias` [L, k]; all in float32.
+    """
+    z = (states_lbre.astype(jnp.float32) - frozen_mean[:, None, None]) / frozen_scale[:, None, None]
+    predicted = einsum("lbre,lke->lbrk", z, trained[f"{GUIDE}weight"]) + trained[f"{GUIDE}bias"][:, None, None]
+    return jnp.sum(jnp.mean(jnp.square(predicted - guide.source_lbrk), axis=(0, 3)) * guide.mask_br)
+
+
+def _losses(
+    objective: Objective, trained: Params, frozen: Frozen, batch: Batch, share: tuple[Array, Array]
+) -> tuple[Array, tuple[Array, Array]]:
+    """Sums over a batch of text and guide losses, times `share`, their inverse numbers in the whole step."""
+    spec, config, mesh = objective.spec, objective.config, objective.mesh
+    maps = {path: value for path, value in frozen.items() if path.startswith(GUIDE)}
+    held = {path: value for path, value in frozen.items() if path not in maps}
+    own = {path: value for path, value in trained.items() if not path.startswith(GUIDE)}
+    model = bind(spec, objective.mode.params(own, held))
+    guide = batch.guide
+
+    def pick(states_bte: Array) -> Array:
+        return jnp.take_along_axis(states_bte, guide.position_br[..., None], axis=1)
+
+    sites = () if guide is None else ("resid",)
+    hidden, captured = model.hidden(
+        batch.ids_bt, jnp.dtype(config.dtype), sites, pick, mesh=mesh, remat=config.remat, unroll=config.unroll
+    )
+    text = summed_nll(spec, model.unembedding, hidden, batch.targets_bt, batch.mask_bt) * share[0]
+    if guide is None:
+        return text, (text, jnp.zeros(()))
+    error = guide_error(trained, maps[f"{GUIDE}mean"], maps[f"{GUIDE}scale"], captured["resid"], guide) * share[1]
+    return text + config.guide_weight * error, (text, error)
+
+
+_gradients = jax.value_and_grad(_losses, argnums=1, has_aux=True)
+
+
+def _share(batch: Batch) -> tuple[Array, Array]:
+    tokens = jnp.maximum(jnp.sum(batch.mask_bt), 1.0)
+    spans = 1.0 if batch.guide is None else jnp.maximum(jnp.sum(batch.guide.mask_br), 1.0)
+    return 1 / tokens, jnp.float32(1 / spans)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",))
+def next_token_loss(spec: DecoderSpec, params: Params, batch: Batch) -> Array:
+    """Mean cross entropy, in nats, of the tokens that count."""
+    objective = Objective(spec, TrainConfig(steps=1, warmup=0))
+    return _losses(objective, params, {}, batch._replace(guide=None), _share(batch))[0]
+
+
+def _update(
+    objective: Objective, state: State, rate: Array, gradient: dict[str, Array], text: Array, guide: Array
+) -> tuple[State, Losses]:
+    norm = optax.tree.norm(gradient)
+    updates, moved = optimizer(objective.config).update(gradient, state.optimizer, state.trained)
+    healthy = state.healthy & jnp.isfinite(text + guide) & jnp.isfinite(norm)
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(healthy, new, old)
+
+    trained = jax.tree.map(lambda x, update: keep(x - rate * update, x), state.trained, updates)
+    return State(trained, jax.tree.map(keep, moved, state.optimizer), healthy), Losses(text, guide, norm)
+
+
+@functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("state",))
+def train_step(objective: Objective, state: State, frozen: Frozen, batch: Batch, rate: Array) -> tuple[State, Losses]:
+    """One update from one batch; returns the new state and the losses before the update. Donates the old state."""
+    (_, (text, guide)), gradient = _gradients(objective, state.trained, frozen, batch, _share(batch))
+    return _update(objective, state, rate, gradient, text, guide)
+
+
+@functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("total",))
+def add_gradient(
+    objective: Objective,
+    trained: Params,
+    frozen: Frozen,
+    batch: Batch,
+    share: tuple[Array, Array],
+    total: tuple[dict[str, Array], Array, Array],
+) -> tuple[dict[str, Array], Array, Array]:
+    """Adds one batch's gradient and losses to those of a step of several; `share` are the step's inverse numbers."""
+    (_, losses), gradient = _gradients(objective, trained, frozen, batch, share)
+    return jax.tree.map(jnp.add, total, (gradient, *losses))
+
+
+@functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("state",))
+def apply_gradient(
+    objective: Objective, state: State, rate: Array, total: tuple[dict[str, Array], Array, Array]
+) -> tuple[State, Losses]:
+    """One update from an accumulated gradient."""
+    return _update(objective, state, rate, *total)
+
+
+def step(objective: Objective, state: State, frozen: Frozen, batches: list[Batch], rate: float) -> tuple[State, Losses]:
+    """One update from `batches` with a learning rate: the mean is over all of their tokens, as if they were one."""
+    objective = objective.compiled()
+    if len(batches) == 1:
+        return train_step(objective, state, frozen, batches[0], np.float32(rate))
+    tokens = max(1.0, sum(float(batch.mask_bt.sum()) for batch in batches))
+    spans = max(1.0, sum(0.0 if batch.guide is None else float(batch.guide.mask_br.sum()) for batch in batches))
+    share = (jnp.float32(1 / tokens), jnp.float32(1 / spans))
+    zero = jnp.zeros((), jnp.float32)
+    total = (jax.tree.map(jnp.zeros_like, state.trained), zero, zero.copy())
+    for batch in batches:
+        total = add_gradient(objective, state.trained, frozen, batch, share, total)
+    return apply_gradient(objective, state, np.float32(rate), total)
+
+
+def start(objective: Objective, trained: dict[str, Array]) -> State:
+    """The state before the first step: optimiser moments zero, laid out like what they belong to."""
+    state = State(trained, optimizer(objective.config).init(trained), jnp.asarray(True))
+    if objective.mesh is None:
+        return state
+    everywhere = NamedSharding(objective.mesh, PartitionSpec())
+    # Counters too, or the second step, which finds them on the mesh, would be compiled again.
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere), state)
+
+
+@functools.partial(jax.jit, static_argnames=("mode",))
+def fold(mode: Mode, trained: Params, frozen: Frozen) -> dict[str, Array]:
+    """The parameters of the model that was trained: residuals and low-rank updates added, guidance left out."""
+    parts = ({path: x for path, x in each.items() if not path.startswith(GUIDE)} for each in (trained, frozen))
+    return mode.params(*parts)

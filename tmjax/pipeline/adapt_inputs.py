@@ -1,0 +1,170 @@
+"""What an adaptation names: models, a merge to begin from, training texts, scorers; loaded when first asked for."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from tmjax.activations.rows import Rows, TokenisedDocument, pair_rows
+from tmjax.adapt.recipe import WITH_SOURCE, AdaptRecipe
+from tmjax.adapt.texts import TrainingTexts, leaked, read_training_texts
+from tmjax.align import store as alignment_store
+from tmjax.align.alignment import Alignment
+from tmjax.convert.model import Model, config_directory, load_model
+from tmjax.errors import InputError, summarise
+from tmjax.evaluate.bits import Scorer
+from tmjax.fuse.apply import Coefficients
+from tmjax.hub.checkpoint import read_config, resolve
+from tmjax.hub.rundir import RECIPE, read_manifest, sha256_checkpoint
+from tmjax.hub.texts import Texts, read_texts
+from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.models.families import family_of
+from tmjax.pipeline.alignment import Warn
+from tmjax.recipe import Recipe, build_recipe, read_recipe
+from tmjax.sharding.mesh import AUTO, Layout
+
+
+class AdaptInputs:
+    """What an adaptation names, loaded when first asked for."""
+
+    def __init__(self, recipe: AdaptRecipe) -> None:
+        self.recipe = recipe
+        self.run = Path(recipe.target) if read_manifest(Path(recipe.target)) is not None else None
+        if self.run is not None and not (self.run / "alignment").is_dir():
+            raise InputError(f"{self.run} is a run without an alignment; give a run of tmjax merge, or a checkpoint")
+
+    @functools.cached_property
+    def run_recipe(self) -> Recipe | None:
+        """The recipe of the merge that is adapted, if it is a run."""
+        return None if self.run is None else build_recipe(read_recipe(self.run / RECIPE))
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """Where source and target lie: of a run those that were merged, unless the recipe names a source."""
+        run, recipe = self.run_recipe, self.recipe
+        if run is None:
+            return {"source": recipe.source, "target": recipe.target}
+        return {"source": recipe.source or run.source, "target": run.target}
+
+    def merge_recipe(self) -> Recipe:
+        """The merge that has to be done for this adaptation, in a folder of its run."""
+        own = self.recipe
+        told = self.run_recipe.model_dump(mode="json") if self.run_recipe is not None else dict(own.merge)
+        shared = {name: getattr(own, name) for name in ("texts", "valid", "alpha", "mesh", "dtype", "seed")}
+        given = {name: value for name, value in shared.items() if value is not None}
+        if own.max_texts is not None:
+            given["activations"] = told.get("activations", {}) | {"max_texts": own.max_texts}
+        out = {"out": str(Path(own.out) / "merge"), "test": None, "controls": False}
+        return build_recipe(told | given | self.names | out)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The device mesh; chosen over all devices unless the recipe says otherwise."""
+        configs = [read_config(config_directory(name)) for name in self.names.values() if name]
+        return Layout(self.recipe.mesh or AUTO, [family_of(config).spec(config).hidden for config in configs])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype that forward passes compute in."""
+        return jnp.dtype(self.recipe.dtype)
+
+    def load(self, path: str | Path) -> Model:
+        """A checkpoint, on the mesh."""
+        return load_model(path, placement=self.layout.place)
+
+    @functools.cached_property
+    def target(self) -> Model:
+        """The target model."""
+        return self.load(self.names["target"])
+
+    @functools.cached_property
+    def source(self) -> Model:
+        """The source model."""
+        return self.load(self.names["source"])
+
+    @functools.cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The target's tokenizer."""
+        return load_tokenizer(self.target.directory)
+
+    @functools.cached_property
+    def texts(self) -> TrainingTexts:
+        """What is trained on."""
+        return read_training_texts(self.recipe.texts).first(self.recipe.max_texts)
+
+    @functools.cached_property
+    def valid(self) -> Texts | None:
+        """The texts on which steps and learning rates are chosen."""
+        return read_texts(self.recipe.valid) if self.recipe.valid else None
+
+    @functools.cached_property
+    def test(self) -> Texts | None:
+        """The texts on which the result is measured, once."""
+        return read_texts(self.recipe.test) if self.recipe.test else None
+
+    @functools.cached_property
+    def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
+        """Spans that both models read of the training texts; documents of the target, then of the source."""
+        tokenizers = [self.tokenizer, load_tokenizer(self.source.directory)]
+        return pair_rows(self.texts.texts, tokenizers, pooling="span", max_tokens=self.recipe.max_tokens)
+
+    @functools.cached_property
+    def alignment(self) -> Alignment:
+        """The alignment of the run that is adapted."""
+        return alignment_store.load(self.run / "alignment")
+
+    @functools.cached_property
+    def coefficients(self) -> Coefficients:
+        """The alpha and beta of every projection in the run that is adapted."""
+        told = read_manifest(self.run).get("coefficients")
+        if told is None:
+            raise InputError(f"{self.run} has an alignment and no merge; run tmjax fuse {self.run} first")
+        return {role: (item["alpha"], item["beta"]) for role, item in told["by_role"].items()}
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every input."""
+        models = {name: sha256_checkpoint(resolve(path)) for name, path in self.names.items() if path}
+        texts = {"texts": self.texts.texts, "valid": self.valid, "test": self.test}
+        return models | {name: value.sha256 for name, value in texts.items() if value is not None}
+
+    def scorer(self, model: Model, texts: Texts) -> Scorer:
+        """Scorer of `texts` for models of this architecture."""
+        options = self.recipe.evaluation
+        how: dict[str, Any] = {"batch_tokens": options.batch_tokens, "max_tokens": options.max_tokens}
+        tokenizer = load_tokenizer(model.directory)
+        return Scorer(model.spec, tokenizer, texts, dtype=self.dtype, layout=self.layout, **how)
+
+    @functools.cached_property
+    def valid_scorer(self) -> Scorer:
+        """Scorer of the validation texts under the target's architecture."""
+        return self.scorer(self.target, self.valid)
+
+    def check(self, warn: Warn) -> None:
+        """Loads everything, so that whatever is wrong is said before anything is written; warns of leaks."""
+        recipe = self.recipe
+        training = recipe.training
+        if recipe.mode in WITH_SOURCE and not self.names["source"]:
+            raise InputError(f"mode {recipe.mode} takes a source: give --source")
+        if recipe.merges and self.run is None and not self.names["source"]:
+            raise InputError("init merged takes a source to merge: give --source, or a run of tmjax merge as --target")
+        if recipe.guidance.layers == "plan" and recipe.mode == "guided" and self.run is None:
+            raise InputError("guidance.layers plan takes a run of tmjax merge as --target")
+        if self.valid is None and (len(training.lr) > 1 or training.patience is not None):
+            raise InputError("learning rates and early stop are chosen on validation texts: give --valid FILE")
+        training.config(training.lr[0], recipe.dtype)
+        if recipe.mode == "guided" and self.texts.dialogues is not None:
+            raise InputError(f"{recipe.texts} holds dialogues; guided adaptation reads plain documents (a text field)")
+        spec = self.target.spec
+        if spec.learned_positions and recipe.max_tokens > spec.max_positions:
+            raise InputError(f"max_tokens is {recipe.max_tokens}, the model learned {spec.max_positions} positions")
+        for name, heldout in (("test", self.test), ("validation", self.valid)):
+            found = [] if heldout is None else leaked(self.texts.texts, heldout)
+            if found:
+                warn(
+                    f"{len(found)} of {len(heldout)} {name} documents are inside the training texts {recipe.texts}; "
+                    f"what is measured on them is memory: {summarise(found)}"
+                )
+        if recipe.mode == "guided":
+            _ = self.rows

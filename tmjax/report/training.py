@@ -1,0 +1,121 @@
+"""What an adaptation says: training curves, the table of its arms, one self-contained page, the model card."""
+
+import csv
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Group
+
+from tmjax.adapt.recipe import AdaptRecipe
+from tmjax.recipe import dump_recipe
+from tmjax.report.html import image, page, table
+from tmjax.report.plots import new_figure, png_bytes
+from tmjax.report.tables import Row, evaluation_rows, gain_sentence, markdown_table, rich_table, stage_rows
+
+
+def training_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows: arm, what was trained, learning rate chosen, steps, best step, validation bits per byte."""
+    rows = []
+    for arm, item in manifest["training"].items():
+        valid = item["valid_bits_per_byte"]
+        rows.append(
+            (
+                arm,
+                f"{item['mode']} from {item['init']}",
+                f"{item['lr']:g}",
+                f"{item['steps']}" + (" (stopped early)" if item["stopped_early"] else ""),
+                str(item["best_step"]),
+                "" if valid is None else f"{valid:.4f}",
+            )
+        )
+    return ("arm", "trained", "learning rate", "steps", "best step", "validation bits/byte"), rows
+
+
+def adapt_summary(manifest: Mapping[str, Any]) -> Group:
+    """What `tmjax adapt` prints at its end."""
+    parts: list[object] = []
+    if manifest["evaluation"]:
+        parts += [
+            rich_table("Bits per byte on the test texts", *evaluation_rows(manifest)),
+            gain_sentence(manifest),
+            "",
+        ]
+    parts += [rich_table("Training", *training_rows(manifest)), rich_table("Stages", *stage_rows(manifest))]
+    return Group(*parts)
+
+
+def read_log(file: Path) -> dict[str, list[float]]:
+    """Columns of a `log.csv`; NaN where a cell is empty."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        header, *rows = csv.reader(stream)
+    return {name: [float(row[i] or "nan") for row in rows] for i, name in enumerate(header)}
+
+
+def plot_training(run: Path, manifest: Mapping[str, Any]) -> bytes:
+    """Text loss, validation bits per byte, guidance loss and throughput over the steps, for each arm's best rate."""
+    figure, axes = new_figure(2, 2, 4.6, 3.2)
+    panels = {"text": "loss, nats per token", "valid": "validation, bits per byte", "guide": "guidance, squared error"}
+    for arm, item in manifest["training"].items():
+        log = read_log(run / "training" / arm / f"lr-{item['lr']:g}" / "log.csv")
+        for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
+            values = log[key]
+            if key == "valid":
+                steps, values = zip(*item["valid_history"], strict=True) if item["valid_history"] else ((), ())
+            else:
+                steps = log["step"]
+            if key != "guide" or any(values):
+                axis.plot(steps, values, label=arm, linewidth=1, marker="o" if key == "valid" else None, markersize=3)
+            axis.set_title(title)
+            axis.set_xlabel("step")
+        pace = [tokens / max(seconds, 1e-9) for tokens, seconds in zip(log["tokens"], log["seconds"], strict=True)]
+        axes[1, 1].plot(log["step"], pace, label=arm, linewidth=1)
+        axes[1, 1].set_title("tokens per second, since the start")
+        axes[1, 1].set_xlabel("step")
+    axes[0, 0].legend(fontsize="small")
+    return png_bytes(figure)
+
+
+def write_training_report(file: Path, run: Path, recipe: AdaptRecipe, manifest: Mapping[str, Any]) -> None:
+    """Writes the page to `file` and `plots/training.png` into the run directory."""
+    png = plot_training(run, manifest)
+    (run / "plots").mkdir(exist_ok=True)
+    (run / "plots/training.png").write_bytes(png)
+    sections = []
+    if manifest["evaluation"]:
+        sections += [
+            "<h2>Bits per byte on the test texts</h2>",
+            table("evaluation", *evaluation_rows(manifest)),
+            f'<p class="gain" id="gain">{escape(gain_sentence(manifest))}</p>',
+        ]
+    sections += [
+        "<h2>Training</h2>",
+        table("training", *training_rows(manifest)),
+        image("training_plot", png),
+        "<h2>Stages</h2>",
+        table("stages", *stage_rows(manifest)),
+        f"<h2>Recipe</h2><pre>{escape(dump_recipe(recipe))}</pre>",
+    ]
+    file.write_text(page(f"Adaptation of {Path(recipe.target).name}", sections), encoding="utf-8")
+
+
+def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any]) -> str:
+    """The model card of an adapted checkpoint: Markdown with the metadata block that the Hugging Face hub reads."""
+    tags = {"library_name": "transformers", "tags": ["tmjax", "optimal-transport"]}
+    given = manifest["inputs"]
+    source = f" and the source `{given['source']['path']}`" if "source" in given else ""
+    parts = [
+        f"---\n{yaml.safe_dump(tags, sort_keys=False)}---",
+        "# Adapted",
+        f"`{given['target']['path']}` (target) was trained on `{recipe.texts}`{source}, mode `{recipe.mode}`, seed "
+        f"{recipe.seed}, with tmjax {manifest['tmjax']}. Architecture and tokenizer are the target's.",
+    ]
+    if manifest["evaluation"]:
+        parts += [f"## Held-out text\n\nBits per byte on `{recipe.test}`:", markdown_table(*evaluation_rows(manifest))]
+        parts.append(gain_sentence(manifest))
+    told = recipe.model_dump(mode="json", exclude={"out"})
+    parts += ["## Training", markdown_table(*training_rows(manifest)), "## Recipe"]
+    parts.append(f"```yaml\n{yaml.safe_dump(told, sort_keys=False, allow_unicode=True)}```")
+    return "\n\n".join(parts) + "\n"
