@@ -20,6 +20,15 @@ from tmjax.typing import Array, Params
 
 #: What is done with the activations [B, T, unit] of a recorded site inside the scanned forward.
 Collect = Callable[[Array], Array]
+#: What layers hand on to each other beside the stream.
+Carried = tuple[Array, ...]
+#: Given what is carried and a layer's number: the layer's attention, and what it has made of the carried.
+After = Callable[[], Carried]
+Enter = Callable[[Carried, Array], tuple[Attend, After]]
+
+
+def _stateless(attend: Attend) -> Enter:
+    return lambda carried, _layer: (attend, lambda: carried)
 
 
 class Embedding(nnx.Module):
@@ -79,6 +88,28 @@ class Decoder(nnx.Module):
 
         `attend` is `attention` or what takes its place; it is given `mask(window)` of every layer.
         """
+        hidden, captured, _ = self.carry(
+            (), ids_bt, position_t, tables, mask, _stateless(attend), dtype, sites, collect, mesh
+        )
+        return hidden, captured
+
+    def carry(
+        self,
+        carried: Carried,
+        ids_bt: Array,
+        position_t: Array,
+        tables: tuple[Array, Array],
+        mask: Callable[[Array], Array],
+        enter: Enter,
+        dtype: jnp.dtype,
+        sites: Collection[str] = (),
+        collect: Collect = lambda x: x,
+        mesh: Mesh | None = None,
+    ) -> tuple[Array, dict[str, Array], Carried]:
+        """`run` in which attention reads and changes `carried`, arrays that are handed from layer to layer.
+
+        Positions may be [B, T] and `tables` [rotary, B, T, planes].
+        """
         spec = self.spec
         scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         number = jnp.arange(1, spec.layers + 1, dtype=jnp.float32)
@@ -86,11 +117,14 @@ class Decoder(nnx.Module):
             jnp.asarray(spec.layer_windows, jnp.int32),
             jnp.asarray(spec.layer_rotaries, jnp.int32),
             scale / number if spec.inverse_layer_scale else jnp.full((spec.layers,), scale, jnp.float32),
+            jnp.arange(spec.layers),
         )
         graph, state = nnx.split(self.blocks)
 
-        def step(x: Array, layer: tuple[nnx.State, tuple[Array, ...]]) -> tuple[Array, dict[str, Array]]:
-            state, (window, kind, scale) = layer
+        def step(
+            stream: tuple[Array, Carried], layer: tuple[nnx.State, tuple[Array, ...]]
+        ) -> tuple[tuple[Array, Carried], dict[str, Array]]:
+            (x, carried), (state, (window, kind, scale, number)) = stream, layer
             captured = {}
 
             def record(site: str, value: Array) -> Array:
@@ -99,8 +133,10 @@ class Decoder(nnx.Module):
                     captured[site] = collect(value)
                 return value
 
+            attend, after = enter(carried, number)
             place = LayerPlace((tables[0][kind], tables[1][kind]), mask(window), scale, attend)
-            return nnx.merge(graph, state)(x, place, record), captured
+            x = nnx.merge(graph, state)(x, place, record)
+            return (x, after()), captured
 
         x = self.embed.weight[...][ids_bt].astype(dtype)
         if spec.embedding_scale != 1:
@@ -109,8 +145,8 @@ class Decoder(nnx.Module):
             # Padding may reach beyond the last position; that no text does is checked where texts are read.
             x = x + self.positions.weight[...][jnp.minimum(position_t, spec.max_positions - 1)].astype(dtype)
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
-        x, captured = jax.lax.scan(step, x, (state, places))
-        return self.norm(x), captured
+        (x, carried), captured = jax.lax.scan(step, (x, carried), (state, places))
+        return self.norm(x), captured, carried
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., vocab] of normed states, in float32."""
