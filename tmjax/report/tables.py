@@ -21,6 +21,29 @@ def evaluation_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     return ("arm", "bits/byte", "95% interval", "against target"), rows
 
 
+def task_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows: task and metric, and every model's value with its standard error."""
+    models = result["tasks"]
+    keys = dict.fromkeys(
+        (task, metric)
+        for held in models.values()
+        for task, metrics in held["results"].items()
+        for metric in metrics
+        if "_stderr" not in metric
+    )
+
+    def cell(metrics: Mapping[str, Any], metric: str) -> str:
+        name, comma, rest = metric.partition(",")
+        value, error = metrics.get(metric), metrics.get(f"{name}_stderr{comma}{rest}")
+        return "" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+    rows = [
+        (task, metric, *(cell(held["results"].get(task, {}), metric) for held in models.values()))
+        for task, metric in keys
+    ]
+    return ("task", "metric", *models), rows
+
+
 def gain_sentence(manifest: Mapping[str, Any]) -> str:
     """What came from the source, in one sentence, without flattery."""
     gain = manifest.get("source_gain")
