@@ -11,7 +11,6 @@ import transformers
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
-from tests.lm_eval_tasks import write_choice_task, write_generation_task, write_rolling_task
 from tmjax import cli
 from tmjax.convert.model import load_model
 from tmjax.errors import InputError
@@ -20,6 +19,7 @@ from tmjax.evaluate.lm_eval_model import TmjaxLM
 from tmjax.evaluate.tasks import load_tasks, run_tasks, task_manager
 from tmjax.models.decoder import forward
 from tmjax.sharding.mesh import Layout
+from tools.verse_tasks import write_choice_task, write_generation_task, write_rolling_task
 
 # Third-party deprecations of the harness, its data library and what they import.
 pytestmark = [

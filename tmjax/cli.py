@@ -30,6 +30,10 @@ TextFile = Annotated[
 ]
 Valid = Annotated[str | None, typer.Option(help="Texts on which coefficients are chosen.")]
 Test = Annotated[str | None, typer.Option(help="Texts on which the result is measured.")]
+Others = Annotated[
+    list[str] | None,
+    typer.Option("--other-texts", help="Texts of another language or domain, scored before and after; repeatable."),
+]
 Out = Annotated[str | None, typer.Option(help="Run directory.")]
 Preset = Annotated[str | None, typer.Option(help="barycentric or paper.")]
 Alpha = Annotated[float | None, typer.Option(help="Fixes alpha and switches fitting off.")]
@@ -63,6 +67,7 @@ def _stages(*, everything: bool) -> Callable[..., None]:
         texts: TextFile = None,
         valid: Valid = None,
         test: Test = None,
+        other_texts: Others = None,
         out: Out = None,
         preset: Preset = None,
         alpha: Alpha = None,
@@ -107,6 +112,7 @@ def fuse(
     controls: Controls = None,
     valid: Valid = None,
     test: Test = None,
+    other_texts: Others = None,
     mesh: Mesh = None,
     allow_negligible: Negligible = None,
     distributed: Distributed = False,
@@ -119,7 +125,7 @@ def fuse(
     """Fuse, evaluate and report from an existing alignment, perhaps with another alpha."""
     from tmjax.pipeline import Merge, open_run
 
-    changes = _given(locals(), ("alpha", "controls", "valid", "test", "allow_negligible"))
+    changes = _given(locals(), ("alpha", "controls", "valid", "test", "other_texts", "allow_negligible"))
     told = open_run(run, changes | _given(locals(), ("mesh",)))
     if changes and (run / "merged").exists() and not overwrite:
         raise InputError(f"{run} already holds a merge; pass --overwrite to fuse it again with other settings")
@@ -285,6 +291,37 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    results: Annotated[
+        list[str],
+        typer.Argument(help="Run directories, RUN:ARM, folders of `evaluate --out`; differences are to the first."),
+    ],
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the differences (PNG).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 10000,
+    as_json: Json = False,
+) -> None:
+    """Results on the same documents, pair by pair: differences with 95% intervals over documents."""
+    from tmjax.pipeline.compare import compare_results
+
+    result = compare_results(results, draws=draws, seed=seed)
+    if plot is not None:
+        from tmjax.hub.atomic import write_bytes
+        from tmjax.report.compare import plot_compare
+
+        write_bytes(plot, plot_compare(result["compare"]))
+    if as_json:
+        _print_json(result)
+        return
+    from tmjax.report.compare import compare_rows
+    from tmjax.report.tables import rich_table
+
+    _console().print(rich_table("Pair by pair on the same documents", *compare_rows(result["compare"])))
+    for note in result["notes"]:
+        _console().print(note, highlight=False)
+
+
+@app.command()
 def convert(
     model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id or orbax directory of ours.")],
     out: Annotated[Path, typer.Argument(help="Output directory.")],
@@ -337,6 +374,7 @@ _FLAGS = (
     "texts",
     "valid",
     "test",
+    "other_texts",
     "out",
     "preset",
     "alpha",

@@ -112,13 +112,17 @@ class ExportOptions(_Section):
 
 
 class Recipe(_Section):
-    """A whole run. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`."""
+    """A whole run. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`.
+
+    `other_texts` are of other languages or domains: what the target and the result score on them is recorded.
+    """
 
     source: str
     target: str
     texts: str
     valid: str | None = None
     test: str | None = None
+    other_texts: tuple[str, ...] = ()
     out: str
     preset: Literal["barycentric", "paper"] = "barycentric"
     alpha: Alpha | None = None
@@ -217,4 +221,7 @@ def _relative_to(recipe: Recipe, base: Path) -> Recipe:
         for key, name in names.items()
         if name and not Path(name).exists() and (base / name).exists()
     }
-    return recipe.model_copy(update=found)
+    others = tuple(
+        str(base / name) if not Path(name).exists() and (base / name).exists() else name for name in recipe.other_texts
+    )
+    return recipe.model_copy(update=found | {"other_texts": others})

@@ -81,6 +81,11 @@ class Inputs:
         return read_texts(self.recipe.test) if self.recipe.test else None
 
     @functools.cached_property
+    def other_texts(self) -> dict[str, Texts]:
+        """Texts of other languages or domains, by the name that they were given by."""
+        return {name: read_texts(name) for name in self.recipe.other_texts}
+
+    @functools.cached_property
     def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
         """Shared rows of the calibration texts; documents of the target, then of the source."""
         options = self.recipe.activations
@@ -124,6 +129,6 @@ class Inputs:
         solver_of(self.recipe.alignment)
         if not self.recipe.activations.keep:
             require_streamable(self.recipe.alignment)
-        for name in ("layout", "texts", "valid", "test", "target", "source", "rows"):
+        for name in ("layout", "texts", "valid", "test", "other_texts", "target", "source", "rows"):
             getattr(self, name)
         require_room(sites_of(self.target, self.source, self.projections), len(self.rows[0]), self.recipe)

@@ -18,6 +18,7 @@ from tmjax.fuse.diagnostics import require_transfer
 from tmjax.fuse.merge import fuse
 from tmjax.hub.rundir import RECIPE, read_manifest
 from tmjax.pipeline.alignment import AlignmentRun
+from tmjax.pipeline.forgetting import measure_forgetting
 from tmjax.recipe import Recipe, build_recipe, read_recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
@@ -110,6 +111,7 @@ class Merge(AlignmentRun):
         if self.recipe.controls:
             checkpoints |= {name: self.control(control) for name, control in CONTROLS.items()}
         self.evaluate(checkpoints)
+        measure_forgetting(self.run, self.inputs, self._fuse_key("merged"), merged)
         alignment = self.align()
 
         def card(partial: Path) -> None:
@@ -119,6 +121,7 @@ class Merge(AlignmentRun):
             write_report(partial, self.run.path, self.recipe, self.run.manifest, alignment)
 
         facts = {name: self.run.manifest.get(name) for name in ("evaluation", "coefficients", "source_gain", "update")}
+        facts |= {"forgetting": self.run.manifest["forgetting"]} if "forgetting" in self.run.manifest else {}
         self.run.stage("card", facts, f"{merged.name}/README.md", card, joint=False)
         self.run.stage("report", facts, "report.html", report, joint=False)
         return self.run.manifest

@@ -1,4 +1,4 @@
-"""Local tasks made from the bundled verses: what the lm-eval tests and the bench ask of models."""
+"""Local tasks made from the bundled verses: what the tests of lm-eval and its bench ask of models."""
 
 import json
 from pathlib import Path
