@@ -23,7 +23,9 @@ from tmjax.evaluate.tasks import load_tasks, task_manager
 from tools.verse_tasks import write_choice_task
 
 REPEATS = 5
-BATCHES, THREADS = (16, 64, 200), (1, 2)
+#: Requests by which the batch size and threads of `hf` are chosen.
+TRIED = 256
+BATCHES, THREADS = (16, 64), (1, 2)
 
 
 def requests_of(name: str, folder: Path) -> list[Instance]:
@@ -53,8 +55,8 @@ def main(directory: str) -> None:
             torch.set_num_threads(threads)
             for batch in BATCHES:
                 theirs = HFLM(pretrained=directory, batch_size=batch, device="cpu", dtype="float32")
-                theirs.loglikelihood(requests[:64], disable_tqdm=True)
-                tried[threads, batch] = seconds(theirs, requests)
+                theirs.loglikelihood(requests[:batch], disable_tqdm=True)
+                tried[threads, batch] = seconds(theirs, requests[:TRIED])
         threads, batch = min(tried, key=tried.get)
         torch.set_num_threads(threads)
         theirs = HFLM(pretrained=directory, batch_size=batch, device="cpu", dtype="float32")

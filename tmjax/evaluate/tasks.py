@@ -5,6 +5,7 @@
 
 import contextlib
 import difflib
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def task_manager(names: Sequence[str], folder: str | Path | None) -> "TaskManage
                 raise InputError(f"{folder} holds no task (a .yaml file with a `task:` key)")
             if all(name in local.task_index for name in names):
                 return local
-        manager = _told(lambda: TaskManager(include_path=str(folder) if folder else None), "tasks")
+        manager = _everything(None if folder is None else str(folder))
     known = manager.task_index
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -59,6 +60,14 @@ def task_manager(names: Sequence[str], folder: str | Path | None) -> "TaskManage
         where = f", nor in {folder}" if folder else ""
         raise InputError(f"not a task of lm-eval {require_lm_eval()}{where}: {summarise(told)}")
     return manager
+
+
+@functools.lru_cache(maxsize=2)
+def _everything(folder: str | None) -> "TaskManager":
+    """A manager of the harness's tasks and those of a folder; indexing thousands of files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return _told(lambda: TaskManager(include_path=folder), "tasks")
 
 
 @dataclass(frozen=True)
