@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from check import dry_run, merge_recipe
 from data import prepare
-from schema import HERE, PaperRecipe, load_recipe, recipe_file, recipe_names
+from schema import PaperRecipe, load_recipe, recipe_file, recipe_names
 from tables import published_table
 
 from tmjax import cli
@@ -106,7 +106,7 @@ class Experiment:
         """Task results of every arm; those on disk are read."""
         options = TaskOptions(
             self.recipe.task_names,
-            self.tasks_folder,
+            self.recipe.tasks_folder,
             self.recipe.num_fewshot,
             self.recipe.limit,
             self.recipe.chat_template,
@@ -118,11 +118,6 @@ class Experiment:
                 evaluate_models([checkpoint], self.files["test"], tasks=options, out=place)
             found[label] = json.loads((place / RESULTS).read_text(encoding="utf-8"))
         return found
-
-    @property
-    def tasks_folder(self) -> Path | None:
-        """Where the recipe's own tasks are."""
-        return HERE / "tasks" if self.recipe.own_tasks else None
 
 
 @app.command()
@@ -139,7 +134,7 @@ def run(
     for recipe in told:
         facts = dry_run(recipe)
         sizes = ", ".join(
-            f"{preset} {item['peak'] / 2**30:.0f} GiB at its peak, alignment {item['alignment'] / 2**30:.1f} GiB on disk"
+            f"{preset} {item['peak'] / 2**30:.0f} GiB at its peak, {item['alignment'] / 2**30:.1f} GiB on disk"
             for preset, item in facts["memory"].items()
         )
         print(f"{recipe.name}: {len(facts['tasks'])} tasks; {sizes}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations after contexts, and whether they are what the model would have written.
 
 Requests that begin alike (the choices of one question, few-shot examples) are packed so that what they share is
-computed once; logits are made only where a continuation is predicted, a block at a time. All requests of a call take
-one program.
+computed once; logits are made only where a continuation is predicted, a block at a time. Requests of a call whose
+lengths are within a factor of four take one program.
 """
 
 import functools
@@ -25,6 +25,8 @@ from tmjax.typing import Array, ArrayLike, Params
 
 #: Nodes per chunk on a CPU, whose caches hold the activations of about so many, and on accelerators.
 CPU_TOKENS, ACCELERATOR_TOKENS = 1536, 16384
+#: Requests below 2^7 tokens are of one scale; beyond, a scale spans a factor of four.
+SHORT_BITS = 6
 
 
 class Continuation(NamedTuple):
@@ -123,7 +125,7 @@ def _predictions(
 
 
 class ContinuationScorer:
-    """Scores continuations under one model; requests of all lengths, in one program a call."""
+    """Scores continuations under one model; requests of all lengths, in few programs a call."""
 
     def __init__(
         self,
@@ -148,6 +150,18 @@ class ContinuationScorer:
         if not wanted:
             return np.zeros(0), np.zeros(0, bool)
         self._check(wanted)
+        sums, greedy = np.zeros(len(wanted)), np.zeros(len(wanted), bool)
+        # Chunks of one shape hold rows of every length: few long requests would cost all chunks of short ones.
+        scales = np.asarray([max(len(ids).bit_length(), SHORT_BITS) // 2 for ids, _ in wanted])
+        for scale in np.unique(scales):
+            members = np.nonzero(scales == scale)[0]
+            sums[members], greedy[members] = self._alike([wanted[i] for i in members])
+        if not np.isfinite(sums).all():
+            raise NonFiniteError("the model's log-likelihoods hold NaN or infinity")
+        return sums, greedy
+
+    def _alike(self, wanted: Sequence[Continuation]) -> tuple[np.ndarray, np.ndarray]:
+        """The same for requests of about one length, in one program."""
         inputs: dict[tuple[int, ...], int] = {}
         texts = [inputs.setdefault(ids[:-1], len(inputs)) for ids, _ in wanted]
         # `pack` leaves the last token of a text to be predicted; here that is looked up per request.
@@ -163,8 +177,6 @@ class ContinuationScorer:
         sums, greedy = np.zeros(len(wanted)), np.zeros(len(wanted), bool)
         real = asked >= 0
         sums[asked[real]], greedy[asked[real]] = values[real], missed[real] == 0
-        if not np.isfinite(sums).all():
-            raise NonFiniteError("the model's log-likelihoods hold NaN or infinity")
         return sums, greedy
 
     def _check(self, wanted: Sequence[Continuation]) -> None:
