@@ -30,6 +30,10 @@ TextFile = Annotated[
 ]
 Valid = Annotated[str | None, typer.Option(help="Texts on which coefficients are chosen.")]
 Test = Annotated[str | None, typer.Option(help="Texts on which the result is measured.")]
+Others = Annotated[
+    list[str] | None,
+    typer.Option("--other-texts", help="Texts of another language or domain, scored before and after; repeatable."),
+]
 Out = Annotated[str | None, typer.Option(help="Run directory.")]
 Preset = Annotated[str | None, typer.Option(help="barycentric or paper.")]
 Alpha = Annotated[float | None, typer.Option(help="Fixes alpha and switches fitting off.")]
@@ -63,6 +67,7 @@ def _stages(*, everything: bool) -> Callable[..., None]:
         texts: TextFile = None,
         valid: Valid = None,
         test: Test = None,
+        other_texts: Others = None,
         out: Out = None,
         preset: Preset = None,
         alpha: Alpha = None,
@@ -107,6 +112,7 @@ def fuse(
     controls: Controls = None,
     valid: Valid = None,
     test: Test = None,
+    other_texts: Others = None,
     mesh: Mesh = None,
     allow_negligible: Negligible = None,
     distributed: Distributed = False,
@@ -119,7 +125,7 @@ def fuse(
     """Fuse, evaluate and report from an existing alignment, perhaps with another alpha."""
     from tmjax.pipeline import Merge, open_run
 
-    changes = _given(locals(), ("alpha", "controls", "valid", "test", "allow_negligible"))
+    changes = _given(locals(), ("alpha", "controls", "valid", "test", "other_texts", "allow_negligible"))
     told = open_run(run, changes | _given(locals(), ("mesh",)))
     if changes and (run / "merged").exists() and not overwrite:
         raise InputError(f"{run} already holds a merge; pass --overwrite to fuse it again with other settings")
@@ -287,27 +293,89 @@ def sweep(
 @app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Checkpoints: directories or hub ids.")],
-    texts: Annotated[str, typer.Option("--texts", help="Held-out texts.")],
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    texts: Annotated[str | None, typer.Option("--texts", help="Held-out texts, for bits per byte.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, comma-separated.")] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option("--tasks-dir", help="Folder of your own tasks (YAML) and their data files.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question; default: the task's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of a task.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask tasks as conversations in the tokenizer's chat format.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results and per-document scores, which `tmjax compare` reads.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap, of few-shot examples and of sampling.")] = 0,
     draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 10000,
     mesh: Mesh = None,
     distributed: Distributed = False,
     coordinator: Coordinator = None,
     num_processes: Processes = None,
     process_id: Process = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte of checkpoints on held-out text, with 95% intervals over documents."""
+    """Bits per byte of checkpoints on held-out text, with 95% intervals over documents, and tasks of lm-eval."""
+    names = list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
+    if texts is None and not names:
+        raise InputError("give --texts FILE, --tasks NAMES or both")
     with _job(locals()), _progress() as (progress, _warn):
-        from tmjax.pipeline import evaluate_models
+        from tmjax.pipeline.evaluation import TaskOptions, evaluate_models
 
-        result = evaluate_models(models, texts, draws=draws, seed=seed, mesh=mesh, progress=progress)
+        result = evaluate_models(
+            models,
+            texts,
+            tasks=TaskOptions(names, tasks_dir, num_fewshot, limit, chat_template) if names else None,
+            out=out,
+            overwrite=overwrite,
+            draws=draws,
+            seed=seed,
+            mesh=mesh,
+            progress=progress,
+        )
     if as_json or job.silent():
         _print_json(result)
         return
-    from tmjax.report.tables import evaluation_rows, rich_table
+    from tmjax.report.tables import evaluation_rows, rich_table, task_rows
 
-    _console().print(rich_table(f"Bits per byte on {texts}", *evaluation_rows(result)))
+    if texts is not None:
+        _console().print(rich_table(f"Bits per byte on {texts}", *evaluation_rows(result)))
+    if names:
+        _console().print(rich_table(f"Tasks (lm-eval {result['lm_eval']})", *task_rows(result)))
+
+
+@app.command()
+def compare(
+    results: Annotated[
+        list[str],
+        typer.Argument(help="Run directories, RUN:ARM, folders of `evaluate --out`; differences are to the first."),
+    ],
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the differences (PNG).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 10000,
+    as_json: Json = False,
+) -> None:
+    """Results on the same documents, pair by pair: differences with 95% intervals over documents."""
+    from tmjax.pipeline.compare import compare_results
+
+    result = compare_results(results, draws=draws, seed=seed)
+    if plot is not None:
+        from tmjax.hub.atomic import write_bytes
+        from tmjax.report.compare import plot_compare
+
+        write_bytes(plot, plot_compare(result["compare"]))
+    if as_json:
+        _print_json(result)
+        return
+    from tmjax.report.compare import compare_rows
+    from tmjax.report.tables import rich_table
+
+    _console().print(rich_table("Pair by pair on the same documents", *compare_rows(result["compare"])))
+    for note in result["notes"]:
+        _console().print(note, highlight=False)
 
 
 @app.command()
@@ -363,6 +431,7 @@ _FLAGS = (
     "texts",
     "valid",
     "test",
+    "other_texts",
     "out",
     "preset",
     "alpha",

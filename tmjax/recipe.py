@@ -97,7 +97,7 @@ class AlignmentOptions(Section):
         return self.structure != "none" or self.depth == "monotone"
 
 
-class LearningOptions(_Section):
+class LearningOptions(Section):
     """How coefficients are learned: Adam on the calibration texts, the best on the validation texts is kept.
 
     `granularity`: one alpha and beta per tensor and layer, per head (of q, k, v and o) or per unit. Every `check_every`
@@ -162,13 +162,17 @@ class ExportOptions(Section):
 
 
 class Recipe(Section):
-    """A whole run. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`."""
+    """A whole run. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`.
+
+    `other_texts` are of other languages or domains: what the target and the result score on them is recorded.
+    """
 
     source: str
     target: str
     texts: str
     valid: str | None = None
     test: str | None = None
+    other_texts: tuple[str, ...] = ()
     out: str
     preset: Literal["barycentric", "paper"] = "barycentric"
     alpha: Alpha | None = None
@@ -272,4 +276,7 @@ def found_near(recipe: R, base: Path) -> R:
         for key, name in names.items()
         if name and not Path(name).exists() and (base / name).exists()
     }
-    return recipe.model_copy(update=found)
+    others = tuple(
+        str(base / name) if not Path(name).exists() and (base / name).exists() else name for name in recipe.other_texts
+    )
+    return recipe.model_copy(update=found | {"other_texts": others})

@@ -30,18 +30,23 @@ def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def resample(arms: Mapping[str, Scores], *, draws: int, seed: int) -> Draws:
-    """Draws documents with replacement, the same for all arms, and recomputes sum of bits over sum of bytes."""
-    names = list(arms)
-    documents = len(arms[names[0]].nll)
-    nll = np.stack([arms[name].nll for name in names], axis=1) / math.log(2)
-    size = np.stack([arms[name].bytes for name in names], axis=1).astype(np.float64)
+def resampled_ratios(numerator_da: np.ndarray, denominator_da: np.ndarray, *, draws: int, seed: int) -> np.ndarray:
+    """Sum over sum [draws, A] of documents drawn with replacement, the same for all A columns."""
+    documents = len(numerator_da)
     generator = np.random.default_rng(seed)
     parts = []
     for start in range(0, draws, _CHUNK):
         counts = generator.multinomial(documents, np.full(documents, 1 / documents), size=min(_CHUNK, draws - start))
-        parts.append((counts @ nll) / (counts @ size))
-    samples = np.concatenate(parts)
+        parts.append((counts @ numerator_da) / (counts @ denominator_da))
+    return np.concatenate(parts)
+
+
+def resample(arms: Mapping[str, Scores], *, draws: int, seed: int) -> Draws:
+    """Draws documents with replacement, the same for all arms, and recomputes sum of bits over sum of bytes."""
+    names = list(arms)
+    nll = np.stack([arms[name].nll for name in names], axis=1) / math.log(2)
+    size = np.stack([arms[name].bytes for name in names], axis=1).astype(np.float64)
+    samples = resampled_ratios(nll, size, draws=draws, seed=seed)
     return Draws(
         {name: arms[name].bits_per_byte for name in names}, {name: samples[:, i] for i, name in enumerate(names)}
     )

@@ -84,27 +84,57 @@ class _Nodes:
         return path
 
 
-def pack(spec: DecoderSpec, texts: Sequence[Sequence[int]], *, chunk_tokens: int) -> Chunks:
-    """Packs texts (token ids, at least two each) into chunks of about `chunk_tokens` tokens, or of the longest text.
-
-    Texts of one length are spread over the chunks, those that begin alike next to each other.
-    """
+def _even(texts: Sequence[Sequence[int]], members: np.ndarray, chunk_tokens: int) -> list[list[list[int]]]:
+    """Numbers of the texts of every chunk and length, each chunk with as many of a length as the others."""
     inputs = [len(ids) - 1 for ids in texts]
     count = max(1, round(sum(inputs) / max(chunk_tokens, *inputs)))
-    # These two stretch with the length of a run, padding included: as long as `bucketed` would pad it.
-    stretches = any(rotary.scaling in ("dynamic", "longrope") for rotary in spec.rotaries)
-    runs = [bucket_length(len(ids)) - 1 if stretches else max(inputs) for ids in texts]
-    lengths = text_lengths(inputs)
-    members = np.searchsorted(lengths, inputs)
     load = [0] * count
     shares: list[list[list[int]]] = [[] for _ in range(count)]
-    for number in range(len(lengths)):
+    for number in range(max(members) + 1):
         ordered = sorted(np.nonzero(members == number)[0].tolist(), key=lambda text: tuple(texts[text]))
         parts = [part.tolist() for part in np.array_split(np.asarray(ordered, int), count)]
         parts.sort(key=lambda part: -sum(inputs[text] for text in part))
         for chunk, part in zip(sorted(range(count), key=lambda c: load[c]), parts, strict=True):
             load[chunk] += sum(inputs[text] for text in part)
             shares[chunk].append(part)
+    return shares
+
+
+def _alike(texts: Sequence[Sequence[int]], members: np.ndarray, chunk_tokens: int) -> list[list[list[int]]]:
+    """The same in the order of the tokens: a chunk is full when its texts have `chunk_tokens` beginnings."""
+    shares: list[list[list[int]]] = []
+    room, before = 0, ()
+    for text in sorted(range(len(texts)), key=lambda text: tuple(texts[text])):
+        ids = tuple(texts[text][:-1])
+        shared = next((i for i, pair in enumerate(zip(ids, before, strict=False)) if pair[0] != pair[1]), None)
+        new = len(ids) - (min(len(ids), len(before)) if shared is None else shared)
+        if not shares or new > room:
+            shares.append([[] for _ in range(max(members) + 1)])
+            room, new = chunk_tokens, len(ids)
+        room, before = room - new, ids
+        shares[-1][members[text]].append(text)
+    return shares
+
+
+def pack(
+    spec: DecoderSpec, texts: Sequence[Sequence[int]], *, chunk_tokens: int, alike: bool = False, multiple: int = 1
+) -> Chunks:
+    """Packs texts (token ids, at least two each) into chunks of about `chunk_tokens` tokens, or of the longest text.
+
+    Texts of one length are spread over the chunks, those that begin alike next to each other; with `alike`, all that
+    begin alike are in one chunk, whatever their lengths. The number of chunks is a multiple of `multiple`.
+    """
+    inputs = [len(ids) - 1 for ids in texts]
+    # These two stretch with the length of a run, padding included: as long as `bucketed` would pad it. Not so where
+    # texts are to share their beginnings: there it is a text's own length, or the one from which on it matters.
+    turns = [rotary.original_positions for rotary in spec.rotaries if rotary.scaling in ("dynamic", "longrope")]
+    own = [max(length, min(turns)) if turns and alike else bucket_length(length + 1) - 1 for length in inputs]
+    runs = own if turns else [max(inputs)] * len(inputs)
+    lengths = text_lengths(inputs)
+    members = np.searchsorted(lengths, inputs)
+    shares = (_alike if alike else _even)(texts, members, chunk_tokens)
+    shares += [[[] for _ in lengths] for _ in range(-len(shares) % multiple)]
+    count = len(shares)
     rows = [max(len(share[number]) for share in shares) for number in range(len(lengths))]
     filled = [_Nodes() for _ in range(count)]
     nodes = [np.zeros((count, size, length), np.int32) for size, length in zip(rows, lengths, strict=True)]

@@ -70,6 +70,13 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a binary file under a temporary name, then renames it."""
+    partial = partial_name(path)
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON (indented, UTF-8, keys in the order given) atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -20,6 +20,15 @@ from tmjax.typing import Array, Params
 
 #: What is done with the activations [B, T, unit] of a recorded site inside the scanned forward.
 Collect = Callable[[Array], Array]
+#: What layers hand on to each other beside the stream.
+Carried = tuple[Array, ...]
+#: Given what is carried and a layer's number: the layer's attention, and what it has made of the carried.
+After = Callable[[], Carried]
+Enter = Callable[[Carried, Array], tuple[Attend, After]]
+
+
+def _stateless(attend: Attend) -> Enter:
+    return lambda carried, _layer: (attend, lambda: carried)
 
 
 class Embedding(nnx.Module):
@@ -94,6 +103,42 @@ class Decoder(nnx.Module):
 
         `attend` is `attention` or what takes its place; it is given `mask(window)` of every layer.
         """
+        hidden, captured, _ = self.carry(
+            (),
+            ids_bt,
+            position_t,
+            tables,
+            mask,
+            _stateless(attend),
+            dtype,
+            sites,
+            collect,
+            mesh,
+            remat=remat,
+            unroll=unroll,
+        )
+        return hidden, captured
+
+    def carry(
+        self,
+        carried: Carried,
+        ids_bt: Array,
+        position_t: Array,
+        tables: tuple[Array, Array],
+        mask: Callable[[Array], Array],
+        enter: Enter,
+        dtype: jnp.dtype,
+        sites: Collection[str] = (),
+        collect: Collect = lambda x: x,
+        mesh: Mesh | None = None,
+        *,
+        remat: bool = False,
+        unroll: int = 1,
+    ) -> tuple[Array, dict[str, Array], Carried]:
+        """`run` in which attention reads and changes `carried`, arrays that are handed from layer to layer.
+
+        Positions may be [B, T] and `tables` [rotary, B, T, planes].
+        """
         spec = self.spec
         scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         number = jnp.arange(1, spec.layers + 1, dtype=jnp.float32)
@@ -101,11 +146,14 @@ class Decoder(nnx.Module):
             jnp.asarray(spec.layer_windows, jnp.int32),
             jnp.asarray(spec.layer_rotaries, jnp.int32),
             scale / number if spec.inverse_layer_scale else jnp.full((spec.layers,), scale, jnp.float32),
+            jnp.arange(spec.layers),
         )
         graph, state = nnx.split(self.blocks)
 
-        def step(x: Array, layer: tuple[nnx.State, tuple[Array, ...]]) -> tuple[Array, dict[str, Array]]:
-            state, (window, kind, scale) = layer
+        def step(
+            stream: tuple[Array, Carried], layer: tuple[nnx.State, tuple[Array, ...]]
+        ) -> tuple[tuple[Array, Carried], dict[str, Array]]:
+            (x, carried), (state, (window, kind, scale, number)) = stream, layer
             captured = {}
 
             def record(site: str, value: Array) -> Array:
@@ -114,8 +162,10 @@ class Decoder(nnx.Module):
                     captured[site] = collect(value)
                 return value
 
+            attend, after = enter(carried, number)
             place = LayerPlace((tables[0][kind], tables[1][kind]), mask(window), scale, attend)
-            return nnx.merge(graph, state)(x, place, record), captured
+            x = nnx.merge(graph, state)(x, place, record)
+            return (x, after()), captured
 
         x = self.embed.weight[...][ids_bt].astype(dtype)
         if spec.embedding_scale != 1:
@@ -126,8 +176,9 @@ class Decoder(nnx.Module):
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
         # Inside a scan there is nothing that could undo the saving, so no barriers against it are needed.
         body = jax.checkpoint(step, prevent_cse=False) if remat else step
-        x, captured = jax.lax.scan(body, x, (state, places), unroll=min(unroll, spec.layers))
-        return self.norm(x), captured
+        every = min(unroll, spec.layers)
+        (x, carried), captured = jax.lax.scan(body, (x, carried), (state, places), unroll=every)
+        return self.norm(x), captured, carried
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., vocab] of normed states, in float32."""

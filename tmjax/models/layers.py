@@ -83,12 +83,12 @@ def attention(
     return einsum("bkgts,bskd->btkgd", weights, v_btkd).reshape(batch, tokens, heads * dim)
 
 
-#: What `attention` does; packed texts bring their own, which knows where each text's tokens lie.
+#: What `attention` does; packed texts bring their own, which knows where each text's tokens lie, and so do caches.
 Attend: TypeAlias = Callable[[Array, Array, Array, Array, Array, float | None], Array]
 
 
 class LayerPlace(NamedTuple):
-    """What a block is told of its place: cosines and sines [T, planes], mask [T, T], scale of the scores."""
+    """What a block is told of its place: cosines and sines [(B,) T, planes], mask [T, T], scale of the scores."""
 
     tables: tuple[Array, Array]
     mask_tt: Array

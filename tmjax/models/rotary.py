@@ -76,9 +76,9 @@ def rotary_tables(rotaries: tuple[Rotary, ...], head_dim: int, positions: Array)
 def rotate(x_bthd: Array, tables: tuple[Array, Array], *, interleaved: bool = False) -> Array:
     """Turns the planes of the first dimensions of `[B, T, H, head_dim]` by their angles [T, planes]; the rest stays.
 
-    Planes are (i, i + half), or neighbours if `interleaved`.
+    Angles [B, T, planes] are each text's own. Planes are (i, i + half), or neighbours if `interleaved`.
     """
-    cos, sin = (table[:, None, :].astype(x_bthd.dtype) for table in tables)
+    cos, sin = (table[..., None, :].astype(x_bthd.dtype) for table in tables)
     dims = 2 * cos.shape[-1]
     turning, rest = x_bthd[..., :dims], x_bthd[..., dims:]
     if interleaved:

@@ -81,6 +81,11 @@ class Inputs:
         return read_texts(self.recipe.test) if self.recipe.test else None
 
     @functools.cached_property
+    def other_texts(self) -> dict[str, Texts]:
+        """Texts of other languages or domains, by the name that they were given by."""
+        return {name: read_texts(name) for name in self.recipe.other_texts}
+
+    @functools.cached_property
     def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
         """Shared rows of the calibration texts; documents of the target, then of the source."""
         options = self.recipe.activations
@@ -127,7 +132,7 @@ class Inputs:
             require_streamable(self.recipe.alignment)
         if self.recipe.fusion.transport == "regression" and not self.recipe.activations.keep:
             raise InputError("fusion.transport: regression needs the activations; set activations.keep: true")
-        for name in ("layout", "texts", "valid", "test", "target", "source", "rows"):
+        for name in ("layout", "texts", "valid", "test", "other_texts", "target", "source", "rows"):
             getattr(self, name)
         sites = sites_of(self.target, self.source, self.projections, self.recipe.alignment.structure)
         require_room(sites, len(self.rows[0]), self.recipe)

@@ -11,7 +11,7 @@ from tmjax.adapt.data import Batch, batches
 from tmjax.adapt.train import next_token_loss
 from tmjax.align.alignment import Alignment
 from tmjax.convert import hf
-from tmjax.convert.model import config_directory, load_model
+from tmjax.convert.model import load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.bootstrap import resample, source_gain
@@ -20,18 +20,14 @@ from tmjax.fuse.coefficients import Fit
 from tmjax.fuse.diagnostics import require_transfer
 from tmjax.fuse.learned import BatchLoss
 from tmjax.fuse.merge import Regressed, fuse
-from tmjax.hub.checkpoint import read_config
 from tmjax.hub.rundir import RECIPE, read_manifest
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import load_tokenizer
-from tmjax.models.families import family_of
 from tmjax.models.spec import DecoderSpec
-from tmjax.pipeline.alignment import AlignmentRun, Progress, quiet
+from tmjax.pipeline.alignment import AlignmentRun
+from tmjax.pipeline.forgetting import measure_forgetting
 from tmjax.recipe import Recipe, build_recipe, read_recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
 from tmjax.sharding import hosts
-from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.typing import ArrayLike, Params
 
 
@@ -143,6 +139,7 @@ class Merge(AlignmentRun):
         if self.recipe.controls:
             checkpoints |= {name: self.control(control) for name, control in CONTROLS.items()}
         self.evaluate(checkpoints)
+        measure_forgetting(self.run, self.inputs, self._fuse_key("merged"), merged)
         alignment = self.align()
 
         def card(partial: Path) -> None:
@@ -152,6 +149,7 @@ class Merge(AlignmentRun):
             write_report(partial, self.run.path, self.recipe, self.run.manifest, alignment)
 
         facts = {name: self.run.manifest.get(name) for name in ("evaluation", "coefficients", "source_gain", "update")}
+        facts |= {"forgetting": self.run.manifest["forgetting"]} if "forgetting" in self.run.manifest else {}
         self.run.stage("card", facts, f"{merged.name}/README.md", card, joint=False)
         self.run.stage("report", facts, "report.html", report, joint=False)
         return self.run.manifest
@@ -204,24 +202,3 @@ def open_run(path: Path, changes: Mapping[str, Any]) -> Recipe:
     if read_manifest(path) is None:
         raise InputError(f"{path} is not a run of tmjax (no manifest.json)")
     return build_recipe(read_recipe(path / RECIPE) | {"out": str(path)} | dict(changes))
-
-
-def evaluate_models(
-    directories: list[str],
-    texts: str,
-    *,
-    draws: int = 10000,
-    seed: int = 0,
-    mesh: str | None = None,
-    progress: Progress = quiet,
-) -> dict[str, Any]:
-    """Bits per byte of checkpoints on one text file, with 95% intervals: the result of `tmjax evaluate`."""
-    documents = read_texts(texts)
-    scores = {}
-    for done, directory in enumerate(directories):
-        config = read_config(config_directory(directory))
-        layout = Layout(mesh or AUTO, [family_of(config).spec(config).hidden])
-        model = load_model(directory, placement=layout.place)
-        scores[directory] = Scorer(model.spec, load_tokenizer(model.directory), documents, layout=layout)(model.params)
-        progress("evaluate", done + 1, len(directories))
-    return {"evaluation": evaluation_facts(scores, draws=draws, seed=seed)["evaluation"]}

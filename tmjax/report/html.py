@@ -9,7 +9,15 @@ from typing import Any
 from tmjax.align.alignment import Alignment
 from tmjax.recipe import Recipe, dump_recipe
 from tmjax.report.plots import plot_coefficients, plot_layer_plans
-from tmjax.report.tables import Row, alignment_rows, evaluation_rows, gain_sentence, stage_rows, update_rows
+from tmjax.report.tables import (
+    Row,
+    alignment_rows,
+    evaluation_rows,
+    forgetting_rows,
+    gain_sentence,
+    stage_rows,
+    update_rows,
+)
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -54,6 +62,8 @@ def write_report(file: Path, run: Path, recipe: Recipe, manifest: Mapping[str, A
             table("evaluation", *evaluation_rows(manifest)),
             f'<p class="gain" id="gain">{escape(gain_sentence(manifest))}</p>',
         ]
+    if manifest.get("forgetting"):
+        sections += ["<h2>Bits per byte on other texts</h2>", table("forgetting", *forgetting_rows(manifest))]
     sections += [
         "<h2>Layers and coefficients</h2>",
         *(image(name, png) for name, png in plots.items()),

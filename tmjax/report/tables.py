@@ -21,6 +21,40 @@ def evaluation_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     return ("arm", "bits/byte", "95% interval", "against target"), rows
 
 
+def task_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows: task and metric, and every model's value with its standard error."""
+    models = result["tasks"]
+    keys = dict.fromkeys(
+        (task, metric)
+        for held in models.values()
+        for task, metrics in held["results"].items()
+        for metric in metrics
+        if "_stderr" not in metric
+    )
+
+    def cell(metrics: Mapping[str, Any], metric: str) -> str:
+        name, comma, rest = metric.partition(",")
+        value, error = metrics.get(metric), metrics.get(f"{name}_stderr{comma}{rest}")
+        return "" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+    rows = [
+        (task, metric, *(cell(held["results"].get(task, {}), metric) for held in models.values()))
+        for task, metric in keys
+    ]
+    return ("task", "metric", *models), rows
+
+
+def forgetting_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows: other texts, bits per byte of the target and of the result, the change and its interval."""
+    rows = []
+    for name, item in manifest["forgetting"].items():
+        after = next(value for key, value in item.items() if key in ("merged", "adapted"))
+        low, high = item["change"]["ci95"]
+        change = f"{item['change']['bits_per_byte']:+.4f}"
+        rows.append((name, f"{item['target']:.4f}", f"{after:.4f}", change, f"[{low:+.4f}, {high:+.4f}]"))
+    return ("texts", "before", "after", "change", "95% interval"), rows
+
+
 def gain_sentence(manifest: Mapping[str, Any]) -> str:
     """What came from the source, in one sentence, without flattery."""
     gain = manifest.get("source_gain")
@@ -115,6 +149,8 @@ def run_summary(manifest: Mapping[str, Any]) -> Group:
             gain_sentence(manifest),
             "",
         ]
+    if manifest.get("forgetting"):
+        parts += [rich_table("Bits per byte on other texts", *forgetting_rows(manifest))]
     if manifest["update"]:
         parts += [rich_table("What the merge did (mean over layers)", *update_summary(manifest))]
     parts += [rich_table("Alignment", *alignment_rows(manifest)), rich_table("Stages", *stage_rows(manifest))]

@@ -1,0 +1,47 @@
+"""`--other-texts`: what a merge costs on other texts, in the manifest, the summary and the report."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tmjax import cli
+from tmjax.convert.model import load_model
+from tmjax.evaluate.bits import Scores, evaluate
+from tmjax.hub.texts import read_texts
+from tmjax.pipeline.forgetting import forgetting_facts
+
+
+def test_the_change_is_paired():
+    generator = np.random.default_rng(0)
+    size = generator.integers(40, 90, 200)
+    nll = size * generator.uniform(0.5, 2, 200)
+    before, after = (Scores(values, size, size) for values in (nll, nll + 0.02 * size))
+    facts = forgetting_facts(before, after, arm="merged", draws=500, seed=0)
+    assert facts["change"]["bits_per_byte"] == pytest.approx(0.02 / np.log(2))
+    np.testing.assert_allclose(facts["change"]["ci95"], 0.02 / np.log(2), rtol=1e-6)  # far less than either varies
+
+
+def test_other_texts_before_and_after(repo, flags, recipe_file, tmp_path, capsys):
+    wolof = (repo / "experiments/wolof/texts/wolof.test.jsonl").read_text().splitlines()[:15]
+    (tmp_path / "wolof.jsonl").write_text("\n".join(wolof) + "\n")
+    other, test, out = str(tmp_path / "wolof.jsonl"), flags[flags.index("--test") + 1], str(tmp_path / "run")
+    command = ["merge", recipe_file, *flags, "--alpha", "0.1", "--out", out, "--other-texts", other]
+    assert cli.run([*command, "--json"]) == 0
+    manifest = json.loads(capsys.readouterr().out)
+    facts, target = manifest["forgetting"][other], flags[flags.index("--target") + 1]
+    texts = read_texts(other)
+    assert facts["documents"] == 15
+    assert facts["target"] == pytest.approx(evaluate(load_model(target), texts).bits_per_byte, rel=1e-6)
+    assert facts["merged"] == pytest.approx(evaluate(load_model(f"{out}/merged"), texts).bits_per_byte, rel=1e-6)
+    assert facts["change"]["bits_per_byte"] == pytest.approx(facts["merged"] - facts["target"])
+    assert "Bits per byte on other texts" in (tmp_path / "run/report.html").read_text()
+    # Further texts leave what is finished alone.
+    assert cli.run([*command, "--other-texts", test]) == 0
+    assert "Bits per byte on other texts" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert set(manifest["forgetting"]) == {other, test}
+    assert manifest["stages"]["fuse"]["reused"] and not manifest["stages"]["forgetting"]["reused"]
+    assert manifest["forgetting"][test]["merged"] == pytest.approx(manifest["evaluation"]["merged"]["bits_per_byte"])
+    assert cli.run([*command[:-1], str(tmp_path / "none.txt")]) == 2
+    assert "cannot read texts" in capsys.readouterr().err

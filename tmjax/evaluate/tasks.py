@@ -1,0 +1,157 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, by name or from a folder of YAML files, on our forward.
+
+`lm-eval` is an optional dependency and takes seconds to import: all of it is imported where it is used.
+"""
+
+import contextlib
+import difflib
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tmjax.errors import InputError, summarise
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from tmjax.evaluate.lm_eval_model import TmjaxLM
+
+#: Draws of the harness's own bootstrap, for metrics whose standard error has no formula.
+BOOTSTRAP = 1000
+
+
+def require_lm_eval() -> str:
+    """The version of lm-eval; raises InputError if it is not installed."""
+    try:
+        return metadata.version("lm_eval")
+    except metadata.PackageNotFoundError:
+        raise InputError("tasks need lm-eval: pip install 'tmjax[eval]'") from None
+
+
+def task_manager(names: Sequence[str], folder: str | Path | None) -> "TaskManager":
+    """A manager that knows all of `names`: of `folder` alone where that is enough (the harness's own take seconds).
+
+    Raises InputError for a folder without tasks and for names that are unknown, with those that look alike.
+    """
+    require_lm_eval()
+    if not names:
+        raise InputError("name at least one task: --tasks a,b")
+    with contextlib.redirect_stdout(sys.stderr):
+        from lm_eval.tasks import TaskManager
+
+        if folder is not None:
+            if not Path(folder).is_dir():
+                raise InputError(f"{folder} is not a directory of tasks")
+            local = _told(lambda: TaskManager(include_path=str(folder), include_defaults=False), f"tasks in {folder}")
+            if not local.task_index:
+                raise InputError(f"{folder} holds no task (a .yaml file with a `task:` key)")
+            if all(name in local.task_index for name in names):
+                return local
+        manager = _everything(None if folder is None else str(folder))
+    known = manager.task_index
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        close = {name: difflib.get_close_matches(name, known, n=3, cutoff=0.5) for name in unknown}
+        told = [f"{name} (perhaps {', '.join(found)})" if found else name for name, found in close.items()]
+        where = f", nor in {folder}" if folder else ""
+        raise InputError(f"not a task of lm-eval {require_lm_eval()}{where}: {summarise(told)}")
+    return manager
+
+
+@functools.lru_cache(maxsize=2)
+def _everything(folder: str | None) -> "TaskManager":
+    """A manager of the harness's tasks and those of a folder; indexing thousands of files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return _told(lambda: TaskManager(include_path=folder), "tasks")
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """What a model scored: metrics with standard errors by task, samples by task, and what it was asked.
+
+    `tokens_sha256` is the hash of all token ids whose log-likelihoods were taken.
+    """
+
+    results: dict[str, dict[str, Any]]
+    samples: dict[str, list[dict[str, Any]]]
+    documents: dict[str, int]
+    shots: dict[str, int]
+    versions: dict[str, Any]
+    tokens_sha256: str
+
+
+def run_tasks(
+    model: "TmjaxLM",
+    names: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+    seed: int = 0,
+) -> TaskResults:
+    """Evaluates a model on tasks; relative data files of tasks in `folder` are looked for there.
+
+    Raises InputError if a task is not known, its data cannot be read, or the model has no chat template but one is
+    asked for.
+    """
+    if chat_template and not model.tokenizer.chat_template:
+        raise InputError(f"the tokenizer of {model.name} has no chat template; leave --chat-template out")
+    manager = task_manager(names, folder)
+    with contextlib.redirect_stdout(sys.stderr):
+        from lm_eval import evaluator
+
+        # Loaded first, so that whatever fails later is not the data.
+        tasks = load_tasks(manager, names, folder)
+        outcome = evaluator.simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP,
+            apply_chat_template=chat_template,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    return TaskResults(
+        {name: _metrics(values) for name, values in outcome["results"].items()},
+        outcome["samples"],
+        {name: counts["effective"] for name, counts in outcome["n-samples"].items()},
+        dict(outcome["n-shot"]),
+        dict(outcome["versions"]),
+        model.tokens_sha256,
+    )
+
+
+def load_tasks(manager: "TaskManager", names: Sequence[str], folder: str | Path | None) -> list[Any]:
+    """Tasks and groups with their data read, relative data files from `folder`; raises InputError if that fails."""
+
+    def load(name: str) -> list[Any]:
+        found = manager.load([name])
+        return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
+
+    with contextlib.chdir(folder) if folder else contextlib.nullcontext():
+        return [task for name in names for task in _told(lambda name=name: load(name), f"task {name}")]
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers by metric, `acc` and `acc_stderr`; the filter is named where there is one."""
+    told = {key.replace(",none", ""): value for key, value in values.items() if "," in key}
+    return {key: value if isinstance(value, int | float) else None for key, value in told.items()}
+
+
+def _told(work: Any, what: str) -> Any:
+    """What `work` returns; whatever it raises becomes one line."""
+    try:
+        return work()
+    except Exception as error:  # the harness and `datasets` raise many unrelated types for the same user mistakes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot load {what}: {reason}") from None

@@ -1,0 +1,142 @@
+"""A cache of keys and values: a text is read once and then goes on token by token, in programs of static shape.
+
+Slots of the cache are filled in the order of calls, the same for all rows; which position a slot holds is each row's
+own, so prompts of different lengths are padded on the right and nothing is moved. Padding leaves slots nobody reads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tmjax.models.decoder import After, Carried, bind
+from tmjax.models.layers import Attend, einsum
+from tmjax.models.rotary import inverse_frequencies
+from tmjax.models.spec import DecoderSpec
+from tmjax.sharding.mesh import constrain
+from tmjax.typing import Array, Params, pytree_dataclass
+
+#: Position of a slot without a token: after every query, so no query sees it.
+NOWHERE = 2**30
+
+
+@pytree_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values [layer, B, kv head, S, head_dim], rotated; positions [B, S] of the tokens in the slots.
+
+    `used` slots are filled; `length` [B] is the number of tokens of each row, which is the next one's position.
+    """
+
+    keys: Array
+    values: Array
+    positions: Array
+    used: Array
+    length: Array
+
+
+def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """A cache of `slots` tokens a row, none of them filled."""
+    held = jnp.zeros((spec.layers, batch, spec.kv_heads, slots, spec.head_dim), dtype)
+    positions = jnp.full((batch, slots), NOWHERE, jnp.int32)
+    return Cache(held, held, positions, jnp.int32(0), jnp.zeros(batch, jnp.int32))
+
+
+def extend(
+    spec: DecoderSpec,
+    params: Params,
+    cache: Cache,
+    ids_bt: Array,
+    count_b: Array,
+    tables: tuple[Array, Array],
+    mesh: Mesh | None = None,
+) -> tuple[Array, Cache]:
+    """Reads the first `count_b` tokens of each row of `ids_bt` after those in the cache; for use inside jit.
+
+    `tables` are cosines and sines [rotary, B, T, planes] (or [rotary, 1, T, planes]) at the new tokens' positions.
+    Returns the final normed states [B, T, embed] and the cache with the new tokens; there must be T free slots.
+    """
+    new = ids_bt.shape[1]
+    place = cache.length[:, None] + jnp.arange(new)
+    real = jnp.arange(new) < count_b[:, None]
+    known = jax.lax.dynamic_update_slice(cache.positions, jnp.where(real, place, NOWHERE), (0, cache.used))
+    distance = place[:, :, None] - known[:, None, :]
+
+    def mask(window: Array) -> Array:
+        return ((distance >= 0) & (distance < window))[:, None, None]
+
+    def enter(carried: Carried, layer: Array) -> tuple[Attend, After]:
+        after = [carried]
+
+        def attend(q: Array, k: Array, v: Array, mask: Array, scale: Array, cap: float | None) -> Array:
+            held = []
+            for old, fresh in zip(carried, (k, v), strict=True):
+                fresh = jnp.swapaxes(fresh, 1, 2)[None]
+                held.append(jax.lax.dynamic_update_slice(old, fresh, (layer, 0, 0, cache.used, 0)))
+            after[:] = [tuple(held)]
+            return _attention(q, held[0][layer], held[1][layer], mask, scale, cap)
+
+        return attend, lambda: after[0]
+
+    model = bind(spec, params)
+    carried = tuple(constrain(mesh, x, (None, "batch", None, None, None)) for x in (cache.keys, cache.values))
+    hidden, _, (keys, values) = model.carry(carried, ids_bt, place, tables, mask, enter, cache.keys.dtype, mesh=mesh)
+    return hidden, Cache(keys, values, known, cache.used + new, cache.length + count_b)
+
+
+def _attention(q_bthd: Array, k_bksd: Array, v_bksd: Array, mask: Array, scale: Array, cap: float | None) -> Array:
+    """`layers.attention` with keys and values laid out by head, so that a step copies none of them."""
+    batch, tokens, heads, dim = q_bthd.shape
+    grouped = q_bthd.reshape(batch, tokens, k_bksd.shape[1], -1, dim)
+    scores = einsum("btkgd,bksd->bkgts", grouped, k_bksd).astype(jnp.float32) * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    # Finite, unlike -inf: what padding reads may all be masked, and its NaN would reach others as 0 x NaN.
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q_bthd.dtype)
+    return einsum("bkgts,bksd->btkgd", weights, v_bksd).reshape(batch, tokens, heads * dim)
+
+
+def stretches(spec: DecoderSpec) -> bool:
+    """Whether rotary frequencies depend on how long a run has become."""
+    return any(rotary.scaling in ("dynamic", "longrope") for rotary in spec.rotaries)
+
+
+def turning_point(spec: DecoderSpec) -> int:
+    """Tokens of a run after which all of its frequencies change, so that a cache has to be made anew.
+
+    `longrope` asks for that; `dynamic` turns new tokens faster and leaves the old ones, as transformers does.
+    """
+    return min((r.original_positions for r in spec.rotaries if r.scaling == "longrope"), default=NOWHERE)
+
+
+def prompt_tables(spec: DecoderSpec, lengths: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines for prompts padded to `tokens`: [rotary, B, tokens, planes], or [rotary, 1, ...] for all rows.
+
+    Frequencies that stretch are those of each prompt's own length.
+    """
+    runs = lengths if stretches(spec) else [tokens]
+    by_run = {run: _tables(spec, [run] * tokens) for run in set(runs)}
+    return _stacked([by_run[run] for run in runs])
+
+
+def step_tables(spec: DecoderSpec, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [rotary, tokens, planes] of tokens read one by one: each is the last of a run when it is."""
+    return _tables(spec, range(1, tokens + 1) if stretches(spec) else [tokens] * tokens)
+
+
+def _tables(spec: DecoderSpec, runs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """`rotary_tables` on the host, where the token at position i is in a run of `runs[i]` tokens."""
+    by_run = {run: np.stack([inverse_frequencies(r, spec.head_dim, run) for r in spec.rotaries]) for run in set(runs)}
+    frequencies = np.stack([by_run[run] for run in runs], axis=1)
+    angles = np.arange(len(runs), dtype=np.float32)[:, None] * frequencies
+    factors = np.asarray([rotary.attention_factor for rotary in spec.rotaries], np.float32)[:, None, None]
+    return np.cos(angles) * factors, np.sin(angles) * factors
+
+
+def _stacked(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    cos, sin = (np.stack(tables, axis=1) for tables in zip(*pairs, strict=True))
+    return cos, sin

@@ -1,0 +1,74 @@
+"""Choosing the next token: the likeliest, or a draw at a temperature from the likeliest few (Holtzman et al. 2020)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from tmjax.errors import InputError
+from tmjax.typing import Array
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 takes the likeliest token; else a draw from softmax(logits / temperature).
+
+    `top_k` keeps the k likeliest tokens, `top_p` of these the fewest that hold the share p; None keeps all. Tokens as
+    likely as the last one kept are kept too.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise InputError(f"temperature is {self.temperature}; it is at least 0, which takes the likeliest token")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k is {self.top_k}; it is at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it lies in (0, 1]")
+
+
+def _least_kept(weights_bv: Array, enough: Array, of: Array) -> Array:
+    """The largest value t [B] of the weights with sum(of where weights >= t) >= enough [B].
+
+    Bisection over the bit patterns of non-negative floats, which are ordered as the floats are: 31 sums, no sort.
+    """
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        held = weights_bv >= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
+        good = jnp.sum(jnp.where(held, of, 0), axis=-1) >= enough
+        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+
+    largest = jax.lax.bitcast_convert_type(jnp.max(weights_bv, axis=-1), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(largest), largest + 1))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def kept_weights(logits_bv: Array, sampling: Sampling) -> Array:
+    """Unnormalised probabilities [B, V] float32 that a draw is made from: zero for tokens that are not kept."""
+    scaled = logits_bv.astype(jnp.float32) / sampling.temperature
+    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    vocab = weights.shape[-1]
+    if sampling.top_k is not None and sampling.top_k < vocab:
+        least = _least_kept(weights, jnp.float32(sampling.top_k), jnp.ones_like(weights))
+        weights = jnp.where(weights >= least[:, None], weights, 0)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        least = _least_kept(weights, sampling.top_p * jnp.sum(weights, axis=-1), weights)
+        weights = jnp.where(weights >= least[:, None], weights, 0)
+    return weights
+
+
+def choose(logits_bv: Array, keys_b: Array, sampling: Sampling) -> Array:
+    """Next token [B] int32 of every row; `keys_b` are random keys, one a row (not used at temperature 0)."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+    below = jnp.cumsum(kept_weights(logits_bv, sampling), axis=-1)
+    total = below[:, -1]
+    # One uniform number a row; rounding must not put it at the total, behind every token.
+    drawn = jax.vmap(jax.random.uniform)(keys_b) * total
+    drawn = jnp.minimum(drawn, jnp.nextafter(total, jnp.zeros_like(total)))
+    return jnp.sum(below <= drawn[:, None], axis=-1).astype(jnp.int32)

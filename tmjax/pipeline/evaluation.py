@@ -1,0 +1,131 @@
+"""`tmjax evaluate`: bits per byte and tasks of several checkpoints, and the folder that `tmjax compare` reads."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tmjax
+from tmjax.convert.model import Model, config_directory, load_model
+from tmjax.errors import InputError
+from tmjax.evaluate.bits import Scorer, Scores
+from tmjax.evaluate.tasks import TaskResults, require_lm_eval, run_tasks, task_manager
+from tmjax.hub.atomic import atomic_directory, refuse_existing, write_json
+from tmjax.hub.checkpoint import read_config
+from tmjax.hub.texts import read_texts
+from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.models.families import family_of
+from tmjax.pipeline.alignment import Progress, quiet
+from tmjax.pipeline.merge import evaluation_facts
+from tmjax.sharding import hosts
+from tmjax.sharding.mesh import AUTO, Layout
+
+RESULTS, SAMPLES, SCORES = "results.json", "samples", "scores.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """Which tasks are asked, and how."""
+
+    names: Sequence[str]
+    folder: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    chat_template: bool = False
+
+
+def evaluate_models(
+    directories: Sequence[str],
+    texts: str | None = None,
+    *,
+    tasks: TaskOptions | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    draws: int = 10000,
+    seed: int = 0,
+    mesh: str | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Bits per byte on one text file with 95% intervals, and task metrics with standard errors, of checkpoints.
+
+    With `out`, results and what every document scored are written there: in the folder itself for one model, else in
+    one folder per model, of its name. Raises InputError for bad input before any model is loaded, where that is known.
+    """
+    documents = None if texts is None else read_texts(texts)
+    if tasks is not None:
+        task_manager(tasks.names, tasks.folder)
+    places = _places(directories, out, overwrite=overwrite)
+    scores: dict[str, Scores] = {}
+    asked: dict[str, TaskResults] = {}
+    for done, directory in enumerate(directories):
+        config = read_config(config_directory(directory))
+        layout = Layout(mesh or AUTO, [family_of(config).spec(config).hidden])
+        model = load_model(directory, placement=layout.place)
+        if documents is not None:
+            scorer = Scorer(model.spec, load_tokenizer(model.directory), documents, layout=layout)
+            scores[directory] = scorer(model.params)
+        if tasks is not None:
+            asked[directory] = _asked(model, directory, layout, tasks, seed)
+        progress("evaluate", done + 1, len(directories))
+    result: dict[str, Any] = {}
+    if documents is not None:
+        result["evaluation"] = evaluation_facts(scores, draws=draws, seed=seed)["evaluation"]
+    if tasks is not None:
+        result["lm_eval"] = require_lm_eval()
+        result["tasks"] = {name: _task_facts(held, tasks) for name, held in asked.items()}
+    for directory, place in places.items():
+        if hosts.is_first():
+            own = {key: value[directory] for key, value in result.items() if key != "lm_eval"}
+            told = {"tmjax": tmjax.__version__, "model": directory, "seed": seed} | result | own
+            told |= {} if documents is None else {"texts": {"path": texts, "sha256": documents.sha256}}
+            _write(place, told, scores.get(directory), asked.get(directory), overwrite=overwrite)
+    return result
+
+
+def _asked(model: Model, directory: str, layout: Layout, tasks: TaskOptions, seed: int) -> TaskResults:
+    from tmjax.evaluate.lm_eval_model import TmjaxLM
+
+    return run_tasks(
+        TmjaxLM(model, layout=layout, name=directory, seed=seed),
+        tasks.names,
+        folder=tasks.folder,
+        num_fewshot=tasks.num_fewshot,
+        limit=tasks.limit,
+        chat_template=tasks.chat_template,
+        seed=seed,
+    )
+
+
+def _task_facts(held: TaskResults, tasks: TaskOptions) -> dict[str, Any]:
+    facts = {field.name: getattr(held, field.name) for field in dataclasses.fields(held) if field.name != "samples"}
+    return facts | {"limit": tasks.limit, "chat_template": tasks.chat_template}
+
+
+def _places(directories: Sequence[str], out: Path | None, *, overwrite: bool) -> dict[str, Path]:
+    """Where the results of each model go; refuses what exists."""
+    if out is None:
+        return {}
+    names = [Path(directory).name for directory in directories]
+    if len(set(names)) < len(names):
+        raise InputError(f"--out names a folder after each model, and two are called {max(names, key=names.count)}")
+    places = {d: out if len(names) == 1 else out / name for d, name in zip(directories, names, strict=True)}
+    for place in places.values():
+        refuse_existing(place, overwrite=overwrite)
+    return places
+
+
+def _write(
+    place: Path, told: dict[str, Any], scores: Scores | None, asked: TaskResults | None, *, overwrite: bool
+) -> None:
+    with atomic_directory(place, overwrite=overwrite) as partial:
+        write_json(partial / RESULTS, told)
+        if scores is not None:
+            np.savez(partial / SCORES, bytes=scores.bytes, model=scores.nll)
+        if asked is not None:
+            (partial / SAMPLES).mkdir()
+            for task, samples in asked.samples.items():
+                lines = (json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
+                (partial / SAMPLES / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,59 @@
+"""What a run costs elsewhere: texts of other languages or domains before and after (`--other-texts`)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmjax.convert.model import load_model
+from tmjax.evaluate.bits import Scores
+from tmjax.evaluate.bootstrap import percentile_interval, resample
+from tmjax.hub.rundir import RunDirectory
+from tmjax.pipeline.inputs import Inputs
+from tmjax.sharding import hosts
+
+
+def forgetting_facts(before: Scores, after: Scores, *, arm: str, draws: int, seed: int) -> dict[str, Any]:
+    """Bits per byte of the target and of `arm` on the same texts, and the change with its paired 95% interval."""
+    drawn = resample({"target": before, arm: after}, draws=draws, seed=seed)
+    change = drawn.samples[arm] - drawn.samples["target"]
+    return {
+        "target": drawn.point["target"],
+        arm: drawn.point[arm],
+        "change": {
+            "bits_per_byte": drawn.point[arm] - drawn.point["target"],
+            "ci95": list(percentile_interval(change)),
+        },
+        "documents": len(before.nll),
+    }
+
+
+def measure_forgetting(run: RunDirectory, inputs: Inputs, key: object, checkpoint: Path, arm: str = "merged") -> None:
+    """The stage `forgetting`: manifest entry by the name of each other text file, per-document scores on disk.
+
+    `key` is the input hash of the stage that made `checkpoint`, a model of the target's architecture. Does nothing
+    where the recipe names no other texts.
+    """
+    others = inputs.other_texts
+    if not others:
+        return
+    options, seed = inputs.recipe.evaluation, inputs.recipe.seed
+
+    def work(partial: Path) -> Mapping[Any, Any]:
+        params = load_model(checkpoint, placement=inputs.layout.place).params
+        found: dict[str, Any] = {}
+        arrays: dict[str, np.ndarray] = {}
+        for number, (name, texts) in enumerate(others.items()):
+            scorer = inputs.scorer(inputs.target, inputs.target_tokenizer, texts)
+            before, after = scorer(inputs.target.params), scorer(params)
+            facts = forgetting_facts(before, after, arm=arm, draws=options.draws, seed=seed)
+            found[name] = facts | {"sha256": texts.sha256}
+            arrays |= {f"bytes_{number}": before.bytes, f"target_{number}": before.nll, f"{arm}_{number}": after.nll}
+        if hosts.is_first():
+            with partial.open("wb") as stream:
+                np.savez(stream, **arrays)
+        return {"forgetting": found}
+
+    hashes = {name: texts.sha256 for name, texts in others.items()}
+    run.stage("forgetting", [key, hashes, options.model_dump(), seed], "forgetting.npz", work)
