@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tmjax.adapt.data import Batch, batches
-from tmjax.adapt.train import next_token_loss
+from tmjax.adapt.data import Batch, Batches
+from tmjax.adapt.step import next_token_loss
 from tmjax.align.alignment import Alignment
 from tmjax.convert import hf
 from tmjax.convert.model import load_model
@@ -71,7 +71,7 @@ class Merge(AlignmentRun):
         tokenizer, spec = self.inputs.target_tokenizer, self.inputs.target.spec
         documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(self.inputs.texts.texts)]
         longest = min(spec.max_positions, self.recipe.activations.max_tokens)
-        data = batches(
+        data = Batches(
             documents, tokens=options.learning.batch_tokens, seed=self.recipe.seed, lengths=2, max_tokens=longest
         )
         return data, _token_loss(spec)
