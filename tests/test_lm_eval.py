@@ -102,17 +102,23 @@ def asked(qwen2_dir):
     return model, wanted
 
 
+def plain(model, ids) -> np.ndarray:
+    """Logits of one text, padded on the right so that all are one program."""
+    padded = np.pad(np.asarray(ids), (0, 136 - len(ids)))[None]
+    return np.asarray(forward(model.spec, model.params, padded), np.float64)[0, : len(ids)]
+
+
 def test_sums_are_those_of_the_plain_forward(asked):
     model, wanted = asked
     before = continuation_sums._cache_size()
     sums, greedy = ContinuationScorer(model.spec, model.params, batch_tokens=100)(wanted)
     assert continuation_sums._cache_size() == before + 2  # requests below 128 tokens, and beyond
     for (ids, scored), value, best in zip(wanted, sums, greedy, strict=True):
-        logits = np.asarray(forward(model.spec, model.params, np.asarray([ids[:-1]])), np.float64)[0, -scored:]
+        logits = plain(model, ids[:-1])[-scored:]
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         assert value == pytest.approx(log_p[np.arange(scored), ids[-scored:]].sum(), abs=1e-4)
         assert best == (logits.argmax(-1) == ids[-scored:]).all()
-    likeliest = int(np.argmax(forward(model.spec, model.params, np.asarray([wanted[0].ids[:-1]]))[0, -1]))
+    likeliest = int(np.argmax(plain(model, wanted[0].ids[:-1])[-1]))
     assert ContinuationScorer(model.spec, model.params)([Continuation((*wanted[0].ids[:-1], likeliest), 1)])[1][0]
 
 
