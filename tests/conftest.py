@@ -1,6 +1,7 @@
 """Eight fake devices on the CPU, and the checkpoints that come with the repository."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,12 +10,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
+import jax
 import pytest
 import yaml
 
 REPO = Path(__file__).resolve().parent.parent
 hypothesis.settings.register_profile("tmjax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("tmjax")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Compiled programs of one file's tests do not pile up: thousands in one process have ended in an abort of XLA."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

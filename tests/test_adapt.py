@@ -216,6 +216,7 @@ def test_lora_adapter_by_hand_is_the_merged_checkpoint(lora, qwen2_dir) -> None:
         np.testing.assert_allclose(base[name] + config["lora_alpha"] / config["r"] * b @ a, merged[name], atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_peft_loads_the_adapter(lora, qwen2_dir) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed; the adapter is checked by hand above")
     base, merged = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (qwen2_dir, lora / "merged"))

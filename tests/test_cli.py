@@ -423,7 +423,7 @@ def test_convert_both_ways_and_its_errors(llama_dir, capsys, tmp_path) -> None:
         ([llama_dir, tmp_path / "x", "--to", "hf", "--max-shard-size", "big"], "'big' is not a size"),
     ):
         _refused(capsys, tmp_path / "x", message, "convert", *arguments)
-    _refused(capsys, tmp_path / "x", "Missing option '--texts'", "evaluate", llama_dir)
+    _refused(capsys, tmp_path / "x", "give --texts FILE, --tasks NAMES or both", "evaluate", llama_dir)
 
 
 def test_help_and_no_arguments(capsys) -> None:

@@ -270,13 +270,11 @@ def _plain(fault: Any) -> str:
 
 def found_near(recipe: R, base: Path) -> R:
     """The recipe with local files that are not here but in the folder `base`."""
-    names = {key: getattr(recipe, key) for key in ("source", "target", "texts", "valid", "test")}
-    found = {
-        key: str(base / name)
-        for key, name in names.items()
-        if name and not Path(name).exists() and (base / name).exists()
-    }
-    others = tuple(
-        str(base / name) if not Path(name).exists() and (base / name).exists() else name for name in recipe.other_texts
-    )
-    return recipe.model_copy(update=found | {"other_texts": others})
+
+    def near(name: str | None) -> str | None:
+        return str(base / name) if name and not Path(name).exists() and (base / name).exists() else name
+
+    found: dict[str, Any] = {key: near(getattr(recipe, key)) for key in ("source", "target", "texts", "valid", "test")}
+    if isinstance(recipe, Recipe):
+        found["other_texts"] = tuple(near(name) for name in recipe.other_texts)
+    return recipe.model_copy(update=found)

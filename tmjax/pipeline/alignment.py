@@ -220,7 +220,7 @@ class AlignmentRun:
     def _aligned(self, which: str, control: Control | None, step: str) -> Callable[[], Alignment]:
         """What aligns the target with a source, its activations (or their moments) being there."""
         random = control is not None and control.random_source
-        params = self._random_source() if random else self.inputs.source.params
+        params = self.random_source() if random else self.inputs.source.params
         models = (self.inputs.target.spec, self.inputs.target.params), (self.inputs.source.spec, params)
         how = {"mesh": self.inputs.layout.mesh, "progress": self._step(step), "models": models}
         projections, options = self.inputs.projections, self.recipe.alignment
