@@ -18,6 +18,7 @@ import transformers
 import yaml
 from helpers import stored
 
+import tmjax
 from tmjax import cli
 from tmjax.adapt.modes import Plain, Residual
 from tmjax.adapt.step import fold
@@ -67,7 +68,7 @@ def test_manifest_keeps_the_contract(guided) -> None:
     for arm, facts in manifest["training"].items():
         assert [step for step, _ in facts["valid_history"]] == [0, 3, 6] and facts["steps"] == 6
         assert facts["valid_bits_per_byte"] == min(loss for _, loss in facts["valid_history"])
-        assert facts["mode"] == ("sft" if arm == "control:sft" else "guided")
+        assert facts["mode"] == "sft" and facts["terms"] == ([] if arm == "control:sft" else ["guidance"])
         assert (guided / ("merged" if arm == "adapted" else f"controls/{arm}") / "model.safetensors").is_file()
     explained = {arm: facts.get("explained_at_start") for arm, facts in manifest["training"].items()}
     assert min(explained["adapted"]) > max(explained["control:shuffled_rows"]) and explained["control:sft"] is None
@@ -245,7 +246,7 @@ WRONG = {
     "warm-up": ([], ["--steps", "1"], "warm-up of 2 steps"),
     "texts": (["--texts"], ["--texts", "{tmp}/none.jsonl"], "none.jsonl"),
     "column": (["--texts"], ["--texts", "{tmp}/body.jsonl"], "line 1 has body; it needs text"),
-    "dialogues": (["--texts"], ["--texts", "{tmp}/talk.jsonl"], "guided adaptation reads plain documents"),
+    "dialogues": (["--texts"], ["--texts", "{tmp}/talk.jsonl"], "mode guided reads plain documents"),
     "mesh": ([], ["--mesh", "data=1024"], "needs 1024 devices"),
     "run without alignment": (["--target"], ["--target", "{tmp}/run"], "is a run without an alignment"),
 }
@@ -278,3 +279,51 @@ def test_a_loss_that_is_no_number_is_one_line_and_keeps_the_state(short, flags, 
     assert code == 2 and "became" in last and "is kept; lower the learning rate" in last
     kept = [path.name for path in (out / "training/adapted/lr-1e+30/checkpoints").iterdir() if path.is_dir()]
     assert len(kept) == 1 and f"after step {kept[0]} is kept" in last and not (out / "merged").exists()
+
+
+# Terms that bring more of the source.
+
+WRITTEN = SHORT | {"max_texts": 12, "written": {"texts": 10, "tokens": 24}, "distillation": {"steps": 2}}
+
+
+def test_distilled_on_written_texts_through_python(texts, llama_dir, qwen2_dir, tmp_path) -> None:
+    told = WRITTEN | {"combine": ["distillation", "written"], "mode": "combined", "valid": texts["valid"]}
+    told |= {"training": SHORT["training"] | {"steps": [3, 6], "warmup": 1}}
+    model, manifest = tmjax.adapt(
+        target=qwen2_dir, source=llama_dir, texts=texts["calibration"], out=tmp_path / "run", **told
+    )
+    facts = manifest["training"]["adapted"]
+    written = read_texts(str(tmp_path / "run/written/source.jsonl"))
+    assert facts["terms"] == ["distillation", "written"] and facts["texts"] == 12 + len(written)
+    assert 5 < len(written) <= 10 and manifest["written"]["source"]["kept"] == len(written)
+    assert [item["planned_steps"] for item in facts["tried"]] == [3, 6]
+    taught = manifest["taught"]["source-on-source"]
+    assert facts["taught_positions"] == taught["positions"] and 0.8 < taught["positions"] / taught["of"] <= 1
+    assert 0.5 < taught["mass"] <= 1.0001
+    with (tmp_path / "run/training/adapted/lr-0.0003-steps-6/log.csv").open(newline="") as stream:
+        rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(stream)]
+    assert all(row["loss"] == pytest.approx(row["text"] + row["taught"], rel=1e-5) for row in rows)
+    assert rows[-1]["taught"] < rows[0]["taught"]
+    held = safetensors.numpy.load_file(tmp_path / "run/merged/model.safetensors")
+    np.testing.assert_array_equal(held["model.norm.weight"], np.asarray(model.params["norm.weight"]))
+
+
+@pytest.mark.slow
+def test_all_terms_with_controls(flags, tmp_path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(WRITTEN | {"guidance": {"metric": "fisher"}}))
+    out = tmp_path / "run"
+    assert cli.run(["adapt", str(recipe), *flags, "--out", str(out), "--mode", "combined", "--controls"]) == 0
+    manifest = read_manifest(out)
+    controls = {"sft", "shuffled_rows", "random_source", "target_written"}
+    arms = {"adapted", "source_written"} | {f"control:{name}" for name in controls}
+    assert set(manifest["training"]) == arms and set(manifest["evaluation"]) == arms | {"target", "source"}
+    counts = {arm: facts["texts"] for arm, facts in manifest["training"].items()}
+    assert (
+        counts["adapted"] == counts["source_written"] >= counts["control:target_written"] > counts["control:sft"] == 12
+    )
+    explained = {arm: facts.get("explained_at_start") for arm, facts in manifest["training"].items()}
+    assert np.mean(explained["adapted"]) > np.mean(explained["control:shuffled_rows"])
+    writers = {arm: facts["writer"] for arm, facts in manifest["training"].items()}
+    assert writers["control:shuffled_rows"] == "target" and writers["control:random_source"] == "random_source"
+    assert manifest["source_gain"]["best_control"] in manifest["evaluation"]

@@ -1,7 +1,7 @@
 """tmjax: merge large language models of different architectures by optimal transport, in JAX.
 
-The names in `_HOMES` are loaded when first used, so that importing the package costs nothing. `align`, `fuse` and
-`evaluate` are packages and, called, the functions of the same name.
+The names in `_HOMES` are loaded when first used, so that importing the package costs nothing. `align`, `fuse`,
+`evaluate` and `adapt` are packages and, called, the functions of the same name.
 """
 
 import importlib
@@ -19,6 +19,7 @@ _HOMES = {
     "fuse": "tmjax.fuse.merge",
     "require_transfer": "tmjax.fuse.diagnostics",
     "evaluate": "tmjax.evaluate.bits",
+    "adapt": "tmjax.pipeline.adapt",
 }
 __all__ = ["CallablePackage", "__version__", *_HOMES]
 

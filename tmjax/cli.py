@@ -145,12 +145,14 @@ def adapt(
     valid: Annotated[str | None, typer.Option(help="Texts on which steps and learning rate are chosen.")] = None,
     test: Test = None,
     out: Out = None,
-    mode: Annotated[str | None, typer.Option(help="guided, residual-frozen, lora or sft.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="guided, distilled, source-written, combined, residual-frozen, lora or sft.")
+    ] = None,
     init: Annotated[str | None, typer.Option(help="Where training begins: target or merged.")] = None,
     alpha: Annotated[
         float | None, typer.Option(help="Coefficient of what is transported; default: the merge's.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates of every arm.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Updates of every arm; several by commas.")] = None,
     lr: Annotated[
         str | None, typer.Option(help="Learning rate, or several: 3e-4,1e-3; validation text chooses.")
     ] = None,
@@ -170,9 +172,10 @@ def adapt(
     missing = [name for name in ("target", "texts", "out") if name not in values | given]
     if missing:
         raise InputError(f"give {', '.join('--' + name for name in missing)} or name them in a recipe")
-    training = dict(values.get("training") or {}) | _given(locals(), ("steps",))
-    if lr is not None:
-        training["lr"] = [part.strip() for part in lr.split(",")]
+    listed = {
+        name: [part.strip() for part in value.split(",")] for name, value in (("lr", lr), ("steps", steps)) if value
+    }
+    training = dict(values.get("training") or {}) | listed
     told = build_adapt_recipe(values | given | {"training": training}, base=recipe.parent if recipe else None)
     with _progress() as (progress, warn):
         from tmjax.pipeline.adapt import Adapt

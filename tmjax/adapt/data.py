@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from tmjax.adapt.loss import Teaching
 from tmjax.errors import InputError
 from tmjax.typing import ArrayLike
 
@@ -39,12 +40,14 @@ class Guide(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Inputs [B, T], the token that follows each, 1 where that token counts (0 on padding and prompts), guidance."""
+    """Inputs [B, T], the token that follows each, 1 where that token counts (0 on padding and prompts), guidance,
+    what a teacher holds for the next token."""
 
     ids_bt: ArrayLike
     targets_bt: ArrayLike
     mask_bt: ArrayLike
     guide: Guide | None = None
+    teaching: Teaching | None = None
 
 
 class Guidance(Protocol):
@@ -55,6 +58,13 @@ class Guidance(Protocol):
 
     def guide(self, pieces: Sequence[Piece], rows: int, spans: int) -> Guide:
         """The guide of a batch of `rows` rows, padded to `spans` spans each."""
+
+
+class Lessons(Protocol):
+    """What gives batches their `Teaching`."""
+
+    def teaching(self, pieces: Sequence[Piece], rows: int, tokens: int) -> Teaching:
+        """What is taught at the positions of a batch of `rows` rows of `tokens`."""
 
 
 def split(
@@ -121,12 +131,14 @@ class Batches:
         max_tokens: int = 512,
         counts: Sequence[Sequence[bool]] | None = None,
         guidance: Guidance | None = None,
+        lessons: Lessons | None = None,
         multiple: int = 1,
     ) -> None:
         self.pieces = split(documents, min(max_tokens, tokens), counts)
         if not self.pieces:
             raise InputError("no document has two tokens of which the second counts; there is nothing to train on")
-        self.seed, self.tokens, self.multiple, self.guidance = seed, tokens, multiple, guidance
+        self.seed, self.tokens, self.multiple = seed, tokens, multiple
+        self.guidance, self.lessons = guidance, lessons
         sizes = np.array([len(piece.ids) - 1 for piece in self.pieces])
         self.shapes = row_lengths(sizes, lengths)
         self._bucket = np.searchsorted(self.shapes, sizes)
@@ -147,6 +159,8 @@ class Batches:
             batch = make_batch(pieces, self.shapes[bucket], rows)
             if self.guidance is not None:
                 batch = batch._replace(guide=self.guidance.guide(pieces, rows, self._spans[bucket]))
+            if self.lessons is not None:
+                batch = batch._replace(teaching=self.lessons.teaching(pieces, rows, self.shapes[bucket]))
             yield batch
 
     def rows(self, bucket: int) -> int:

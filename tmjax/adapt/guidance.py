@@ -5,6 +5,7 @@ predict the source's features, standardised, from the target's; they begin as ri
 the model. Only the target's own forward pass is needed while training: source features are computed once and stored.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,10 +19,14 @@ from tmjax.adapt.data import Guide, Piece
 from tmjax.adapt.step import GUIDE
 from tmjax.align.layers import LayerPlan
 from tmjax.errors import InputError
-from tmjax.typing import Array
+from tmjax.models.decoder import bind
+from tmjax.models.spec import DecoderSpec
+from tmjax.typing import Array, Params
 
 #: The site whose activations are tied.
 SITE = "resid"
+#: Initial maps are fitted on at most so many spans.
+MOST_ROWS = 20000
 
 
 def by_depth(target_layers: int, source_layers: int) -> list[int]:
@@ -46,6 +51,34 @@ def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return wide.mean(axis=0).astype(np.float32), np.where(scale > 1e-6, scale, 1.0).astype(np.float32)
 
 
+def _root(metric: np.ndarray) -> np.ndarray:
+    """The symmetric root of a positive semi-definite matrix whose diagonal is scaled to a mean of 1, float32."""
+    values, vectors = np.linalg.eigh(np.asarray(metric, np.float64) * len(metric) / np.trace(metric))
+    return ((vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _fisher(spec: DecoderSpec, params: Params, states_re: Array) -> Array:
+    """Mean of J^T (diag p - p p^T) J over residual states [R, embed]; J are the derivatives of the logits."""
+    decoder = bind(spec, params)
+
+    def one(state: Array) -> Array:
+        logits, along = jax.linearize(lambda x: decoder.logits(decoder.norm(x)), state)
+        p = jax.nn.softmax(logits)
+        columns = jax.vmap(along)(jnp.eye(len(state)))  # [embed, vocab]
+        mean = columns @ p
+        return (columns * p) @ columns.T - jnp.outer(mean, mean)
+
+    return jnp.mean(jax.lax.map(one, states_re), axis=0)
+
+
+def read_out_metric(spec: DecoderSpec, params: Params, values: Activations, *, most: int = 512) -> np.ndarray:
+    """The Fisher information [k, k] of the read-out in the last residual state, over at most `most` stored rows."""
+    held = values.site(SITE)[spec.layers - 1]
+    chosen = np.linspace(0, len(held) - 1, min(most, len(held))).astype(int)
+    return np.asarray(_fisher(spec, params, jnp.asarray(held[chosen], jnp.float32)), np.float64)
+
+
 @dataclass(frozen=True)
 class SourceFeatures:
     """Features of the source at the spans of documents that the target reads: gives batches their `Guide`.
@@ -62,6 +95,7 @@ class SourceFeatures:
     mean: np.ndarray
     scale: np.ndarray
     order: np.ndarray | None = None
+    metric: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -70,6 +104,7 @@ class SourceFeatures:
         documents: Sequence[TokenisedDocument],
         layers: Sequence[int],
         order: np.ndarray | None = None,
+        metric: np.ndarray | None = None,
     ) -> "SourceFeatures":
         """`documents` are the target's, as `pair_rows` gave them; see the class."""
         held = values.site(SITE)
@@ -78,14 +113,16 @@ class SourceFeatures:
         if first[-1] != held.shape[1]:
             raise InputError(f"{values.directory} holds {held.shape[1]} rows, the documents have {first[-1]} spans")
         mean, scale = (np.stack(part) for part in zip(*(_moments(held[layer]) for layer in layers), strict=True))
-        return cls(values, list(layers), positions, first, mean, scale, order)
+        roots = None if metric is None else np.stack([_root(metric * np.outer(each, each)) for each in scale])
+        return cls(values, list(layers), positions, first, mean, scale, order, roots)
 
     def rows(self, number: np.ndarray) -> np.ndarray:
         """Standardised features [L, spans, k] float32 of the spans with these numbers."""
         number = number if self.order is None else self.order[number]
         held = self.values.site(SITE)
         chosen = np.stack([held[layer][number] for layer in self.layers])
-        return (chosen - self.mean[:, None]) / self.scale[:, None]
+        standard = (chosen - self.mean[:, None]) / self.scale[:, None]
+        return standard if self.metric is None else standard @ self.metric
 
     def _within(self, piece: Piece) -> np.ndarray:
         """Which spans of a piece's document end among its inputs."""
@@ -130,11 +167,12 @@ def start_maps(
     `guide.bias` [L, k], float32; `penalty` is in units of a standardised unit's variance.
     """
     held = target.site(SITE)
-    everything = source.rows(np.arange(held.shape[1]))
+    chosen = np.linspace(0, held.shape[1] - 1, min(held.shape[1], MOST_ROWS)).astype(int)
+    everything = source.rows(chosen)
     weights, biases, means, scales, explained = [], [], [], [], []
     for layer, y in enumerate(everything):
         mean, scale = _moments(held[layer])
-        x = (held[layer] - mean) / scale
+        x = (held[layer][chosen] - mean) / scale
         centre = y.mean(axis=0)  # not zero where rows lie outside of what was standardised
         weight = np.asarray(_ridge(jnp.asarray(x), jnp.asarray(y - centre), jnp.float32(penalty)))
         error = np.mean(np.square(x @ weight.T + centre - y))

@@ -1,4 +1,4 @@
-"""Next-token cross entropy whose logits never exist whole: made, and differentiated, for some tokens at a time.
+"""Next-token losses whose logits never exist whole: made, and differentiated, for some tokens at a time.
 
 The gradient is computed with the loss, block by block, while the block's logits are at hand; so there are no more
 matrix products than with whole logits, and nothing is computed twice (Wijmans et al. 2025, arXiv:2411.09009; Hsu et al.
@@ -7,6 +7,7 @@ matrix products than with whole logits, and nothing is computed twice (Wijmans e
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,23 @@ import jax.numpy as jnp
 from tmjax.models.decoder import scaled_logits
 from tmjax.models.layers import einsum
 from tmjax.models.spec import DecoderSpec
-from tmjax.typing import Array
+from tmjax.typing import Array, ArrayLike
 
 #: Logits are made for about this many entries (token x vocabulary) at a time,
 LOGIT_ENTRIES = 2**21
 #: but for at least so many tokens, however large the vocabulary: fewer would read the unembedding too often.
 LEAST_TOKENS = 256
+#: Probability below which the student's rest does not fall in the loss: nothing is divided by less.
+LEAST_REST = 1e-6
+
+
+class Teaching(NamedTuple):
+    """What a teacher holds for the next token: the likeliest tokens [B, T, k] and their probabilities, the rest of
+    which is not known in detail; `mask` [B, T] is 1 where there is a teacher."""
+
+    ids_btk: ArrayLike
+    weight_btk: ArrayLike
+    mask_bt: ArrayLike
 
 
 def _slope(spec: DecoderSpec, capped: Array) -> Array | float:
@@ -43,62 +55,133 @@ def _cut(x_bt: Array, pieces: int) -> Array:
     )
 
 
-def _block(spec: DecoderSpec, head: Array, states: Array, labels: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """Weighted loss of a block of tokens [r], its logits, and their log-normalisers."""
-    logits = scaled_logits(spec, einsum("re,ve->rv", states, head.astype(states.dtype)))
+class _Part(NamedTuple):
+    """Tokens of one block: states [r, embed], labels [r], weight of their loss [r], what is taught, weight of that."""
+
+    states: Array
+    labels: Array
+    weight: Array
+    taught_ids: Array | None = None
+    taught: Array | None = None
+    taught_weight: Array | None = None
+
+
+def _entropy(p: Array) -> Array:
+    return jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30)), 0.0)
+
+
+def _block(spec: DecoderSpec, head: Array, part: _Part, *, slopes: bool) -> tuple[Array, Array, Array | None]:
+    """Weighted losses of a block of tokens: of labels, of what is taught, and the slope of their sum in the logits.
+
+    The taught loss is the divergence KL(q | p) over the k tokens and all others together: q is known no finer.
+    """
+    logits = scaled_logits(spec, einsum("re,ve->rv", part.states, head.astype(part.states.dtype)))
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    nll = normaliser - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jnp.sum(nll * weight), logits, normaliser
+    nll = normaliser - jnp.take_along_axis(logits, part.labels[..., None], axis=-1)[..., 0]
+    text, divergence = jnp.sum(nll * part.weight), jnp.zeros((), jnp.float32)
+    slope = None
+    if slopes:
+        p = jnp.exp(logits - normaliser[..., None])
+        hit = part.labels[..., None] == jnp.arange(spec.vocab)
+        slope = (p - hit) * part.weight[..., None]
+    if part.taught is not None:
+        log_p = jnp.take_along_axis(logits, part.taught_ids, axis=-1) - normaliser[..., None]
+        rest = jnp.maximum(1.0 - part.taught.sum(-1), 0.0)
+        # Tokens without weight are padding of the list: they belong to the rest.
+        listed = jnp.where(part.taught > 0, jnp.exp(log_p), 0.0)
+        own_rest = jnp.maximum(1.0 - listed.sum(-1), LEAST_REST)
+        cost = _entropy(part.taught) - jnp.where(part.taught > 0, part.taught * log_p, 0.0)
+        cost = cost.sum(-1) + _entropy(rest) - rest * jnp.log(own_rest)
+        divergence = jnp.sum(cost * part.taught_weight)
+        if slopes:
+            # q of an unlisted token is its share in the student's own rest: slope p - q.
+            ratio = (rest / own_rest)[..., None]
+            further = jnp.where(part.taught > 0, listed * ratio - part.taught, 0.0)
+            row = jnp.arange(len(p))[:, None]
+            slope = slope + (p * (1.0 - ratio) * part.taught_weight[..., None]).at[row, part.taught_ids].add(
+                further * part.taught_weight[..., None]
+            )
+    if slopes:
+        slope = (slope * _slope(spec, logits)).astype(part.states.dtype)
+    return text, divergence, slope
 
 
-def _over(make: Callable[..., tuple], initial: tuple, parts: tuple[Array, ...]) -> tuple[tuple, tuple]:
+def _over(make: Callable[..., tuple], initial: tuple, parts: _Part) -> tuple[tuple, tuple]:
     """`lax.scan`, or one step without a loop."""
-    if parts[0].shape[0] > 1:
+    if parts.states.shape[0] > 1:
         return jax.lax.scan(make, initial, parts)
-    total, made = make(initial, tuple(x[0] for x in parts))
+    total, made = make(initial, jax.tree.map(lambda x: x[0], parts))
     return total, jax.tree.map(lambda x: x[None], made)
 
 
+def _parts(
+    spec: DecoderSpec, hidden: Array, labels: Array, weight: Array, teaching: Teaching | None
+) -> tuple[int, _Part]:
+    count = _pieces(*labels.shape, spec.vocab)
+    taught = (None, None, None) if teaching is None else teaching
+    return count, jax.tree.map(lambda x: _cut(x, count), _Part(hidden, labels, weight, *taught))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def summed_nll(spec: DecoderSpec, head_ve: Array, hidden_bte: Array, labels_bt: Array, weight_bt: Array) -> Array:
-    """Sum of weight x -ln p(label): float32. `hidden` are normed states, `head` the unembedding in its own dtype.
+def summed_losses(
+    spec: DecoderSpec,
+    head_ve: Array,
+    hidden_bte: Array,
+    labels_bt: Array,
+    weight_bt: Array,
+    teaching: Teaching | None = None,
+) -> tuple[Array, Array, Array]:
+    """Sum of both losses, then each: weight x -ln p(label), and `mask` x KL(teacher | model); float32, nats.
 
-    Differentiable in `head` and `hidden`.
+    `hidden` are normed states, `head` the unembedding in its own dtype, `teaching.mask_bt` any weights. Differentiable
+    in `head` and `hidden`, of which only the first result has a gradient: the others are to be read.
     """
+    count, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teaching)
+    del count
 
-    def make(total: Array, part: tuple[Array, ...]) -> tuple[Array, tuple]:
-        return total + _block(spec, head_ve, *part)[0], ()
+    def make(total: tuple[Array, Array], part: _Part) -> tuple[tuple[Array, Array], tuple]:
+        text, divergence, _ = _block(spec, head_ve, part, slopes=False)
+        return (total[0] + text, total[1] + divergence), ()
 
-    count = _pieces(*labels_bt.shape, spec.vocab)
-    parts = tuple(_cut(x, count) for x in (hidden_bte, labels_bt, weight_bt))
-    return _over(make, jnp.zeros((), jnp.float32), parts)[0]
+    zero = jnp.zeros((), jnp.float32)
+    text, divergence = _over(make, (zero, zero), parts)[0]
+    return text + divergence, text, divergence
 
 
 def _forward(
-    spec: DecoderSpec, head_ve: Array, hidden_bte: Array, labels_bt: Array, weight_bt: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    def make(total: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-        states, labels, weight = part
-        loss, logits, normaliser = _block(spec, head_ve, states, labels, weight)
-        slope = jnp.exp(logits - normaliser[..., None])
-        hit = labels[..., None] == jnp.arange(spec.vocab)
-        slope = ((slope - hit) * weight[..., None] * _slope(spec, logits)).astype(states.dtype)
-        d_head = einsum("rv,re->ve", slope, states).astype(jnp.float32)
-        d_states = einsum("rv,ve->re", slope, head_ve.astype(states.dtype))
-        return (total[0] + loss, total[1] + d_head), d_states
+    spec: DecoderSpec,
+    head_ve: Array,
+    hidden_bte: Array,
+    labels_bt: Array,
+    weight_bt: Array,
+    teaching: Teaching | None = None,
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    def make(total: tuple[Array, Array, Array], part: _Part) -> tuple[tuple[Array, Array, Array], Array]:
+        text, divergence, slope = _block(spec, head_ve, part, slopes=True)
+        d_head = einsum("rv,re->ve", slope, part.states).astype(jnp.float32)
+        d_states = einsum("rv,ve->re", slope, head_ve.astype(part.states.dtype))
+        return (total[0] + text, total[1] + divergence, total[2] + d_head), d_states
 
-    count = _pieces(*labels_bt.shape, spec.vocab)
-    parts = tuple(_cut(x, count) for x in (hidden_bte, labels_bt, weight_bt))
-    initial = (jnp.zeros((), jnp.float32), jnp.zeros(head_ve.shape, jnp.float32))
-    (loss, d_head), d_hidden = _over(make, initial, parts)
+    count, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teaching)
+    zero = jnp.zeros((), jnp.float32)
+    (text, divergence, d_head), d_hidden = _over(make, (zero, zero, jnp.zeros(head_ve.shape, jnp.float32)), parts)
     batch, tokens, width = hidden_bte.shape
     d_hidden = jnp.moveaxis(d_hidden.reshape(count, batch, -1, width), 0, 1).reshape(batch, -1, width)[:, :tokens]
-    return loss, (d_head.astype(head_ve.dtype), d_hidden.astype(hidden_bte.dtype))
+    held = (d_head.astype(head_ve.dtype), d_hidden.astype(hidden_bte.dtype))
+    return (text + divergence, text, divergence), held
 
 
-def _backward(_spec: DecoderSpec, held: tuple[Array, Array], slope: Array) -> tuple[Array, Array, None, None]:
+def _backward(
+    _spec: DecoderSpec, held: tuple[Array, Array], slopes: tuple[Array, Array, Array]
+) -> tuple[Array, Array, None, None, None]:
     d_head, d_hidden = held
-    return d_head * slope.astype(d_head.dtype), d_hidden * slope.astype(d_hidden.dtype), None, None
+    slope = slopes[0]
+    return d_head * slope.astype(d_head.dtype), d_hidden * slope.astype(d_hidden.dtype), None, None, None
 
 
-summed_nll.defvjp(_forward, _backward)
+summed_losses.defvjp(_forward, _backward)
+
+
+def summed_nll(spec: DecoderSpec, head_ve: Array, hidden_bte: Array, labels_bt: Array, weight_bt: Array) -> Array:
+    """`summed_losses` of labels alone."""
+    return summed_losses(spec, head_ve, hidden_bte, labels_bt, weight_bt)[0]

@@ -4,6 +4,7 @@ Decoupled weight decay: Loshchilov and Hutter 2019 (arXiv:1711.05101), on matric
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,13 +15,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tmjax.adapt.data import Batch, Guide
-from tmjax.adapt.loss import summed_nll
+from tmjax.adapt.loss import Teaching, summed_losses
 from tmjax.adapt.modes import Frozen, Mode, Plain
 from tmjax.errors import InputError
 from tmjax.models.decoder import bind
 from tmjax.models.layers import einsum
 from tmjax.models.spec import DecoderSpec
-from tmjax.typing import Array, Params
+from tmjax.typing import Array, ArrayLike, Params
 
 #: What paths of the maps that tie target to source features begin with; they are trained, but no part of the model.
 GUIDE = "guide."
@@ -35,7 +36,8 @@ class TrainConfig:
     made of `accumulate` batches of `tokens_per_step` tokens. Parameters and optimiser are float32; `dtype` is what the
     forward and backward pass compute in. `remat` keeps only the residual stream between blocks for the backward pass.
     `unroll` layers make one turn of the loop over them, which takes longer to compile and runs faster. `guide_weight`
-    is the weight of the guidance in the loss, where batches have one.
+    and `teach_weight` are the weights of guidance and of a teacher's probabilities in the loss, where batches have
+    them; along a cosine they come to `anneal` times that at the last step.
     """
 
     steps: int
@@ -53,6 +55,8 @@ class TrainConfig:
     remat: bool = False
     unroll: int = 1
     guide_weight: float = 0.0
+    teach_weight: float = 0.0
+    anneal: float = 1.0
 
     def __post_init__(self) -> None:
         bad = [
@@ -76,6 +80,7 @@ class Objective:
     def compiled(self) -> "Objective":
         """What programs depend on: any number of steps and learning rates share those of one architecture."""
         same = replace(self.config, steps=1, tokens_per_step=1, accumulate=1, lr=1.0, warmup=0, final_lr=0.0)
+        same = replace(same, guide_weight=0.0, teach_weight=0.0, anneal=1.0)
         return replace(self, config=same)
 
 
@@ -91,18 +96,37 @@ class State(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Means in nats: `text`, cross entropy per token that counts; `guide`, squared error per standardised feature.
+    """Means in nats: `text`, cross entropy per token that counts; `taught`, divergence from the teacher per position.
 
-    `norm` is that of the gradient, before clipping.
+    `guide` is the squared error per standardised feature, `norm` that of the gradient, before clipping.
     """
 
     text: Array
     guide: Array
+    taught: Array
     norm: Array
 
-    def total(self, config: TrainConfig) -> Array:
-        """What is minimised."""
-        return self.text + config.guide_weight * self.guide
+
+class Weights(NamedTuple):
+    """Weights of guidance and teacher in the loss."""
+
+    guide: ArrayLike = 0.0
+    taught: ArrayLike = 0.0
+
+    @classmethod
+    def at(cls, config: TrainConfig, count: int) -> "Weights":
+        """Those of the step that follows `count` steps."""
+        fallen = 0.5 - 0.5 * np.cos(np.pi * count / max(1, config.steps - 1))
+        scale = 1.0 - (1.0 - config.anneal) * fallen
+        return cls(np.float32(config.guide_weight * scale), np.float32(config.teach_weight * scale))
+
+
+class Share(NamedTuple):
+    """One over the number of tokens, spans and taught positions in a whole step."""
+
+    text: ArrayLike
+    guide: ArrayLike
+    taught: ArrayLike
 
 
 def decayed(params: Params) -> dict[str, bool]:
@@ -144,15 +168,15 @@ def guide_error(trained: Params, frozen_mean: Array, frozen_scale: Array, states
 
 
 def _losses(
-    objective: Objective, trained: Params, frozen: Frozen, batch: Batch, share: tuple[Array, Array]
-) -> tuple[Array, tuple[Array, Array]]:
-    """Sums over a batch of text and guide losses, times `share`, their inverse numbers in the whole step."""
+    objective: Objective, trained: Params, frozen: Frozen, batch: Batch, share: Share, weights: Weights
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """What is minimised and its parts over a batch: sums times `share`."""
     spec, config, mesh = objective.spec, objective.config, objective.mesh
     maps = {path: value for path, value in frozen.items() if path.startswith(GUIDE)}
     held = {path: value for path, value in frozen.items() if path not in maps}
     own = {path: value for path, value in trained.items() if not path.startswith(GUIDE)}
     model = bind(spec, objective.mode.params(own, held))
-    guide = batch.guide
+    guide, teaching = batch.guide, batch.teaching
 
     def pick(states_bte: Array) -> Array:
         return jnp.take_along_axis(states_bte, guide.position_br[..., None], axis=1)
@@ -161,48 +185,59 @@ def _losses(
     hidden, captured = model.hidden(
         batch.ids_bt, jnp.dtype(config.dtype), sites, pick, mesh=mesh, remat=config.remat, unroll=config.unroll
     )
-    text = summed_nll(spec, model.unembedding, hidden, batch.targets_bt, batch.mask_bt) * share[0]
+    if teaching is not None:
+        scale = weights.taught * share.taught
+        teaching = Teaching(teaching.ids_btk, teaching.weight_btk, teaching.mask_bt * scale)
+    total, text, taught = summed_losses(
+        spec, model.unembedding, hidden, batch.targets_bt, batch.mask_bt * share.text, teaching
+    )
+    taught = taught / jnp.maximum(weights.taught, 1e-30)
     if guide is None:
-        return text, (text, jnp.zeros(()))
-    error = guide_error(trained, maps[f"{GUIDE}mean"], maps[f"{GUIDE}scale"], captured["resid"], guide) * share[1]
-    return text + config.guide_weight * error, (text, error)
+        return total, (text, jnp.zeros(()), taught)
+    error = guide_error(trained, maps[f"{GUIDE}mean"], maps[f"{GUIDE}scale"], captured["resid"], guide) * share.guide
+    return total + weights.guide * error, (text, error, taught)
 
 
 _gradients = jax.value_and_grad(_losses, argnums=1, has_aux=True)
 
 
-def _share(batch: Batch) -> tuple[Array, Array]:
-    tokens = jnp.maximum(jnp.sum(batch.mask_bt), 1.0)
-    spans = 1.0 if batch.guide is None else jnp.maximum(jnp.sum(batch.guide.mask_br), 1.0)
-    return 1 / tokens, jnp.float32(1 / spans)
+def _share(batches: Sequence[Batch]) -> Share:
+    """One over the numbers of a step of `batches`; computed where the batches are."""
+    tokens = sum(jnp.sum(batch.mask_bt) for batch in batches)
+    spans = sum(0.0 if batch.guide is None else jnp.sum(batch.guide.mask_br) for batch in batches)
+    taught = sum(0.0 if batch.teaching is None else jnp.sum(batch.teaching.mask_bt) for batch in batches)
+    return Share(*(1 / jnp.maximum(jnp.float32(count), 1.0) for count in (tokens, spans, taught)))
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
 def next_token_loss(spec: DecoderSpec, params: Params, batch: Batch) -> Array:
     """Mean cross entropy, in nats, of the tokens that count."""
     objective = Objective(spec, TrainConfig(steps=1, warmup=0))
-    return _losses(objective, params, {}, batch._replace(guide=None), _share(batch))[0]
+    plain = batch._replace(guide=None, teaching=None)
+    return _losses(objective, params, {}, plain, _share([plain]), Weights())[0]
 
 
 def _update(
-    objective: Objective, state: State, rate: Array, gradient: dict[str, Array], text: Array, guide: Array
+    objective: Objective, state: State, rate: Array, gradient: dict[str, Array], parts: tuple[Array, Array, Array]
 ) -> tuple[State, Losses]:
     norm = optax.tree.norm(gradient)
     updates, moved = optimizer(objective.config).update(gradient, state.optimizer, state.trained)
-    healthy = state.healthy & jnp.isfinite(text + guide) & jnp.isfinite(norm)
+    healthy = state.healthy & jnp.isfinite(sum(parts)) & jnp.isfinite(norm)
 
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(healthy, new, old)
 
     trained = jax.tree.map(lambda x, update: keep(x - rate * update, x), state.trained, updates)
-    return State(trained, jax.tree.map(keep, moved, state.optimizer), healthy), Losses(text, guide, norm)
+    return State(trained, jax.tree.map(keep, moved, state.optimizer), healthy), Losses(*parts, norm)
 
 
 @functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("state",))
-def train_step(objective: Objective, state: State, frozen: Frozen, batch: Batch, rate: Array) -> tuple[State, Losses]:
+def train_step(
+    objective: Objective, state: State, frozen: Frozen, batch: Batch, rate: Array, weights: Weights
+) -> tuple[State, Losses]:
     """One update from one batch; returns the new state and the losses before the update. Donates the old state."""
-    (_, (text, guide)), gradient = _gradients(objective, state.trained, frozen, batch, _share(batch))
-    return _update(objective, state, rate, gradient, text, guide)
+    (_, parts), gradient = _gradients(objective, state.trained, frozen, batch, _share([batch]), weights)
+    return _update(objective, state, rate, gradient, parts)
 
 
 @functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("total",))
@@ -211,34 +246,44 @@ def add_gradient(
     trained: Params,
     frozen: Frozen,
     batch: Batch,
-    share: tuple[Array, Array],
-    total: tuple[dict[str, Array], Array, Array],
-) -> tuple[dict[str, Array], Array, Array]:
+    share: Share,
+    weights: Weights,
+    total: tuple[dict[str, Array], tuple[Array, Array, Array]],
+) -> tuple[dict[str, Array], tuple[Array, Array, Array]]:
     """Adds one batch's gradient and losses to those of a step of several; `share` are the step's inverse numbers."""
-    (_, losses), gradient = _gradients(objective, trained, frozen, batch, share)
-    return jax.tree.map(jnp.add, total, (gradient, *losses))
+    (_, parts), gradient = _gradients(objective, trained, frozen, batch, share, weights)
+    return jax.tree.map(jnp.add, total, (gradient, parts))
 
 
 @functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("state",))
 def apply_gradient(
-    objective: Objective, state: State, rate: Array, total: tuple[dict[str, Array], Array, Array]
+    objective: Objective, state: State, rate: Array, total: tuple[dict[str, Array], tuple[Array, Array, Array]]
 ) -> tuple[State, Losses]:
     """One update from an accumulated gradient."""
     return _update(objective, state, rate, *total)
 
 
-def step(objective: Objective, state: State, frozen: Frozen, batches: list[Batch], rate: float) -> tuple[State, Losses]:
-    """One update from `batches` with a learning rate: the mean is over all of their tokens, as if they were one."""
+def step(
+    objective: Objective,
+    state: State,
+    frozen: Frozen,
+    batches: list[Batch],
+    rate: float,
+    weights: Weights | None = None,
+) -> tuple[State, Losses]:
+    """One update from `batches` with a learning rate: the mean is over all of their tokens, as if they were one.
+
+    `weights` are those of guidance and teacher at this step; unless given, what the configuration begins with.
+    """
+    weights = Weights.at(objective.config, 0) if weights is None else weights
     objective = objective.compiled()
     if len(batches) == 1:
-        return train_step(objective, state, frozen, batches[0], np.float32(rate))
-    tokens = max(1.0, sum(float(batch.mask_bt.sum()) for batch in batches))
-    spans = max(1.0, sum(0.0 if batch.guide is None else float(batch.guide.mask_br.sum()) for batch in batches))
-    share = (jnp.float32(1 / tokens), jnp.float32(1 / spans))
+        return train_step(objective, state, frozen, batches[0], np.float32(rate), weights)
+    share = _share(batches)
     zero = jnp.zeros((), jnp.float32)
-    total = (jax.tree.map(jnp.zeros_like, state.trained), zero, zero.copy())
+    total = (jax.tree.map(jnp.zeros_like, state.trained), (zero, zero.copy(), zero.copy()))
     for batch in batches:
-        total = add_gradient(objective, state.trained, frozen, batch, share, total)
+        total = add_gradient(objective, state.trained, frozen, batch, share, weights, total)
     return apply_gradient(objective, state, np.float32(rate), total)
 
 

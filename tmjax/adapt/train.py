@@ -12,7 +12,7 @@ import numpy as np
 
 from tmjax.adapt.data import Batch, Batches
 from tmjax.adapt.modes import Frozen, Mode, Plain
-from tmjax.adapt.step import Losses, Objective, State, TrainConfig, fold, learning_rate, start, step
+from tmjax.adapt.step import Losses, Objective, State, TrainConfig, Weights, fold, learning_rate, start, step
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.hosts import to_host
@@ -32,6 +32,7 @@ class Facts(NamedTuple):
     loss: float
     text: float
     guide: float
+    taught: float
     norm: float
     lr: float
     tokens: int
@@ -131,9 +132,8 @@ class Trainer:
             if len(group) < config.accumulate:
                 raise InputError(f"the training data ended after {done} of {config.steps} steps")
             tokens = sum(int(np.count_nonzero(batch.mask_bt)) for batch in group)
-            state, losses = step(
-                self.objective, state, frozen, [self._place(batch) for batch in group], facts.rates[done]
-            )
+            placed = [self._place(batch) for batch in group]
+            state, losses = step(self.objective, state, frozen, placed, facts.rates[done], Weights.at(config, done))
             done += 1
             measured = None
             if self.validate is not None and (done % self.validate_every == 0 or done == config.steps):
@@ -173,7 +173,10 @@ class Trainer:
             rest = (self.layout.place_batch(np.asarray(x)) for x in (guide.position_br, guide.mask_br))
             guide = type(guide)(*rest, jnp.moveaxis(source, 0, 1))
         parts = (batch.ids_bt, batch.targets_bt, batch.mask_bt)
-        return Batch(*(self.layout.place_batch(np.asarray(part)) for part in parts), guide)
+        teaching = batch.teaching
+        if teaching is not None:
+            teaching = type(teaching)(*(self.layout.place_batch(np.asarray(part)) for part in teaching))
+        return Batch(*(self.layout.place_batch(np.asarray(part)) for part in parts), guide, teaching)
 
     def _require_healthy(
         self, state: State, facts: "_Reporter", losses: Losses, done: int, selection: Selection
@@ -185,7 +188,7 @@ class Trainer:
         if last is not None:
             done, loss, norm = facts.all[last].step, facts.all[last].loss, facts.all[last].norm
         else:
-            loss, norm = float(losses.total(self.objective.config)), float(losses.norm)
+            loss, norm = _total(self.objective.config, done, losses), float(losses.norm)
         kept = ""
         if self.keeper:
             good = state._replace(healthy=jnp.ones_like(state.healthy))
@@ -194,6 +197,12 @@ class Trainer:
             kept = f"; the state after step {done - 1} is kept"
         what = f"the loss became {loss}" if not np.isfinite(loss) else f"the gradient's norm became {norm}"
         raise NonFiniteError(f"{what} at step {done}{kept}; lower the learning rate")
+
+
+def _total(config: TrainConfig, count: int, losses: Losses) -> float:
+    """What step `count` minimised."""
+    weights = Weights.at(config, count - 1)
+    return float(losses.text + weights.guide * losses.guide + weights.taught * losses.taught)
 
 
 class _Reporter:
@@ -218,14 +227,13 @@ class _Reporter:
             return False
         count, losses, tokens, measured = self._waiting
         self._waiting = None
-        text, guide, norm = (float(x) for x in losses)
-        loss = text + self.config.guide_weight * guide
         seconds = time.perf_counter() - self._begin
-        fact = Facts(count, loss, text, guide, norm, float(self.rates[count - 1]), tokens, seconds, measured)
+        loss = _total(self.config, count, losses)
+        fact = Facts(count, loss, *(float(x) for x in losses), float(self.rates[count - 1]), tokens, seconds, measured)
         self.all.append(fact)
         if self.progress is not None:
             self.progress(fact)
-        return not np.isfinite([loss, norm]).all()
+        return not np.isfinite([loss, fact.norm]).all()
 
 
 def train(

@@ -1,6 +1,8 @@
 """The stages of an adaptation, each with its input hash: features, training of every arm, evaluation, report."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,37 +10,41 @@ import jax
 import numpy as np
 
 import tmjax
-from tmjax.activations import store as activation_store
-from tmjax.activations.capture import capture
 from tmjax.adapt.checkpoints import Checkpoints
 from tmjax.adapt.data import Batches
-from tmjax.adapt.guidance import SITE, SourceFeatures, by_depth, by_plan, last_tokens, start_maps
-from tmjax.adapt.modes import Lora, shardings_of
+from tmjax.adapt.modes import Lora
 from tmjax.adapt.peft import write_adapter
-from tmjax.adapt.recipe import AdaptRecipe
+from tmjax.adapt.recipe import AdaptRecipe, TrainingOptions, build_adapt_recipe
 from tmjax.adapt.step import Objective
 from tmjax.adapt.train import Facts, Trainer, TrainResult
 from tmjax.convert import hf
-from tmjax.evaluate.controls import derangement
+from tmjax.convert.model import Model
 from tmjax.hub.atomic import atomic_directory, remove
 from tmjax.hub.rundir import RunDirectory, digest, read_manifest
-from tmjax.models.decoder import init_params
+from tmjax.pipeline.adapt_arms import ADAPTED, Arm, arms_of
 from tmjax.pipeline.adapt_inputs import AdaptInputs
-from tmjax.pipeline.adapt_start import PLACEBOS, Show, Starts
+from tmjax.pipeline.adapt_material import Material
+from tmjax.pipeline.adapt_start import Show, Starts
 from tmjax.pipeline.alignment import Warn, refuse_nested
 from tmjax.pipeline.merge import evaluation_facts
 from tmjax.pipeline.training_log import StepLog
 from tmjax.recipe import dump_recipe
 from tmjax.report.training import adapted_card, write_training_report
-from tmjax.typing import Array
 
-ADAPTED = "adapted"
-SFT = "control:sft"
 _INPUTS = ("source", "target", "texts", "valid", "test")
 
 
+def schedule_name(training: TrainingOptions, steps: int, lr: float) -> str:
+    """The folder of one schedule: `lr-X`, with the number of steps where the recipe has several."""
+    return f"lr-{lr:g}" + (f"-steps-{steps}" if len(training.steps) > 1 else "")
+
+
 class Adapt:
-    """One run of an adaptation; every stage resumes, training from its newest checkpoint."""
+    """One run of an adaptation; every stage resumes, training from its newest checkpoint.
+
+    `arms` and the (steps, learning rate) pairs that each tries are those of the recipe, unless others are given: a
+    study has more arms than one run.
+    """
 
     def __init__(
         self,
@@ -47,6 +53,8 @@ class Adapt:
         overwrite: bool = False,
         show: Show = lambda stage, done, total, note: None,
         warn: Warn = lambda message: None,
+        arms: Mapping[str, Arm] | None = None,
+        schedules: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     ) -> None:
         self.recipe, self.inputs = recipe, AdaptInputs(recipe)
         self.show, self.warn = show, warn
@@ -72,78 +80,32 @@ class Adapt:
             "update": {},
             "alignment": {},
             "training": {},
+            "written": {},
+            "taught": {},
         }
         here = {"mesh": layout.sizes, "devices": layout.devices, "platform": jax.devices()[0].platform}
         self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite, here=here)
         self._key = key
-
-    # Guidance.
-
-    def _features(self, which: str) -> activation_store.Activations:
-        """Stored features of `target`, `source` or `random_source` at the spans of the training texts."""
-        inputs, recipe = self.inputs, self.recipe
-        start = recipe.start if which == "target" else None
-
-        def work(partial: Path) -> None:
-            rows, (of_target, of_source) = inputs.rows
-            model = inputs.target if which == "target" else inputs.source
-            params = model.params
-            if which == "random_source":
-                places = shardings_of(inputs.layout, model.rows, model.spec)
-                params = init_params(model.spec, jax.random.key(recipe.seed), places)
-            elif which == "target":
-                params = self.starts.of(ADAPTED, "sft", recipe.start)[1]
-            documents = last_tokens(of_target if which == "target" else of_source)
-            capture(
-                model.spec,
-                params,
-                rows,
-                documents,
-                partial,
-                sites=(SITE,),
-                dtype=inputs.dtype,
-                layout=inputs.layout,
-                progress=lambda done, total: self.show(f"features:{which}", done, total, ""),
-            )
-
-        return activation_store.read(
-            self.run.stage(f"features:{which}", [self._key, which, start], f"features/{which}", work)
-        )
-
-    def _guidance(self, arm: str) -> tuple[SourceFeatures, dict[str, Array], dict[str, Array], list[float]]:
-        """The source's features for batches, initial maps, frozen statistics, variance explained by the maps."""
-        inputs = self.inputs
-        held = self._features("random_source" if arm == "control:random_source" else "source")
-        layers = by_depth(inputs.target.spec.layers, held.layers)
-        if self.recipe.guidance.layers == "plan":
-            layers = by_plan(list(inputs.alignment.layer_plans.values()))
-        order = derangement(len(held.rows), self.recipe.seed) if arm == "control:shuffled_rows" else None
-        source = SourceFeatures.of(held, inputs.rows[1][0], layers, order)
-        return source, *start_maps(self._features("target"), source, penalty=self.recipe.guidance.penalty)
+        self.arms = dict(arms or arms_of(recipe))
+        self.schedules = schedules or dict.fromkeys(self.arms, recipe.training.schedules)
+        self.material = Material(self.run, key, self.inputs, self.starts, show)
 
     # Training.
 
-    def _arms(self) -> dict[str, tuple[str, str]]:
-        """Mode and start of every arm."""
-        mode, start = self.recipe.mode, self.recipe.start
-        arms = {ADAPTED: (mode, start)}
-        if self.recipe.controls:
-            if (mode, start) != ("sft", "target"):
-                arms[SFT] = ("sft", "target")
-            if mode in ("guided", "residual-frozen"):
-                arms |= dict.fromkeys(PLACEBOS, (mode, start))
-        return arms
-
-    def _train(self, arm: str, mode: str, start: str, lr: float) -> tuple[TrainResult, Objective, dict[str, Any]]:
+    def _train(self, name: str, arm: Arm, steps: int, lr: float) -> tuple[TrainResult, Objective, dict[str, Any]]:
         recipe, inputs, training = self.recipe, self.inputs, self.recipe.training
-        kind, trained, frozen = self.starts.of(arm, "sft" if mode == "guided" else mode, start)
-        guidance, facts = None, {}
-        if mode == "guided":
-            guidance, maps, statistics, explained = self._guidance(arm)
+        kind, trained, frozen = self.starts.of(name, arm.mode, arm.start)
+        guidance, lessons, facts = None, None, {}
+        if "guidance" in arm.terms:
+            guidance, maps, statistics, explained = self.material.guidance(arm)
             frozen = frozen | statistics
             facts = {"source_layers": guidance.layers, "explained_at_start": explained}
             trained = trained | maps
-        documents, counts = inputs.texts.documents(inputs.tokenizer)
+        if "distillation" in arm.terms:
+            lessons = self.material.taught(arm)
+            facts["taught_positions"] = len(lessons.document)
+        documents, counts = self.material.texts(arm.writer).documents(inputs.tokenizer)
+        facts["texts"] = len(documents)
         data = Batches(
             documents,
             tokens=training.tokens_per_step,
@@ -152,19 +114,27 @@ class Adapt:
             max_tokens=recipe.max_tokens,
             counts=counts,
             guidance=guidance,
+            lessons=lessons,
             multiple=inputs.layout.batch_multiple,
         )
-        config = training.config(lr, recipe.dtype, recipe.guidance.weight if mode == "guided" else 0.0)
+        config = training.config(
+            steps,
+            lr,
+            recipe.dtype,
+            guide_weight=0.0 if guidance is None else recipe.guidance.weight,
+            teach_weight=0.0 if lessons is None else recipe.distillation.weight,
+        )
         objective = Objective(inputs.target.spec, config, kind, inputs.layout.mesh)
-        folder = self.run.path / "training" / arm / f"lr-{lr:g}"
-        keeper = Checkpoints(folder / "checkpoints", [self._key, arm, lr], keep=training.keep)
+        what = schedule_name(training, steps, lr)
+        folder = self.run.path / "training" / name / what
+        keeper = Checkpoints(folder / "checkpoints", [self._key, name, steps, lr], keep=training.keep)
         log = StepLog(folder / "log.csv")
 
         def progress(fact: Facts) -> None:
             log.add(fact)
             note = f"loss {fact.loss:.3f}, {fact.tokens / fact.seconds:,.0f} tokens/s"
             note += "" if log.valid is None else f", validation {log.valid:.4f} bits/byte"
-            self.show(f"{arm} lr {lr:g}", fact.step, config.steps, note)
+            self.show(f"{name} {what}", fact.step, config.steps, note)
 
         score = None if inputs.valid is None else (lambda params: inputs.valid_scorer(params).bits_per_byte)
         trainer = Trainer(
@@ -185,6 +155,8 @@ class Adapt:
         chosen = result.selection
         facts |= {
             "lr": lr,
+            "folder": what,
+            "planned_steps": steps,
             "steps": result.steps,
             "stopped_early": result.stopped_early,
             "best_step": result.steps if chosen is None else chosen.step,
@@ -194,33 +166,36 @@ class Adapt:
         }
         return result, objective, facts
 
-    def train(self, arm: str) -> Path:
-        """The checkpoint of one arm: trained with every learning rate, the best on validation text folded and kept."""
-        mode, start = self._arms()[arm]
+    def train(self, name: str) -> Path:
+        """The checkpoint of one arm: trained with every schedule, the best on validation text folded and kept."""
+        arm = self.arms[name]
 
         def work(partial: Path) -> dict[Any, Any]:
             tried, best = [], None
-            for lr in self.recipe.training.lr:
-                result, objective, facts = self._train(arm, mode, start, lr)
+            for steps, lr in self.schedules[name]:
+                result, objective, facts = self._train(name, arm, steps, lr)
                 tried.append(facts)
                 if best is None or facts["valid_bits_per_byte"] < best[2]["valid_bits_per_byte"]:
                     best = (result, objective, facts)
             result, objective, facts = best
             target = self.inputs.target
             hf.write(target.with_params(result.params), partial, max_shard_size=self.recipe.export.max_shard_size)
-            if isinstance(objective.mode, Lora) and arm == ADAPTED:
+            if isinstance(objective.mode, Lora) and name == ADAPTED:
                 with atomic_directory(self.run.path / "adapter", overwrite=True) as adapter:
                     base = self.inputs.names["target"]
                     write_adapter(objective.mode, target.spec, target.rows, result.trained, adapter, base=base)
-            told = {("training", arm): facts | {"mode": mode, "init": start, "tried": tried}}
-            if self.recipe.merges and arm == ADAPTED:
+            what = {"mode": arm.mode, "terms": sorted(arm.terms), "writer": arm.writer, "init": arm.start}
+            told = {("training", name): facts | what | {"tried": tried}}
+            if self.recipe.merges and name == ADAPTED:
                 merge = read_manifest(self.inputs.run) if self.inputs.run else self.starts.merge().run.manifest
                 told |= {name: merge[name] for name in ("update", "alignment")}
             return told
 
-        output = "merged" if arm == ADAPTED else f"controls/{arm}"
-        path = self.run.stage(f"train:{arm}", [self._key, arm, mode, start], output, work)
-        for checkpoints in (self.run.path / "training" / arm).glob("lr-*/checkpoints"):
+        output = "merged" if name == ADAPTED else f"controls/{name}"
+        path = self.run.stage(
+            f"train:{name}", [self._key, name, str(asdict(arm) | {"terms": sorted(arm.terms)})], output, work
+        )
+        for checkpoints in (self.run.path / "training" / name).glob("*/checkpoints"):
             remove(checkpoints)  # needed until the result is there
         return path
 
@@ -249,7 +224,7 @@ class Adapt:
 
     def all(self) -> dict[str, Any]:
         """Every stage of the recipe; returns the manifest."""
-        checkpoints = {arm: self.train(arm) for arm in self._arms()}
+        checkpoints = {name: self.train(name) for name in self.arms}
         self.evaluate(checkpoints)
 
         def card(partial: Path) -> None:
@@ -262,3 +237,15 @@ class Adapt:
         self.run.stage("card", facts, "merged/README.md", card)
         self.run.stage("report", facts, "report.html", report)
         return self.run.manifest
+
+
+def adapt(*, overwrite: bool = False, **recipe: Any) -> tuple[Model, dict[str, Any]]:
+    """`tmjax adapt` in Python: the adapted model and the run's manifest.
+
+    `recipe` are the keys of its recipe: at least `target`, `texts` and `out`, mostly `source`, `valid` and `mode`;
+    paths as on the command line. What is in `out` already is not done again. Raises InputError naming wrong keys.
+    """
+    told = build_adapt_recipe({name: str(x) if isinstance(x, Path) else x for name, x in recipe.items()})
+    run = Adapt(told, overwrite=overwrite, warn=lambda message: warnings.warn(message, stacklevel=2))
+    manifest = run.all()
+    return run.inputs.load(run.run.path / "merged"), manifest

@@ -103,11 +103,10 @@ class AdaptInputs:
         """The texts on which the result is measured, once."""
         return read_texts(self.recipe.test) if self.recipe.test else None
 
-    @functools.cached_property
-    def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
-        """Spans that both models read of the training texts; documents of the target, then of the source."""
+    def rows_of(self, texts: Texts) -> tuple[Rows, list[list[TokenisedDocument]]]:
+        """Spans of texts that both models read; documents of the target, then of the source."""
         tokenizers = [self.tokenizer, load_tokenizer(self.source.directory)]
-        return pair_rows(self.texts.texts, tokenizers, pooling="span", max_tokens=self.recipe.max_tokens)
+        return pair_rows(texts, tokenizers, pooling="span", max_tokens=self.recipe.max_tokens)
 
     @functools.cached_property
     def alignment(self) -> Alignment:
@@ -145,17 +144,18 @@ class AdaptInputs:
         """Loads everything, so that whatever is wrong is said before anything is written; warns of leaks."""
         recipe = self.recipe
         training = recipe.training
-        if recipe.mode in WITH_SOURCE and not self.names["source"]:
+        if (recipe.terms or recipe.mode in WITH_SOURCE) and not self.names["source"]:
             raise InputError(f"mode {recipe.mode} takes a source: give --source")
         if recipe.merges and self.run is None and not self.names["source"]:
             raise InputError("init merged takes a source to merge: give --source, or a run of tmjax merge as --target")
-        if recipe.guidance.layers == "plan" and recipe.mode == "guided" and self.run is None:
+        if recipe.guidance.layers == "plan" and "guidance" in recipe.terms and self.run is None:
             raise InputError("guidance.layers plan takes a run of tmjax merge as --target")
-        if self.valid is None and (len(training.lr) > 1 or training.patience is not None):
-            raise InputError("learning rates and early stop are chosen on validation texts: give --valid FILE")
-        training.config(training.lr[0], recipe.dtype)
-        if recipe.mode == "guided" and self.texts.dialogues is not None:
-            raise InputError(f"{recipe.texts} holds dialogues; guided adaptation reads plain documents (a text field)")
+        if self.valid is None and (len(training.schedules) > 1 or training.patience is not None):
+            raise InputError("steps, learning rates and early stop are chosen on validation texts: give --valid FILE")
+        for steps in training.steps:
+            training.config(steps, training.lr[0], recipe.dtype)
+        if recipe.terms and self.texts.dialogues is not None:
+            raise InputError(f"{recipe.texts} holds dialogues; mode {recipe.mode} reads plain documents (a text field)")
         spec = self.target.spec
         if spec.learned_positions and recipe.max_tokens > spec.max_positions:
             raise InputError(f"max_tokens is {recipe.max_tokens}, the model learned {spec.max_positions} positions")
@@ -166,5 +166,5 @@ class AdaptInputs:
                     f"{len(found)} of {len(heldout)} {name} documents are inside the training texts {recipe.texts}; "
                     f"what is measured on them is memory: {summarise(found)}"
                 )
-        if recipe.mode == "guided":
-            _ = self.rows
+        if "guidance" in recipe.terms:
+            self.rows_of(self.texts.texts)

@@ -16,6 +16,11 @@ from tmjax.report.plots import new_figure, png_bytes
 from tmjax.report.tables import Row, evaluation_rows, gain_sentence, markdown_table, rich_table, stage_rows
 
 
+def _further(item: Mapping[str, Any]) -> list[str]:
+    """What an arm learns from beside the given texts."""
+    return [f"texts by {item['writer']}" if term == "written" else term for term in item["terms"]]
+
+
 def training_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """Header and rows: arm, what was trained, learning rate chosen, steps, best step, validation bits per byte."""
     rows = []
@@ -24,7 +29,7 @@ def training_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         rows.append(
             (
                 arm,
-                f"{item['mode']} from {item['init']}",
+                " + ".join([f"{item['mode']} from {item['init']}", *_further(item)]),
                 f"{item['lr']:g}",
                 f"{item['steps']}" + (" (stopped early)" if item["stopped_early"] else ""),
                 str(item["best_step"]),
@@ -55,11 +60,11 @@ def read_log(file: Path) -> dict[str, list[float]]:
 
 
 def plot_training(run: Path, manifest: Mapping[str, Any]) -> bytes:
-    """Text loss, validation bits per byte, guidance loss and throughput over the steps, for each arm's best rate."""
+    """Text loss, validation bits per byte, guidance loss and throughput over the steps, each arm's best schedule."""
     figure, axes = new_figure(2, 2, 4.6, 3.2)
     panels = {"text": "loss, nats per token", "valid": "validation, bits per byte", "guide": "guidance, squared error"}
     for arm, item in manifest["training"].items():
-        log = read_log(run / "training" / arm / f"lr-{item['lr']:g}" / "log.csv")
+        log = read_log(run / "training" / arm / item["folder"] / "log.csv")
         for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
             values = log[key]
             if key == "valid":

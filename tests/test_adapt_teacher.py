@@ -1,0 +1,262 @@
+"""What a source holds for the target's next token: readings by brute force, branches by whole texts, the loss."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SPEC
+
+from tmjax.adapt import loss
+from tmjax.adapt.crossing import Crossing
+from tmjax.adapt.data import Batches
+from tmjax.adapt.loss import Teaching
+from tmjax.adapt.modes import Plain
+from tmjax.adapt.step import Objective, TrainConfig, Weights, start, step
+from tmjax.adapt.teacher import Search, Taught, teach
+from tmjax.adapt.written import Writing, chosen_texts, familiar, openings, written_texts
+from tmjax.convert.model import load_model
+from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.models.decoder import bind, forward, init_params
+from tmjax.models.tree import tree_hidden, visible
+
+
+@pytest.fixture(scope="module")
+def verses(repo) -> list[str]:
+    lines = (repo / "experiments/swahili/texts/swahili.calibration.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines[:40]]
+
+
+@pytest.fixture(scope="module")
+def crossing(llama_dir, qwen2_dir) -> Crossing:
+    return Crossing(load_tokenizer(qwen2_dir), load_tokenizer(llama_dir))
+
+
+# Vocabularies.
+
+
+@pytest.mark.parametrize("held", [b"", b" wa", b" ali", b"m"])
+def test_readings_are_those_of_every_string_by_itself(crossing, held) -> None:
+    own = {piece: number for piece, number in crossing.target.strings().items() if isinstance(piece, bytes)}
+    other = {piece: number for piece, number in crossing.source.strings().items() if isinstance(piece, bytes)}
+    readings = crossing.readings(held)
+    assert len(own) > 2000 and len(other) > 4000 and readings.token.shape == (4096,)
+    for piece, number in other.items():
+        whole = held + piece
+        longest = max((token for token in own if whole.startswith(token)), key=len)
+        assert readings.token[number] == own[longest]
+        assert readings.is_open[number] == any(token.startswith(whole) and token != whole for token in own)
+    suffix = readings.token[crossing.source.suffix]
+    assert suffix == (crossing.token_of(held) if held else crossing.target.suffix)
+    assert readings.token[crossing.source.prefix] == -1
+
+
+def test_shared_positions_are_where_both_have_read_the_same_bytes(crossing, verses) -> None:
+    both = [tokenizer.encode(verses) for tokenizer in (crossing.target, crossing.source)]
+    strings = [tokenizer.strings() for tokenizer in (crossing.target, crossing.source)]
+    pieces = [{n: p for p, n in held.items() if isinstance(p, bytes)} for held in strings]
+    shares = []
+    for text, own, other in zip(verses, *both, strict=True):
+        pairs = crossing.shared_positions(own.ids, other.ids)
+        for target, source in pairs:
+            read = b"".join(pieces[0][i] for i in own.ids[:target])
+            assert read == b"".join(pieces[1][i] for i in other.ids[:source]) and text.encode().startswith(read)
+        assert pairs[0].tolist() == [0, 0] and pairs[-1].tolist() == [len(own.ids), len(other.ids)]
+        shares.append(len(pairs) / (len(own.ids) + 1))
+    assert 0.85 < np.mean(shares) < 1
+    assert len(crossing.shared_positions(both[0][0].ids, both[1][1].ids)) == 0
+
+
+def test_the_longest_token_is_nearly_always_what_the_tokenizer_takes(crossing, verses) -> None:
+    pieces = {n: p for p, n in crossing.target.strings().items() if isinstance(p, bytes)}
+    same = []
+    for encoding in crossing.target.encode(verses):
+        spelt = [pieces[i] for i in encoding.ids]
+        same += [crossing.token_of(b"".join(spelt[k:])) == token for k, token in enumerate(encoding.ids)]
+    assert np.mean(same) > 0.95
+
+
+# Branches.
+
+
+@pytest.mark.parametrize("changes", [{}, {"windows": (3, 64, 4)}, {"learned_positions": True}])
+def test_a_branch_says_what_the_text_with_it_says(changes) -> None:
+    spec = dataclasses.replace(SPEC, **changes)
+    params = init_params(spec, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, spec.vocab, (2, 9 + 5)).astype(np.int32)
+    # Two branches of two and one, after tokens 3 and 8; the last node is of no use.
+    parents = np.array([[3, 9, 8, 9, 0], [0, 9, 10, 11, 12]], np.int32)
+    position, seen = visible(parents, 9)
+    hidden = tree_hidden(spec, params, jnp.asarray(ids), jnp.asarray(position), jnp.asarray(seen), jnp.float32)
+    logits = bind(spec, params).logits(hidden)
+    first = [0, 1, 2, 3, 9]
+    paths = [(0, first), (0, [*first, 10]), (0, [*first, 12]), (0, [*range(9), 11]), (1, [0, 9, 10, 11, 12, 13])]
+    for row, path in paths:
+        node = path[-1]
+        whole = forward(spec, params, jnp.asarray(ids[row, path])[None])[0, -1]
+        np.testing.assert_allclose(logits[row, node], whole, atol=1e-4)
+        assert position[row, node] == len(path) - 1
+    np.testing.assert_allclose(logits[:, :9], forward(spec, params, jnp.asarray(ids[:, :9])), atol=1e-4)
+
+
+def test_one_step_in_the_same_vocabulary_is_the_sources_own_distribution(llama_dir, verses) -> None:
+    model, tokenizer = load_model(llama_dir), load_tokenizer(llama_dir)
+    same = Crossing(tokenizer, tokenizer)
+    encoded = [encoding.ids[:20] for encoding in tokenizer.encode(verses[:3])]
+    documents = [[tokenizer.prefix, *ids] for ids in encoded]
+    pairs = [same.shared_positions(ids, ids) for ids in encoded]
+    found = teach(model.spec, model.params, same, documents, pairs, search=Search(steps=1, keep=8), batch_tokens=64)
+    assert len(found.document) == sum(map(len, documents))
+    for number, document in enumerate(documents):
+        p = np.array(jax.nn.softmax(forward(model.spec, model.params, jnp.asarray(document)[None])[0], axis=-1))
+        p[:, tokenizer.prefix] = 0  # nothing that could be the target's next token
+        rows = found.document == number
+        np.testing.assert_allclose(found.weight[rows], np.sort(p, axis=-1)[:, ::-1][:, :8], atol=1e-5)
+        np.testing.assert_allclose(np.take_along_axis(p, found.ids[rows], axis=1), found.weight[rows], atol=1e-5)
+
+
+def test_chains_are_followed_as_by_hand(crossing, llama_dir, verses) -> None:
+    """Two positions of one verse: all tokens of every distribution, open ones followed by texts of their own."""
+    model = load_model(llama_dir)
+    search = Search(steps=3, candidates=4096, least=0.02, branches=100, keep=64)
+    own, other = (t.encode(verses[:1])[0].ids for t in (crossing.target, crossing.source))
+    pairs = crossing.shared_positions(own, other)[[2, 7]]
+    document = [crossing.source.prefix, *other]
+    found = teach(model.spec, model.params, crossing, [document], [pairs], search=search)
+
+    @functools.cache
+    def after(text: tuple[int, ...]) -> np.ndarray:
+        padded = jnp.asarray([[*text, *[0] * (48 - len(text))]])
+        return np.asarray(jax.nn.softmax(forward(model.spec, model.params, padded)[0, len(text) - 1]), np.float64)
+
+    followed = 0
+
+    def read(text: tuple[int, ...], held: bytes, mass: float, left: int, into: dict[int, float]) -> None:
+        nonlocal followed
+        readings = crossing.readings(held)
+        for token, p in enumerate(mass * after(text)):
+            if readings.is_open[token] and p >= search.least and left > 1:
+                followed += 1
+                read((*text, token), held + crossing.piece(token), p, left - 1, into)
+            elif readings.token[token] >= 0:
+                into[int(readings.token[token])] = into.get(int(readings.token[token]), 0.0) + p
+
+    for row, (_, source) in enumerate(pairs):
+        wanted: dict[int, float] = {}
+        read(tuple(document[: source + 1]), b"", 1.0, search.steps, wanted)
+        best = sorted(wanted.values(), reverse=True)[: search.keep]
+        np.testing.assert_allclose(found.weight[row], best, atol=2e-5)
+        np.testing.assert_allclose([wanted[int(i)] for i in found.ids[row]], found.weight[row], atol=2e-5)
+    assert followed >= 3
+
+
+# The loss.
+
+
+@pytest.mark.parametrize(("cap", "scale"), [(None, 1.0), (3.0, 0.5)])
+def test_divergence_and_its_gradient_are_those_of_whole_logits(cap, scale, monkeypatch) -> None:
+    monkeypatch.setattr(loss, "LOGIT_ENTRIES", 1)
+    monkeypatch.setattr(loss, "LEAST_TOKENS", 12)
+    spec = dataclasses.replace(SPEC, logit_cap=cap, logit_scale=scale)
+    rng = np.random.default_rng(0)
+    head, hidden = (rng.normal(0, 1, s).astype(np.float32) for s in ((spec.vocab, 24), (3, 10, 24)))
+    labels, weight = rng.integers(0, spec.vocab, (3, 10)), rng.random((3, 10)).astype(np.float32)
+    ids = np.stack([rng.permutation(spec.vocab)[:5] for _ in range(30)]).reshape(3, 10, 5).astype(np.int32)
+    taught = rng.dirichlet(np.ones(6), (3, 10))[..., :5].astype(np.float32)
+    taught[0, 0, 3:] = 0  # a list that is shorter
+    mask = (rng.random((3, 10)) < 0.7).astype(np.float32)
+
+    def whole(head, hidden):
+        logits = scale * hidden.reshape(-1, 24) @ head.T
+        log_p = jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap))
+        text = -jnp.sum(log_p[np.arange(30), labels.reshape(-1)] * weight.reshape(-1))
+        total = 0.0
+        for row, (i, q) in enumerate(zip(ids.reshape(30, 5), taught.reshape(30, 5), strict=True)):
+            i, q = i[q > 0], q[q > 0]
+            rest = 1 - q.sum()
+            listed = jnp.sum(q * (np.log(q) - log_p[row, i]))
+            others = rest * (np.log(rest) - jnp.log(1 - jnp.exp(log_p[row, i]).sum()))
+            total += mask.reshape(-1)[row] * (listed + others)
+        return text + total, (text, total)
+
+    def blocks(head, hidden):
+        total, *parts = loss.summed_losses(spec, head, hidden, labels, weight, Teaching(ids, taught, mask))
+        return total, parts
+
+    (value, parts), slopes = jax.jit(jax.value_and_grad(blocks, argnums=(0, 1), has_aux=True))(head, hidden)
+    (truth, true_parts), wanted = jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(head, hidden)
+    np.testing.assert_allclose([value, *parts], [truth, *true_parts], rtol=1e-5)
+    for slope, want in zip(slopes, wanted, strict=True):
+        np.testing.assert_allclose(slope, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_what_is_taught_lies_at_its_pieces_positions_and_weights_fall() -> None:
+    documents = [list(range(5, 15)), list(range(20, 24))]
+    ids, weight = np.arange(12, dtype=np.int32).reshape(6, 2), np.full((6, 2), 0.25, np.float32)
+    taught = Taught(np.array([0, 0, 0, 1, 1, 1]), np.array([0, 4, 8, 0, 1, 2]), ids, weight)
+    data = Batches(documents, tokens=64, seed=0, lengths=1, max_tokens=6, lessons=taught)
+    batch = next(iter(data))
+    for row, inputs in enumerate(batch.ids_bt):
+        for column in np.nonzero(batch.teaching.mask_bt[row])[0]:
+            document = 0 if inputs[column] < 20 else 1
+            position = inputs[column] - (5 if document == 0 else 20)
+            number = np.nonzero((taught.document == document) & (taught.position == position))[0][0]
+            assert batch.teaching.ids_btk[row, column].tolist() == ids[number].tolist()
+    assert batch.teaching.mask_bt.sum() > 0
+    config = TrainConfig(steps=5, warmup=1, guide_weight=2.0, teach_weight=4.0, anneal=0.25)
+    weights = [Weights.at(config, count) for count in range(5)]
+    assert [float(w.taught) for w in (weights[0], weights[2], weights[4])] == [4.0, 2.5, 1.0]
+    assert float(weights[4].guide) == 0.5
+
+
+def test_accumulated_lessons_are_one_batchs() -> None:
+    rng = np.random.default_rng(1)
+    documents = [rng.integers(0, SPEC.vocab, 17).tolist() for _ in range(8)]
+    rows = np.repeat(np.arange(8), 16)
+    ids = np.stack([rng.permutation(SPEC.vocab)[:4] for _ in rows]).astype(np.int32)
+    taught = Taught(
+        rows, np.tile(np.arange(16), 8), ids, rng.dirichlet(np.ones(5), len(rows))[:, :4].astype(np.float32)
+    )
+    keep = (rows % 3 > 0) | (taught.position < 5)
+    taught = Taught(*(part[keep] for part in taught))
+    config = TrainConfig(steps=4, warmup=1, lr=1e-2, teach_weight=3.0)
+
+    def first(tokens: int, count: int) -> tuple[np.ndarray, float]:
+        data = iter(Batches(documents, tokens=tokens, seed=0, lengths=1, lessons=taught))
+        batches = [next(data) for _ in range(count)]
+        objective = Objective(SPEC, config, Plain())
+        state, losses = step(objective, start(objective, dict(init_params(SPEC, jax.random.key(0)))), {}, batches, 0.01)
+        return np.asarray(state.trained["norm.weight"]), float(losses.taught)
+
+    (one, divergence), (two, same) = first(128, 1), first(64, 2)
+    assert divergence == pytest.approx(same, rel=1e-4) and divergence > 0.1
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+# Written texts.
+
+
+def test_written_texts_do_not_depend_on_batches(llama_dir, verses) -> None:
+    model, tokenizer = load_model(llama_dir), load_tokenizer(llama_dir)
+    how = Writing(texts=6, tokens=40)
+    told = [
+        written_texts(model.spec, model.params, tokenizer, verses, dataclasses.replace(how, batch=batch), seed=3)
+        for batch in (2, 6)
+    ]
+    begun = openings(verses, how, 3)
+    assert told[0] == told[1] and len(set(told[0])) == 6
+    for text, opening in zip(told[0], begun, strict=True):
+        assert text.startswith(opening.strip()) and 1 <= len(opening.split()) <= 3
+        assert any(verse.startswith(opening) for verse in verses)
+    assert openings(verses, how, 4) != begun
+
+
+def test_foreign_empty_and_repeated_texts_are_left_out() -> None:
+    kept = familiar(np.array([1.0, 5.0, 2.0, 3.0]), np.linspace(1, 2, 101), most=1.5)
+    assert kept.tolist() == [True, False, True, False]
+    texts = chosen_texts("x", ["a", "b", "", "a", "c"], np.array([True, False, True, True, True]))
+    assert texts.texts == ("a", "c") and texts.ids == ("written:0", "written:4")

@@ -1,0 +1,259 @@
+"""What a source holds for the target's next token: probabilities over another vocabulary, at every shared position.
+
+At a byte position where both tokenizers have a boundary, the probability that the text goes on with a target token is
+summed over the source's ways to write it: source tokens that settle which target token comes, and chains of up to
+`steps` of them where one alone leaves that open. Likely open beginnings are followed by forward passes over a tree
+(`models.tree`); the others count for the longest target token they hold.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tmjax.activations.batches import Batch, bucket_length, bucketed
+from tmjax.adapt.crossing import Crossing
+from tmjax.adapt.data import Piece
+from tmjax.adapt.loss import Teaching
+from tmjax.models.decoder import bind
+from tmjax.models.spec import DecoderSpec
+from tmjax.models.tree import tree_hidden, visible
+from tmjax.sharding.hosts import to_host
+from tmjax.sharding.mesh import Layout, constrain
+from tmjax.typing import Array, Params
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far a source's continuations are followed.
+
+    Of every distribution the `candidates` likeliest tokens are read; an open beginning is followed if its probability
+    is `least` or more, up to `steps` source tokens in all, and at most `branches` a position and step. `keep` target
+    tokens are kept per position.
+    """
+
+    steps: int = 3
+    candidates: int = 128
+    least: float = 0.02
+    branches: int = 4
+    keep: int = 32
+
+
+class Taught(NamedTuple):
+    """Probabilities of target tokens: `document` [N], `position` [N] (what is said there is about the next token),
+    `ids` [N, k] int32, `weight` [N, k] float32; what a row lacks to 1 belongs to other tokens."""
+
+    document: np.ndarray
+    position: np.ndarray
+    ids: np.ndarray
+    weight: np.ndarray
+
+    def teaching(self, pieces: Sequence[Piece], rows: int, tokens: int) -> Teaching:
+        """What is taught at the positions of a batch; `pieces` are its first rows."""
+        keep = self.ids.shape[1]
+        ids, weight = np.zeros((rows, tokens, keep), np.int32), np.zeros((rows, tokens, keep), np.float32)
+        mask = np.zeros((rows, tokens), np.float32)
+        for slot, piece in enumerate(pieces):
+            low, high = np.searchsorted(self.document, [piece.document, piece.document + 1])
+            place = self.position[low:high] - piece.start
+            within = (place >= 0) & (place < len(piece.ids) - 1)
+            place, number = place[within], np.arange(low, high)[within]
+            ids[slot, place], weight[slot, place], mask[slot, place] = self.ids[number], self.weight[number], 1.0
+        return Teaching(ids, weight, mask)
+
+    def save(self, path: Path) -> None:
+        """Writes the arrays to an `.npz` file."""
+        with path.open("wb") as stream:
+            np.savez(stream, **self._asdict())
+
+    @classmethod
+    def load(cls, path: Path) -> "Taught":
+        """What `save` wrote."""
+        with np.load(path, allow_pickle=False) as held:
+            return cls(**{name: held[name] for name in cls._fields})
+
+
+class _Nodes(NamedTuple):
+    """Entries of a batch's tree at which the source is asked: row and entry in it, the position asked about, bytes
+    written since, probability of these."""
+
+    row: np.ndarray
+    entry: np.ndarray
+    about: np.ndarray
+    held: list[bytes]
+    mass: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "candidates", "dtype", "mesh"))
+def _likeliest(
+    spec: DecoderSpec,
+    params: Params,
+    ids_bt: Array,
+    position_bt: Array,
+    seen_btt: Array,
+    asked_bq: Array,
+    candidates: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | None,
+) -> tuple[Array, Array]:
+    """Ids and probabilities [B, Q, candidates] of the likeliest next tokens at the entries `asked`."""
+    hidden = tree_hidden(spec, params, ids_bt, position_bt, seen_btt, dtype)
+    picked = jnp.take_along_axis(hidden, asked_bq[..., None], axis=1)
+    picked = constrain(mesh, picked, ("batch", None, None)).reshape(-1, hidden.shape[-1])
+    weight, ids = jax.lax.top_k(jax.nn.softmax(bind(spec, params).logits(picked), axis=-1), candidates)
+    shape = (*asked_bq.shape, candidates)
+    return ids.reshape(shape), weight.reshape(shape)
+
+
+class _Tree:
+    """The rows of one batch while they grow branches."""
+
+    def __init__(self, batch: Batch, documents: Sequence[Sequence[int]]) -> None:
+        self.tokens = batch.tokens
+        self.ids = np.zeros((batch.size, batch.tokens), np.int32)
+        for slot, number in enumerate(batch.documents):
+            self.ids[slot, : len(documents[number])] = documents[number]
+        self.parents = np.zeros((batch.size, 0), np.int32)
+
+    def grow(self, row: np.ndarray, parent: np.ndarray, token: np.ndarray) -> np.ndarray:
+        """Adds a node for each (row, parent entry, token); returns their entries. Rows are filled up evenly."""
+        count = np.bincount(row, minlength=len(self.ids))
+        slot = np.zeros(len(row), np.int32)
+        for number in np.nonzero(count)[0]:
+            slot[row == number] = np.arange(count[number])
+        shape = (len(self.ids), bucket_length(int(count.max())))
+        ids, parents = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        ids[row, slot], parents[row, slot] = token, parent
+        entry = self.ids.shape[1] + slot
+        self.ids, self.parents = np.concatenate([self.ids, ids], 1), np.concatenate([self.parents, parents], 1)
+        return entry
+
+
+def _asked(nodes: _Nodes, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Entries [rows, Q] that are asked, and the place of every node in them."""
+    count = np.bincount(nodes.row, minlength=rows)
+    asked = np.zeros((rows, bucket_length(int(count.max()))), np.int32)
+    order = np.argsort(nodes.row, kind="stable")
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)
+    asked[nodes.row, place] = nodes.entry
+    return asked, place
+
+
+def _read(
+    crossing: Crossing, nodes: _Nodes, ids: np.ndarray, weight: np.ndarray, search: Search, *, last: bool
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """What is settled: (position asked about, target token, probability); what is to be followed: (node, candidate)."""
+    token, is_open = np.empty(ids.shape, np.int32), np.empty(ids.shape, bool)
+    groups: dict[bytes, list[int]] = {}
+    for number, held in enumerate(nodes.held):
+        groups.setdefault(held, []).append(number)
+    for held, members in groups.items():
+        readings = crossing.readings(held)
+        token[members], is_open[members] = readings.token[ids[members]], readings.is_open[ids[members]]
+    mass = nodes.mass[:, None] * weight
+    follow = np.zeros_like(is_open)
+    if not last:
+        wanted = np.argwhere(is_open & (mass >= search.least))
+        strength = mass[tuple(wanted.T)]
+        order = np.lexsort((-strength, nodes.about[wanted[:, 0]]))
+        about = nodes.about[wanted[order, 0]]
+        rank = np.arange(len(order)) - np.searchsorted(about, about)
+        chosen = wanted[order[rank < search.branches]]
+        follow[tuple(chosen.T)] = True
+    kept = ~follow & (token >= 0)
+    about = np.broadcast_to(nodes.about[:, None], ids.shape)
+    return (about[kept], token[kept], mass[kept]), tuple(np.nonzero(follow))
+
+
+def _summed(settled: list[tuple[np.ndarray, ...]], positions: int, keep: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `keep` likeliest target tokens of every position, [positions, keep], and their probabilities."""
+    about, token, mass = (np.concatenate(column) for column in zip(*settled, strict=True))
+    span = 1 + int(token.max())
+    key, inverse = np.unique(about.astype(np.int64) * span + token, return_inverse=True)
+    total = np.bincount(inverse, mass)
+    about, token = key // span, key % span
+    order = np.lexsort((-total, about))
+    about, token, total = about[order], token[order], total[order]
+    rank = np.arange(len(order)) - np.searchsorted(about, about)
+    best = rank < keep
+    ids, weight = np.zeros((positions, keep), np.int32), np.zeros((positions, keep), np.float32)
+    ids[about[best], rank[best]], weight[about[best], rank[best]] = token[best], total[best]
+    return ids, weight
+
+
+def teach(
+    spec: DecoderSpec,
+    params: Params,
+    crossing: Crossing,
+    documents: Sequence[Sequence[int]],
+    pairs: Sequence[np.ndarray],
+    *,
+    search: Search | None = None,
+    batch_tokens: int = 2048,
+    dtype: jnp.dtype = jnp.float32,
+    layout: Layout | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Taught:
+    """The source's probabilities of target tokens at `pairs` (target, source positions) of every document.
+
+    `documents` are the source's token ids, prefix first; `spec` and `params` are the source's.
+    """
+    search, layout = search or Search(), layout or Layout()
+    first = np.concatenate([[0], np.cumsum([len(found) for found in pairs])]).astype(np.int64)
+    count = int(first[-1])
+    result = Taught(
+        np.repeat(np.arange(len(pairs), dtype=np.int32), np.diff(first)),
+        np.concatenate([found[:, 0] for found in pairs]).astype(np.int32),
+        np.zeros((count, search.keep), np.int32),
+        np.zeros((count, search.keep), np.float32),
+    )
+    done = 0
+    for batch in bucketed([len(ids) for ids in documents], batch_tokens=batch_tokens, multiple=layout.batch_multiple):
+        row = np.concatenate([np.full(len(pairs[d]), slot) for slot, d in enumerate(batch.documents)])
+        number = np.concatenate([first[d] + np.arange(len(pairs[d])) for d in batch.documents])
+        entry = np.concatenate([pairs[d][:, 1] for d in batch.documents])
+        if len(row):
+            nodes = _Nodes(row, entry, np.arange(len(row)), [b""] * len(row), np.ones(len(row)))
+            settled = _followed(spec, params, crossing, _Tree(batch, documents), nodes, search, dtype, layout)
+            result.ids[number], result.weight[number] = _summed(settled, len(row), search.keep)
+        done += len(batch.documents)
+        progress(done, len(documents))
+    return result
+
+
+def _followed(
+    spec: DecoderSpec,
+    params: Params,
+    crossing: Crossing,
+    tree: _Tree,
+    nodes: _Nodes,
+    search: Search,
+    dtype: jnp.dtype,
+    layout: Layout,
+) -> list[tuple[np.ndarray, ...]]:
+    """What a batch's positions come to, from all steps."""
+    settled = []
+    for number in range(search.steps):
+        position, seen = visible(tree.parents, tree.tokens)
+        asked, place = _asked(nodes, len(tree.ids))
+        arrays = (layout.place_batch(x) for x in (tree.ids, position, seen, asked))
+        candidates = min(search.candidates, spec.vocab)
+        found = to_host(_likeliest(spec, params, *arrays, candidates, dtype, layout.mesh))
+        ids, weight = (np.asarray(x)[nodes.row, place] for x in found)
+        new, (node, candidate) = _read(crossing, nodes, ids, weight, search, last=number == search.steps - 1)
+        settled.append(new)
+        if not len(node):
+            break
+        token = ids[node, candidate]
+        entry = tree.grow(nodes.row[node], nodes.entry[node], token)
+        held = [nodes.held[n] + crossing.piece(int(t)) for n, t in zip(node, token, strict=True)]
+        mass = nodes.mass[node] * weight[node, candidate]
+        nodes = _Nodes(nodes.row[node], entry, nodes.about[node], held, mass)
+    return settled

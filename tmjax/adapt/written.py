@@ -1,0 +1,113 @@
+"""Texts that a model writes: sampled after the first words of given texts, without what another finds foreign."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from tmjax.activations.batches import bucket_length
+from tmjax.hub.texts import Texts
+from tmjax.hub.tokenizer import TextTokenizer
+from tmjax.models.generate import write
+from tmjax.models.sample import Sampling
+from tmjax.models.spec import DecoderSpec
+from tmjax.sharding.mesh import Layout
+from tmjax.typing import Params
+
+#: Tokens after which what is still being written is gathered into fuller batches.
+STINT = 32
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How many texts, after 1 to `words` words of the given ones, of at most `tokens` new tokens each, drawn how."""
+
+    texts: int
+    words: int = 3
+    tokens: int = 192
+    temperature: float = 0.8
+    top_p: float | None = None
+    batch: int = 256
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(self.temperature, top_p=self.top_p)
+
+
+def openings(texts: Sequence[str], how: Writing, seed: int) -> list[str]:
+    """The first 1 to `how.words` words of texts drawn at random, one for every text to be written."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(len(texts), size=how.texts)
+    words = rng.integers(1, how.words + 1, size=how.texts)
+    return [" ".join(texts[i].split()[:n]) for i, n in zip(chosen, words, strict=True)]
+
+
+def written_texts(
+    spec: DecoderSpec,
+    params: Params,
+    tokenizer: TextTokenizer,
+    given: Sequence[str],
+    how: Writing,
+    *,
+    seed: int,
+    dtype: jnp.dtype = jnp.float32,
+    layout: Layout | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """`how.texts` texts, opening included, that begin as `given` do; the same for the same seed on any mesh.
+
+    A text that does not end within `how.tokens` is cut there.
+    """
+    ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(openings(given, how, seed))]
+    lengths = [len(item) for item in ids]
+    waiting, done = sorted(range(len(ids)), key=lambda n: lengths[n]), 0
+    for stint in range(0, how.tokens, STINT):
+        now = min(STINT, how.tokens - stint)
+        still = []
+        for start in range(0, len(waiting), how.batch):
+            rows = waiting[start : start + how.batch]
+            longest = bucket_length(max(len(ids[n]) for n in rows))
+            # Draws depend on a text's number and length alone, so going on from here changes none of them.
+            new = write(
+                spec,
+                params,
+                [ids[n] for n in rows],
+                now,
+                ends=[tokenizer.suffix],
+                sampling=how.sampling,
+                seed=seed,
+                numbers=rows,
+                prompt_tokens=longest,
+                rows=min(how.batch, bucket_length(len(rows))),
+                dtype=dtype,
+                layout=layout,
+            )
+            for number, added in zip(rows, new, strict=True):
+                ids[number] += added
+                if len(added) == now and stint + now < how.tokens:
+                    still.append(number)
+            done = len(ids) - len(waiting) + start + len(rows)
+            progress(done - len(still), len(ids))
+        waiting = sorted(still, key=lambda n: len(ids[n]))
+    progress(len(ids), len(ids))
+    return [tokenizer.fast.decode(item[1:], skip_special_tokens=True).strip() for item in ids]
+
+
+def familiar(bits_per_byte: np.ndarray, of_given: np.ndarray, *, most: float) -> np.ndarray:
+    """Which texts a model finds no more foreign than `most` times the highest bits per byte of the given ones' middle.
+
+    `bits_per_byte` are those of the written texts, `of_given` those of the texts they were to resemble, whose 95th
+    percentile is meant: texts in another language are far above it.
+    """
+    return bits_per_byte <= most * np.quantile(of_given, 0.95)
+
+
+def chosen_texts(name: str, texts: Sequence[str], kept: np.ndarray) -> Texts:
+    """The texts that are kept and not empty, each once, with ids `written:N`."""
+    seen: dict[str, str] = {}
+    for number, (text, keep) in enumerate(zip(texts, kept, strict=True)):
+        if keep and text:
+            seen.setdefault(text, f"written:{number}")
+    return Texts(name, tuple(seen.values()), tuple(seen))

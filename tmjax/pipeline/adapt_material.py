@@ -1,0 +1,176 @@
+"""What the arms of an adaptation learn from, each a stage of the run: written texts, features, probabilities."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tmjax.activations import store as activation_store
+from tmjax.activations.capture import capture
+from tmjax.activations.rows import Rows, TokenisedDocument
+from tmjax.adapt.crossing import Crossing
+from tmjax.adapt.guidance import SITE, SourceFeatures, by_depth, by_plan, last_tokens, read_out_metric, start_maps
+from tmjax.adapt.modes import shardings_of
+from tmjax.adapt.teacher import Taught, teach
+from tmjax.adapt.texts import TrainingTexts
+from tmjax.adapt.written import chosen_texts, familiar, written_texts
+from tmjax.convert.model import Model
+from tmjax.evaluate.controls import derangement
+from tmjax.hub.rundir import RunDirectory
+from tmjax.hub.texts import Texts, read_texts
+from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.models.decoder import init_params
+from tmjax.pipeline.adapt_arms import Arm
+from tmjax.pipeline.adapt_inputs import AdaptInputs
+from tmjax.pipeline.adapt_start import Show, Starts
+from tmjax.typing import Array, Params
+
+
+class Material:
+    """Makes and keeps what arms learn from."""
+
+    def __init__(self, run: RunDirectory, key: object, inputs: AdaptInputs, starts: Starts, show: Show) -> None:
+        self.run, self.key, self.inputs, self.starts, self.show = run, key, inputs, starts, show
+        self.recipe = inputs.recipe
+
+    def _model(self, which: str) -> tuple[Model, Params]:
+        """`target`, `source`, or `random_source`: the source's architecture with fresh random weights."""
+        inputs = self.inputs
+        model = inputs.target if which == "target" else inputs.source
+        if which != "random_source":
+            return model, model.params
+        places = shardings_of(inputs.layout, model.rows, model.spec)
+        return model, init_params(model.spec, jax.random.key(self.recipe.seed), places)
+
+    def written(self, writer: str) -> Texts:
+        """The texts that a model wrote; as many for every writer as the source has left, or as there are."""
+        inputs, how = self.inputs, self.recipe.written
+        limit = None if writer == "source" else len(self.written("source"))
+
+        def work(partial: Path) -> dict[Any, Any]:
+            model, params = self._model(writer)
+            tokenizer = load_tokenizer(model.directory)
+            given = inputs.texts.texts
+            found = written_texts(
+                model.spec,
+                params,
+                tokenizer,
+                given.texts,
+                how.writing(),
+                seed=self.recipe.seed,
+                dtype=inputs.dtype,
+                layout=inputs.layout,
+                progress=lambda done, total: self.show(f"written:{writer}", done, total, "texts"),
+            )
+            kept = np.ones(len(found), bool)
+            if writer == "source" and how.foreign is not None:
+                asked = Texts("written", tuple(map(str, range(len(found)))), tuple(text or " " for text in found))
+                bits = [inputs.scorer(inputs.target, texts)(inputs.target.params) for texts in (asked, given)]
+                each = [scores.nll / np.log(2) / scores.bytes for scores in bits]
+                kept = familiar(each[0], each[1], most=how.foreign)
+            texts = chosen_texts(f"written by {writer}", found, kept).first(limit)
+            with partial.open("w", encoding="utf-8") as stream:
+                for name, text in zip(texts.ids, texts.texts, strict=True):
+                    stream.write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
+            facts = {"asked": len(found), "foreign": int(np.sum(~kept)), "kept": len(texts)}
+            return {("written", writer): facts}
+
+        key = [self.key, writer, how.model_dump()]
+        path = self.run.stage(f"written:{writer}", key, f"written/{writer}.jsonl", work)
+        return read_texts(str(path))
+
+    @functools.cache  # noqa: B019 - lives as long as its run
+    def texts(self, writer: str | None) -> TrainingTexts:
+        """What an arm is trained on: the given texts, then the written ones."""
+        given = self.inputs.texts
+        if writer is None:
+            return given
+        more = self.written(writer)
+        own = given.texts
+        times = self.recipe.written.repeat
+        ids = [f"{name}:{turn}" for turn in range(times) for name in own.ids]
+        return TrainingTexts(Texts(own.path, (*ids, *more.ids), (*own.texts * times, *more.texts)))
+
+    @functools.cache  # noqa: B019
+    def rows(self, writer: str | None) -> tuple[Rows, list[list[TokenisedDocument]]]:
+        """Spans that both models read of an arm's texts; documents of the target, then of the source."""
+        return self.inputs.rows_of(self.texts(writer).texts)
+
+    def _features(self, which: str, writer: str | None) -> activation_store.Activations:
+        """Stored features of `target`, `source` or `random_source` at the spans of an arm's texts."""
+        inputs, recipe = self.inputs, self.recipe
+        start = recipe.start if which == "target" else None
+        name = f"{which}-on-{writer}" if writer else which
+
+        def work(partial: Path) -> None:
+            rows, (of_target, of_source) = self.rows(writer)
+            model, params = self._model(which)
+            if which == "target":
+                params = self.starts.of("adapted", "sft", recipe.start)[1]
+            capture(
+                model.spec,
+                params,
+                rows,
+                last_tokens(of_target if which == "target" else of_source),
+                partial,
+                sites=(SITE,),
+                dtype=inputs.dtype,
+                layout=inputs.layout,
+                progress=lambda done, total: self.show(f"features:{name}", done, total, ""),
+            )
+
+        key = [self.key, which, start, writer]
+        return activation_store.read(self.run.stage(f"features:{name}", key, f"features/{name}", work))
+
+    def guidance(self, arm: Arm) -> tuple[SourceFeatures, dict[str, Array], dict[str, Array], list[float]]:
+        """The source's features for batches, initial maps, frozen statistics, variance explained by the maps."""
+        inputs, options = self.inputs, self.recipe.guidance
+        held = self._features(arm.teacher, arm.writer)
+        layers = by_depth(inputs.target.spec.layers, held.layers)
+        if options.layers == "plan":
+            layers = by_plan(list(inputs.alignment.layer_plans.values()))
+        order = derangement(len(held.rows), self.recipe.seed) if arm.shuffled else None
+        metric = None
+        if options.metric == "fisher":
+            model, params = self._model(arm.teacher)
+            metric = read_out_metric(model.spec, params, held)
+        source = SourceFeatures.of(held, self.rows(arm.writer)[1][0], layers, order, metric)
+        return source, *start_maps(self._features("target", arm.writer), source, penalty=options.penalty)
+
+    def taught(self, arm: Arm) -> Taught:
+        """The teacher's probabilities at the shared positions of an arm's texts."""
+        inputs, options = self.inputs, self.recipe.distillation
+        name = f"{arm.teacher}-on-{arm.writer}" if arm.writer else arm.teacher
+
+        def work(partial: Path) -> dict[Any, Any]:
+            model, params = self._model(arm.teacher)
+            texts = self.texts(arm.writer).texts
+            own, other = inputs.tokenizer, load_tokenizer(model.directory)
+            crossing = Crossing(own, other)
+            limit = self.recipe.max_tokens - 1
+            encoded = [[e.ids[:limit] for e in tokenizer.encode(texts.texts)] for tokenizer in (own, other)]
+            found = teach(
+                model.spec,
+                params,
+                crossing,
+                [[other.prefix, *ids] for ids in encoded[1]],
+                [crossing.shared_positions(*both) for both in zip(*encoded, strict=True)],
+                search=options.search(),
+                dtype=inputs.dtype,
+                layout=inputs.layout,
+                progress=lambda done, total: self.show(f"taught:{name}", done, total, ""),
+            )
+            found.save(partial)
+            tokens = sum(len(ids) + 1 for ids in encoded[0])
+            facts = {"positions": len(found.document), "of": tokens, "mass": float(np.mean(found.weight.sum(axis=1)))}
+            return {("taught", name): facts}
+
+        key = [self.key, arm.teacher, arm.writer, options.model_dump()]
+        found = Taught.load(self.run.stage(f"taught:{name}", key, f"taught/{name}.npz", work))
+        if arm.shuffled:
+            order = derangement(len(found.document), self.recipe.seed)
+            found = found._replace(ids=found.ids[order], weight=found.weight[order])
+        return found
