@@ -208,3 +208,10 @@ def test_lengths_and_settings_that_do_not_fit_are_refused(qwen2_dir):
     with torch.no_grad():
         cut = HFLM(pretrained=str(qwen2_dir), device="cpu", dtype="float32", max_length=16).loglikelihood([short], True)
     assert model.loglikelihood([short], disable_tqdm=True)[0][0] == pytest.approx(cut[0][0], abs=1e-4)
+
+
+def test_a_folder_of_tasks_may_be_named_from_here(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    names = ["verses_swahili"]
+    (task,) = load_tasks(task_manager(names, folder.name), names, folder.name)
+    assert len(list(task.test_docs())) == 200
