@@ -16,6 +16,7 @@ from tmjax.adapt.recipe import build_adapt_recipe
 from tmjax.convert import hf
 from tmjax.convert.model import config_directory
 from tmjax.errors import InputError
+from tmjax.evaluate.tasks import load_tasks, task_manager
 from tmjax.fuse.merge import fuse
 from tmjax.hub.rundir import read_manifest
 from tmjax.hub.texts import read_texts
@@ -47,6 +48,8 @@ class Experiment:
 
     def __init__(self, recipe: PaperRecipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
+        # Their data first: a task that cannot be asked is to be known before hours of work.
+        load_tasks(task_manager(recipe.task_names, recipe.tasks_folder), recipe.task_names, recipe.tasks_folder)
         self.files = prepare(recipe, folder / "texts")
 
     def merge(self, preset: str, source: str, name: str) -> Merge:

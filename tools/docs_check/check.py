@@ -1,6 +1,7 @@
 """The two checks: what can be known without running anything, and what commands do when they are run as printed."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -133,7 +134,7 @@ class Runner:
         return self._run(command.place, ["bash", "-c", command.text], words)
 
     def _run(self, place: str, told: list[str], name: str) -> list[str]:
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), _processor()
         try:
             done = subprocess.run(
                 told, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=LIMIT, check=False
@@ -141,7 +142,8 @@ class Runner:
         except subprocess.TimeoutExpired:
             return [f"{place}: `{name}` did not end within {LIMIT} s"]
         self.printed[name] = done.stdout
-        self.say(f"{place}: {name}: {time.perf_counter() - begin:.1f} s, exit status {done.returncode}")
+        spent = f"{time.perf_counter() - begin:.1f} s ({_processor() - before:.1f} s of processor time)"
+        self.say(f"{place}: {name}: {spent}, exit status {done.returncode}")
         if done.returncode == 0:
             return []
         last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
@@ -155,6 +157,12 @@ class Runner:
         fault = compare(block.text, self.printed[note.command], note.tolerance)
         self.say(f"{block.place}: {'as' if fault is None else 'NOT as'} printed by {note.command}")
         return [] if fault is None else [f"{block.place}: not what {note.command!r} prints: {fault}"]
+
+
+def _processor() -> float:
+    """Processor time of all finished child processes: what a busy machine does not lengthen."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _ignored(folder: str, names: list[str]) -> set[str]:
