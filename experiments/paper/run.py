@@ -25,6 +25,8 @@ from tables import paper_tables, plot_curve
 from tmjax import cli
 from tmjax.hub.atomic import write_bytes, write_json, write_text
 
+#: Kinds of arms, the most telling first.
+ORDER = ("target", "source", "fused", "adapted", "curve", "control")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -52,9 +54,14 @@ def run(
         experiment = Experiment(recipe, out / recipe.name)
         arms = experiment.arms(curves=curves)
         made = time.perf_counter()
-        measured = [(arm, experiment.ask(arm)) for arm in arms]
-        table = paper_tables(recipe, measured)
-        write_text(experiment.folder / "table.md", table)
+        results = {}
+        for arm in sorted(arms, key=lambda arm: ORDER.index(arm.kind)):
+            results[arm.name] = experiment.ask(arm)
+            # What is measured so far, in the order of the arms: an interrupted run leaves a table too.
+            measured = [(item, results[item.name]) for item in arms if item.name in results]
+            table = paper_tables(recipe, measured)
+            write_text(experiment.folder / "table.md", table)
+            print(f"{recipe.name}: {len(results)} of {len(arms)} models measured", file=sys.stderr)
         write_json(experiment.folder / "results.json", {arm.name: result for arm, result in measured})
         if curves:
             write_bytes(experiment.folder / "alpha.png", plot_curve(recipe, measured))

@@ -105,8 +105,9 @@ def _curve(recipe: PaperRecipe, measured: Measured) -> str:
     for preset in recipe.presets:
         rows.append(((preset, "0", _bits(target["evaluation"])), target))
         for alpha in recipe.alphas:
-            shrunk = points[preset, alpha, True]["evaluation"]
-            rows.append(((preset, f"{alpha:g}", _bits(shrunk)), points[preset, alpha, False]))
+            whole, shrunk = (points.get((preset, alpha, empty)) for empty in (False, True))
+            if whole and shrunk:
+                rows.append(((preset, f"{alpha:g}", _bits(shrunk["evaluation"])), whole))
     return _table(recipe, ("preset", "alpha", "bits/byte without the source"), rows)
 
 
@@ -164,12 +165,10 @@ def _general(recipe: PaperRecipe, measured: Measured) -> str:
         ]
         parts.append(markdown_table(("accuracy", *recipe.general), rows) + "\n")
     if recipe.other_texts:
-        rows = []
-        for arm, _ in arms:
-            if arm.run is not None:
-                header, held = forgetting_rows(manifest_of(arm.run))
-                rows += [(f"{arm.preset}, {arm.kind}", *row) for row in held]
-        parts.append(markdown_table(("bits/byte", *header), rows) + "\n")
+        told = [(arm, forgetting_rows(manifest_of(arm.run))) for arm, _ in arms if arm.run is not None]
+        rows = [(f"{arm.preset}, {arm.kind}", *row) for arm, (_, held) in told for row in held]
+        if told:
+            parts.append(markdown_table(("bits/byte", *told[0][1][0]), rows) + "\n")
     return "\n".join(parts)
 
 
