@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROJECT := pyproject.toml
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs-check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core.stamp: $(PROJECT)
@@ -30,6 +30,10 @@ test-slow: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Runs every command of README.md, docs/ and experiments/ as printed, in a copy, and compares what they show.
+docs-check: $(VENV)/test.stamp
+	$(BIN)/python -m tools.docs_check
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -45,3 +45,27 @@ def test_other_texts_before_and_after(repo, flags, recipe_file, tmp_path, capsys
     assert manifest["forgetting"][test]["merged"] == pytest.approx(manifest["evaluation"]["merged"]["bits_per_byte"])
     assert cli.run([*command[:-1], str(tmp_path / "none.txt")]) == 2
     assert "cannot read texts" in capsys.readouterr().err
+
+
+def test_an_adaptation_says_what_it_cost_elsewhere(flags, texts, tmp_path, capsys):
+    """Plain training for a few steps; as in a merge, further texts do not train again."""
+    models = ["--target", flags[flags.index("--target") + 1], "--texts", texts["calibration"]]
+    recipe, out = tmp_path / "recipe.yaml", str(tmp_path / "run")
+    training = {"steps": 3, "warmup": 1, "tokens_per_step": 512, "row_lengths": 1, "lr": 1e-3}
+    recipe.write_text(json.dumps({"mode": "sft", "mesh": "data=1", "max_texts": 8, "training": training}))
+    command = ["adapt", str(recipe), *models, "--out", out, "--other-texts", texts["valid"]]
+    assert cli.run([*command, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["forgetting"][texts["valid"]]
+    held, after = read_texts(texts["valid"]), load_model(f"{out}/merged")
+    assert facts["target"] == pytest.approx(evaluate(load_model(models[1]), held).bits_per_byte, rel=1e-6)
+    assert facts["adapted"] == pytest.approx(evaluate(after, held).bits_per_byte, rel=1e-6)
+    assert facts["adapted"] != facts["target"] and facts["documents"] == len(held)
+    assert cli.run([*command, "--other-texts", texts["test"]]) == 0
+    assert "Bits per byte on other texts" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert set(manifest["forgetting"]) == {texts["valid"], texts["test"]}
+    assert manifest["stages"]["train:adapted"]["reused"] and not manifest["stages"]["forgetting"]["reused"]
+    for file in ("report.html", "merged/README.md"):
+        assert texts["test"] in (tmp_path / "run" / file).read_text()
+    assert cli.run([*command[:-1], str(tmp_path / "none.txt")]) == 2
+    assert "cannot read texts" in capsys.readouterr().err

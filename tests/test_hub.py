@@ -1,5 +1,6 @@
 """Checkpoints by hub id: the shared cache is honoured, offline works, and what is not there is said in one line."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -120,3 +121,14 @@ def test_peak_memory_is_this_process_s_own() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 5 < float(done.stdout) < 250
     assert peak_rss_mib() > ballast.nbytes / 2**20
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_part_of_a_split_and_another_column(tmp_path) -> None:
+    """A folder is a data set too, which needs no hub."""
+    lines = [json.dumps({"body": f"text {number}", "text": "no"}) for number in range(5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_texts(f"hf:{tmp_path}:train[1:3]:body").texts == ("text 1", "text 2")
+    assert read_texts(f"hf:{tmp_path}:train[:2]").texts == ("no", "no")
+    with pytest.raises(InputError, match=r"train\[:2\]:title has no column title; it has body, text"):
+        read_texts(f"hf:{tmp_path}:train[:2]:title")

@@ -59,10 +59,10 @@ def numbers(samples: list[dict]) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("which", "task", "batch_size"),
-    [("llama_dir", "verses", 32), ("qwen2_dir", "verses_uneven", 200)],
+    [("llama_dir", "verses_swahili", 32), ("qwen2_dir", "verses_swahili_uneven", 200)],
 )
 def test_accuracy_and_log_likelihoods_are_those_of_hf(which, task, batch_size, folder, request):
-    """`verses_uneven` in large batches is mostly padding in `hf`: few contexts are long, most have ten tokens."""
+    """The uneven task in large batches is mostly padding in `hf`: few contexts are long, most have ten tokens."""
     directory = request.getfixturevalue(which)
     ours = run_tasks(TmjaxLM(str(directory), mesh="data=1"), [task], folder=folder)
     theirs = of_hf(directory, [task], folder, batch_size)
@@ -133,19 +133,20 @@ def test_a_mesh_gives_the_same(asked, qwen2_dir):
 
 
 def test_the_command_logs_what_it_found(qwen2_dir, folder, tmp_path, capsys):
-    command = ["evaluate", str(qwen2_dir), "--tasks", "verses,verses_written", "--tasks-dir", str(folder)]
+    command = ["evaluate", str(qwen2_dir), "--tasks", "verses_swahili,verses_written", "--tasks-dir", str(folder)]
     out = tmp_path / "out"
     assert (
         cli.run([*command, "--limit", "9", "--num-fewshot", "0", "--json", "--out", str(out), "--mesh", "data=1"]) == 0
     )
     result = json.loads(capsys.readouterr().out)["tasks"][str(qwen2_dir)]
-    assert result["documents"] == {"verses": 9, "verses_written": 9}
-    assert 0 <= result["results"]["verses"]["acc"] <= 1 and result["results"]["verses"]["acc_stderr"] > 0
-    lines = [json.loads(line) for line in (out / "samples/verses.jsonl").read_text().splitlines()]
+    assert result["documents"] == {"verses_swahili": 9, "verses_written": 9}
+    scores = result["results"]["verses_swahili"]
+    assert 0 <= scores["acc"] <= 1 and scores["acc_stderr"] > 0
+    lines = [json.loads(line) for line in (out / "samples/verses_swahili.jsonl").read_text().splitlines()]
     assert [line["acc"] for line in lines] == [
         float(np.argmax([float(r[0][0]) for r in line["resps"]]) == line["doc"]["gold"]) for line in lines
     ]
-    assert np.mean([line["acc"] for line in lines]) == result["results"]["verses"]["acc"]
+    assert np.mean([line["acc"] for line in lines]) == scores["acc"]
     held = json.loads((out / "results.json").read_text())
     assert held["tasks"]["results"] == result["results"]
     assert cli.run([*command, "--out", str(out)]) == 2
@@ -155,17 +156,17 @@ def test_the_command_logs_what_it_found(qwen2_dir, folder, tmp_path, capsys):
     ("options", "told"),
     [
         ([], "give --texts FILE, --tasks NAMES or both"),
-        (["--tasks", "verses", "--tasks-dir", "nowhere"], "nowhere is not a directory"),
-        (["--tasks", "verses", "--chat-template"], "has no chat template"),
+        (["--tasks", "verses_swahili", "--tasks-dir", "nowhere"], "nowhere is not a directory"),
+        (["--tasks", "verses_swahili", "--chat-template"], "has no chat template"),
         (["--tasks", "broken"], "cannot load task broken"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(options, told, qwen2_dir, folder, tmp_path, capsys):
-    for file in folder.glob("verses.*"):
+    for file in folder.glob("verses_swahili.*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    text = (tmp_path / "verses.yaml").read_text()
+    text = (tmp_path / "verses_swahili.yaml").read_text()
     (tmp_path / "broken.yaml").write_text(
-        text.replace("task: verses", "task: broken").replace("verses.jsonl", "gone.jsonl")
+        text.replace("task: verses_swahili", "task: broken").replace("verses_swahili.jsonl", "gone.jsonl")
     )
     where = [] if "--tasks-dir" in options else ["--tasks-dir", str(tmp_path)]
     assert cli.run(["evaluate", str(qwen2_dir), *options, *where, "--mesh", "data=1"]) == 2
@@ -175,16 +176,16 @@ def test_what_cannot_be_asked_is_one_line(options, told, qwen2_dir, folder, tmp_
 
 def test_an_unknown_task_is_named_with_those_like_it(folder):
     with pytest.raises(InputError, match=r"not a task of lm-eval .*global_mmlu_xx.*perhaps .*global_mmlu"):
-        task_manager(["verses", "global_mmlu_xx"], folder)
+        task_manager(["verses_swahili", "global_mmlu_xx"], folder)
 
 
 def test_conversations_are_those_of_the_tokenizer(qwen2_dir, folder):
     model = TmjaxLM(str(qwen2_dir), mesh="data=1")
     each = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     model.tokenizer.chat_template = each + "{% if add_generation_prompt %}<assistant>{% endif %}"
-    found = run_tasks(model, ["verses"], folder=folder, limit=3, num_fewshot=0, chat_template=True)
-    contexts = [sample["arguments"][0][0] for sample in found.samples["verses"]]
-    queries = [sample["doc"]["query"] for sample in found.samples["verses"]]
+    found = run_tasks(model, ["verses_swahili"], folder=folder, limit=3, num_fewshot=0, chat_template=True)
+    contexts = [sample["arguments"][0][0] for sample in found.samples["verses_swahili"]]
+    queries = [sample["doc"]["query"] for sample in found.samples["verses_swahili"]]
     assert contexts == [f"<user>{query}\n<assistant>" for query in queries]
 
 
@@ -207,3 +208,10 @@ def test_lengths_and_settings_that_do_not_fit_are_refused(qwen2_dir):
     with torch.no_grad():
         cut = HFLM(pretrained=str(qwen2_dir), device="cpu", dtype="float32", max_length=16).loglikelihood([short], True)
     assert model.loglikelihood([short], disable_tqdm=True)[0][0] == pytest.approx(cut[0][0], abs=1e-4)
+
+
+def test_a_folder_of_tasks_may_be_named_from_here(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    names = ["verses_swahili"]
+    (task,) = load_tasks(task_manager(names, folder.name), names, folder.name)
+    assert len(list(task.test_docs())) == 200

@@ -1,5 +1,6 @@
 """Recipes of the paper: the six pass the dry run, and each kind of mistake is one clear line."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 import yaml
 
 from tmjax.cli import run as run_cli
+from tmjax.convert.model import load_model
+from tmjax.evaluate.bits import evaluate
+from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
 from tools.verse_tasks import write_choice_task
 
@@ -23,7 +27,7 @@ def modules():
     sys.path.insert(0, str(PAPER))
     yield
     sys.path.remove(str(PAPER))
-    for name in ("schema", "check", "data", "tables", "run"):
+    for name in ("schema", "check", "data", "tables", "experiment", "run"):
         sys.modules.pop(name, None)
 
 
@@ -96,27 +100,70 @@ def test_rows_become_conversations_in_the_models_format(qwen2_dir):
     assert text_of(turns, told, tokenizer) == "[user]x[assistant]y"
 
 
+def test_tables_are_in_the_papers_layout():
+    """Published rows first, a point of the curve beside its shrunk twin, a source beside its size."""
+    from experiment import Arm
+    from schema import load_recipe
+    from tables import paper_tables
+
+    recipe = load_recipe(PAPER / "malay.yaml").model_copy(update={"alphas": (0.1,), "presets": ("paper",)})
+
+    def result(score: float) -> dict:
+        scores = {task.task: {"acc": score, "acc_stderr": 0.01} for task in recipe.tasks}
+        return {"evaluation": {"bits_per_byte": 2 - score}, "tasks": {"results": scores}}
+
+    arms = [Arm("target", "target", "t"), Arm("source", "source", "s", source=recipe.source)]
+    arms += [Arm(f"c{e}", "curve", "c", "paper", recipe.source, alpha=0.1, empty=e) for e in (False, True)]
+    told = paper_tables(recipe, [(arm, result(0.4 + 0.1 * n)) for n, arm in enumerate(arms)])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("|")]
+    assert rows[2] == ["paper: target", "42.3", "38.37", "44.5", "42.61", "40.92", ""]
+    assert rows[5] == ["target", *["40.00 ± 1.00"] * 5, "1.6000"]
+    assert ["paper", "0.1", "1.3000", *["60.00 ± 1.00"] * 5, "1.4000"] in rows
+    assert ["paper: same size", "", "adapted", "47.65", "41.76", "47.97", "46.05", "46", ""] in rows
+    assert ["target", *[""] * 5] == rows[-2] and rows[-4][:2] == ["accuracy", "winogrande"]
+
+
 @pytest.mark.slow
-def test_the_runner_runs_the_bundled_pair(repo, texts, llama_dir, qwen2_dir, tmp_path, capsys):
+@pytest.mark.parametrize("language", ["swahili", "wolof"])
+def test_the_runner_runs_a_bundled_pair(language, repo, tmp_path, capsys):
+    """The recipe of the repository with few texts, one preset, one more source, one alpha; then again."""
     (tmp_path / "tasks").mkdir()
-    task = write_choice_task(tmp_path / "tasks", 24)
-    values = {
-        "name": "swahili",
-        "target": str(qwen2_dir),
-        "source": str(llama_dir),
-        "fuse_alpha": 0.1,
+    task = write_choice_task(tmp_path / "tasks", 24, language=language)
+    values = yaml.safe_load((repo / f"experiments/{language}/paper.yaml").read_text())
+    for part, count in (("calibration", 24), ("valid", 12), ("test", 20)):
+        lines = (repo / values["data"][part]).read_text().splitlines()[:count]
+        values["data"][part] = str(tmp_path / f"{part}.jsonl")
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    values |= {name: str(repo / values[name]) for name in ("target", "source")}
+    values |= {
+        "sources": [str(repo / values["sources"][0])],
         "alphas": [0.05],
         "presets": ["barycentric"],
-        "training": {"alpha": 0.1, "learning_rate": 1e-4},
-        "data": {part: texts[part] for part in ("calibration", "valid", "test")},
-        "chat_template": False,
         "tasks": [{"task": task, "label": "Verses", "target": 40.0}],
         "tasks_folder": str(tmp_path / "tasks"),
+        "general": [task],
+        "other_texts": [values["data"]["valid"]],
     }
-    (tmp_path / "swahili.yaml").write_text(yaml.safe_dump(values))
-    assert paper(str(tmp_path / "swahili.yaml"), "--out", str(tmp_path / "out")) == 0
-    table = (tmp_path / "out/swahili/table.md").read_text()
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(values))
+    command = [str(tmp_path / "small.yaml"), "--out", str(tmp_path / "out")]
+    assert paper(*command) == 0
+    folder = tmp_path / "out" / language
+    table = (folder / "table.md").read_text()
     assert table in capsys.readouterr().out
-    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
-    assert rows[:4] == ["paper: target", "target", "source", "barycentric"]
-    assert "barycentric, control:shrink" in rows and "barycentric, alpha 0.05" in rows
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    named = [row[0] for row in rows]
+    assert named[2:6] == ["paper: target", "target", "source", "barycentric, fused"]
+    assert {"target, trained (no source)", "barycentric-shrink", "barycentric-adapted-random_source"} <= set(named)
+    results = json.loads((folder / "results.json").read_text())
+    held = evaluate(load_model(values["target"]), read_texts(values["data"]["test"])).bits_per_byte
+    assert results["target"]["evaluation"]["bits_per_byte"] == pytest.approx(held, rel=1e-6)
+    point = evaluate(load_model(folder / "curve/barycentric-alpha-0.05"), read_texts(values["data"]["test"]))
+    assert ["barycentric", "0.05"] in [row[:2] for row in rows]
+    assert f"{point.bits_per_byte:.4f}" in next(row for row in rows if row[:2] == ["barycentric", "0.05"])[3:]
+    # Nothing of the source in the shrunk twin: what the curve compares with.
+    assert results["barycentric-alpha-0.05"]["evaluation"] != results["barycentric-alpha-0.05-shrink"]["evaluation"]
+    assert (folder / "alpha.png").read_bytes().startswith(b"\x89PNG")
+    made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    assert paper(*command) == 0
+    assert made == {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    assert (folder / "table.md").read_text() == table

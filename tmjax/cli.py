@@ -144,6 +144,7 @@ def adapt(
     ] = None,
     valid: Annotated[str | None, typer.Option(help="Texts on which steps and learning rate are chosen.")] = None,
     test: Test = None,
+    other_texts: Others = None,
     out: Out = None,
     mode: Annotated[
         str | None, typer.Option(help="guided, distilled, source-written, combined, residual-frozen, lora or sft.")
@@ -168,7 +169,7 @@ def adapt(
 
     values = read_recipe(recipe) if recipe else {}
     given = _given(locals(), ("source", "target", "texts", "valid", "test", "out", "mode", "init", "alpha"))
-    given |= _given(locals(), ("controls", "seed", "mesh"))
+    given |= _given(locals(), ("controls", "seed", "mesh", "other_texts"))
     missing = [name for name in ("target", "texts", "out") if name not in values | given]
     if missing:
         raise InputError(f"give {', '.join('--' + name for name in missing)} or name them in a recipe")
@@ -584,7 +585,7 @@ def _live() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callab
         yield step, warn, show
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Settings of the process: quiet libraries, compiled programs kept between runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -642,7 +643,7 @@ def run(arguments: list[str] | None = None, *, application: typer.Typer = app, n
 
 @app.callback()
 def _main() -> None:
-    _prepare()
+    prepare()
 
 
 def main() -> None:

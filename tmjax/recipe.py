@@ -275,6 +275,5 @@ def found_near(recipe: R, base: Path) -> R:
         return str(base / name) if name and not Path(name).exists() and (base / name).exists() else name
 
     found: dict[str, Any] = {key: near(getattr(recipe, key)) for key in ("source", "target", "texts", "valid", "test")}
-    if isinstance(recipe, Recipe):
-        found["other_texts"] = tuple(near(name) for name in recipe.other_texts)
+    found["other_texts"] = tuple(near(name) for name in recipe.other_texts)
     return recipe.model_copy(update=found)

@@ -1,16 +1,25 @@
-"""Local tasks made from the bundled verses: what the tests of lm-eval and its bench ask of models."""
+"""Local tasks of lm-eval made from the bundled verses: what its tests, its bench and the bundled experiments ask.
+
+python -m tools.verse_tasks runs/tasks        # verses_swahili, verses_wolof: four ends of a verse, one is right
+"""
 
 import json
+import sys
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 import yaml
 
-TEXTS = Path(__file__).resolve().parent.parent / "experiments/swahili/texts"
+from tmjax import cli
+
+TEXTS = Path(__file__).resolve().parent.parent / "experiments"
+LANGUAGES = ("swahili", "wolof")
 
 
-def _verses(name: str = "test") -> list[str]:
-    lines = (TEXTS / f"swahili.{name}.jsonl").read_text().splitlines()
+def _verses(language: str = "swahili") -> list[str]:
+    lines = (TEXTS / language / f"texts/{language}.test.jsonl").read_text().splitlines()
     return [json.loads(line)["text"] for line in lines]
 
 
@@ -27,10 +36,12 @@ def _write(folder: Path, name: str, rows: list[dict], **keys) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | keys, sort_keys=False))
 
 
-def write_choice_task(folder: Path, questions: int = 200, *, uneven: bool = False, seed: int = 0) -> str:
+def write_choice_task(
+    folder: Path, questions: int = 200, *, language: str = "swahili", uneven: bool = False, seed: int = 0
+) -> str:
     """How a verse goes on, against the ends of three others; with `uneven` some contexts hold many verses before it."""
     generator = np.random.default_rng(seed)
-    verses = _verses()
+    verses = _verses(language)
     split = [text.split() for text in verses if len(text.split()) >= 12]
     heads, tails = [" ".join(words[:8]) for words in split], [" ".join(words[8:]) for words in split]
     rows = []
@@ -46,7 +57,7 @@ def write_choice_task(folder: Path, questions: int = 200, *, uneven: bool = Fals
                 "gold": int(np.nonzero(order == 0)[0][0]),
             }
         )
-    name = "verses_uneven" if uneven else "verses"
+    name = f"verses_{language}" + ("_uneven" if uneven else "")
     metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
     _write(
         folder,
@@ -95,3 +106,22 @@ def write_generation_task(folder: Path, questions: int = 16) -> str:
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )
     return "verses_written"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def write(
+    folder: Annotated[Path, typer.Argument(help="Where tasks and their data are written.")],
+    questions: Annotated[int, typer.Option(min=1, max=400)] = 200,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Writes a multiple-choice task for each bundled language."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for language in LANGUAGES:
+        print(write_choice_task(folder, questions, language=language, seed=seed))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(application=app, name="verse_tasks"))

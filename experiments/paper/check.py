@@ -62,7 +62,7 @@ def check_columns(recipe: PaperRecipe) -> None:
 
 
 def merge_recipe(recipe: PaperRecipe, preset: str, source: str, files: Mapping[str, str], out: str) -> Recipe:
-    """The merge of a recipe under a preset, at its fixed alpha."""
+    """The merge of a recipe under a preset: at its fixed alpha if that is the paper's, else as validation chooses."""
     return build_recipe(
         {
             "source": source,
@@ -71,9 +71,12 @@ def merge_recipe(recipe: PaperRecipe, preset: str, source: str, files: Mapping[s
             "valid": files["valid"],
             "test": files["test"],
             "out": out,
+            "other_texts": list(recipe.other_texts),
             "preset": preset,
-            "alpha": recipe.fuse_alpha,
-            **({"activations": {"max_texts": recipe.span_texts}} if preset != "paper" else {}),
+            "seed": recipe.seed,
+            **(
+                {"alpha": recipe.fuse_alpha} if preset == "paper" else {"activations": {"max_texts": recipe.span_texts}}
+            ),
             # As printed, next to nothing of the source arrives; the table is to show that.
             "allow_negligible": True,
             "controls": True,

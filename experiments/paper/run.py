@@ -1,123 +1,33 @@
 """The paper's experiments: align, fuse, adapt, evaluate, controls, curves, and tables beside the published numbers.
 
     python experiments/paper/run.py --dry-run            # checks all six recipes; no network, no accelerator
-    python experiments/paper/run.py malay --out runs/malay
+    python experiments/paper/run.py malay                # into runs/paper/malay
+    python experiments/paper/run.py experiments/swahili/paper.yaml
 
-A real run needs the hub (80 GB of models and data sets) and an accelerator with the memory that `--dry-run` estimates.
-A recipe may also name local checkpoints, texts and tasks. Every stage resumes: give the same command again.
+A real run of the six needs the hub (80 GB of models and data sets) and an accelerator with the memory that `--dry-run`
+estimates. A recipe may also name local checkpoints, texts and tasks. Every stage resumes: give the same command again.
 """
 
-import json
 import sys
-from collections.abc import Iterator, Mapping
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from check import dry_run, merge_recipe
-from data import prepare
-from schema import PaperRecipe, load_recipe, recipe_file, recipe_names
-from tables import published_table
+from check import dry_run
+from experiment import Experiment
+from schema import load_recipe, recipe_file, recipe_names
+from tables import paper_tables, plot_curve
 
 from tmjax import cli
-from tmjax.errors import InputError
-from tmjax.hub.atomic import write_json, write_text
-from tmjax.pipeline import Merge
-from tmjax.pipeline.evaluation import RESULTS, TaskOptions, evaluate_models
+from tmjax.hub.atomic import write_bytes, write_json, write_text
 
+#: Kinds of arms, the most telling first.
+ORDER = ("target", "source", "fused", "adapted", "curve", "control")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class Experiment:
-    """One recipe in a folder: texts, a merge per preset and source, an adaptation of each, tasks asked of all."""
-
-    def __init__(self, recipe: PaperRecipe, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder
-        self.files = prepare(recipe, folder / "texts")
-
-    def merge(self, preset: str, source: str, name: str) -> Path:
-        """The run directory of a merge with all controls."""
-        out = self.folder / name
-        told = merge_recipe(self.recipe, preset, source, self.files, str(out))
-        Merge(told, warn=lambda message: print(f"warning: {message}", file=sys.stderr)).all()
-        return out
-
-    def adapt(self, run: Path) -> Path | None:
-        """Residual-frozen adaptation of a merge with its controls, SFT among them; None if tmjax has no such stage."""
-        if "adapt" not in {command.name or command.callback.__name__ for command in cli.app.registered_commands}:
-            return None
-        out, training = run.with_name(f"{run.name}-adapted"), self.recipe.training
-        rows = len(Path(self.files["calibration"]).read_text(encoding="utf-8").splitlines())
-        told = {
-            "target": str(run),
-            "mode": "residual-frozen",
-            **{"texts": self.files["calibration"], "valid": self.files["valid"], "test": self.files["test"]},
-            "out": str(out),
-            "alpha": training.alpha,
-            "controls": True,
-            "max_tokens": training.tokens,
-            "training": {
-                "lr": [training.learning_rate],
-                "steps": max(1, training.epochs * rows // training.batch),
-                "tokens_per_step": training.batch * training.tokens,
-            },
-        }
-        file = self.folder / f"{out.name}.yaml"
-        write_text(file, yaml.safe_dump(told, sort_keys=False))
-        if cli.run(["adapt", str(file)]) != 0:
-            raise InputError(f"the adaptation {file} failed, see above")
-        return out
-
-    def curve(self, run: Path, preset: str) -> Iterator[tuple[str, str]]:
-        """Merges from the same alignment at every alpha of the curve."""
-        for alpha in self.recipe.alphas:
-            out = self.folder / f"{run.name}-alpha-{alpha:g}"
-            told = merge_recipe(self.recipe, preset, self.recipe.source, self.files, str(out))
-            Merge(told.model_copy(update={"alpha": alpha, "controls": False})).all()
-            yield f"{preset}, alpha {alpha:g}", str(out / "merged")
-
-    def arms(self, *, curves: bool) -> dict[str, str]:
-        """Every checkpoint that is asked the tasks, by its name in the tables; what is missing is made."""
-        found = {"target": self.recipe.target, "source": self.recipe.source}
-        for preset in self.recipe.presets:
-            pairs = [("", self.recipe.source), *((f"-source-{i}", s) for i, s in enumerate(self.recipe.sources, 1))]
-            for suffix, source in pairs:
-                label = preset + (f", source {source}" if suffix else "")
-                run = self.merge(preset, source, preset + suffix)
-                found[label] = str(run / "merged")
-                if not suffix:
-                    found |= {f"{label}, {arm.name}": str(arm) for arm in sorted((run / "controls").glob("control:*"))}
-                    if curves:
-                        found |= dict(self.curve(run, preset))
-                adapted = self.adapt(run)
-                if adapted is not None:
-                    found[f"{label}, adapted"] = str(adapted / "merged")
-                    found |= {
-                        f"{label}, adapted, {arm.name}": str(arm)
-                        for arm in sorted((adapted / "controls").glob("control:*"))
-                    }
-        return found
-
-    def evaluate(self, arms: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Task results of every arm; those on disk are read."""
-        options = TaskOptions(
-            self.recipe.task_names,
-            self.recipe.tasks_folder,
-            self.recipe.num_fewshot,
-            self.recipe.limit,
-            self.recipe.chat_template,
-        )
-        found = {}
-        for label, checkpoint in arms.items():
-            place = self.folder / "results" / label.replace("/", "_").replace(", ", "-").replace(" ", "-")
-            if not (place / RESULTS).is_file():
-                evaluate_models([checkpoint], self.files["test"], tasks=options, out=place)
-            found[label] = json.loads((place / RESULTS).read_text(encoding="utf-8"))
-        return found
 
 
 @app.command()
@@ -138,13 +48,26 @@ def run(
             for preset, item in facts["memory"].items()
         )
         print(f"{recipe.name}: {len(facts['tasks'])} tasks; {sizes}", file=sys.stderr)
+    cli.prepare()
     for recipe in () if dry else told:
+        begin = time.perf_counter()
         experiment = Experiment(recipe, out / recipe.name)
-        results = experiment.evaluate(experiment.arms(curves=curves))
-        table = published_table(recipe, results)
-        write_text(experiment.folder / "table.md", table)
-        write_json(experiment.folder / "results.json", {"recipe": recipe.name, "results": results})
+        arms = experiment.arms(curves=curves)
+        made = time.perf_counter()
+        results = {}
+        for arm in sorted(arms, key=lambda arm: ORDER.index(arm.kind)):
+            results[arm.name] = experiment.ask(arm)
+            # What is measured so far, in the order of the arms: an interrupted run leaves a table too.
+            measured = [(item, results[item.name]) for item in arms if item.name in results]
+            table = paper_tables(recipe, measured)
+            write_text(experiment.folder / "table.md", table)
+            print(f"{recipe.name}: {len(results)} of {len(arms)} models measured", file=sys.stderr)
+        write_json(experiment.folder / "results.json", {arm.name: result for arm, result in measured})
+        if curves:
+            write_bytes(experiment.folder / "alpha.png", plot_curve(recipe, measured))
         print(table)
+        spent = f"{made - begin:.0f} s to make, {time.perf_counter() - made:.0f} s to measure"
+        print(f"{recipe.name}: {len(measured)} models, {spent}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,10 @@ class Training(Section):
 
 
 class Task(Section):
-    """A task of lm-eval with its metric, and the paper's accuracies (on its scale: 1 or 100)."""
+    """A task of lm-eval with its metric, and the paper's accuracies (on its scale: 1 or 100).
+
+    `small_adapted` is the paper's for a source of the target's size.
+    """
 
     task: str
     metric: str = "acc"
@@ -68,14 +71,16 @@ class Task(Section):
     target: float | None = None
     fused: float | None = None
     adapted: float | None = None
+    small_adapted: float | None = None
 
 
 class PaperRecipe(Section):
     """One experiment. `sources` are further, for example same-size, ones; `alphas` the coefficients of the curve.
 
+    The preset `paper` merges at `fuse_alpha`, `barycentric` at what validation texts choose, the curve at `alphas`.
     The preset `barycentric` pairs pieces of texts, hundreds in each, so it aligns on the first `span_texts`. Tasks that
     lm-eval does not know lie in the folder `tasks_folder`, by default `tasks` here. `general` are tasks that a merge
-    should not harm.
+    should not harm, `other_texts` files for the same purpose.
     """
 
     name: str
@@ -93,6 +98,8 @@ class PaperRecipe(Section):
     tasks_folder: Path = HERE / "tasks"
     tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
     general: tuple[str, ...] = ()
+    other_texts: tuple[str, ...] = ()
+    seed: Annotated[int, Field(ge=0)] = 0
     limit: Count | None = None
 
     @property

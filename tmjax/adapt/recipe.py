@@ -144,7 +144,8 @@ class AdaptRecipe(Section):
 
     `init` is where training begins: the target, or the merged model (default of residual-frozen). `alpha` fixes the
     coefficient of what is transported, which otherwise is the merge's. `combine` are the terms of mode combined.
-    `merge` are settings of a merge's recipe, for modes that need one and a target that is not a run.
+    `merge` are settings of a merge's recipe, for modes that need one and a target that is not a run. `other_texts` are
+    of other languages or domains: what the target and the result score on them is recorded.
     """
 
     source: str | None = None
@@ -152,6 +153,7 @@ class AdaptRecipe(Section):
     texts: str
     valid: str | None = None
     test: str | None = None
+    other_texts: tuple[str, ...] = ()
     out: str
     mode: Literal["sft", "residual-frozen", "guided", "distilled", "source-written", "combined", "lora"] = "guided"
     combine: Annotated[tuple[Term, ...], Field(min_length=1)] = TERMS["combined"]

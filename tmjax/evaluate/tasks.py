@@ -46,12 +46,14 @@ def task_manager(names: Sequence[str], folder: str | Path | None) -> "TaskManage
         if folder is not None:
             if not Path(folder).is_dir():
                 raise InputError(f"{folder} is not a directory of tasks")
-            local = _told(lambda: TaskManager(include_path=str(folder), include_defaults=False), f"tasks in {folder}")
+            # Data files are read from inside the folder, where a relative path would lead elsewhere.
+            whole = str(Path(folder).resolve())
+            local = _told(lambda: TaskManager(include_path=whole, include_defaults=False), f"tasks in {folder}")
             if not local.task_index:
                 raise InputError(f"{folder} holds no task (a .yaml file with a `task:` key)")
             if all(name in local.task_index for name in names):
                 return local
-        manager = _everything(None if folder is None else str(folder))
+        manager = _everything(None if folder is None else str(Path(folder).resolve()))
     known = manager.task_index
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -1,7 +1,11 @@
-"""Texts: `.jsonl` with a `text` field, `.txt` with one document per line, or `hf:NAME[:split[:field]]`."""
+"""Texts: `.jsonl` with a `text` field, `.txt` with one document per line, or `hf:NAME[:split[:field]]`.
+
+A split is as in `datasets`: `train`, or a part of it, `train[:500]`.
+"""
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +84,8 @@ def _json_line(name: str, number: int, line: str) -> tuple[str, str]:
 
 
 def _from_hub(name: str) -> Texts:
-    dataset, *rest = name.removeprefix("hf:").split(":")
+    # A split may be a part, train[:500], whose colon is not ours.
+    dataset, *rest = re.split(r":(?![^\[\]]*\])", name.removeprefix("hf:"))
     split, field = (*rest, *("train", "text")[len(rest) :])[:2]
     try:
         import datasets

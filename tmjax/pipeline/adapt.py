@@ -26,6 +26,7 @@ from tmjax.pipeline.adapt_inputs import AdaptInputs
 from tmjax.pipeline.adapt_material import Material
 from tmjax.pipeline.adapt_start import Show, Starts
 from tmjax.pipeline.alignment import Warn, refuse_nested
+from tmjax.pipeline.forgetting import measure_forgetting
 from tmjax.pipeline.merge import evaluation_facts
 from tmjax.pipeline.training_log import StepLog
 from tmjax.recipe import dump_recipe
@@ -62,7 +63,7 @@ class Adapt:
         path = Path(recipe.out)
         hashes = self.inputs.hashes
         refuse_nested(recipe)
-        told = recipe.model_dump(mode="json", exclude={"out", "mesh", *_INPUTS})
+        told = recipe.model_dump(mode="json", exclude={"out", "mesh", "other_texts", *_INPUTS})
         key = {"recipe": digest(told)} | hashes
         if self.inputs.run is not None:
             key["run"] = digest(read_manifest(self.inputs.run)["outputs"])
@@ -226,6 +227,17 @@ class Adapt:
         """Every stage of the recipe; returns the manifest."""
         checkpoints = {name: self.train(name) for name in self.arms}
         self.evaluate(checkpoints)
+        inputs = self.inputs
+        measure_forgetting(
+            self.run,
+            inputs.other_texts,
+            lambda texts: inputs.scorer(inputs.target, texts),
+            lambda: (inputs.target.params, inputs.load(checkpoints[ADAPTED]).params),
+            arm=ADAPTED,
+            key=[self._key, ADAPTED, *self.arms[ADAPTED]],
+            options=self.recipe.evaluation,
+            seed=self.recipe.seed,
+        )
 
         def card(partial: Path) -> None:
             partial.write_text(adapted_card(self.recipe, self.run.manifest), encoding="utf-8")
@@ -234,6 +246,7 @@ class Adapt:
             write_training_report(partial, self.run.path, self.recipe, self.run.manifest)
 
         facts = {name: self.run.manifest.get(name) for name in ("evaluation", "source_gain", "training")}
+        facts |= {"forgetting": self.run.manifest["forgetting"]} if "forgetting" in self.run.manifest else {}
         self.run.stage("card", facts, "merged/README.md", card)
         self.run.stage("report", facts, "report.html", report)
         return self.run.manifest

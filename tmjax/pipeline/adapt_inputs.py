@@ -103,6 +103,11 @@ class AdaptInputs:
         """The texts on which the result is measured, once."""
         return read_texts(self.recipe.test) if self.recipe.test else None
 
+    @functools.cached_property
+    def other_texts(self) -> dict[str, Texts]:
+        """Texts of other languages or domains, by the name that they were given by."""
+        return {name: read_texts(name) for name in self.recipe.other_texts}
+
     def rows_of(self, texts: Texts) -> tuple[Rows, list[list[TokenisedDocument]]]:
         """Spans of texts that both models read; documents of the target, then of the source."""
         tokenizers = [self.tokenizer, load_tokenizer(self.source.directory)]
@@ -166,5 +171,6 @@ class AdaptInputs:
                     f"{len(found)} of {len(heldout)} {name} documents are inside the training texts {recipe.texts}; "
                     f"what is measured on them is memory: {summarise(found)}"
                 )
+        _ = self.other_texts
         if "guidance" in recipe.terms:
             self.rows_of(self.texts.texts)

@@ -1,17 +1,18 @@
 """What a run costs elsewhere: texts of other languages or domains before and after (`--other-texts`)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tmjax.convert.model import load_model
-from tmjax.evaluate.bits import Scores
+from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.bootstrap import percentile_interval, resample
 from tmjax.hub.rundir import RunDirectory
-from tmjax.pipeline.inputs import Inputs
+from tmjax.hub.texts import Texts
+from tmjax.recipe import EvaluationOptions
 from tmjax.sharding import hosts
+from tmjax.typing import Params
 
 
 def forgetting_facts(before: Scores, after: Scores, *, arm: str, draws: int, seed: int) -> dict[str, Any]:
@@ -29,24 +30,32 @@ def forgetting_facts(before: Scores, after: Scores, *, arm: str, draws: int, see
     }
 
 
-def measure_forgetting(run: RunDirectory, inputs: Inputs, key: object, checkpoint: Path, arm: str = "merged") -> None:
+def measure_forgetting(
+    run: RunDirectory,
+    others: Mapping[str, Texts],
+    scorer: Callable[[Texts], Scorer],
+    models: Callable[[], tuple[Params, Params]],
+    *,
+    arm: str,
+    key: object,
+    options: EvaluationOptions,
+    seed: int,
+) -> None:
     """The stage `forgetting`: manifest entry by the name of each other text file, per-document scores on disk.
 
-    `key` is the input hash of the stage that made `checkpoint`, a model of the target's architecture. Does nothing
-    where the recipe names no other texts.
+    `models` loads the target's parameters and those of `arm`, a model of its architecture that `scorer` scores too;
+    `key` is the input hash of the stage that made it. Does nothing without other texts.
     """
-    others = inputs.other_texts
     if not others:
         return
-    options, seed = inputs.recipe.evaluation, inputs.recipe.seed
 
     def work(partial: Path) -> Mapping[Any, Any]:
-        params = load_model(checkpoint, placement=inputs.layout.place).params
+        target, params = models()
         found: dict[str, Any] = {}
         arrays: dict[str, np.ndarray] = {}
         for number, (name, texts) in enumerate(others.items()):
-            scorer = inputs.scorer(inputs.target, inputs.target_tokenizer, texts)
-            before, after = scorer(inputs.target.params), scorer(params)
+            score = scorer(texts)
+            before, after = score(target), score(params)
             facts = forgetting_facts(before, after, arm=arm, draws=options.draws, seed=seed)
             found[name] = facts | {"sha256": texts.sha256}
             arrays |= {f"bytes_{number}": before.bytes, f"target_{number}": before.nll, f"{arm}_{number}": after.nll}

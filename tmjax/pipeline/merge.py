@@ -139,7 +139,17 @@ class Merge(AlignmentRun):
         if self.recipe.controls:
             checkpoints |= {name: self.control(control) for name, control in CONTROLS.items()}
         self.evaluate(checkpoints)
-        measure_forgetting(self.run, self.inputs, self._fuse_key("merged"), merged)
+        inputs = self.inputs
+        measure_forgetting(
+            self.run,
+            inputs.other_texts,
+            lambda texts: inputs.scorer(inputs.target, inputs.target_tokenizer, texts),
+            lambda: (inputs.target.params, load_model(merged, placement=inputs.layout.place).params),
+            arm="merged",
+            key=self._fuse_key("merged"),
+            options=self.recipe.evaluation,
+            seed=self.recipe.seed,
+        )
         alignment = self.align()
 
         def card(partial: Path) -> None:

@@ -13,7 +13,15 @@ from tmjax.adapt.recipe import AdaptRecipe
 from tmjax.recipe import dump_recipe
 from tmjax.report.html import image, page, table
 from tmjax.report.plots import new_figure, png_bytes
-from tmjax.report.tables import Row, evaluation_rows, gain_sentence, markdown_table, rich_table, stage_rows
+from tmjax.report.tables import (
+    Row,
+    evaluation_rows,
+    forgetting_rows,
+    gain_sentence,
+    markdown_table,
+    rich_table,
+    stage_rows,
+)
 
 
 def _further(item: Mapping[str, Any]) -> list[str]:
@@ -48,6 +56,8 @@ def adapt_summary(manifest: Mapping[str, Any]) -> Group:
             gain_sentence(manifest),
             "",
         ]
+    if manifest.get("forgetting"):
+        parts += [rich_table("Bits per byte on other texts", *forgetting_rows(manifest))]
     parts += [rich_table("Training", *training_rows(manifest)), rich_table("Stages", *stage_rows(manifest))]
     return Group(*parts)
 
@@ -95,6 +105,8 @@ def write_training_report(file: Path, run: Path, recipe: AdaptRecipe, manifest: 
             table("evaluation", *evaluation_rows(manifest)),
             f'<p class="gain" id="gain">{escape(gain_sentence(manifest))}</p>',
         ]
+    if manifest.get("forgetting"):
+        sections += ["<h2>Bits per byte on other texts</h2>", table("forgetting", *forgetting_rows(manifest))]
     sections += [
         "<h2>Training</h2>",
         table("training", *training_rows(manifest)),
@@ -120,6 +132,8 @@ def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any]) -> str:
     if manifest["evaluation"]:
         parts += [f"## Held-out text\n\nBits per byte on `{recipe.test}`:", markdown_table(*evaluation_rows(manifest))]
         parts.append(gain_sentence(manifest))
+    if manifest.get("forgetting"):
+        parts += ["## Other texts", markdown_table(*forgetting_rows(manifest))]
     told = recipe.model_dump(mode="json", exclude={"out"})
     parts += ["## Training", markdown_table(*training_rows(manifest)), "## Recipe"]
     parts.append(f"```yaml\n{yaml.safe_dump(told, sort_keys=False, allow_unicode=True)}```")

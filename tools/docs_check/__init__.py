@@ -1,0 +1,1 @@
+"""Checks that the documents say what is so: their commands run as printed, what they show is what is printed."""
