@@ -167,6 +167,12 @@ class Adapt:
         }
         return result, objective, facts
 
+    def _told(self, name: str) -> list[Any]:
+        """What decides, beside the recipe, what an arm becomes."""
+        arm, own = self.arms[name], list(self.schedules[name])
+        told = str(asdict(arm) | {"terms": sorted(arm.terms)})
+        return [told] if own == self.recipe.training.schedules else [told, [list(item) for item in own]]
+
     def train(self, name: str) -> Path:
         """The checkpoint of one arm: trained with every schedule, the best on validation text folded and kept."""
         arm = self.arms[name]
@@ -193,9 +199,7 @@ class Adapt:
             return told
 
         output = "merged" if name == ADAPTED else f"controls/{name}"
-        path = self.run.stage(
-            f"train:{name}", [self._key, name, str(asdict(arm) | {"terms": sorted(arm.terms)})], output, work
-        )
+        path = self.run.stage(f"train:{name}", [self._key, name, *self._told(name)], output, work)
         for checkpoints in (self.run.path / "training" / name).glob("*/checkpoints"):
             remove(checkpoints)  # needed until the result is there
         return path
@@ -234,7 +238,7 @@ class Adapt:
             lambda texts: inputs.scorer(inputs.target, texts),
             lambda: (inputs.target.params, inputs.load(checkpoints[ADAPTED]).params),
             arm=ADAPTED,
-            key=[self._key, ADAPTED, *self.arms[ADAPTED]],
+            key=[self._key, *self._told(ADAPTED)],
             options=self.recipe.evaluation,
             seed=self.recipe.seed,
         )
