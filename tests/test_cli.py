@@ -96,6 +96,7 @@ def test_run_directory_holds_what_it_should_and_nothing_partial(whole) -> None:
         "activations/target",
         "alignment",
         "merged",
+        "samples.json",
         "report.html",
         "plots",
     ):
@@ -105,7 +106,7 @@ def test_run_directory_holds_what_it_should_and_nothing_partial(whole) -> None:
     card = (out / "merged/README.md").read_text()
     assert "llama" not in card.split("---")[1] and "self_attn.q_proj" in card and "preset: barycentric" in card
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http://" not in page and "https://" not in page
+    assert page.count("data:image/png;base64,") == 5 and "http://" not in page and "https://" not in page
     names = {path.name for path in (out / "merged").iterdir()}
     assert {
         "config.json",

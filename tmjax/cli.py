@@ -348,6 +348,22 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory of `tmjax merge` or `tmjax fuse`.")],
+    as_json: Json = False,
+) -> None:
+    """Write a merge's report.html again from its run directory: one page that needs no network."""
+    from tmjax.pipeline.report import rebuild_report
+
+    with _progress() as (_, warn):
+        page = rebuild_report(run, warn)
+    if as_json:
+        _print_json({"run": str(run), "report": str(page)})
+    else:
+        _console().print(str(page), highlight=False, soft_wrap=True)
+
+
+@app.command()
 def compare(
     results: Annotated[
         list[str],

@@ -196,7 +196,9 @@ class AlignmentRun:
             found = find()
             if hosts.is_first():
                 alignment_store.save(found, partial)
-            return {"alignment": found.certificates(), "layer_plans": found.layer_facts()}
+            models = {"target": self.inputs.target.spec, "source": self.inputs.source.spec}
+            heads = {name: {"heads": spec.heads, "kv_heads": spec.kv_heads} for name, spec in models.items()}
+            return {"alignment": found.certificates(), "layer_plans": found.layer_facts(), "attention": heads}
 
         path = self.run.stage("alignment", self._alignment_key(), "alignment", work)
         found = alignment_store.load(path)

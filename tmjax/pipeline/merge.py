@@ -20,10 +20,14 @@ from tmjax.fuse.coefficients import Fit
 from tmjax.fuse.diagnostics import require_transfer
 from tmjax.fuse.learned import BatchLoss
 from tmjax.fuse.merge import Regressed, fuse
+from tmjax.hub.atomic import write_json
+from tmjax.hub.checkpoint import read_json
 from tmjax.hub.rundir import RECIPE, read_manifest
 from tmjax.models.spec import DecoderSpec
 from tmjax.pipeline.alignment import AlignmentRun
 from tmjax.pipeline.forgetting import measure_forgetting
+from tmjax.pipeline.report import REPORT, SAMPLES
+from tmjax.pipeline.samples import sample_texts
 from tmjax.recipe import Recipe, build_recipe, read_recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
@@ -132,6 +136,19 @@ class Merge(AlignmentRun):
             "evaluate", [keys, inputs.hashes["test"], self.recipe.evaluation.model_dump()], "scores.npz", work
         )
 
+    def samples(self, merged: Path) -> Path:
+        """What target and merged model write after beginnings of the test texts."""
+        inputs = self.inputs
+        texts = inputs.test or inputs.valid or inputs.texts
+
+        def work(partial: Path) -> None:
+            models = {"target": inputs.target, "merged": load_model(merged, placement=inputs.layout.place)}
+            written = sample_texts(models, texts, self.recipe.seed, inputs.layout)
+            if hosts.is_first():
+                write_json(partial, {"samples": written})
+
+        return self.run.stage("samples", [self._fuse_key("merged"), texts.sha256], SAMPLES, work)
+
     def all(self) -> dict[str, Any]:
         """Every stage of the recipe; returns the manifest."""
         merged = self.fuse()
@@ -140,18 +157,21 @@ class Merge(AlignmentRun):
             checkpoints |= {name: self.control(control) for name, control in CONTROLS.items()}
         self.evaluate(checkpoints)
         measure_forgetting(self.run, self.inputs, self._fuse_key("merged"), merged)
+        samples = self.samples(merged)
         alignment = self.align()
 
         def card(partial: Path) -> None:
             partial.write_text(model_card(self.recipe, self.run.manifest), encoding="utf-8")
 
         def report(partial: Path) -> None:
-            write_report(partial, self.run.path, self.recipe, self.run.manifest, alignment)
+            write_report(
+                partial, self.run.path, self.recipe, self.run.manifest, alignment, read_json(samples)["samples"]
+            )
 
         facts = {name: self.run.manifest.get(name) for name in ("evaluation", "coefficients", "source_gain", "update")}
         facts |= {"forgetting": self.run.manifest["forgetting"]} if "forgetting" in self.run.manifest else {}
         self.run.stage("card", facts, f"{merged.name}/README.md", card, joint=False)
-        self.run.stage("report", facts, "report.html", report, joint=False)
+        self.run.stage("report", facts, REPORT, report, joint=False)
         return self.run.manifest
 
 
