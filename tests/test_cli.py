@@ -26,9 +26,12 @@ from tmjax.ot.solvers.sinkhorn import Sinkhorn
 from tmjax.pipeline import merge
 
 transformers.utils.logging.disable_progress_bar()
-ARMS = {"target", "source", "merged"} | {
-    f"control:{name}" for name in ("shrink", "random_source", "permuted_plan", "shuffled_rows")
-}
+OTHERS = {"self_source", "same_size_source"}
+ARMS = (
+    {"target", "source", "merged"}
+    | OTHERS
+    | {f"control:{name}" for name in ("shrink", "random_source", "permuted_plan", "shuffled_rows")}
+)
 
 
 def _run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -39,7 +42,7 @@ def _run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory, flags, recipe_file) -> tuple[Path, dict]:
+def whole(tmp_path_factory, flags, recipe_file, qwen2_dir) -> tuple[Path, dict]:
     """One run with controls in a process of its own, its standard output being one JSON object."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     command = [
@@ -52,6 +55,8 @@ def whole(tmp_path_factory, flags, recipe_file) -> tuple[Path, dict]:
         "--out",
         str(out),
         "--controls",
+        "--same-size-source",
+        str(qwen2_dir),
         "--json",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
@@ -86,6 +91,21 @@ def test_manifest_keeps_the_contract(whole) -> None:
         assert item["seconds"] >= 0 and item["peak_rss_mib"] > 0 and item["reused"] is False
     trials = {arm: len(item["trials"]) for arm, item in manifest["controls"].items()}
     assert set(trials.values()) == {len(manifest["coefficients"]["trials"])}, "every arm gets the same budget"
+
+
+def test_other_sources_are_runs_of_their_own(whole, qwen2_dir) -> None:
+    """The target as the source of the same size is the target merged into itself, and neither is a control."""
+    out, manifest = whole
+    evaluation = manifest["evaluation"]
+    assert evaluation["self_source"] == evaluation["same_size_source"] != evaluation["target"]
+    assert manifest["source_gain"]["best_control"] not in OTHERS
+    for arm in OTHERS:
+        told = read_manifest(out / "sources" / arm)
+        assert told["inputs"]["source"]["sha256"] == told["inputs"]["target"]["sha256"]
+        assert told["evaluation"] == {} and (out / "sources" / arm / "merged/model.safetensors").is_file()
+        fused = load_model(out / "sources" / arm / "merged").params
+        own = load_model(qwen2_dir).params
+        assert set(fused) == set(own) and any(not np.array_equal(fused[path], own[path]) for path in own)
 
 
 def test_run_directory_holds_what_it_should_and_nothing_partial(whole) -> None:

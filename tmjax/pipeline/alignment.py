@@ -63,7 +63,8 @@ class AlignmentRun:
         hosts.require_same("inputs", hashes)
         refuse_nested(recipe)
         # What may change without making another run of it: where things lie and are computed, whether a no-op passes.
-        told = recipe.model_dump(mode="json", exclude={"out", "allow_negligible", "mesh", "other_texts", *_INPUTS})
+        without = {"out", "allow_negligible", "mesh", "other_texts", "same_size_source", *_INPUTS}
+        told = recipe.model_dump(mode="json", exclude=without)
         key = {"recipe": digest(told)} | hashes | dict(also or {})
         previous = read_manifest(path)
         if hosts.agree(previous is None or previous.get("key") != key):

@@ -1,7 +1,7 @@
 """The stages of a merge, each with its input hash: alignment, fuse, controls, evaluate, report."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tmjax.hub.rundir import RECIPE, read_manifest
 from tmjax.models.spec import DecoderSpec
 from tmjax.pipeline.alignment import AlignmentRun
 from tmjax.pipeline.forgetting import measure_forgetting
+from tmjax.pipeline.other_sources import other_sources
 from tmjax.pipeline.report import REPORT, SAMPLES
 from tmjax.pipeline.samples import sample_texts
 from tmjax.recipe import Recipe, build_recipe, read_recipe
@@ -107,8 +108,25 @@ class Merge(AlignmentRun):
 
         return self.run.stage(control.name, self._fuse_key(control.name), f"controls/{control.name}", work)
 
-    def evaluate(self, checkpoints: Mapping[str, Path]) -> None:
-        """Scores every arm's checkpoint on the test texts, with paired intervals and the gain due to the source."""
+    def from_other_sources(self) -> dict[str, tuple[Path, object]]:
+        """By arm, the checkpoint of the same merge from another source, and its input hash."""
+        found = {}
+        for arm, told in other_sources(self.recipe).items():
+            amend = hosts.agree(read_manifest(Path(told.out)) is not None)
+            other = Merge(
+                told,
+                amend=amend,
+                progress=lambda stage, done, total, arm=arm: self.progress(f"{arm}, {stage}", done, total),
+                warn=lambda message, arm=arm: self.warn(f"{arm}: {message}"),
+            )
+            found[arm] = other.fuse(), other._fuse_key("merged")
+        return found
+
+    def evaluate(self, checkpoints: Mapping[str, Path], also: Sequence[object] = ()) -> None:
+        """Scores every arm's checkpoint on the test texts, with paired intervals and the gain due to the source.
+
+        `also` are the input hashes of checkpoints that are not this run's own.
+        """
         inputs = self.inputs
         if inputs.recipe.test is None:
             return
@@ -131,7 +149,7 @@ class Merge(AlignmentRun):
                     np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed)
 
-        keys = [self._fuse_key(arm) for arm in checkpoints]
+        keys = [*(self._fuse_key(arm) for arm in checkpoints), *also]
         self.run.stage(
             "evaluate", [keys, inputs.hashes["test"], self.recipe.evaluation.model_dump()], "scores.npz", work
         )
@@ -155,7 +173,9 @@ class Merge(AlignmentRun):
         checkpoints = {"merged": merged}
         if self.recipe.controls:
             checkpoints |= {name: self.control(control) for name, control in CONTROLS.items()}
-        self.evaluate(checkpoints)
+        others = self.from_other_sources()
+        checkpoints |= {arm: path for arm, (path, _) in others.items()}
+        self.evaluate(checkpoints, [key for _, key in others.values()])
         measure_forgetting(self.run, self.inputs, self._fuse_key("merged"), merged)
         samples = self.samples(merged)
         alignment = self.align()
