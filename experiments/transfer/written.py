@@ -97,9 +97,10 @@ def documents_of(target: Model, tokenizer: TextTokenizer, written: Sequence[Writ
 
 
 def reordered(item: Written, generator: np.random.Generator) -> Written:
-    """The text with the words after its beginning in a random order."""
-    words = item.text[item.given :].split(" ")
-    return Written(item.text[: item.given] + " ".join(generator.permutation(words)), item.given, item.ended)
+    """The text with the words after its beginning in a random order; the end of a word that was begun stays."""
+    first, *words = item.text[item.given :].split(" ")
+    after = " ".join([first, *generator.permutation(words)])
+    return Written(item.text[: item.given] + after, item.given, item.ended)
 
 
 def exchanged(document: Document, order: np.ndarray) -> Document:
