@@ -97,7 +97,8 @@ def test_other_sources_are_runs_of_their_own(whole, qwen2_dir) -> None:
     """The target as the source of the same size is the target merged into itself, and neither is a control."""
     out, manifest = whole
     evaluation = manifest["evaluation"]
-    assert evaluation["self_source"] == evaluation["same_size_source"] != evaluation["target"]
+    bits = {arm: evaluation[arm]["bits_per_byte"] for arm in (*OTHERS, "target")}
+    assert bits["self_source"] == bits["same_size_source"] != bits["target"]
     assert manifest["source_gain"]["best_control"] not in OTHERS
     for arm in OTHERS:
         told = read_manifest(out / "sources" / arm)
