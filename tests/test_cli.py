@@ -26,9 +26,12 @@ from tmjax.ot.solvers.sinkhorn import Sinkhorn
 from tmjax.pipeline import merge
 
 transformers.utils.logging.disable_progress_bar()
-ARMS = {"target", "source", "merged"} | {
-    f"control:{name}" for name in ("shrink", "random_source", "permuted_plan", "shuffled_rows")
-}
+OTHERS = {"self_source", "same_size_source"}
+ARMS = (
+    {"target", "source", "merged"}
+    | OTHERS
+    | {f"control:{name}" for name in ("shrink", "random_source", "permuted_plan", "shuffled_rows")}
+)
 
 
 def _run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -39,7 +42,7 @@ def _run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory, flags, recipe_file) -> tuple[Path, dict]:
+def whole(tmp_path_factory, flags, recipe_file, qwen2_dir) -> tuple[Path, dict]:
     """One run with controls in a process of its own, its standard output being one JSON object."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     command = [
@@ -52,6 +55,8 @@ def whole(tmp_path_factory, flags, recipe_file) -> tuple[Path, dict]:
         "--out",
         str(out),
         "--controls",
+        "--same-size-source",
+        str(qwen2_dir),
         "--json",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
@@ -88,6 +93,22 @@ def test_manifest_keeps_the_contract(whole) -> None:
     assert set(trials.values()) == {len(manifest["coefficients"]["trials"])}, "every arm gets the same budget"
 
 
+def test_other_sources_are_runs_of_their_own(whole, qwen2_dir) -> None:
+    """The target as the source of the same size is the target merged into itself, and neither is a control."""
+    out, manifest = whole
+    evaluation = manifest["evaluation"]
+    bits = {arm: evaluation[arm]["bits_per_byte"] for arm in (*OTHERS, "target")}
+    assert bits["self_source"] == bits["same_size_source"] != bits["target"]
+    assert manifest["source_gain"]["best_control"] not in OTHERS
+    for arm in OTHERS:
+        told = read_manifest(out / "sources" / arm)
+        assert told["inputs"]["source"]["sha256"] == told["inputs"]["target"]["sha256"]
+        assert told["evaluation"] == {} and (out / "sources" / arm / "merged/model.safetensors").is_file()
+        fused = load_model(out / "sources" / arm / "merged").params
+        own = load_model(qwen2_dir).params
+        assert set(fused) == set(own) and any(not np.array_equal(fused[path], own[path]) for path in own)
+
+
 def test_run_directory_holds_what_it_should_and_nothing_partial(whole) -> None:
     out, _ = whole
     for name in (
@@ -96,6 +117,7 @@ def test_run_directory_holds_what_it_should_and_nothing_partial(whole) -> None:
         "activations/target",
         "alignment",
         "merged",
+        "samples.json",
         "report.html",
         "plots",
     ):
@@ -105,7 +127,7 @@ def test_run_directory_holds_what_it_should_and_nothing_partial(whole) -> None:
     card = (out / "merged/README.md").read_text()
     assert "llama" not in card.split("---")[1] and "self_attn.q_proj" in card and "preset: barycentric" in card
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http://" not in page and "https://" not in page
+    assert page.count("data:image/png;base64,") == 5 and "http://" not in page and "https://" not in page
     names = {path.name for path in (out / "merged").iterdir()}
     assert {
         "config.json",
@@ -135,20 +157,23 @@ def test_transformers_loads_generates_and_agrees(whole, qwen2_dir, arm: str) -> 
         assert set(changed) == set(manifest["update"]) | biases
 
 
-def test_second_start_reuses_every_stage(whole, flags, recipe_file, capsys) -> None:
+def test_second_start_reuses_every_stage(whole, flags, recipe_file, qwen2_dir, capsys) -> None:
     out, first = whole
+    flags = [*flags, "--same-size-source", qwen2_dir]
     times = {
         path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "manifest.json"
     }
     code, printed, _ = _run(capsys, "merge", recipe_file, *flags, "--out", out, "--controls", "--json")
     again = json.loads(printed)
-    assert code == 0 and all(stage["reused"] for stage in again["stages"].values())
+    assert code == 0 and [name for name, stage in again["stages"].items() if not stage["reused"]] == []
     assert again["evaluation"] == first["evaluation"] and again["update"] == first["update"]
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
-def test_damaged_output_is_made_again_and_the_rest_reused(whole, flags, recipe_file, capsys, tmp_path) -> None:
-    out = tmp_path / "copy"
+def test_damaged_output_is_made_again_and_the_rest_reused(
+    whole, flags, recipe_file, qwen2_dir, capsys, tmp_path
+) -> None:
+    out, flags = tmp_path / "copy", [*flags, "--same-size-source", qwen2_dir]
     shutil.copytree(whole[0], out)
     before = stored(out / "merged")
     (out / "merged/model.safetensors").write_bytes(b"half")

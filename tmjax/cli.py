@@ -34,6 +34,9 @@ Others = Annotated[
     list[str] | None,
     typer.Option("--other-texts", help="Texts of another language or domain, scored before and after; repeatable."),
 ]
+SameSize = Annotated[
+    str | None, typer.Option(help="A model no larger than the target, merged as well where controls are run.")
+]
 Out = Annotated[str | None, typer.Option(help="Run directory.")]
 Preset = Annotated[str | None, typer.Option(help="barycentric or paper.")]
 Alpha = Annotated[float | None, typer.Option(help="Fixes alpha and switches fitting off.")]
@@ -68,6 +71,7 @@ def _stages(*, everything: bool) -> Callable[..., None]:
         valid: Valid = None,
         test: Test = None,
         other_texts: Others = None,
+        same_size_source: SameSize = None,
         out: Out = None,
         preset: Preset = None,
         alpha: Alpha = None,
@@ -352,6 +356,22 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory of `tmjax merge` or `tmjax fuse`.")],
+    as_json: Json = False,
+) -> None:
+    """Write a merge's report.html again from its run directory: one page that needs no network."""
+    from tmjax.pipeline.report import rebuild_report
+
+    with _progress() as (_, warn):
+        page = rebuild_report(run, warn)
+    if as_json:
+        _print_json({"run": str(run), "report": str(page)})
+    else:
+        _console().print(str(page), highlight=False, soft_wrap=True)
+
+
+@app.command()
 def compare(
     results: Annotated[
         list[str],
@@ -436,6 +456,7 @@ _FLAGS = (
     "valid",
     "test",
     "other_texts",
+    "same_size_source",
     "out",
     "preset",
     "alpha",

@@ -165,6 +165,8 @@ class Recipe(Section):
     """A whole run. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`.
 
     `other_texts` are of other languages or domains: what the target and the result score on them is recorded.
+    `same_size_source` is merged too where controls are run, as a row for comparison. With a `seed` other than 0,
+    `activations.max_texts` takes a random part of the calibration texts instead of the first.
     """
 
     source: str
@@ -173,6 +175,7 @@ class Recipe(Section):
     valid: str | None = None
     test: str | None = None
     other_texts: tuple[str, ...] = ()
+    same_size_source: str | None = None
     out: str
     preset: Literal["barycentric", "paper"] = "barycentric"
     alpha: Alpha | None = None
@@ -276,4 +279,6 @@ def found_near(recipe: R, base: Path) -> R:
 
     found: dict[str, Any] = {key: near(getattr(recipe, key)) for key in ("source", "target", "texts", "valid", "test")}
     found["other_texts"] = tuple(near(name) for name in recipe.other_texts)
+    if isinstance(recipe, Recipe):
+        found["same_size_source"] = near(recipe.same_size_source)
     return recipe.model_copy(update=found)

@@ -6,25 +6,32 @@ A setting is a change of the recipe. Finished settings are not run again, an int
 """
 
 import argparse
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import labels
 import lexical
+import numpy as np
+import written
+from solve import REACHES
 
 from tmjax.errors import TmjaxError
+from tmjax.evaluate.bootstrap import Draws, source_gain
 from tmjax.hub.atomic import write_json
 from tmjax.pipeline.merge import Merge
 from tmjax.recipe import build_recipe, read_recipe
 
 LEARNED = {"fit": "learned"}
 FULL = {"structure": "full", "solver": "cover", "depth": "monotone"}
-#: Changes of the recipe, by name; None: an operator of its own.
-SETTINGS: dict[str, dict[str, Any] | None] = {
+#: Changes of the recipe, by name; or an operator of its own.
+SETTINGS: dict[str, dict[str, Any] | Callable[..., dict[str, Any]]] = {
     "plain": {},
     "plain, learned": {"fusion": LEARNED},
     "heads": {"alignment": {"structure": "heads"}},
@@ -40,7 +47,9 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "mlp only": {"alignment": FULL, "fusion": LEARNED | {"roles": ["gate", "up", "down"]}},
     "regression": {"fusion": {"transport": "regression", "norm_match": False, "beta": "tied"}},
     "regression, learned": {"fusion": LEARNED | {"transport": "regression", "norm_match": False}},
-    "lexical": None,
+    "lexical": lexical.run,
+    **{f"labels, {reach}": functools.partial(labels.run, reach=reach) for reach in REACHES},
+    **{f"written, {reach}": functools.partial(written.run, reach=reach) for reach in REACHES},
 }
 
 
@@ -54,7 +63,8 @@ def nested(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 def measure(name: str, recipe: Path, out: Path, seed: int, texts: int | None) -> dict[str, Any]:
     """Facts of one setting and seed: evaluation, gain due to the source, what was chosen; or why it failed."""
-    change = nested(SETTINGS[name] or {}, {"seed": seed, "controls": True, "allow_negligible": True})
+    setting = SETTINGS[name]
+    change = nested({} if callable(setting) else setting, {"seed": seed, "controls": True, "allow_negligible": True})
     change["out"] = str(out)
     base = read_recipe(recipe)
     if texts is not None:
@@ -64,16 +74,35 @@ def measure(name: str, recipe: Path, out: Path, seed: int, texts: int | None) ->
     if done.exists() and json.loads(done.read_text())["recipe"] == told.model_dump(mode="json"):
         return json.loads(done.read_text())
     try:
-        if SETTINGS[name] is None:
-            manifest = lexical.run(told, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+        if callable(setting):
+            manifest = setting(told, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
         else:
             manifest = Merge(told).all()
-        facts = {key: manifest[key] for key in ("evaluation", "source_gain")}
+        facts = {key: manifest[key] for key in ("evaluation", "source_gain", "chosen") if key in manifest}
     except TmjaxError as error:
         facts = {"error": str(error)}
     facts |= {"name": name, "seed": seed, "recipe": told.model_dump(mode="json")}
     write_json(done, facts)
     return facts
+
+
+def pooled(folders: list[Path], name: str, *, draws: int = 10000) -> dict[str, Any]:
+    """Facts of a setting over its seeds: every draw resamples documents, the same for all arms and seeds, and seeds."""
+    held = [np.load(folder / "scores.npz") for folder in folders]
+    arms = [arm for arm in held[0].files if arm != "bytes"]
+    size = held[0]["bytes"].astype(np.float64)
+    generator = np.random.default_rng(0)
+    documents = generator.multinomial(len(size), np.full(len(size), 1 / len(size)), size=draws)
+    seeds = generator.multinomial(len(held), np.full(len(held), 1 / len(held)), size=draws)
+    samples, point = {}, {}
+    for arm in arms:
+        bits = np.stack([item[arm] for item in held]) / np.log(2)
+        samples[arm] = np.sum(documents @ bits.T * seeds, axis=1) / (documents @ size * len(held))
+        point[arm] = float(bits.sum() / size.sum() / len(held))
+    found = Draws(point, samples)
+    evaluation = {arm: {"bits_per_byte": point[arm], "ci95": list(found.interval(arm))} for arm in arms}
+    gain = source_gain(found, [arm for arm in arms if arm.startswith("control:")])
+    return {"name": name, "seed": f"all {len(held)}", "evaluation": evaluation, "source_gain": gain}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -115,10 +144,15 @@ def main() -> None:
     told.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in names:
+        folders = []
         for seed in map(int, told.seeds.split(",")):
             print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
             folder = told.out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
             rows.append(measure(name, told.recipe, folder, seed, told.max_texts))
+            folders += [folder] if (folder / "scores.npz").exists() else []
+            (told.out / "table.md").write_text(table(rows), encoding="utf-8")
+        if len(folders) > 1:
+            rows.append(pooled(folders, name))
             (told.out / "table.md").write_text(table(rows), encoding="utf-8")
     print(table(rows), end="")
 

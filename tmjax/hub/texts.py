@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tmjax.errors import InputError
 
 
@@ -35,6 +37,13 @@ class Texts:
     def first(self, count: int | None) -> "Texts":
         """The first `count` documents (all for None)."""
         return self if count is None else Texts(self.path, self.ids[:count], self.texts[:count])
+
+    def part(self, count: int | None, seed: int) -> "Texts":
+        """The first `count` documents for seed 0; for another seed as many at random, in their order."""
+        if count is None or count >= len(self) or seed == 0:
+            return self.first(count)
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        return Texts(self.path, tuple(self.ids[i] for i in chosen), tuple(self.texts[i] for i in chosen))
 
 
 def read_texts(name: str) -> Texts:

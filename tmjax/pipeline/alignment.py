@@ -63,7 +63,8 @@ class AlignmentRun:
         hosts.require_same("inputs", hashes)
         refuse_nested(recipe)
         # What may change without making another run of it: where things lie and are computed, whether a no-op passes.
-        told = recipe.model_dump(mode="json", exclude={"out", "allow_negligible", "mesh", "other_texts", *_INPUTS})
+        without = {"out", "allow_negligible", "mesh", "other_texts", "same_size_source", *_INPUTS}
+        told = recipe.model_dump(mode="json", exclude=without)
         key = {"recipe": digest(told)} | hashes | dict(also or {})
         previous = read_manifest(path)
         if hosts.agree(previous is None or previous.get("key") != key):
@@ -196,7 +197,9 @@ class AlignmentRun:
             found = find()
             if hosts.is_first():
                 alignment_store.save(found, partial)
-            return {"alignment": found.certificates(), "layer_plans": found.layer_facts()}
+            models = {"target": self.inputs.target.spec, "source": self.inputs.source.spec}
+            heads = {name: {"heads": spec.heads, "kv_heads": spec.kv_heads} for name, spec in models.items()}
+            return {"alignment": found.certificates(), "layer_plans": found.layer_facts(), "attention": heads}
 
         path = self.run.stage("alignment", self._alignment_key(), "alignment", work)
         found = alignment_store.load(path)

@@ -68,7 +68,7 @@ class Inputs:
     @functools.cached_property
     def texts(self) -> Texts:
         """The calibration texts."""
-        return read_texts(self.recipe.texts).first(self.recipe.activations.max_texts)
+        return read_texts(self.recipe.texts).part(self.recipe.activations.max_texts, self.recipe.seed)
 
     @functools.cached_property
     def valid(self) -> Texts | None:

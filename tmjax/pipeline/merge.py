@@ -1,7 +1,7 @@
 """The stages of a merge, each with its input hash: alignment, fuse, controls, evaluate, report."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,15 @@ from tmjax.fuse.coefficients import Fit
 from tmjax.fuse.diagnostics import require_transfer
 from tmjax.fuse.learned import BatchLoss
 from tmjax.fuse.merge import Regressed, fuse
+from tmjax.hub.atomic import write_json
+from tmjax.hub.checkpoint import read_json
 from tmjax.hub.rundir import RECIPE, read_manifest
 from tmjax.models.spec import DecoderSpec
 from tmjax.pipeline.alignment import AlignmentRun
 from tmjax.pipeline.forgetting import measure_forgetting
+from tmjax.pipeline.other_sources import other_sources
+from tmjax.pipeline.report import REPORT, SAMPLES
+from tmjax.pipeline.samples import sample_texts
 from tmjax.recipe import Recipe, build_recipe, read_recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
@@ -103,8 +108,25 @@ class Merge(AlignmentRun):
 
         return self.run.stage(control.name, self._fuse_key(control.name), f"controls/{control.name}", work)
 
-    def evaluate(self, checkpoints: Mapping[str, Path]) -> None:
-        """Scores every arm's checkpoint on the test texts, with paired intervals and the gain due to the source."""
+    def from_other_sources(self) -> dict[str, tuple[Path, object]]:
+        """By arm, the checkpoint of the same merge from another source, and its input hash."""
+        found = {}
+        for arm, told in other_sources(self.recipe).items():
+            amend = hosts.agree(read_manifest(Path(told.out)) is not None)
+            other = Merge(
+                told,
+                amend=amend,
+                progress=lambda stage, done, total, arm=arm: self.progress(f"{arm}, {stage}", done, total),
+                warn=lambda message, arm=arm: self.warn(f"{arm}: {message}"),
+            )
+            found[arm] = other.fuse(), other._fuse_key("merged")
+        return found
+
+    def evaluate(self, checkpoints: Mapping[str, Path], also: Sequence[object] = ()) -> None:
+        """Scores every arm's checkpoint on the test texts, with paired intervals and the gain due to the source.
+
+        `also` are the input hashes of checkpoints that are not this run's own.
+        """
         inputs = self.inputs
         if inputs.recipe.test is None:
             return
@@ -127,10 +149,23 @@ class Merge(AlignmentRun):
                     np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed)
 
-        keys = [self._fuse_key(arm) for arm in checkpoints]
+        keys = [*(self._fuse_key(arm) for arm in checkpoints), *also]
         self.run.stage(
             "evaluate", [keys, inputs.hashes["test"], self.recipe.evaluation.model_dump()], "scores.npz", work
         )
+
+    def samples(self, merged: Path) -> Path:
+        """What target and merged model write after beginnings of the test texts."""
+        inputs = self.inputs
+        texts = inputs.test or inputs.valid or inputs.texts
+
+        def work(partial: Path) -> None:
+            models = {"target": inputs.target, "merged": load_model(merged, placement=inputs.layout.place)}
+            written = sample_texts(models, texts, self.recipe.seed, inputs.layout)
+            if hosts.is_first():
+                write_json(partial, {"samples": written})
+
+        return self.run.stage("samples", [self._fuse_key("merged"), texts.sha256], SAMPLES, work)
 
     def all(self) -> dict[str, Any]:
         """Every stage of the recipe; returns the manifest."""
@@ -138,7 +173,9 @@ class Merge(AlignmentRun):
         checkpoints = {"merged": merged}
         if self.recipe.controls:
             checkpoints |= {name: self.control(control) for name, control in CONTROLS.items()}
-        self.evaluate(checkpoints)
+        others = self.from_other_sources()
+        checkpoints |= {arm: path for arm, (path, _) in others.items()}
+        self.evaluate(checkpoints, [key for _, key in others.values()])
         inputs = self.inputs
         measure_forgetting(
             self.run,
@@ -150,18 +187,21 @@ class Merge(AlignmentRun):
             options=self.recipe.evaluation,
             seed=self.recipe.seed,
         )
+        samples = self.samples(merged)
         alignment = self.align()
 
         def card(partial: Path) -> None:
             partial.write_text(model_card(self.recipe, self.run.manifest), encoding="utf-8")
 
         def report(partial: Path) -> None:
-            write_report(partial, self.run.path, self.recipe, self.run.manifest, alignment)
+            write_report(
+                partial, self.run.path, self.recipe, self.run.manifest, alignment, read_json(samples)["samples"]
+            )
 
         facts = {name: self.run.manifest.get(name) for name in ("evaluation", "coefficients", "source_gain", "update")}
         facts |= {"forgetting": self.run.manifest["forgetting"]} if "forgetting" in self.run.manifest else {}
         self.run.stage("card", facts, f"{merged.name}/README.md", card, joint=False)
-        self.run.stage("report", facts, "report.html", report, joint=False)
+        self.run.stage("report", facts, REPORT, report, joint=False)
         return self.run.manifest
 
 

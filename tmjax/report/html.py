@@ -1,17 +1,20 @@
 """`report.html`: one self-contained page, no network."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from tmjax.align.alignment import Alignment
 from tmjax.recipe import Recipe, dump_recipe
+from tmjax.report.maps import plot_arms, plot_coefficient_maps, plot_heads
+from tmjax.report.matching import concentration, head_shares
 from tmjax.report.plots import plot_coefficients, plot_layer_plans
 from tmjax.report.tables import (
     Row,
     alignment_rows,
+    concentration_rows,
     evaluation_rows,
     forgetting_rows,
     gain_sentence,
@@ -24,7 +27,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem aut
 table { border-collapse: collapse; margin: .5rem 0 1.5rem } th, td { padding: .2rem .7rem; border-bottom: 1px solid
 #ddd } td { text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align: left
 } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto } img { max-width: 100% } .gain { font-size: 1.1rem;
-font-weight: 600 }
+font-weight: 600 } #samples td { text-align: left }
 """
 
 
@@ -48,31 +51,81 @@ def page(title: str, sections: list[str]) -> str:
     )
 
 
-def write_report(file: Path, run: Path, recipe: Recipe, manifest: Mapping[str, Any], alignment: Alignment) -> None:
-    """Writes the page to `file` and the plots beside it into `run`/plots."""
-    plots = {"layer_plan": plot_layer_plans(alignment), "coefficients": plot_coefficients(manifest)}
+def quotations(samples: Sequence[Mapping[str, str]]) -> str:
+    """What models wrote after the same beginnings, as a table: one row per beginning and model."""
+    rows = [
+        f"<tr><td>{escape(name)}</td><td><b>{escape(entry['prompt'])}</b>{escape(text)}</td></tr>"
+        for entry in samples
+        for name, text in entry.items()
+        if name != "prompt"
+    ]
+    return f'<table id="samples"><tbody>{"".join(rows)}</tbody></table>'
+
+
+def write_report(
+    file: Path,
+    run: Path,
+    recipe: Recipe,
+    manifest: Mapping[str, Any],
+    alignment: Alignment,
+    samples: Sequence[Mapping[str, str]] = (),
+) -> None:
+    """Writes the page to `file` and the plots beside it into `run`/plots.
+
+    `samples` hold a `prompt` and what each model, by name, wrote after it.
+    """
+    plots = {
+        "layer_plan": plot_layer_plans(alignment),
+        "coefficients": plot_coefficients(manifest),
+        "coefficient_maps": plot_coefficient_maps(manifest),
+    }
+    if "attention" in manifest:
+        shares = head_shares(alignment, manifest["attention"]["target"], manifest["attention"]["source"])
+        if shares:
+            plots["heads"] = plot_heads(shares)
+    if manifest["evaluation"]:
+        plots["arms"] = plot_arms(manifest)
     (run / "plots").mkdir(exist_ok=True)
     for name, png in plots.items():
         (run / "plots" / f"{name}.png").write_bytes(png)
-    title = f"{Path(recipe.source).name} into {Path(recipe.target).name}"
+
+    def shown(name: str, title: str) -> list[str]:
+        return [f"<h2>{title}</h2>", image(name, plots[name])] if name in plots else []
+
     sections = []
     if manifest["evaluation"]:
         sections += [
             "<h2>Bits per byte on the test texts</h2>",
-            table("evaluation", *evaluation_rows(manifest)),
             f'<p class="gain" id="gain">{escape(gain_sentence(manifest))}</p>',
+            table("evaluation", *evaluation_rows(manifest)),
+            image("arms", plots["arms"]),
         ]
     if manifest.get("forgetting"):
         sections += ["<h2>Bits per byte on other texts</h2>", table("forgetting", *forgetting_rows(manifest))]
     sections += [
-        "<h2>Layers and coefficients</h2>",
-        *(image(name, png) for name, png in plots.items()),
+        *shown("layer_plan", "Layers"),
+        "<h2>How sharp the plans are</h2>",
+        "<p>Of the heaviest source layer of every target layer: the mean share of the mass of a target unit that lies "
+        "on its largest partners, and the exponential of its mean entropy.</p>",
+        table("concentration", *concentration_rows(concentration(alignment))),
+        *shown("heads", "Heads: where the mass of each target head lies"),
+        *shown("coefficients", "Coefficients"),
+        image("coefficient_maps", plots["coefficient_maps"]),
         "<h2>Every tensor</h2>",
         table("update", *update_rows(manifest)),
         "<h2>Alignment certificates</h2>",
         table("alignment", *alignment_rows(manifest)),
+    ]
+    if samples:
+        sections += [
+            "<h2>What they write</h2>",
+            "<p>After the beginnings of test texts (bold):</p>",
+            quotations(samples),
+        ]
+    sections += [
         "<h2>Stages</h2>",
         table("stages", *stage_rows(manifest)),
         f"<h2>Recipe</h2><pre>{escape(dump_recipe(recipe))}</pre>",
     ]
+    title = f"{Path(recipe.source).name} into {Path(recipe.target).name}"
     file.write_text(page(title, sections), encoding="utf-8")

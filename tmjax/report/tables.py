@@ -103,6 +103,22 @@ def alignment_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     return ("site", "converged", "largest marginal error", "most iterations", "in log domain", "kept as"), rows
 
 
+def concentration_rows(found: Mapping[str, Mapping[str, float]]) -> tuple[Row, list[Row]]:
+    """Header and rows of how sharp the plans are (`matching.concentration`)."""
+    keys = list(dict.fromkeys(key for item in found.values() for key in item if key.startswith("top_")))
+    rows = [
+        (
+            site,
+            f"{item['target_units']:.0f} x {item['source_units']:.0f}",
+            *(f"{item[key]:.1%}" for key in keys),
+            f"{item['partners']:.1f}",
+        )
+        for site, item in found.items()
+    ]
+    tops = (f"mass in top {key.removeprefix('top_')}" for key in keys)
+    return ("site", "units", *tops, "effective partners"), rows
+
+
 def stage_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """Header and rows of the stages' times."""
     rows = [
@@ -128,12 +144,16 @@ def markdown_table(header: Row, rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def kind_of(name: str) -> str:
+    """The kind of a tensor: its module and projection, without the layer."""
+    return ".".join([part for part in name.split(".") if not part.isdecimal()][-3:-1])
+
+
 def update_summary(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """The per-tensor table averaged over layers, one row per kind: its module and projection, without the layer."""
     groups: dict[str, list[Mapping[str, float]]] = {}
     for name, item in manifest["update"].items():
-        kind = ".".join([part for part in name.split(".") if not part.isdecimal()][-3:-1])
-        groups.setdefault(kind, []).append(item)
+        groups.setdefault(kind_of(name), []).append(item)
     means = {
         kind: {key: sum(item[key] for item in items) / len(items) for key in items[0]} for kind, items in groups.items()
     }
