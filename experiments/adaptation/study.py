@@ -30,15 +30,16 @@ from tmjax.recipe import build_recipe, read_recipe
 TEXTS = 300
 FIRST = 400
 TRAINING = {
-    "steps": [100, 300],
+    "steps": [40, 300],
     "lr": [3e-4, 1e-3],
-    "warmup": 20,
-    "validate_every": 20,
-    "patience": 4,
+    "warmup": 10,
+    "validate_every": 10,
+    "patience": 8,
     "unroll": 4,
     "keep_every": 1000,
 }
 DISTILLATION = {"weight": 4.0}
+WRITTEN = {"texts": 3000, "tokens": 96}
 
 
 def _terms(*names: str, writer: str | None = None, **options: Any) -> Arm:
@@ -96,7 +97,7 @@ def run_seed(
 
     told = {name: recipe[name] for name in ("source", "target", "valid", "test")}
     told |= {"texts": str(subset(recipe, seed, folder)), "out": str(folder / f"seed-{seed}"), "seed": seed}
-    told |= {"mode": "combined", "training": TRAINING, "distillation": DISTILLATION}
+    told |= {"mode": "combined", "training": TRAINING, "distillation": DISTILLATION, "written": WRITTEN}
     adapt = Adapt(build_adapt_recipe(told), show=show, arms=ARMS, schedules=chosen)
     adapt.evaluate({arm: adapt.train(arm) for arm in ARMS})
     return {arm: [(f["planned_steps"], f["lr"])] for arm, f in adapt.run.manifest["training"].items()}

@@ -116,6 +116,37 @@ def _alike(texts: Sequence[Sequence[int]], members: np.ndarray, chunk_tokens: in
     return shares
 
 
+def _tails(
+    texts: Sequence[Sequence[int]], shares: list[list[list[int]]], lengths: Sequence[int]
+) -> tuple[list[list[list[int]]], list[int], list[int]]:
+    """Splits the texts of each length by whether a text before them in the chunk begins alike for most of it.
+
+    Of these only the end asks: shares, lengths, and numbers of tokens that ask.
+    """
+    new: dict[int, int] = {}
+    for share in shares:
+        before: tuple[int, ...] = ()
+        for text in sorted((text for part in share for text in part), key=lambda text: tuple(texts[text])):
+            ids = tuple(texts[text][:-1])
+            shared = next((i for i, pair in enumerate(zip(ids, before, strict=False)) if pair[0] != pair[1]), None)
+            new[text] = len(ids) - (min(len(ids), len(before)) if shared is None else shared)
+            before = ids
+    split: list[list[list[int]]] = [[] for _ in shares]
+    all_lengths, asking = [], []
+    for number, length in enumerate(lengths):
+        tails = [new[text] for share in shares for text in share[number] if new[text] <= length // 2]
+        longest = -(-max(tails, default=0) // 8) * 8
+        ends = [[text for text in share[number] if new[text] <= longest <= length // 2] for share in shares]
+        whole = [[text for text in share[number] if text not in end] for share, end in zip(shares, ends, strict=True)]
+        for kind, size in ((whole, length), (ends, longest)):
+            if any(kind):
+                all_lengths.append(length)
+                asking.append(size)
+                for chunk, part in zip(split, kind, strict=True):
+                    chunk.append(part)
+    return split, all_lengths, asking
+
+
 def pack(
     spec: DecoderSpec, texts: Sequence[Sequence[int]], *, chunk_tokens: int, alike: bool = False, multiple: int = 1
 ) -> Chunks:
@@ -133,27 +164,36 @@ def pack(
     lengths = text_lengths(inputs)
     members = np.searchsorted(lengths, inputs)
     shares = (_alike if alike else _even)(texts, members, chunk_tokens)
+    asking = list(lengths)
+    if alike:
+        shares, lengths, asking = _tails(texts, shares, lengths)
     shares += [[[] for _ in lengths] for _ in range(-len(shares) % multiple)]
     count = len(shares)
     rows = [max(len(share[number]) for share in shares) for number in range(len(lengths))]
     filled = [_Nodes() for _ in range(count)]
     nodes = [np.zeros((count, size, length), np.int32) for size, length in zip(rows, lengths, strict=True)]
+    ask = [np.zeros((count, size, length), np.int32) for size, length in zip(rows, asking, strict=True)]
+    first = [np.zeros((count, size), np.int32) for size in rows]
     labels = [np.full_like(array, -1) for array in nodes]
     owners = [np.full((count, size), -1) for size in rows]
     for chunk, share in enumerate(shares):
         for number, part in enumerate(share):
             for row, text in enumerate(part):
-                nodes[number][chunk, row, : inputs[text]] = filled[chunk].add(texts[text][:-1], runs[text])
+                path = filled[chunk].add(texts[text][:-1], runs[text])
+                start = max(0, len(path) - asking[number])
+                nodes[number][chunk, row, : len(path)], first[number][chunk, row] = path, start
+                ask[number][chunk, row, : len(path) - start] = path[start:]
                 labels[number][chunk, row, : inputs[text]] = texts[text][1:]
                 owners[number][chunk, row] = text
     size = -(-max(len(chunk.ids) for chunk in filled) // 8) * 8
     back = np.zeros((count, size), np.int32)
     for chunk in range(count):
         start = 0
-        for node, label in zip(nodes, labels, strict=True):
-            real = np.nonzero(label[chunk].reshape(-1) >= 0)[0]
-            back[chunk, node[chunk].reshape(-1)[real]] = start + real
-            start += label[chunk].size
+        for node, begun, owner in zip(ask, first, owners, strict=True):
+            taken = np.asarray([inputs[text] if text >= 0 else 0 for text in owner[chunk]]) - begun[chunk]
+            real = np.nonzero(np.arange(node.shape[2]) < taken[:, None])
+            back[chunk, node[chunk][real]] = start + np.ravel_multi_index(real, node.shape[1:])
+            start += node[chunk].size
 
     def stacked(name: str) -> np.ndarray:
         held = [np.asarray(getattr(chunk, name), np.int32) for chunk in filled]
@@ -161,7 +201,8 @@ def pack(
 
     ids, positions, run = stacked("ids"), stacked("positions"), stacked("runs")
     cos, sin = _tables(spec, positions, run, sorted(set(runs)))
-    return Chunks(Packed(ids, positions, cos, sin, back, tuple(nodes), tuple(labels)), np.concatenate(owners, axis=1))
+    held = (back, tuple(nodes), tuple(labels), tuple(ask), tuple(first))
+    return Chunks(Packed(ids, positions, cos, sin, *held), np.concatenate(owners, axis=1))
 
 
 def _tables(

@@ -72,7 +72,10 @@ class Norm(nnx.Module):
 def attention(
     q_bthd: Array, k_btkd: Array, v_btkd: Array, mask_tt: Array, scale: Array | float, cap: float | None
 ) -> Array:
-    """Grouped-query attention, softmax in float32; query head h reads key-value head h // (H / K)."""
+    """Grouped-query attention, softmax in float32; query head h reads key-value head h // (H / K).
+
+    There may be fewer queries than keys, [B, Q, H, head_dim]; the mask is [Q, T], or [B, 1, 1, Q, T] for each text.
+    """
     batch, tokens, heads, dim = q_bthd.shape
     kv_heads = k_btkd.shape[2]
     grouped = q_bthd.reshape(batch, tokens, kv_heads, heads // kv_heads, dim)

@@ -19,9 +19,10 @@ from tmjax.typing import Array, ArrayLike, pytree_dataclass
 class Packed:
     """Texts as nodes [N] and, for each of a few lengths T, texts [B, T] of node numbers; padding is any node.
 
-    `ids`, `positions` [N]; `cos`, `sin` [rotary, N, planes]; `back` [N]: where in the texts of all lengths, laid end to
-    end, a node stands (in one of its texts). `texts` and `labels` hold a [B, T] for each length: nodes, and the token
-    that follows (-1 where there is none to be scored).
+    `ids`, `positions` [N]; `cos`, `sin` [rotary, N, planes]. `texts` and `labels` hold a [B, T] for each length: nodes,
+    and the token that follows (-1 where there is none to be scored). `asking` holds a [B, Q] for each: nodes of a text
+    whose attention is computed there (all, or only its end where another text begins alike), and `first` [B] the place
+    in the text where they begin. `back` [N]: where in the asking nodes of all lengths, laid end to end, a node stands.
     """
 
     ids: ArrayLike
@@ -31,6 +32,8 @@ class Packed:
     back: ArrayLike
     texts: tuple[ArrayLike, ...]
     labels: tuple[ArrayLike, ...]
+    asking: tuple[ArrayLike, ...]
+    first: tuple[ArrayLike, ...]
 
 
 def packed_hidden(model: Decoder, packed: Packed, dtype: jnp.dtype) -> Array:
@@ -38,11 +41,11 @@ def packed_hidden(model: Decoder, packed: Packed, dtype: jnp.dtype) -> Array:
 
     def attend(q: Array, k: Array, v: Array, window: Array, scale: Array, cap: float | None) -> Array:
         mixed = []
-        for text_bt in packed.texts:
-            step = jnp.arange(text_bt.shape[1])
-            distance = step[:, None] - step[None, :]
-            mask = (distance >= 0) & (distance < window)
-            mixed.append(attention(q[0][text_bt], k[0][text_bt], v[0][text_bt], mask, scale, cap))
+        for text_bt, asking_bq, first_b in zip(packed.texts, packed.asking, packed.first, strict=True):
+            place = first_b[:, None] + jnp.arange(asking_bq.shape[1])
+            distance = place[:, :, None] - jnp.arange(text_bt.shape[1])
+            mask = ((distance >= 0) & (distance < window))[:, None, None]
+            mixed.append(attention(q[0][asking_bq], k[0][text_bt], v[0][text_bt], mask, scale, cap))
         flat = [x.reshape(-1, x.shape[-1]) for x in mixed]
         return jnp.concatenate(flat)[packed.back][None]
 
