@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--lengths", type=int, default=4, help="row lengths")
-    parser.add_argument("--unroll", type=int, default=1, help="layers in one turn of the loop (training.unroll)")
+    parser.add_argument("--unroll", type=int, default=4, help="layers in one turn of the loop (training.unroll)")
     parser.add_argument("--whole", action="store_true")
     told = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()

@@ -55,7 +55,7 @@ class TrainingOptions(Section):
     accumulate: Positive = 1
     row_lengths: Positive = 4
     remat: bool = False
-    unroll: Positive = 1
+    unroll: Positive = 4
     anneal: Annotated[float, Field(ge=0, le=1)] = 1.0
     validate_every: Positive = 20
     patience: Positive | None = None
