@@ -19,6 +19,7 @@ from tmjax.adapt.step import Objective, TrainConfig, Weights, start, step
 from tmjax.adapt.teacher import Search, Taught, teach
 from tmjax.adapt.written import Writing, chosen_texts, familiar, openings, written_texts
 from tmjax.convert.model import load_model
+from tmjax.errors import InputError
 from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import bind, forward, init_params
 from tmjax.models.tree import tree_hidden, visible
@@ -68,6 +69,22 @@ def test_shared_positions_are_where_both_have_read_the_same_bytes(crossing, vers
         shares.append(len(pairs) / (len(own.ids) + 1))
     assert 0.85 < np.mean(shares) < 1
     assert len(crossing.shared_positions(both[0][0].ids, both[1][1].ids)) == 0
+
+
+def test_a_text_that_was_cut_shares_what_both_have_read(crossing, verses) -> None:
+    own, other = (tokenizer.encode(verses[:1])[0].ids for tokenizer in (crossing.target, crossing.source))
+    whole = crossing.shared_positions(own, other)
+    for cut in ((own[:12], other), (own, other[:12]), (own[:20], other[:10])):
+        pairs = crossing.shared_positions(*cut)
+        last = [len(cut[0]), len(cut[1])]
+        wanted = [pair for pair in whole.tolist() if pair[0] <= last[0] and pair[1] <= last[1]]
+        assert pairs.tolist() == wanted and len(wanted) > 5
+
+
+def test_nothing_shared_is_said(llama_dir, crossing) -> None:
+    model = load_model(llama_dir)
+    with pytest.raises(InputError, match="no position"):
+        teach(model.spec, model.params, crossing, [[0, 5, 6]], [np.zeros((0, 2), np.int32)])
 
 
 def test_the_longest_token_is_nearly_always_what_the_tokenizer_takes(crossing, verses) -> None:
@@ -260,3 +277,5 @@ def test_foreign_empty_and_repeated_texts_are_left_out() -> None:
     assert kept.tolist() == [True, False, True, False]
     texts = chosen_texts("x", ["a", "b", "", "a", "c"], np.array([True, False, True, True, True]))
     assert texts.texts == ("a", "c") and texts.ids == ("written:0", "written:4")
+    with pytest.raises(InputError, match=r"none of the 2 texts .* raise written.foreign"):
+        chosen_texts("x", ["a", "b"], np.array([False, False]))

@@ -84,8 +84,9 @@ class Crossing:
     def shared_positions(self, target_ids: Sequence[int], source_ids: Sequence[int]) -> np.ndarray:
         """Pairs (target, source) [n, 2] of positions in a document, prefix included, whose next token begins alike.
 
-        `target_ids` and `source_ids` are the tokens of one text, without special ones. There are no pairs if the two
-        do not spell the same bytes (a tokenizer that changes its text); a space that one puts before it is no matter.
+        `target_ids` and `source_ids` are the tokens of one text, without special ones; if it was cut for one of them,
+        pairs go as far as both. There are no pairs if the two do not spell the same bytes (a tokenizer that changes its
+        text); a space that one puts before it is no matter.
         """
         spelt = [
             [held.get(int(i)) for i in ids] for held, ids in zip(self._bytes, (target_ids, source_ids), strict=True)
@@ -94,7 +95,8 @@ class Crossing:
             return np.zeros((0, 2), np.int32)
         whole = [b"".join(pieces) for pieces in spelt]
         lead = [len(text) - len(text.lstrip(b" ")) for text in whole]
-        if whole[0][lead[0] :] != whole[1][lead[1] :]:
+        texts = [text[skipped:] for text, skipped in zip(whole, lead, strict=True)]
+        if not (texts[0].startswith(texts[1]) or texts[1].startswith(texts[0])):
             return np.zeros((0, 2), np.int32)
         starts = [np.cumsum([0, *map(len, pieces)]) - skipped for pieces, skipped in zip(spelt, lead, strict=True)]
         _, first, second = np.intersect1d(*starts, return_indices=True)

@@ -136,8 +136,7 @@ def summed_losses(
     `hidden` are normed states, `head` the unembedding in its own dtype, `teaching.mask_bt` any weights. Differentiable
     in `head` and `hidden`, of which only the first result has a gradient: the others are to be read.
     """
-    count, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teaching)
-    del count
+    _, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teaching)
 
     def make(total: tuple[Array, Array], part: _Part) -> tuple[tuple[Array, Array], tuple]:
         text, divergence, _ = _block(spec, head_ve, part, slopes=False)

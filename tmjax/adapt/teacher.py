@@ -21,6 +21,7 @@ from tmjax.activations.batches import Batch, bucket_length, bucketed
 from tmjax.adapt.crossing import Crossing
 from tmjax.adapt.data import Piece
 from tmjax.adapt.loss import Teaching
+from tmjax.errors import InputError
 from tmjax.models.decoder import bind
 from tmjax.models.spec import DecoderSpec
 from tmjax.models.tree import tree_hidden, visible
@@ -203,11 +204,17 @@ def teach(
 ) -> Taught:
     """The source's probabilities of target tokens at `pairs` (target, source positions) of every document.
 
-    `documents` are the source's token ids, prefix first; `spec` and `params` are the source's.
+    `documents` are the source's token ids, prefix first; `spec` and `params` are the source's. Raises InputError if
+    there is no such position at all.
     """
     search, layout = search or Search(), layout or Layout()
     first = np.concatenate([[0], np.cumsum([len(found) for found in pairs])]).astype(np.int64)
     count = int(first[-1])
+    if not count:
+        raise InputError(
+            "no position of the texts is a token's beginning for both tokenizers, or one of them changes the text; "
+            "these two models cannot be distilled"
+        )
     result = Taught(
         np.repeat(np.arange(len(pairs), dtype=np.int32), np.diff(first)),
         np.concatenate([found[:, 0] for found in pairs]).astype(np.int32),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmjax.activations.batches import bucket_length
+from tmjax.errors import InputError
 from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer
 from tmjax.models.generate import write
@@ -105,9 +106,14 @@ def familiar(bits_per_byte: np.ndarray, of_given: np.ndarray, *, most: float) ->
 
 
 def chosen_texts(name: str, texts: Sequence[str], kept: np.ndarray) -> Texts:
-    """The texts that are kept and not empty, each once, with ids `written:N`."""
+    """The texts that are kept and not empty, each once, with ids `written:N`; raises InputError if none is."""
     seen: dict[str, str] = {}
     for number, (text, keep) in enumerate(zip(texts, kept, strict=True)):
         if keep and text:
             seen.setdefault(text, f"written:{number}")
+    if not seen:
+        raise InputError(
+            f"none of the {len(texts)} texts {name} is of use: {int(np.sum(~kept))} are foreign to the target, the "
+            "others empty; raise written.foreign, or leave source-written texts out"
+        )
     return Texts(name, tuple(seen.values()), tuple(seen))

@@ -17,15 +17,16 @@ from tmjax.evaluate.bits import Scorer
 from tmjax.fuse.apply import Coefficients
 from tmjax.hub.checkpoint import read_config, resolve
 from tmjax.hub.rundir import RECIPE, read_manifest, sha256_checkpoint
-from tmjax.hub.texts import Texts, read_texts
+from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
 from tmjax.models.families import family_of
 from tmjax.pipeline.alignment import Warn
+from tmjax.pipeline.held_out import HeldOut
 from tmjax.recipe import Recipe, build_recipe, read_recipe
 from tmjax.sharding.mesh import AUTO, Layout
 
 
-class AdaptInputs:
+class AdaptInputs(HeldOut):
     """What an adaptation names, loaded when first asked for."""
 
     def __init__(self, recipe: AdaptRecipe) -> None:
@@ -92,21 +93,6 @@ class AdaptInputs:
     def texts(self) -> TrainingTexts:
         """What is trained on."""
         return read_training_texts(self.recipe.texts).first(self.recipe.max_texts)
-
-    @functools.cached_property
-    def valid(self) -> Texts | None:
-        """The texts on which steps and learning rates are chosen."""
-        return read_texts(self.recipe.valid) if self.recipe.valid else None
-
-    @functools.cached_property
-    def test(self) -> Texts | None:
-        """The texts on which the result is measured, once."""
-        return read_texts(self.recipe.test) if self.recipe.test else None
-
-    @functools.cached_property
-    def other_texts(self) -> dict[str, Texts]:
-        """Texts of other languages or domains, by the name that they were given by."""
-        return {name: read_texts(name) for name in self.recipe.other_texts}
 
     def rows_of(self, texts: Texts) -> tuple[Rows, list[list[TokenisedDocument]]]:
         """Spans of texts that both models read; documents of the target, then of the source."""

@@ -23,7 +23,7 @@ from tmjax.hub.rundir import RunDirectory
 from tmjax.hub.texts import Texts, read_texts
 from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import init_params
-from tmjax.pipeline.adapt_arms import Arm
+from tmjax.pipeline.adapt_arms import ADAPTED, Arm
 from tmjax.pipeline.adapt_inputs import AdaptInputs
 from tmjax.pipeline.adapt_start import Show, Starts
 from tmjax.typing import Array, Params
@@ -35,6 +35,9 @@ class Material:
     def __init__(self, run: RunDirectory, key: object, inputs: AdaptInputs, starts: Starts, show: Show) -> None:
         self.run, self.key, self.inputs, self.starts, self.show = run, key, inputs, starts, show
         self.recipe = inputs.recipe
+        # On the object, not on the class: models and texts go when the run does.
+        self.texts = functools.cache(self._texts)
+        self.rows = functools.cache(self._rows)
 
     def _model(self, which: str) -> tuple[Model, Params]:
         """`target`, `source`, or `random_source`: the source's architecture with fresh random weights."""
@@ -82,8 +85,7 @@ class Material:
         path = self.run.stage(f"written:{writer}", key, f"written/{writer}.jsonl", work)
         return read_texts(str(path))
 
-    @functools.cache  # noqa: B019 - lives as long as its run
-    def texts(self, writer: str | None) -> TrainingTexts:
+    def _texts(self, writer: str | None) -> TrainingTexts:
         """What an arm is trained on: the given texts, then the written ones."""
         given = self.inputs.texts
         if writer is None:
@@ -94,8 +96,7 @@ class Material:
         ids = [f"{name}:{turn}" for turn in range(times) for name in own.ids]
         return TrainingTexts(Texts(own.path, (*ids, *more.ids), (*own.texts * times, *more.texts)))
 
-    @functools.cache  # noqa: B019
-    def rows(self, writer: str | None) -> tuple[Rows, list[list[TokenisedDocument]]]:
+    def _rows(self, writer: str | None) -> tuple[Rows, list[list[TokenisedDocument]]]:
         """Spans that both models read of an arm's texts; documents of the target, then of the source."""
         return self.inputs.rows_of(self.texts(writer).texts)
 
@@ -109,7 +110,7 @@ class Material:
             rows, (of_target, of_source) = self.rows(writer)
             model, params = self._model(which)
             if which == "target":
-                params = self.starts.of("adapted", "sft", recipe.start)[1]
+                params = self.starts.of(ADAPTED, "sft", recipe.start)[1]
             capture(
                 model.spec,
                 params,

@@ -19,12 +19,13 @@ from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
 from tmjax.models.families import family_of
 from tmjax.models.spec import ParamSpec, shared_projections
 from tmjax.pipeline.doctor_estimate import require_room, sites_of
+from tmjax.pipeline.held_out import HeldOut
 from tmjax.recipe import Recipe
 from tmjax.sharding.mesh import AUTO, Layout
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Inputs(HeldOut):
     """What a recipe names, loaded when first asked for."""
 
     recipe: Recipe
@@ -69,21 +70,6 @@ class Inputs:
     def texts(self) -> Texts:
         """The calibration texts."""
         return read_texts(self.recipe.texts).part(self.recipe.activations.max_texts, self.recipe.seed)
-
-    @functools.cached_property
-    def valid(self) -> Texts | None:
-        """The texts on which coefficients are chosen."""
-        return read_texts(self.recipe.valid) if self.recipe.valid else None
-
-    @functools.cached_property
-    def test(self) -> Texts | None:
-        """The texts on which the result is measured, once."""
-        return read_texts(self.recipe.test) if self.recipe.test else None
-
-    @functools.cached_property
-    def other_texts(self) -> dict[str, Texts]:
-        """Texts of other languages or domains, by the name that they were given by."""
-        return {name: read_texts(name) for name in self.recipe.other_texts}
 
     @functools.cached_property
     def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:

@@ -160,8 +160,8 @@ def update_summary(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     return update_rows({"update": means})
 
 
-def run_summary(manifest: Mapping[str, Any]) -> Group:
-    """What `tmjax merge` prints at its end."""
+def scored_parts(manifest: Mapping[str, Any]) -> list[object]:
+    """What a summary begins with: test texts with the gain due to the source, other texts; whatever was scored."""
     parts: list[object] = []
     if manifest["evaluation"]:
         parts += [
@@ -171,6 +171,12 @@ def run_summary(manifest: Mapping[str, Any]) -> Group:
         ]
     if manifest.get("forgetting"):
         parts += [rich_table("Bits per byte on other texts", *forgetting_rows(manifest))]
+    return parts
+
+
+def run_summary(manifest: Mapping[str, Any]) -> Group:
+    """What `tmjax merge` prints at its end."""
+    parts = scored_parts(manifest)
     if manifest["update"]:
         parts += [rich_table("What the merge did (mean over layers)", *update_summary(manifest))]
     parts += [rich_table("Alignment", *alignment_rows(manifest)), rich_table("Stages", *stage_rows(manifest))]

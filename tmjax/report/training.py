@@ -20,6 +20,7 @@ from tmjax.report.tables import (
     gain_sentence,
     markdown_table,
     rich_table,
+    scored_parts,
     stage_rows,
 )
 
@@ -49,15 +50,7 @@ def training_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 def adapt_summary(manifest: Mapping[str, Any]) -> Group:
     """What `tmjax adapt` prints at its end."""
-    parts: list[object] = []
-    if manifest["evaluation"]:
-        parts += [
-            rich_table("Bits per byte on the test texts", *evaluation_rows(manifest)),
-            gain_sentence(manifest),
-            "",
-        ]
-    if manifest.get("forgetting"):
-        parts += [rich_table("Bits per byte on other texts", *forgetting_rows(manifest))]
+    parts = scored_parts(manifest)
     parts += [rich_table("Training", *training_rows(manifest)), rich_table("Stages", *stage_rows(manifest))]
     return Group(*parts)
 
