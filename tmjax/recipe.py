@@ -112,6 +112,28 @@ class LearningOptions(Section):
     patience: Positive = 3
 
 
+class SolveOptions(Section):
+    """Ridge regressions toward the source's predictions, after the weights are fused; see `fuse.solve`.
+
+    `reach`: the `readout` alone is solved for, or also what writes the residual stream (`direct`: the output
+    projections of attention and MLP of every layer, each as if nothing came after it). At most `rounds` times all are
+    solved; what the source's word weighs beside the true tokens, and how far to go, validation text chooses, and
+    `patience` rounds without a better trial end it. `ridge` is in units of the mean square of the inputs;
+    `prior_tokens` are tokens that each token of the vocabulary counts as seen before any text.
+
+    Beside the calibration texts the source is asked about `written` texts that it writes itself, of at most `tokens`
+    tokens after the first words of calibration texts (0: none).
+    """
+
+    reach: Literal["readout", "direct"] = "direct"
+    rounds: Positive = 10
+    ridge: PositiveFloat = 0.1
+    prior_tokens: PositiveFloat = 30.0
+    patience: Positive = 2
+    written: Annotated[int, Field(ge=0)] = 600
+    tokens: Positive = 96
+
+
 class FusionOptions(Section):
     """How the source's weights enter the target's.
 
@@ -126,6 +148,9 @@ class FusionOptions(Section):
     every tensor at this part of its norm. `base` names a checkpoint of the target's architecture: task vectors
     W^ - W_base are fused. `transport: regression` fuses, instead of transported weights, those that by least squares
     turn the target's inputs into the source's mapped outputs (`ridge` holds them at the target's own).
+
+    `solve`: afterwards the target is solved for toward the source's predictions of its own tokens on the calibration
+    texts (`SolveOptions`). A fixed alpha leaves this out, as nothing is then chosen on validation texts.
     """
 
     map: Literal["paper", "barycentric"] = "barycentric"
@@ -145,6 +170,7 @@ class FusionOptions(Section):
     base: str | None = None
     transport: Literal["weights", "regression"] = "weights"
     ridge: PositiveFloat = 0.1
+    solve: SolveOptions | None = None
 
 
 class EvaluationOptions(Section):
@@ -177,7 +203,7 @@ class Recipe(Section):
     other_texts: tuple[str, ...] = ()
     same_size_source: str | None = None
     out: str
-    preset: Literal["barycentric", "paper"] = "barycentric"
+    preset: Literal["predictions", "barycentric", "paper"] = "predictions"
     alpha: Alpha | None = None
     controls: bool = False
     allow_negligible: bool = False
@@ -190,9 +216,17 @@ class Recipe(Section):
     evaluation: EvaluationOptions = EvaluationOptions()
     export: ExportOptions = ExportOptions()
 
+    @property
+    def solves(self) -> bool:
+        """Whether predictions are solved for: not at a fixed alpha, where validation text chooses nothing."""
+        return self.fusion.solve is not None and self.alpha is None
 
-#: Defaults that a preset sets; what the recipe says itself wins. `paper` is METHOD of arXiv:2602.05495 as printed.
+
+DEFAULT_PRESET = "predictions"
+#: Defaults that a preset sets; what the recipe says itself wins. `paper` is METHOD of arXiv:2602.05495 as printed,
+#: `barycentric` transports weights alone, `predictions` goes on to solve for the source's predictions.
 PRESETS: dict[str, dict[str, Any]] = {
+    "predictions": {"fusion": {"solve": {}}},
     "barycentric": {},
     "paper": {
         "alpha": 0.1,
@@ -225,7 +259,7 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
 
     Relative paths of local files are taken relative to `base`, the recipe file's folder, if they exist there.
     """
-    preset = values.get("preset", "barycentric")
+    preset = values.get("preset", DEFAULT_PRESET)
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")
     recipe = checked(Recipe, _over(PRESETS[preset], values))

@@ -1,12 +1,12 @@
 """Which operator transfers anything: every setting with all controls, one table with paired intervals; resumable.
 
-    python experiments/transfer/study.py experiments/swahili/recipe.yaml --out runs/transfer [--only plain,lexical]
+    python experiments/transfer/study.py experiments/swahili/recipe.yaml --out runs/transfer [--only "plain;lexical"]
 
-A setting is a change of the recipe. Finished settings are not run again, an interrupted one goes on where it was.
+A setting is a change of the recipe under the preset `barycentric`. Finished settings are not run again, an interrupted
+one goes on where it was.
 """
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -16,11 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import labels
 import lexical
 import numpy as np
-import written
-from solve import REACHES
 
 from tmjax.errors import TmjaxError
 from tmjax.evaluate.bootstrap import Draws, source_gain
@@ -48,8 +45,11 @@ SETTINGS: dict[str, dict[str, Any] | Callable[..., dict[str, Any]]] = {
     "regression": {"fusion": {"transport": "regression", "norm_match": False, "beta": "tied"}},
     "regression, learned": {"fusion": LEARNED | {"transport": "regression", "norm_match": False}},
     "lexical": lexical.run,
-    **{f"labels, {reach}": functools.partial(labels.run, reach=reach) for reach in REACHES},
-    **{f"written, {reach}": functools.partial(written.run, reach=reach) for reach in REACHES},
+    "predictions": {"preset": "predictions"},
+    "predictions, readout": {"fusion": {"solve": {"reach": "readout"}}},
+    "predictions, calibration texts alone": {"fusion": {"solve": {"written": 0}}},
+    "predictions, nothing transported": {"fusion": {"solve": {}, "alphas": [0.0], "betas": [0.0]}},
+    "predictions, more written": {"fusion": {"solve": {"written": 2400}}},
 }
 
 
@@ -66,7 +66,7 @@ def measure(name: str, recipe: Path, out: Path, seed: int, texts: int | None) ->
     setting = SETTINGS[name]
     change = nested({} if callable(setting) else setting, {"seed": seed, "controls": True, "allow_negligible": True})
     change["out"] = str(out)
-    base = read_recipe(recipe)
+    base = read_recipe(recipe) | {"preset": "barycentric"}
     if texts is not None:
         base = nested(base, {"activations": {"max_texts": texts}})
     told = build_recipe(nested(base, change), base=recipe.parent)

@@ -144,8 +144,9 @@ class AdaptRecipe(Section):
 
     `init` is where training begins: the target, or the merged model (default of residual-frozen). `alpha` fixes the
     coefficient of what is transported, which otherwise is the merge's. `combine` are the terms of mode combined.
-    `merge` are settings of a merge's recipe, for modes that need one and a target that is not a run. `other_texts` are
-    of other languages or domains: what the target and the result score on them is recorded.
+    `merge` are settings of a merge's recipe (preset `barycentric` unless said), for modes that need one and a target
+    that is not a run. `other_texts` are of other languages or domains: what the target and the result score on them is
+    recorded.
     """
 
     source: str | None = None

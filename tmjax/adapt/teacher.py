@@ -21,7 +21,9 @@ from tmjax.activations.batches import Batch, bucket_length, bucketed
 from tmjax.adapt.crossing import Crossing
 from tmjax.adapt.data import Piece
 from tmjax.adapt.loss import Teaching
+from tmjax.convert.model import Model
 from tmjax.errors import InputError
+from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
 from tmjax.models.decoder import bind
 from tmjax.models.spec import DecoderSpec
 from tmjax.models.tree import tree_hidden, visible
@@ -233,6 +235,41 @@ def teach(
         done += len(batch.documents)
         progress(done, len(documents))
     return result
+
+
+def teach_texts(
+    model: Model,
+    params: Params,
+    target: TextTokenizer,
+    texts: Sequence[str],
+    *,
+    most: int,
+    search: Search | None = None,
+    dtype: jnp.dtype = jnp.float32,
+    layout: Layout | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Taught, dict[str, float]]:
+    """What a source (`model` with `params`) holds for the next tokens of a target, on texts of at most `most` tokens.
+
+    Also facts: shared positions, tokens that could be, mean probability that is held by the tokens kept.
+    """
+    source = load_tokenizer(model.directory)
+    crossing = Crossing(target, source)
+    encoded = [[e.ids[: most - 1] for e in tokenizer.encode(texts)] for tokenizer in (target, source)]
+    found = teach(
+        model.spec,
+        params,
+        crossing,
+        [[source.prefix, *ids] for ids in encoded[1]],
+        [crossing.shared_positions(*both) for both in zip(*encoded, strict=True)],
+        search=search,
+        dtype=dtype,
+        layout=layout,
+        progress=progress,
+    )
+    tokens = sum(len(ids) + 1 for ids in encoded[0])
+    mass = float(np.mean(found.weight.sum(axis=1)))
+    return found, {"positions": len(found.document), "of": tokens, "mass": mass}
 
 
 def _followed(

@@ -1,19 +1,30 @@
 """What a merge did to every tensor, and the refusal to call a no-op a merge."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tmjax.convert.model import Model
 from tmjax.errors import NoTransferError
 from tmjax.fuse.apply import Coefficients, Transported
+from tmjax.fuse.solve import Solved
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.sharding.hosts import to_host
 from tmjax.typing import Array, ArrayLike, Params
 
 #: Smallest source contribution, as a fraction of the target's norm, that counts as a transfer.
 NEGLIGIBLE = 1e-3
+#: What `update_table` tells of every tensor, beside alpha and beta.
+COLUMNS = (
+    "transported_to_target_norm",
+    "raw_transported_to_target_norm",
+    "effective_update",
+    "cosine",
+    "source_part",
+    "dropped_mean",
+)
 
 
 @jax.jit
@@ -61,26 +72,51 @@ def update_table(
         norms = to_host(_tensor_norms(target[row.path], fused[row.path], item, jnp.asarray(alpha, jnp.float32)))
         n = {key: value.astype(np.float64) for key, value in norms.items()}  # 1e-30 squared is no float32
         old, transport = np.maximum(n["old"], 1e-30), np.maximum(n["transported"], 1e-30)
-        columns = {
-            "transported_to_target_norm": n["transported"] / old,
-            "raw_transported_to_target_norm": n["raw"] / old,
-            "effective_update": n["update"] / old,
-            "cosine": n["inner"] / (old * transport),
-            "source_part": n["part"] / old,
-            "dropped_mean": n["shift"] / np.maximum(n["output"], 1e-30) if item.bias is None else n["shift"] * 0,
-        }
+        values = (
+            n["transported"] / old,
+            n["raw"] / old,
+            n["update"] / old,
+            n["inner"] / (old * transport),
+            n["part"] / old,
+            n["shift"] / np.maximum(n["output"], 1e-30) if item.bias is None else n["shift"] * 0,
+        )
+        columns = dict(zip(COLUMNS, values, strict=True))
         for layer, name in enumerate(row.names(spec)):
             values = {key: float(column[layer]) for key, column in columns.items()}
             table[name] = values | {"alpha": of_layer(alpha, layer), "beta": of_layer(beta, layer)}
     return table
 
 
+def with_solved(
+    table: Mapping[str, Mapping[str, float]], target: Model, before: Params, solved: Solved, paths: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """The table with what the solve changed: `solved` is the norm of its change over the target's.
+
+    `source_solved` is the same if a round listened to the source, and 0 if all took the true tokens alone. Tensors that
+    were solved for without anything having been transported into them get rows.
+    """
+    found = {name: {**row, "solved": 0.0, "source_solved": 0.0} for name, row in table.items()}
+    rows: dict[str, ParamSpec] = {row.path: row for row in target.rows}
+    for path in paths:
+        names = rows[path].names(target.spec)
+        held = (np.asarray(to_host(x[path]), np.float64) for x in (target.params, before, solved.params))
+        old, was, now = (x.reshape(len(names), -1) for x in held)
+        size = np.maximum(np.linalg.norm(old, axis=1), 1e-30)
+        change, whole = np.linalg.norm(now - was, axis=1) / size, np.linalg.norm(now - old, axis=1) / size
+        for layer, name in enumerate(names):
+            row = found.setdefault(name, dict.fromkeys((*COLUMNS, "alpha", "beta"), 0.0))
+            row["effective_update"], row["solved"] = float(whole[layer]), float(change[layer])
+            row["source_solved"] = float(change[layer]) if solved.from_source else 0.0
+    return found
+
+
 def require_transfer(table: Mapping[str, Mapping[str, float]], *, allow_negligible: bool) -> str | None:
     """Raises NoTransferError if no tensor got a measurable part from the source (`allow_negligible`: a warning).
 
-    Measurable: the largest ||alpha Mask W^|| / ||W_T|| over tensors is at least 1e-3.
+    Measurable: the largest ||alpha Mask W^|| / ||W_T|| over tensors is at least 1e-3, or the change of one that was
+    solved for by the source's word.
     """
-    largest = max((row["source_part"] for row in table.values()), default=0.0)
+    largest = max((max(row["source_part"], row.get("source_solved", 0.0)) for row in table.values()), default=0.0)
     if largest >= NEGLIGIBLE:
         return None
     message = (
@@ -89,4 +125,4 @@ def require_transfer(table: Mapping[str, Mapping[str, float]], *, allow_negligib
     )
     if allow_negligible:
         return message
-    raise NoTransferError(f"{message}; use preset barycentric or a larger alpha, or pass --allow-negligible")
+    raise NoTransferError(f"{message}; use preset predictions, or a larger alpha, or pass --allow-negligible")

@@ -1,9 +1,10 @@
 """`fuse`: an alignment and two models in, a merged model and the table of what happened out."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from tmjax.activations.store import Activations
@@ -12,22 +13,28 @@ from tmjax.convert.model import Model, load_model
 from tmjax.errors import InputError
 from tmjax.fuse.apply import Coefficients, fuse_params, transport_model, without_source
 from tmjax.fuse.coefficients import Fit, fit, fixed
-from tmjax.fuse.diagnostics import update_table
+from tmjax.fuse.diagnostics import update_table, with_solved
 from tmjax.fuse.learned import BatchLoss, FuseLearned, expanded, learn, start
 from tmjax.fuse.regression import regress_projection
+from tmjax.fuse.solve import Solved, Solver, Wanted
 from tmjax.fuse.stream import fuse_stream, stream_table, stream_without_source, transport_stream
 from tmjax.models.spec import ParamSpec
 from tmjax.recipe import FusionOptions
+from tmjax.sharding.mesh import Layout
 from tmjax.typing import Array, Params
 
 
 @dataclass(frozen=True)
 class Fused:
-    """The merged model (in the target's dtypes), the chosen coefficients, the per-tensor table of `update_table`."""
+    """The merged model (in the target's dtypes), the chosen coefficients, the per-tensor table of `update_table`.
+
+    `solved`: what solving for the source's predictions came to, where the options have it.
+    """
 
     model: Model
     fit: Fit
     table: dict[str, dict[str, float]]
+    solved: Solved | None = None
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,23 @@ def fuse(
     loss: Callable[[Params], float] | None = None,
     training: tuple[Iterable[Any], BatchLoss] | None = None,
     activations: Regressed | None = None,
+    wanted: Sequence[Wanted] | None = None,
     source_params: Params | None = None,
     permutations: dict[str, np.ndarray] | None = None,
     zero_source: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    dtype: jnp.dtype = jnp.float32,
+    layout: Layout | None = None,
 ) -> Fused:
     """Transports the source's projections through the alignment and fuses them into the target.
 
     `alpha` fixes the coefficient; without it `loss` (of fused parameters, on validation text) chooses from the options'
     grid, or, with `options.fit: learned`, stops the learning on `training` (batches, and the loss of parameters on
-    one). `activations` are for `options.transport: regression`. The last three are for controls: other source weights,
-    permuted source units, a source contribution of zero. Raises InputError if what the options need is not given, or a
-    role is missing in a model. Refusing a merge in which nothing came from the source is `require_transfer`'s, on the
-    table.
+    one). `activations` are for `options.transport: regression`, `wanted` (texts and what the source says follows) for
+    `options.solve`, which a fixed alpha leaves out; `dtype` and `layout` are those of its forward passes. The other
+    three are for controls: other source weights, permuted source units, a source contribution of zero. Raises
+    InputError if what the options need is not given, or a role is missing in a model. Refusing a merge in which
+    nothing came from the source is `require_transfer`'s, on the table.
     """
     options = options or FusionOptions()
     params = source.params if source_params is None else source_params
@@ -102,10 +113,27 @@ def fuse(
         chosen = replace(chosen, coefficients=expanded(target.spec, target.projections, chosen.coefficients))
     else:
         chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress, roles)
-    fused = combine(chosen.coefficients)
+    fused, solved = combine(chosen.coefficients), None
+    if options.solve is not None and alpha is None:
+        if not wanted or loss is None:
+            raise InputError("fusion.solve needs what the source says follows: pass wanted to fuse, or set solve: null")
+        solver = Solver(
+            target.spec,
+            target.rows,
+            target.params,
+            options.solve,
+            silent=zero_source,
+            trust=options.trust,
+            dtype=jnp.dtype(dtype),
+            layout=layout or Layout(),
+        )
+        solved = solver.solve(fused, wanted, loss, progress)
+        fused, before = solved.params, fused
     table = update_table(target.spec, target.rows, target.params, fused, transported, chosen.coefficients)
     table |= stream_table(target, fused, stream, chosen.coefficients)
-    return Fused(target.with_params(fused), chosen, table)
+    if solved is not None:
+        table = with_solved(table, target, before, solved, solver.paths)
+    return Fused(target.with_params(fused), chosen, table, solved)
 
 
 def _base(options: FusionOptions, target: Model) -> Params | None:

@@ -49,9 +49,12 @@ class AdaptInputs(HeldOut):
         return {"source": recipe.source or run.source, "target": run.target}
 
     def merge_recipe(self) -> Recipe:
-        """The merge that has to be done for this adaptation, in a folder of its run."""
-        own = self.recipe
-        told = self.run_recipe.model_dump(mode="json") if self.run_recipe is not None else dict(own.merge)
+        """The merge that has to be done for this adaptation, in a folder of its run.
+
+        Residual-frozen training is of transported weights, so weights alone are merged unless told otherwise.
+        """
+        own, plain = self.recipe, {"preset": "barycentric"}
+        told = self.run_recipe.model_dump(mode="json") if self.run_recipe is not None else plain | own.merge
         shared = {name: getattr(own, name) for name in ("texts", "valid", "alpha", "mesh", "dtype", "seed")}
         given = {name: value for name, value in shared.items() if value is not None}
         if own.max_texts is not None:

@@ -1,31 +1,27 @@
 """What the arms of an adaptation learn from, each a stage of the run: written texts, features, probabilities."""
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from tmjax.activations import store as activation_store
 from tmjax.activations.capture import capture
 from tmjax.activations.rows import Rows, TokenisedDocument
-from tmjax.adapt.crossing import Crossing
 from tmjax.adapt.guidance import SITE, SourceFeatures, by_depth, by_plan, last_tokens, read_out_metric, start_maps
 from tmjax.adapt.modes import shardings_of
-from tmjax.adapt.teacher import Taught, teach
+from tmjax.adapt.teacher import Taught, teach_texts
 from tmjax.adapt.texts import TrainingTexts
-from tmjax.adapt.written import chosen_texts, familiar, written_texts
 from tmjax.convert.model import Model
 from tmjax.evaluate.controls import derangement
 from tmjax.hub.rundir import RunDirectory
 from tmjax.hub.texts import Texts, read_texts
-from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import init_params
 from tmjax.pipeline.adapt_arms import ADAPTED, Arm
 from tmjax.pipeline.adapt_inputs import AdaptInputs
 from tmjax.pipeline.adapt_start import Show, Starts
+from tmjax.pipeline.written import write_texts
 from tmjax.typing import Array, Params
 
 
@@ -55,31 +51,21 @@ class Material:
 
         def work(partial: Path) -> dict[Any, Any]:
             model, params = self._model(writer)
-            tokenizer = load_tokenizer(model.directory)
-            given = inputs.texts.texts
-            found = written_texts(
-                model.spec,
-                params,
-                tokenizer,
-                given.texts,
+            judge = (lambda texts: inputs.scorer(inputs.target, texts)), inputs.target.params
+            return write_texts(
+                partial,
+                (model, params),
+                inputs.texts.texts,
                 how.writing(),
+                familiar_to=judge if writer == "source" else None,
+                foreign=how.foreign,
+                name=writer,
+                first=limit,
                 seed=self.recipe.seed,
                 dtype=inputs.dtype,
                 layout=inputs.layout,
                 progress=lambda done, total: self.show(f"written:{writer}", done, total, "texts"),
             )
-            kept = np.ones(len(found), bool)
-            if writer == "source" and how.foreign is not None:
-                asked = Texts("written", tuple(map(str, range(len(found)))), tuple(text or " " for text in found))
-                bits = [inputs.scorer(inputs.target, texts)(inputs.target.params) for texts in (asked, given)]
-                each = [scores.nll / np.log(2) / scores.bytes for scores in bits]
-                kept = familiar(each[0], each[1], most=how.foreign)
-            texts = chosen_texts(f"written by {writer}", found, kept).first(limit)
-            with partial.open("w", encoding="utf-8") as stream:
-                for name, text in zip(texts.ids, texts.texts, strict=True):
-                    stream.write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
-            facts = {"asked": len(found), "foreign": int(np.sum(~kept)), "kept": len(texts)}
-            return {("written", writer): facts}
 
         key = [self.key, writer, how.model_dump()]
         path = self.run.stage(f"written:{writer}", key, f"written/{writer}.jsonl", work)
@@ -148,25 +134,18 @@ class Material:
 
         def work(partial: Path) -> dict[Any, Any]:
             model, params = self._model(arm.teacher)
-            texts = self.texts(arm.writer).texts
-            own, other = inputs.tokenizer, load_tokenizer(model.directory)
-            crossing = Crossing(own, other)
-            limit = self.recipe.max_tokens - 1
-            encoded = [[e.ids[:limit] for e in tokenizer.encode(texts.texts)] for tokenizer in (own, other)]
-            found = teach(
-                model.spec,
+            found, facts = teach_texts(
+                model,
                 params,
-                crossing,
-                [[other.prefix, *ids] for ids in encoded[1]],
-                [crossing.shared_positions(*both) for both in zip(*encoded, strict=True)],
+                inputs.tokenizer,
+                self.texts(arm.writer).texts.texts,
+                most=self.recipe.max_tokens,
                 search=options.search(),
                 dtype=inputs.dtype,
                 layout=inputs.layout,
                 progress=lambda done, total: self.show(f"taught:{name}", done, total, ""),
             )
             found.save(partial)
-            tokens = sum(len(ids) + 1 for ids in encoded[0])
-            facts = {"positions": len(found.document), "of": tokens, "mass": float(np.mean(found.weight.sum(axis=1)))}
             return {("taught", name): facts}
 
         key = [self.key, arm.teacher, arm.writer, options.model_dump()]

@@ -1,6 +1,7 @@
 """What the training of an arm begins from: the target or a merge, as trained and frozen arrays of a mode."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,25 +41,33 @@ class Starts:
             )
         return self._merged
 
-    def _aligned(self, arm: str) -> tuple[Alignment, Coefficients, Params]:
-        """Alignment, coefficients and source parameters of an arm whose start or residual is transported."""
+    def _aligned(self, arm: str) -> tuple[Alignment, Coefficients, Params, Path | None]:
+        """Alignment, coefficients and source parameters of an arm whose start or residual is transported.
+
+        Also the checkpoint of the merge, unless transported weights with the coefficients are all there is to it.
+        """
         inputs, options = self.inputs, self.inputs.recipe
         if arm not in PLACEBOS and inputs.run is not None:
             alignment, coefficients = inputs.alignment, inputs.coefficients
+            solved: Path | None = inputs.run / "merged"
             if options.alpha is not None:
-                coefficients = fixed(options.alpha, inputs.run_recipe.fusion, tuple(coefficients)).coefficients
-            return alignment, coefficients, inputs.source.params
+                coefficients, solved = (
+                    fixed(options.alpha, inputs.run_recipe.fusion, tuple(coefficients)).coefficients,
+                    None,
+                )
+            return alignment, coefficients, inputs.source.params, solved if inputs.run_recipe.solves else None
         merge = self.merge()
         if arm in PLACEBOS:
             control = CONTROLS[arm]
-            merge.control(control)
+            path = merge.control(control)
             facts = merge.run.manifest["controls"][arm]
             alignment = merge.control_alignment(control)
             params = merge.random_source() if control.random_source else inputs.source.params
         else:
-            merge.fuse()
+            path = merge.fuse()
             facts, alignment, params = merge.run.manifest["coefficients"], merge.align(), inputs.source.params
-        return alignment, {r: (item["alpha"], item["beta"]) for r, item in facts["by_role"].items()}, params
+        pairs = {r: (item["alpha"], item["beta"]) for r, item in facts["by_role"].items()}
+        return alignment, pairs, params, path if merge.recipe.solves else None
 
     def of(self, arm: str, mode: str, start: str) -> tuple[Mode, dict[str, Array], dict[str, Any]]:
         """Mode, trained and frozen arrays (float32) before the first step; guidance comes on top."""
@@ -75,9 +84,11 @@ class Starts:
         held = {}
         if mode == "residual-frozen" or start == "merged":
             fusion = (inputs.run_recipe or self.merge().recipe).fusion
-            alignment, pairs, source = self._aligned(arm)
+            alignment, pairs, source, solved = self._aligned(arm)
             moved = transport_model(alignment, target.rows, target.params, inputs.source.rows, source, fusion)
-            if start == "merged":
+            if start == "merged" and solved is not None:
+                params = inputs.load(solved).params
+            elif start == "merged":
                 params = fuse_params(target.rows, target.params, moved, pairs, bias_rule=fusion.bias)
             if mode == "residual-frozen":
                 held = residuals(target.rows, moved, {role: alpha for role, (alpha, _) in pairs.items()})

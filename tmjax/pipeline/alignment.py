@@ -100,7 +100,8 @@ class AlignmentRun:
         self.run = hosts.together(lambda: started or RunDirectory.follow(path, key, here))
         self.run.team = hosts
 
-    def _step(self, stage: str) -> Callable[[int, int], None]:
+    def step(self, stage: str) -> Callable[[int, int], None]:
+        """Shows how far a stage is."""
         return lambda done, total: self.progress(stage, done, total)
 
     # Input hashes of the stages, each holding those of what it reads.
@@ -138,7 +139,7 @@ class AlignmentRun:
                 memory_mib=self.recipe.activations.memory_mib,
                 dtype=self.inputs.dtype,
                 layout=self.inputs.layout,
-                progress=self._step(name),
+                progress=self.step(name),
             )
             return {("rows",): {"documents": len(self.inputs.texts), "rows": len(rows), "pooling": rows.pooling}}
 
@@ -164,7 +165,7 @@ class AlignmentRun:
                 memory_mib=options.memory_mib,
                 dtype=self.inputs.dtype,
                 layout=self.inputs.layout,
-                progress=self._step(name),
+                progress=self.step(name),
             )
             shuffled = (
                 (lambda count: derangement(count, self.recipe.seed)) if control and control.shuffle_rows else None
@@ -225,7 +226,7 @@ class AlignmentRun:
         random = control is not None and control.random_source
         params = self.random_source() if random else self.inputs.source.params
         models = (self.inputs.target.spec, self.inputs.target.params), (self.inputs.source.spec, params)
-        how = {"mesh": self.inputs.layout.mesh, "progress": self._step(step), "models": models}
+        how = {"mesh": self.inputs.layout.mesh, "progress": self.step(step), "models": models}
         projections, options = self.inputs.projections, self.recipe.alignment
         if not self.recipe.activations.keep:
             held = self.moments(which, control)

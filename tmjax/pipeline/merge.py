@@ -20,6 +20,7 @@ from tmjax.fuse.coefficients import Fit
 from tmjax.fuse.diagnostics import require_transfer
 from tmjax.fuse.learned import BatchLoss
 from tmjax.fuse.merge import Regressed, fuse
+from tmjax.fuse.solve import Solved
 from tmjax.hub.atomic import write_json
 from tmjax.hub.checkpoint import read_json
 from tmjax.hub.rundir import RECIPE, read_manifest
@@ -27,6 +28,7 @@ from tmjax.models.spec import DecoderSpec
 from tmjax.pipeline.alignment import AlignmentRun
 from tmjax.pipeline.forgetting import measure_forgetting
 from tmjax.pipeline.other_sources import other_sources
+from tmjax.pipeline.predictions import Predictions
 from tmjax.pipeline.report import REPORT, SAMPLES
 from tmjax.pipeline.samples import sample_texts
 from tmjax.recipe import Recipe, build_recipe, read_recipe
@@ -53,10 +55,13 @@ class Merge(AlignmentRun):
             loss=lambda params: inputs.valid_scorer(params).bits_per_byte,
             training=self._training(),
             activations=self._regressed(control),
+            wanted=Predictions(self).wanted(control) if self.recipe.solves else None,
             source_params=source,
             permutations=plan_permutations(alignment, self.recipe.seed) if control and control.permute_plan else None,
             zero_source=control is not None and control.zero_source,
-            progress=self._step(arm),
+            progress=self.step(arm),
+            dtype=inputs.dtype,
+            layout=inputs.layout,
         )
         if control is None:
             warning = require_transfer(fused.table, allow_negligible=self.recipe.allow_negligible)
@@ -64,9 +69,10 @@ class Merge(AlignmentRun):
                 self.warn(warning)
         hf.write(fused.model, partial, max_shard_size=self.recipe.export.max_shard_size)
         facts = _fit_facts(fused.fit)
+        solved = {"solve": _solve_facts(fused.solved)} if fused.solved else {}
         if control is None:
-            return {"update": fused.table, "coefficients": facts}
-        return {("controls", arm): facts | {"update": fused.table}}
+            return {"update": fused.table, "coefficients": facts} | solved
+        return {("controls", arm): facts | {"update": fused.table} | solved}
 
     def _training(self) -> tuple[Iterable[Batch], BatchLoss] | None:
         """Calibration batches, the same for all arms, and the target's loss, where coefficients are learned."""
@@ -209,6 +215,16 @@ class Merge(AlignmentRun):
 def _token_loss(spec: DecoderSpec) -> BatchLoss:
     """The same function object for every arm, so that nothing is compiled again."""
     return functools.partial(next_token_loss, spec)
+
+
+def _solve_facts(solved: Solved) -> dict[str, Any]:
+    """What the rounds of a solve chose, and how many positions they heard of."""
+    return {
+        "valid_bits_per_byte": solved.losses,
+        "rounds": solved.chosen,
+        "trials": solved.trials,
+        "positions": dict(zip(("true", "source", "all"), solved.positions, strict=True)),
+    }
 
 
 def _mean(value: ArrayLike | float) -> float:

@@ -90,7 +90,10 @@ class SolverComparison(Merge):
         return self.run.manifest
 
     def _merge(self, options: AlignmentOptions) -> float | None:
-        """Bits per byte on the test texts of the merge made with these plans; None without test texts."""
+        """Bits per byte on the test texts of the merge made with these plans; None without test texts.
+
+        Weights alone are transported: predictions, if they were solved for, would hide what the plans do.
+        """
         if self.inputs.test is None:
             return None
         models = tuple((model.spec, model.params) for model in (self.inputs.target, self.inputs.source))
@@ -99,7 +102,7 @@ class SolverComparison(Merge):
             align(*held, self.inputs.projections, options, models=models),
             self.inputs.target,
             self.inputs.source,
-            self.recipe.fusion,
+            self.recipe.fusion.model_copy(update={"solve": None}),
             alpha=self.recipe.alpha,
             loss=lambda params: self.inputs.valid_scorer(params).bits_per_byte,
         )

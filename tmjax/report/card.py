@@ -19,6 +19,12 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         f"architecture and tokenizer this model keeps, with tmjax {manifest['tmjax']}, preset `{recipe.preset}`, "
         f"seed {recipe.seed}, calibrated on `{recipe.texts}`.",
     ]
+    if manifest.get("solve"):
+        parts.append(
+            "Its read-out and what writes its residual stream were then solved for, by ridge regression on the "
+            "calibration texts, toward the true next tokens and the source's probabilities of them "
+            f"({len(manifest['solve']['rounds'])} rounds)."
+        )
     if manifest["evaluation"]:
         parts += [
             "## Held-out text",

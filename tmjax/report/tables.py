@@ -76,12 +76,14 @@ def update_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         "raw_transported_to_target_norm": "‖Ŵ‖/‖W‖ raw",
         "transported_to_target_norm": "‖Ŵ‖/‖W‖",
         "source_part": "source part",
+        "solved": "solved",
         "effective_update": "update",
         "cosine": "cosine",
         "alpha": "alpha",
         "beta": "beta",
         "dropped_mean": "dropped mean",
     }
+    columns = {key: said for key, said in columns.items() if any(key in item for item in manifest["update"].values())}
     rows = [(name, *(f"{item[key]:.3g}" for key in columns)) for name, item in manifest["update"].items()]
     return ("tensor", *columns.values()), rows
 

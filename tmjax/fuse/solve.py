@@ -1,0 +1,324 @@
+"""Rounds of ridge regressions toward wanted predictions: what the source says comes next, beside what comes in truth.
+
+At every position of the calibration texts the true next token, and the source's probabilities where both models read
+the same text so far, say how logits and the last residual stream should change. The change of a projection that turns
+its inputs x into the wanted changes y is a ridge regression in closed form,
+
+    dW = Y (A + lambda tr(A) / n I)^-1,  Y = mean of y x^T,  A = mean of x x^T,
+
+as Benzing (2022) steps in FOOF; the read-out is solved per token with its own curvature, the mean of p (1 - p). What
+writes the residual stream is solved as if nothing came after it, so nothing is propagated back through a block.
+Validation text says how much of a change is taken, and what the source's word weighs. There is no optimiser; read
+strictly, what a round does to the read-out and to the last block is one damped Gauss-Newton step.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tmjax.errors import NonFiniteError
+from tmjax.models.decoder import bind
+from tmjax.models.spec import DecoderSpec, ParamSpec, projections
+from tmjax.recipe import SolveOptions
+from tmjax.sharding.hosts import to_host
+from tmjax.sharding.mesh import Layout
+from tmjax.typing import Array, ArrayLike, Params
+
+#: What the source's word weighs beside the true tokens, position for position.
+WEIGHTS = (0.0, 0.3, 1.0, 3.0)
+#: What an arm without a source multiplies its steps by where others try weights: as many trials for all.
+INSTEAD = (1.0, 0.25, 0.7, 2.0)
+#: First steps (read-out, projections), and what later trials of a round multiply them by.
+STEPS = (0.12, 0.05)
+FACTORS = ((0.5, 1.0), (1.0, 0.5), (0.5, 0.5), (1.5, 1.5))
+#: Of so many rounds the first two compare weights.
+RENEW = 6
+#: Projections that write the residual stream.
+WRITERS = ("o", "down")
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+class Wanted(NamedTuple):
+    """A batch of texts and what the source says follows.
+
+    `ids` [B, T] int32, right-padded; `length` [B] int32, 0 for rows of padding; `true` [B] float32, 1 for texts whose
+    own tokens are wanted too; at each of the first T - 1 positions `token` [B, T - 1, K] int32 and their probabilities
+    `weight` [B, T - 1, K] float32, zero where nothing is said.
+    """
+
+    ids: np.ndarray
+    length: np.ndarray
+    true: np.ndarray
+    token: np.ndarray
+    weight: np.ndarray
+
+
+class Sums(NamedTuple):
+    """Means over positions: wanted changes times inputs, of the true tokens and of the source's word; input Grams.
+
+    `wanted` [2, V, embed] and `gram` [embed, embed] are the read-out's, `curvature` [V] its mean of p (1 - p);
+    `inner` [2, L, out, in] by path and `grams` [L, in, in] by input site the projections'. `count` [3]: positions
+    of the true tokens, of the source's word, of all texts.
+    """
+
+    wanted: Array
+    gram: Array
+    curvature: Array
+    inner: dict[str, Array]
+    grams: dict[str, Array]
+    count: Array
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "readout", "writers", "dtype", "mesh"))
+def _sums(
+    spec: DecoderSpec,
+    params: Params,
+    batch: Wanted,
+    readout: str,
+    writers: tuple[tuple[str, str], ...],
+    dtype: jnp.dtype,
+    mesh: Mesh | None,
+) -> Sums:
+    """Sums over one batch; `writers` are (path, input site)."""
+    real = (jnp.arange(batch.ids.shape[1] - 1) < batch.length[:, None] - 1).astype(jnp.float32)
+    sites = ("resid", *dict.fromkeys(site for _, site in writers))
+    _, captured = bind(spec, params).hidden(batch.ids[:, :-1], dtype, sites, lambda x: x, mesh)
+    last = captured.pop("resid")[-1]
+
+    def logits(weight: Array, stream: Array) -> tuple[Array, Array]:
+        model = bind(spec, {**params, readout: weight})
+        states = model.norm(stream)
+        return model.logits(states), states
+
+    found, back, states = jax.vjp(logits, jnp.asarray(params[readout], jnp.float32), last, has_aux=True)
+    p = jax.nn.softmax(found)
+    row, place = jnp.ogrid[: p.shape[0], : p.shape[1]]
+    own = real * batch.true[:, None]
+    said = jnp.sum(batch.weight, axis=-1)
+    # What is wanted of the logits: minus the slope of the loss, q - p as often as a token is wanted.
+    true = (-own[..., None] * p).at[row, place, batch.ids[:, 1:]].add(own)
+    word = (-said[..., None] * p).at[row[..., None], place[..., None], batch.token].add(batch.weight)
+    wanted, asked = jax.vmap(back)(jnp.stack([true, word]))
+    hidden = states.astype(jnp.float32) * real[..., None]
+    inputs = {site: x.astype(jnp.float32) * real[:, :, None] for site, x in captured.items()}
+    asked = asked.astype(jnp.float32)
+    return Sums(
+        wanted,
+        jnp.einsum("bte,btf->ef", hidden, hidden, precision=_EXACT),
+        jnp.sum(real[..., None] * p * (1 - p), axis=(0, 1)),
+        {path: jnp.einsum("sbto,lbti->sloi", asked, inputs[site], precision=_EXACT) for path, site in writers},
+        {site: jnp.einsum("lbti,lbtj->lij", x, x, precision=_EXACT) for site, x in inputs.items()},
+        jnp.stack([jnp.sum(own), jnp.sum(said), jnp.sum(real)]),
+    )
+
+
+@jax.jit
+def _means(sums: Sums) -> Sums:
+    seen = sums.count[2]
+    each = jnp.maximum(sums.count[:2], 1e-30)
+
+    def both(x: Array) -> Array:
+        return x / each.reshape(2, *[1] * (x.ndim - 1))
+
+    return Sums(
+        both(sums.wanted),
+        sums.gram / seen,
+        sums.curvature / seen,
+        {path: both(x) for path, x in sums.inner.items()},
+        {site: x / seen for site, x in sums.grams.items()},
+        sums.count,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="ridge")
+def _right_solve(gram: Array, values: Array, ridge: float) -> Array:
+    """values (gram + ridge tr(gram) / n I)^-1 for symmetric gram [..., n, n] and values [2, ..., out, n]."""
+    n = gram.shape[-1]
+    mean = jnp.trace(gram, axis1=-2, axis2=-1) / n
+    held = gram + ridge * mean[..., None, None] * jnp.eye(n)
+    # Both right-hand sides as more rows of one.
+    rows = jnp.moveaxis(values, 0, -3).reshape(*gram.shape[:-2], -1, n)
+    solved = jnp.swapaxes(jnp.linalg.solve(held, jnp.swapaxes(rows, -1, -2)), -1, -2)
+    return jnp.moveaxis(solved.reshape(*gram.shape[:-2], 2, -1, n), -3, 0)
+
+
+def _norm(x: Array) -> Array:
+    return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames="trust")
+def _moved(
+    now: dict[str, Array],
+    start: dict[str, ArrayLike],
+    direction: dict[str, Array],
+    step: dict[str, Array],
+    weight: Array,
+    trust: float | None,
+) -> dict[str, Array]:
+    """The tensors after `step` (in units of their norms) in the mixed direction, each within `trust` of its start."""
+    found = {}
+    for path, value in now.items():
+        change = direction[path][0] + weight * direction[path][1]
+        value = value + step[path] * change * _norm(value) / jnp.maximum(_norm(change), 1e-30)
+        if trust is not None:
+            first = start[path].astype(jnp.float32)
+            far, limit = _norm(value - first), trust * _norm(first)
+            value = first + (value - first) * jnp.where(far > limit, limit / jnp.maximum(far, 1e-30), 1.0)
+        found[path] = value
+    return found
+
+
+class _Trial(NamedTuple):
+    """Validation bits per byte at a weight of the source's word and steps (read-out, projections)."""
+
+    loss: float
+    weight: float
+    steps: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What the rounds came to: parameters, validation bits per byte before and after each, choices, trials made.
+
+    `positions`: of the true tokens, of the source's word (by its probability), of all texts.
+    """
+
+    params: Params
+    losses: list[float]
+    chosen: list[dict[str, float]]
+    trials: int
+    positions: tuple[float, ...]
+
+    @property
+    def from_source(self) -> bool:
+        """Whether any round that was taken listened to the source."""
+        return any(item["weight"] > 0 for item in self.chosen)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Solves a model's read-out, and with `reach: direct` what writes its residual stream.
+
+    `start` are the parameters that the trust cap is about; `silent`: the source says nothing (the control `shrink`),
+    and other steps are tried in place of weights.
+    """
+
+    spec: DecoderSpec
+    rows: tuple[ParamSpec, ...]
+    start: Params
+    options: SolveOptions
+    silent: bool = False
+    trust: float | None = None
+    dtype: jnp.dtype = jnp.float32
+    layout: Layout = field(default_factory=Layout)
+
+    @property
+    def readout(self) -> str:
+        """Path of the read-out, which may be the embeddings too."""
+        return "embed.weight" if self.spec.tied_embeddings else "head.weight"
+
+    @property
+    def writers(self) -> tuple[tuple[str, str], ...]:
+        """(path, input site) of the projections that move."""
+        rows = projections(self.rows)
+        roles = WRITERS if self.options.reach == "direct" else ()
+        return tuple((rows[role].path, rows[role].input_site) for role in roles if role in rows)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of everything that moves."""
+        return (self.readout, *(path for path, _ in self.writers))
+
+    def sums(self, params: Params, batches: Sequence[Wanted]) -> Sums:
+        """What the solve needs of the texts under these parameters."""
+        total: Sums | None = None
+        for batch in batches:
+            placed = Wanted(*(self.layout.place_batch(array) for array in batch))
+            found = _sums(self.spec, params, placed, self.readout, self.writers, self.dtype, self.layout.mesh)
+            total = jax.block_until_ready(found if total is None else jax.tree.map(jnp.add, total, found))
+        assert total is not None
+        return jax.block_until_ready(_means(total))
+
+    def directions(self, sums: Sums) -> dict[str, Array]:
+        """The solved changes by path, [2, ...]: for the true tokens, for the source's word."""
+        ridge = self.options.ridge
+        seen = sums.curvature + self.options.prior_tokens / sums.count[2]
+        found = {self.readout: _right_solve(sums.gram, sums.wanted, ridge) / seen[:, None]}
+        for path, site in self.writers:
+            # One at a time: several LAPACK calls in one program can lock up the thread pool of XLA's CPU backend.
+            found[path] = jax.block_until_ready(_right_solve(sums.grams[site], sums.inner[path], ridge))
+        return found
+
+    def moved(
+        self, params: Params, directions: dict[str, Array], weight: float, steps: tuple[float, float]
+    ) -> dict[str, ArrayLike]:
+        """The parameters after steps of these sizes (read-out, projections)."""
+        sizes = {path: jnp.float32(steps[path != self.readout]) for path in self.paths}
+        now, first = ({path: held[path] for path in self.paths} for held in (params, self.start))
+        return {**params, **_moved(now, first, directions, sizes, jnp.float32(weight), self.trust)}
+
+    def _tried(
+        self,
+        params: Params,
+        directions: dict[str, Array],
+        steps: tuple[float, float],
+        weight: float | None,
+        loss: Callable[[Params], float],
+    ) -> list[_Trial]:
+        """At these steps the weight, or all of them if there is none yet; then other steps at the best weight."""
+
+        def attempt(weight: float, step: tuple[float, float]) -> _Trial:
+            return _Trial(loss(self.moved(params, directions, weight, step)), weight, step)
+
+        if weight is not None:
+            tried = [attempt(weight, steps)]
+        elif self.silent:
+            tried = [attempt(0.0, (a * steps[0], a * steps[1])) for a in INSTEAD]
+        else:
+            tried = [attempt(other, steps) for other in WEIGHTS]
+        _, weight, taken = min(tried)
+        return tried + [attempt(weight, (a * taken[0], b * taken[1])) for a, b in FACTORS]
+
+    def solve(
+        self,
+        params: Params,
+        batches: Sequence[Wanted],
+        loss: Callable[[Params], float],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Solved:
+        """At most `rounds` solves; every arm tries as many weights of the source's word and steps on `loss`.
+
+        A round without a better trial halves the steps. Raises NonFiniteError if no trial of a round has a finite loss.
+        """
+        params = {**params, **{path: jnp.asarray(params[path], jnp.float32) for path in self.paths}}
+        steps, failures, trials = STEPS, 0, 0
+        losses, chosen, positions = [loss(params)], [], ()
+        for number in range(self.options.rounds):
+            sums = self.sums(params, batches)
+            positions = tuple(float(x) for x in to_host(sums.count))
+            directions = self.directions(sums)
+            # Weights are compared in the first rounds and now and then again: what is known of the texts changes.
+            weight = None if number % RENEW < 2 else chosen[-1]["weight"] if chosen else 0.0
+            tried = self._tried(params, directions, steps, weight, loss)
+            trials += len(tried)
+            best = min(tried)
+            if not np.isfinite(best.loss):
+                raise NonFiniteError("the predictions of the model that is solved for are not finite")
+            if best.loss < losses[-1]:
+                params = self.moved(params, directions, best.weight, best.steps)
+                steps, failures = best.steps, 0
+                losses.append(best.loss)
+                chosen.append({"weight": best.weight, "readout": best.steps[0], "projections": best.steps[1]})
+            else:
+                steps, failures = (steps[0] / 2, steps[1] / 2), failures + 1
+            progress(number + 1, self.options.rounds)
+            if failures == self.options.patience:
+                break
+        progress(self.options.rounds, self.options.rounds)
+        return Solved(params, losses, chosen, trials, positions)

@@ -1,0 +1,138 @@
+"""What a merge solves toward: the source's probabilities of the target's next tokens, on given and on written texts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmjax.activations.batches import bucketed
+from tmjax.adapt.data import Piece
+from tmjax.adapt.teacher import Taught, teach_texts
+from tmjax.adapt.written import Writing
+from tmjax.errors import InputError
+from tmjax.evaluate.controls import Control, derangement
+from tmjax.fuse.solve import Wanted
+from tmjax.hub.texts import read_texts
+from tmjax.pipeline.alignment import AlignmentRun
+from tmjax.pipeline.written import write_texts
+from tmjax.sharding import hosts
+from tmjax.typing import Params
+
+#: Logits are made for about this many entries (token x vocabulary) at a time, but for at least so many tokens.
+LOGIT_ENTRIES, LEAST_TOKENS = 2**26, 512
+#: Written texts that the target finds more foreign than so many times the given ones are left out.
+FOREIGN = 1.5
+
+
+class Predictions:
+    """The source's word on the texts of a merge, each part a stage of the run."""
+
+    def __init__(self, run: AlignmentRun) -> None:
+        self.run, self.inputs = run, run.inputs
+        options = run.recipe.fusion.solve
+        assert options is not None
+        self.options = options
+
+    @property
+    def _longest(self) -> int:
+        spec = self.inputs.target.spec
+        return min(self.run.recipe.activations.max_tokens, spec.max_positions)
+
+    def _key(self, which: str) -> list[object]:
+        inputs, recipe = self.inputs, self.run.recipe
+        hashes = [inputs.hashes[name] for name in ("texts", "source", "target")]
+        told = self.options.written, self.options.tokens, recipe.activations.max_tokens, recipe.dtype, recipe.seed
+        return [which, hashes, *told]
+
+    def _params(self, which: str) -> Params:
+        return self.run.random_source() if which == "random_source" else self.inputs.source.params
+
+    def written(self, which: str) -> tuple[str, ...]:
+        """Texts by `source` or `random_source`, the latter's no more, and of no more bytes, than the former's."""
+        if not self.options.written:
+            return ()
+        inputs = self.inputs
+        by_source = None if which == "source" else self.written("source")
+
+        def work(partial: Path) -> dict[Any, Any]:
+            judge = (lambda texts: inputs.scorer(inputs.target, inputs.target_tokenizer, texts)), inputs.target.params
+            return write_texts(
+                partial,
+                (inputs.source, self._params(which)),
+                inputs.texts,
+                Writing(self.options.written, tokens=self.options.tokens),
+                name=which,
+                seed=self.run.recipe.seed,
+                dtype=inputs.dtype,
+                layout=inputs.layout,
+                progress=self.run.step(f"written:{which}"),
+                familiar_to=judge if by_source is None else None,
+                foreign=FOREIGN,
+                first=None if by_source is None else len(by_source),
+                most_bytes=None if by_source is None else sum(len(text.encode()) for text in by_source),
+            )
+
+        path = self.run.run.stage(f"written:{which}", self._key(which), f"written/{which}.jsonl", work)
+        return read_texts(str(path)).texts
+
+    def _taught(self, which: str, texts: tuple[str, ...]) -> Taught:
+        inputs, name = self.inputs, f"predictions:{which}"
+
+        def work(partial: Path) -> dict[Any, Any]:
+            try:
+                found, facts = teach_texts(
+                    inputs.source,
+                    self._params(which),
+                    inputs.target_tokenizer,
+                    texts,
+                    most=min(self._longest, inputs.source.spec.max_positions),
+                    dtype=inputs.dtype,
+                    layout=inputs.layout,
+                    progress=self.run.step(name),
+                )
+            except InputError as error:
+                raise InputError(f"{error}; merge without the source's predictions: preset barycentric") from None
+            if hosts.is_first():
+                found.save(partial)
+            return {("predictions", which): facts}
+
+        return Taught.load(self.run.run.stage(name, self._key(which), f"predictions/{which}.npz", work))
+
+    def wanted(self, control: Control | None) -> list[Wanted]:
+        """Calibration and written texts in batches with what the source says, or what a control puts in its place.
+
+        Rows shuffled: what is said elsewhere; plan permuted: the target's tokens exchanged; a random source: what that
+        writes and says; a source contribution of zero: nothing is written or said. Raises InputError if there is
+        nothing to be said because the two tokenizers never begin a token together.
+        """
+        inputs, seed = self.inputs, self.run.recipe.seed
+        if control and control.zero_source:
+            return self._batches(inputs.texts.texts, None)
+        which = "random_source" if control and control.random_source else "source"
+        texts = (*inputs.texts.texts, *self.written(which))
+        held = self._taught(which, texts)
+        if control and control.shuffle_rows:
+            order = derangement(len(held.document), seed)
+            held = held._replace(ids=held.ids[order], weight=held.weight[order])
+        if control and control.permute_plan:
+            held = held._replace(ids=derangement(inputs.target.spec.vocab, seed)[held.ids].astype(np.int32))
+        return self._batches(texts, held)
+
+    def _batches(self, texts: tuple[str, ...], held: Taught | None) -> list[Wanted]:
+        tokenizer, spec = self.inputs.target_tokenizer, self.inputs.target.spec
+        documents = [tokenizer.document(e.ids)[: self._longest] for e in tokenizer.encode(texts)]
+        lengths = [len(ids) for ids in documents]
+        tokens = max(LEAST_TOKENS, min(self.run.recipe.evaluation.batch_tokens, LOGIT_ENTRIES // spec.vocab))
+        found = []
+        for batch in bucketed(lengths, batch_tokens=tokens, multiple=self.inputs.layout.batch_multiple):
+            ids, length = np.zeros((batch.size, batch.tokens), np.int32), np.zeros(batch.size, np.int32)
+            true = np.zeros(batch.size, np.float32)
+            for slot, number in enumerate(batch.documents):
+                length[slot], true[slot] = lengths[number], number < len(self.inputs.texts)
+                ids[slot, : length[slot]] = documents[number]
+            said = np.zeros((*ids.shape, 1), np.int32), np.zeros((*ids.shape, 1), np.float32)
+            if held is not None:
+                pieces = [Piece(n, 0, np.asarray(documents[n]), np.ones(lengths[n])) for n in batch.documents]
+                said = held.teaching(pieces, batch.size, batch.tokens)[:2]
+            found.append(Wanted(ids, length, true, *(part[:, :-1] for part in said)))
+        return found
