@@ -92,9 +92,9 @@ def _sums(
     last = captured.pop("resid")[-1]
 
     def logits(weight: Array, stream: Array) -> tuple[Array, Array]:
-        model = bind(spec, {**params, readout: weight})
-        states = model.norm(stream)
-        return model.logits(states), states
+        decoder = bind(spec, {**params, readout: weight})
+        states = decoder.norm(stream)
+        return decoder.logits(states), states
 
     found, back, states = jax.vjp(logits, jnp.asarray(params[readout], jnp.float32), last, has_aux=True)
     p = jax.nn.softmax(found)
