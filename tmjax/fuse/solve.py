@@ -13,6 +13,7 @@ strictly, what a round does to the read-out and to the last block is one damped 
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -41,7 +42,14 @@ FACTORS = ((0.5, 1.0), (1.0, 0.5), (0.5, 0.5), (1.5, 1.5))
 RENEW = 6
 #: Projections that write the residual stream.
 WRITERS = ("o", "down")
+#: Logits are made for about this many entries (token x vocabulary) at a time, but for at least so many tokens.
+LOGIT_ENTRIES, LEAST_TOKENS = 2**26, 512
 _EXACT = jax.lax.Precision.HIGHEST
+
+
+def batch_tokens(vocab: int, most: int) -> int:
+    """Tokens of a batch, at most `most` of them unless that is too few to read the unembedding for."""
+    return max(LEAST_TOKENS, min(most, LOGIT_ENTRIES // vocab))
 
 
 class Wanted(NamedTuple):
@@ -199,6 +207,17 @@ class Solved:
     def from_source(self) -> bool:
         """Whether any round that was taken listened to the source."""
         return any(item["weight"] > 0 for item in self.chosen)
+
+
+def memory(spec: DecoderSpec, rows: tuple[ParamSpec, ...], options: SolveOptions, tokens: int) -> int:
+    """Bytes that a round holds beside the parameters, with batches of so many tokens: sums, changes, moved tensors."""
+    by_path = {row.path: row for row in rows}
+    held = Solver(spec, rows, {}, options)
+    size = {path: math.prod(by_path[path].stacked_shape(spec)) for path in held.paths}
+    inputs = {site: by_path[path].shape(spec)[1] for path, site in held.writers}
+    grams = spec.hidden**2 + spec.layers * sum(width**2 for width in inputs.values())
+    # Two right-hand sides in both copies of the sums and in the changes, and one moved tensor.
+    return 4 * (2 * grams + 7 * sum(size.values()) + 6 * spec.vocab * batch_tokens(spec.vocab, tokens))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 
 from tmjax.align.alignment import needed_sites, plan_site, solver_of
 from tmjax.align.pairs import band
+from tmjax.fuse import solve
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.ot import capabilities_of
@@ -156,6 +157,9 @@ def memory(
         "alignment (on disk)": stored,
         "fusion": LIBRARIES + weights + stored + transported + 4 * target.parameters,
     }
+    if recipe.solves:
+        solving = solve.memory(target.spec, target.rows, recipe.fusion.solve, recipe.evaluation.batch_tokens)
+        stages["solving for predictions"] = LIBRARIES + weights + 4 * target.parameters + solving
     in_memory = [value for name, value in stages.items() if "on disk" not in name]
     return {
         "stages": stages,
@@ -224,6 +228,6 @@ def time(
             f" {RATES['cpu core'][0] / 1e9:g} GFLOP/s and moves {RATES['cpu core'][1] / 1e9:g} GB/s, an accelerator"
             f" {RATES['accelerator'][0] / 1e12:g} TFLOP/s in float32 and {RATES['accelerator'][1] / 1e12:g} TB/s;"
             f" a forward pass reaches {FORWARD_SHARE:.0%} of that; without reading files, fitting coefficients,"
-            " controls and evaluation, which can take longer"
+            " solving for predictions, controls and evaluation, which can take longer"
         ),
     }

@@ -11,15 +11,13 @@ from tmjax.adapt.teacher import Taught, teach_texts
 from tmjax.adapt.written import Writing
 from tmjax.errors import InputError
 from tmjax.evaluate.controls import Control, derangement
-from tmjax.fuse.solve import Wanted
+from tmjax.fuse.solve import Wanted, batch_tokens
 from tmjax.hub.texts import read_texts
 from tmjax.pipeline.alignment import AlignmentRun
 from tmjax.pipeline.written import write_texts
 from tmjax.sharding import hosts
 from tmjax.typing import Params
 
-#: Logits are made for about this many entries (token x vocabulary) at a time, but for at least so many tokens.
-LOGIT_ENTRIES, LEAST_TOKENS = 2**26, 512
 #: Written texts that the target finds more foreign than so many times the given ones are left out.
 FOREIGN = 1.5
 
@@ -122,7 +120,7 @@ class Predictions:
         tokenizer, spec = self.inputs.target_tokenizer, self.inputs.target.spec
         documents = [tokenizer.document(e.ids)[: self._longest] for e in tokenizer.encode(texts)]
         lengths = [len(ids) for ids in documents]
-        tokens = max(LEAST_TOKENS, min(self.run.recipe.evaluation.batch_tokens, LOGIT_ENTRIES // spec.vocab))
+        tokens = batch_tokens(spec.vocab, self.run.recipe.evaluation.batch_tokens)
         found = []
         for batch in bucketed(lengths, batch_tokens=tokens, multiple=self.inputs.layout.batch_multiple):
             ids, length = np.zeros((batch.size, batch.tokens), np.int32), np.zeros(batch.size, np.int32)
