@@ -78,6 +78,16 @@ def recipe_file(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def solving(recipe_file, tmp_path_factory) -> str:
+    """The same with the default preset, which solves for the source's predictions."""
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    told = yaml.safe_load(Path(recipe_file).read_text()) | {"preset": "predictions"}
+    told["fusion"] |= {"solve": {"rounds": 2, "written": 4, "tokens": 8}}
+    path.write_text(yaml.safe_dump(told))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def plain(tmp_path_factory, flags, recipe_file) -> Path:
     """A run without controls in this process, to be compared with."""
     from tmjax import cli

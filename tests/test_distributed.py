@@ -133,6 +133,19 @@ def test_processes_that_were_told_different_things(flags, recipe_file, texts, tm
 
 
 @pytest.mark.slow
+def test_two_processes_solve_for_predictions_as_one_does(flags, solving, tmp_path) -> None:
+    command = ["merge", solving, *flags, "--out"]
+    ended = Job([*command, tmp_path / "job", "--mesh", MESH]).end(timeout=1200)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert cli.run([*map(str, command), str(tmp_path / "one")]) == 0
+    found, expected = (load_file(tmp_path / name / "merged/model.safetensors") for name in ("job", "one"))
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 1e-4 * np.abs(value).max(), name
+    told = [json.loads((tmp_path / name / "manifest.json").read_text())["solve"]["rounds"] for name in ("job", "one")]
+    assert told[0] == told[1] and told[0]
+
+
+@pytest.mark.slow
 def test_evaluate_controls_and_moments_over_two_processes(flags, recipe_file, plain, tmp_path) -> None:
     """Controls, activations that are not kept, and `tmjax evaluate`, against one process."""
     recipe = tmp_path / "recipe.yaml"

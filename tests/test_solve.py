@@ -2,14 +2,12 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import yaml
 
 from tmjax import cli
 from tmjax.adapt.recipe import build_adapt_recipe
@@ -26,7 +24,6 @@ from tmjax.pipeline.predictions import Predictions
 from tmjax.recipe import SolveOptions, build_recipe, read_recipe
 
 TEXTS = ["Yesu akawaambia wanafunzi wake habari njema", "Basi, watu walimfuata mpaka bahari", "Amani iwe nanyi nyote"]
-SHORT = {"rounds": 2, "written": 4, "tokens": 8}
 OPTIONS = SolveOptions(rounds=2)
 
 
@@ -172,16 +169,6 @@ def test_nothing_is_taken_that_does_not_help(target, batch) -> None:
 
 
 # The pipeline.
-
-
-@pytest.fixture(scope="module")
-def solving(recipe_file, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    told = yaml.safe_load(Path(recipe_file).read_text())
-    told |= {"preset": "predictions"}
-    told["fusion"] |= {"solve": SHORT}
-    path.write_text(yaml.safe_dump(told))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
