@@ -37,9 +37,7 @@ WEIGHTS = (0.0, 0.3, 1.0, 3.0)
 INSTEAD = (1.0, 0.25, 0.7, 2.0)
 #: First steps (read-out, projections), and what later trials of a round multiply them by.
 STEPS = (0.12, 0.05)
-FACTORS = ((0.5, 1.0), (1.0, 0.5), (0.5, 0.5), (1.5, 1.5))
-#: Of so many rounds the first two compare weights.
-RENEW = 6
+FACTORS = ((0.5, 1.0), (1.0, 0.5), (1.5, 1.5))
 #: Projections that write the residual stream.
 WRITERS = ("o", "down")
 #: Logits are made for about this many entries (token x vocabulary) at a time, but for at least so many tokens.
@@ -287,17 +285,17 @@ class Solver:
         params: Params,
         directions: dict[str, Array],
         steps: tuple[float, float],
-        weight: float | None,
         loss: Callable[[Params], float],
     ) -> list[_Trial]:
-        """At these steps the weight, or all of them if there is none yet; then other steps at the best weight."""
+        """All weights at these steps, then other steps at the best weight.
+
+        In every round: the first ones often take the true tokens alone, and hear the source once these are learnt.
+        """
 
         def attempt(weight: float, step: tuple[float, float]) -> _Trial:
             return _Trial(loss(self.moved(params, directions, weight, step)), weight, step)
 
-        if weight is not None:
-            tried = [attempt(weight, steps)]
-        elif self.silent:
+        if self.silent:
             tried = [attempt(0.0, (a * steps[0], a * steps[1])) for a in INSTEAD]
         else:
             tried = [attempt(other, steps) for other in WEIGHTS]
@@ -322,9 +320,7 @@ class Solver:
             sums = self.sums(params, batches)
             positions = tuple(float(x) for x in to_host(sums.count))
             directions = self.directions(sums)
-            # Weights are compared in the first rounds and now and then again: what is known of the texts changes.
-            weight = None if number % RENEW < 2 else chosen[-1]["weight"] if chosen else 0.0
-            tried = self._tried(params, directions, steps, weight, loss)
+            tried = self._tried(params, directions, steps, loss)
             trials += len(tried)
             best = min(tried)
             if not np.isfinite(best.loss):
