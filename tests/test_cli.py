@@ -373,6 +373,7 @@ OPTION_DEFECTS = {
     "wrong suffix": (["--texts", "pyproject.toml"], "texts are a .jsonl or .txt file"),
     "alpha": (["--alpha", "1.5"], "alpha: Input should be less than or equal to 1"),
     "alpha no number": (["--alpha", "much"], "Invalid value for '--alpha'"),
+    "same-size source": (["--same-size-source", "nowhere/model", "--controls"], "nowhere/model"),
     "preset": (["--preset", "magic"], "preset 'magic' is not known; known are predictions, barycentric, paper"),
     "mesh": (["--mesh", "pods=2"], "mesh 'pods=2'"),
     "mesh too large": (["--mesh", "data=64"], "needs 64 devices"),
@@ -386,6 +387,14 @@ OPTION_DEFECTS = {
 def test_bad_options(defect: str, flags, capsys, tmp_path) -> None:
     given, message = OPTION_DEFECTS[defect]
     _refused(capsys, tmp_path / "out", message, "merge", *flags, "--out", tmp_path / "out", *given)
+
+
+def test_a_refusal_is_one_line(tmp_path) -> None:
+    """As a user's terminal shows it: no empty line of a display that never had anything to show."""
+    command = [sys.executable, "-m", "tmjax.cli", "report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("tmjax: error: ")
 
 
 RECIPE_DEFECTS = {

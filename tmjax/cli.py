@@ -547,18 +547,23 @@ def _progress() -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
     console = _console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=console) as display:
+    display = Progress(*columns, console=console)
 
-        def step(stage: str, done: int, total: int, note: str = "") -> None:
-            if stage not in tasks:
-                tasks[stage] = display.add_task(stage, total=total)
-            described = f"{stage}  {note}" if note else stage
-            display.update(tasks[stage], completed=done, total=total, description=described)
+    def step(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage not in tasks:
+            display.start()  # not before: of a run that is refused nothing but the reason is shown
+            tasks[stage] = display.add_task(stage, total=total)
+        described = f"{stage}  {note}" if note else stage
+        display.update(tasks[stage], completed=done, total=total, description=described)
 
-        def warn(message: str) -> None:
-            display.console.print(f"tmjax: warning: {message}", markup=False, highlight=False, soft_wrap=True)
+    def warn(message: str) -> None:
+        display.console.print(f"tmjax: warning: {message}", markup=False, highlight=False, soft_wrap=True)
 
+    try:
         yield step, warn
+    finally:
+        if tasks:
+            display.stop()
 
 
 def _every_core() -> None:

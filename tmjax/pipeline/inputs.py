@@ -120,5 +120,7 @@ class Inputs(HeldOut):
             raise InputError("fusion.transport: regression needs the activations; set activations.keep: true")
         for name in ("layout", "texts", "valid", "test", "other_texts", "target", "source", "rows"):
             getattr(self, name)
+        if self.recipe.controls and self.recipe.same_size_source is not None:
+            load_tokenizer(load_model(self.recipe.same_size_source).directory)
         sites = sites_of(self.target, self.source, self.projections, self.recipe.alignment.structure)
         require_room(sites, len(self.rows[0]), self.recipe)
