@@ -12,6 +12,7 @@ import safetensors.numpy
 from tmjax import cli
 from tmjax.adapt.recipe import build_adapt_recipe
 from tmjax.convert.model import load_model
+from tmjax.errors import NonFiniteError
 from tmjax.evaluate.controls import CONTROLS
 from tmjax.fuse.solve import FACTORS, WEIGHTS, Solver, Wanted
 from tmjax.hub.texts import read_texts
@@ -166,6 +167,25 @@ def test_nothing_is_taken_that_does_not_help(target, batch) -> None:
     assert found.chosen == [] and not found.from_source
     for path, value in target.params.items():
         assert np.array_equal(found.params[path], value)
+
+
+def test_a_step_too_far_is_a_trial_like_any_other(target, batch) -> None:
+    """A loss that is no number, returned or raised, is never taken; if all are, the solve says so."""
+    own, calls = mixed(target, batch), []
+
+    def loss(params) -> float:
+        calls.append(params)
+        if len(calls) % 3 == 2:
+            return float("nan")
+        if len(calls) > 1 and len(calls) % 3 == 0:
+            raise NonFiniteError("too far")
+        return own(params)
+
+    found = solver(target).solve(target.params, [batch], loss)
+    assert np.isfinite(found.losses).all() and found.losses[-1] < found.losses[0]
+    assert own(found.params) == pytest.approx(found.losses[-1], rel=1e-5)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        solver(target).solve(target.params, [batch], lambda params: float("nan"))
 
 
 # The pipeline.

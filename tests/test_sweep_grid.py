@@ -75,6 +75,7 @@ def test_other_values() -> None:
         (["target=a,b"], False, "cannot be swept"),
         (["evaluation.max_tokens=8,16"], False, "cannot be swept"),
         (["fusion.alphas=1"], False, "cannot be swept"),
+        (["fusion.solve.rounds=2,4"], False, "cannot be swept"),
         ([], False, "nothing to sweep"),
     ],
 )

@@ -203,7 +203,7 @@ class Recipe(Section):
     other_texts: tuple[str, ...] = ()
     same_size_source: str | None = None
     out: str
-    preset: Literal["predictions", "barycentric", "paper"] = "predictions"
+    preset: Literal["predictions", "barycentric", "paper"] = "barycentric"
     alpha: Alpha | None = None
     controls: bool = False
     allow_negligible: bool = False
@@ -222,6 +222,7 @@ class Recipe(Section):
         return self.fusion.solve is not None and self.alpha is None
 
 
+#: What `build_recipe` takes unless told otherwise. A bare `Recipe` has no preset's settings: it is `barycentric`.
 DEFAULT_PRESET = "predictions"
 #: Defaults that a preset sets; what the recipe says itself wins. `paper` is METHOD of arXiv:2602.05495 as printed,
 #: `barycentric` transports weights alone, `predictions` goes on to solve for the source's predictions.
@@ -262,7 +263,7 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
     preset = values.get("preset", DEFAULT_PRESET)
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")
-    recipe = checked(Recipe, _over(PRESETS[preset], values))
+    recipe = checked(Recipe, _over(PRESETS[preset], values | {"preset": preset}))
     return recipe if base is None else found_near(recipe, base)
 
 

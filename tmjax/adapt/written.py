@@ -114,6 +114,7 @@ def chosen_texts(name: str, texts: Sequence[str], kept: np.ndarray) -> Texts:
     if not seen:
         raise InputError(
             f"none of the {len(texts)} texts {name} is of use: {int(np.sum(~kept))} are foreign to the target, the "
-            "others empty; raise written.foreign, or leave source-written texts out"
+            "others empty; leave texts by the source out (a merge: fusion.solve.written: 0), or let more foreign ones "
+            "pass (an adaptation: written.foreign)"
         )
     return Texts(name, tuple(seen.values()), tuple(seen))

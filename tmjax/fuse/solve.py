@@ -293,7 +293,11 @@ class Solver:
         """
 
         def attempt(weight: float, step: tuple[float, float]) -> _Trial:
-            return _Trial(loss(self.moved(params, directions, weight, step)), weight, step)
+            try:
+                found = loss(self.moved(params, directions, weight, step))
+            except NonFiniteError:  # a step too far: worse than any other, and no reason to end the merge
+                found = math.inf
+            return _Trial(found if math.isfinite(found) else math.inf, weight, step)
 
         if self.silent:
             tried = [attempt(0.0, (a * steps[0], a * steps[1])) for a in INSTEAD]
@@ -323,7 +327,7 @@ class Solver:
             tried = self._tried(params, directions, steps, loss)
             trials += len(tried)
             best = min(tried)
-            if not np.isfinite(best.loss):
+            if math.isinf(best.loss):
                 raise NonFiniteError("the predictions of the model that is solved for are not finite")
             if best.loss < losses[-1]:
                 params = self.moved(params, directions, best.weight, best.steps)

@@ -49,13 +49,10 @@ class Starts:
         inputs, options = self.inputs, self.inputs.recipe
         if arm not in PLACEBOS and inputs.run is not None:
             alignment, coefficients = inputs.alignment, inputs.coefficients
-            solved: Path | None = inputs.run / "merged"
+            solved = inputs.run / "merged" if inputs.run_recipe.solves and options.alpha is None else None
             if options.alpha is not None:
-                coefficients, solved = (
-                    fixed(options.alpha, inputs.run_recipe.fusion, tuple(coefficients)).coefficients,
-                    None,
-                )
-            return alignment, coefficients, inputs.source.params, solved if inputs.run_recipe.solves else None
+                coefficients = fixed(options.alpha, inputs.run_recipe.fusion, tuple(coefficients)).coefficients
+            return alignment, coefficients, inputs.source.params, solved
         merge = self.merge()
         if arm in PLACEBOS:
             control = CONTROLS[arm]

@@ -7,6 +7,7 @@ import numpy as np
 
 from tmjax.activations.batches import bucketed
 from tmjax.adapt.data import Piece
+from tmjax.adapt.recipe import WrittenOptions
 from tmjax.adapt.teacher import Taught, teach_texts
 from tmjax.adapt.written import Writing
 from tmjax.errors import InputError
@@ -18,8 +19,8 @@ from tmjax.pipeline.written import write_texts
 from tmjax.sharding import hosts
 from tmjax.typing import Params
 
-#: Written texts that the target finds more foreign than so many times the given ones are left out.
-FOREIGN = 1.5
+#: Written texts that the target finds more foreign than so many times the given ones are left out, as in adaptation.
+FOREIGN = WrittenOptions().foreign
 
 
 class Predictions:

@@ -21,9 +21,10 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     ]
     if manifest.get("solve"):
         parts.append(
-            "Its read-out and what writes its residual stream were then solved for, by ridge regression on the "
-            "calibration texts, toward the true next tokens and the source's probabilities of them "
-            f"({len(manifest['solve']['rounds'])} rounds)."
+            f"Its read-out{' and what writes its residual stream' * (recipe.fusion.solve.reach == 'direct')} were then "
+            "solved for, by ridge regression toward the true next tokens of the calibration texts and the source's "
+            f"probabilities on these and {manifest.get('written', {}).get('source', {}).get('kept', 0)} texts that it "
+            f"wrote ({len(manifest['solve']['rounds'])} rounds)."
         )
     if manifest["evaluation"]:
         parts += [
