@@ -5,13 +5,15 @@
 All arms of a seed share their texts, updates, grid of learning rates and steps, and selection on the validation texts.
 A seed draws the calibration texts (300 of the recipe's file; the first ones for seed 0), what the models write, and the
 order of training. The first seed tries the whole grid; the others use what it chose for each arm (`--whole-grid`: all
-do). Finished arms are not trained again, so an interrupted study goes on where it was.
+do); ablations of one option use what the arm they change has chosen. Finished arms are not trained again, so an
+interrupted study goes on where it was.
 """
 
 import argparse
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,17 @@ ARMS = {
     "control:shuffled_rows": _terms("guidance", "distillation", writer="target", shuffled=True),
     "control:random_source": _terms("guidance", "distillation", writer="random_source", teacher="random_source"),
 }
+#: Arms with one option changed; trained with the schedule that the arm they change has chosen.
+ABLATIONS = {
+    "guided, fisher": "guided",
+    "guided, annealed": "guided",
+    "adapted, fisher": "adapted",
+    "adapted, annealed": "adapted",
+}
+ARMS |= {
+    name: replace(ARMS[whole], **({"metric": "fisher"} if name.endswith("fisher") else {"anneal": 0.0}))
+    for name, whole in ABLATIONS.items()
+}
 WHAT = {
     "control:sft": "SFT on the texts (best of its own grid)",
     "residual_frozen": "residual-frozen, from the merge (paper)",
@@ -69,6 +82,10 @@ WHAT = {
     "written+guided": "guided, + texts by the source",
     "written+distilled": "distilled, + texts by the source",
     "adapted": "guided and distilled, + texts by the source",
+    "guided, fisher": "guided, errors weighted by the read-out's Fisher information",
+    "guided, annealed": "guided, weight falling to 0",
+    "adapted, fisher": "all terms, features' errors weighted by the read-out's Fisher information",
+    "adapted, annealed": "all terms, weights falling to 0",
     "control:target_written": "SFT, + texts by the target",
     "control:shuffled_rows": "guided and distilled by shuffled rows, + texts by the target",
     "control:random_source": "guided and distilled by a random source, + texts by it",
@@ -99,8 +116,11 @@ def run_seed(
     told |= {"texts": str(subset(recipe, seed, folder)), "out": str(folder / f"seed-{seed}"), "seed": seed}
     told |= {"mode": "combined", "training": TRAINING, "distillation": DISTILLATION, "written": WRITTEN}
     adapt = Adapt(build_adapt_recipe(told), show=show, arms=ARMS, schedules=chosen)
-    adapt.evaluate({arm: adapt.train(arm) for arm in ARMS})
-    return {arm: [(f["planned_steps"], f["lr"])] for arm, f in adapt.run.manifest["training"].items()}
+    trained = {arm: adapt.train(arm) for arm in ARMS if arm not in ABLATIONS}
+    took = {arm: [(f["planned_steps"], f["lr"])] for arm, f in adapt.run.manifest["training"].items()}
+    adapt.schedules = dict(adapt.schedules) | {name: took[whole] for name, whole in ABLATIONS.items()}
+    adapt.evaluate(trained | {arm: adapt.train(arm) for arm in ABLATIONS})
+    return {arm: took[arm] for arm in trained}
 
 
 def draws(values_sda: np.ndarray, size_d: np.ndarray, count: int = 4000) -> np.ndarray:

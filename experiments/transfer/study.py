@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import lexical
 import numpy as np
+import transplant
 
 from tmjax.errors import TmjaxError
 from tmjax.evaluate.bootstrap import Draws, source_gain
@@ -45,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any] | Callable[..., dict[str, Any]]] = {
     "regression": {"fusion": {"transport": "regression", "norm_match": False, "beta": "tied"}},
     "regression, learned": {"fusion": LEARNED | {"transport": "regression", "norm_match": False}},
     "lexical": lexical.run,
+    "unit transplant": transplant.run,
     "predictions": {"preset": "predictions"},
     "predictions, readout": {"fusion": {"solve": {"reach": "readout"}}},
     "predictions, calibration texts alone": {"fusion": {"solve": {"written": 0}}},

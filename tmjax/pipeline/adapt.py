@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +94,8 @@ class Adapt:
 
     def _train(self, name: str, arm: Arm, steps: int, lr: float) -> tuple[TrainResult, Objective, dict[str, Any]]:
         recipe, inputs, training = self.recipe, self.inputs, self.recipe.training
+        if arm.anneal is not None:
+            training = training.model_copy(update={"anneal": arm.anneal})
         kind, trained, frozen = self.starts.of(name, arm.mode, arm.start)
         guidance, lessons, facts = None, None, {}
         if "guidance" in arm.terms:
@@ -170,8 +171,8 @@ class Adapt:
     def _told(self, name: str) -> list[Any]:
         """What decides, beside the recipe, what an arm becomes."""
         arm, own = self.arms[name], list(self.schedules[name])
-        told = str(asdict(arm) | {"terms": sorted(arm.terms)})
-        return [told] if own == self.recipe.training.schedules else [told, [list(item) for item in own]]
+        told = [arm.told()]
+        return told if own == self.recipe.training.schedules else [*told, [list(item) for item in own]]
 
     def train(self, name: str) -> Path:
         """The checkpoint of one arm: trained with every schedule, the best on validation text folded and kept."""

@@ -1,6 +1,6 @@
 """The arms of an adaptation: what is trained, on which terms, and what each control has in place of the source."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from tmjax.adapt.recipe import AdaptRecipe
 
@@ -17,7 +17,8 @@ class Arm:
     """One training: mode and start, the terms of its loss, who writes further texts, whose word is taken for what.
 
     `writer` is `source`, `target`, `random_source` or None. `teacher` is the model whose features and probabilities are
-    learnt from, `source` or `random_source`; `shuffled` gives them to other pieces of text.
+    learnt from, `source` or `random_source`; `shuffled` gives them to other pieces of text. `metric` and `anneal` are
+    the recipe's unless the arm has its own, for ablations.
     """
 
     mode: str
@@ -26,6 +27,14 @@ class Arm:
     writer: str | None = None
     teacher: str = "source"
     shuffled: bool = False
+    metric: str | None = None
+    anneal: float | None = None
+
+    def told(self) -> str:
+        """What the arm is, as part of a stage's key; options that are the recipe's are in the recipe's."""
+        own = {name: value for name in ("metric", "anneal") if (value := getattr(self, name)) is not None}
+        common = {name: value for name, value in asdict(self).items() if name not in ("metric", "anneal")}
+        return str(common | {"terms": sorted(self.terms)} | own)
 
 
 def arms_of(recipe: AdaptRecipe) -> dict[str, Arm]:

@@ -121,7 +121,7 @@ class Material:
             layers = by_plan(list(inputs.alignment.layer_plans.values()))
         order = derangement(len(held.rows), self.recipe.seed) if arm.shuffled else None
         metric = None
-        if options.metric == "fisher":
+        if (arm.metric or options.metric) == "fisher":
             model, params = self._model(arm.teacher)
             metric = read_out_metric(model.spec, params, held)
         source = SourceFeatures.of(held, self.rows(arm.writer)[1][0], layers, order, metric)
