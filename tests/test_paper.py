@@ -126,7 +126,7 @@ def test_tables_are_in_the_papers_layout():
 @pytest.mark.slow
 @pytest.mark.parametrize("language", ["swahili", "wolof"])
 def test_the_runner_runs_a_bundled_pair(language, repo, tmp_path, capsys):
-    """The recipe of the repository with few texts, one preset, one more source, one alpha; then again."""
+    """The recipe of the repository with few texts, one preset (ours), one more source, one alpha; then again."""
     (tmp_path / "tasks").mkdir()
     task = write_choice_task(tmp_path / "tasks", 24, language=language)
     values = yaml.safe_load((repo / f"experiments/{language}/paper.yaml").read_text())
@@ -138,7 +138,7 @@ def test_the_runner_runs_a_bundled_pair(language, repo, tmp_path, capsys):
     values |= {
         "sources": [str(repo / values["sources"][0])],
         "alphas": [0.05],
-        "presets": ["barycentric"],
+        "presets": ["predictions"],
         "tasks": [{"task": task, "label": "Verses", "target": 40.0}],
         "tasks_folder": str(tmp_path / "tasks"),
         "general": [task],
@@ -152,16 +152,16 @@ def test_the_runner_runs_a_bundled_pair(language, repo, tmp_path, capsys):
     assert table in capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     named = [row[0] for row in rows]
-    assert named[2:6] == ["paper: target", "target", "source", "barycentric, fused"]
-    assert {"target, trained (no source)", "barycentric-shrink", "barycentric-adapted-random_source"} <= set(named)
+    assert named[2:6] == ["paper: target", "target", "source", "predictions, fused"]
+    assert {"target, trained (no source)", "predictions-shrink", "predictions-adapted-random_source"} <= set(named)
     results = json.loads((folder / "results.json").read_text())
     held = evaluate(load_model(values["target"]), read_texts(values["data"]["test"])).bits_per_byte
     assert results["target"]["evaluation"]["bits_per_byte"] == pytest.approx(held, rel=1e-6)
-    point = evaluate(load_model(folder / "curve/barycentric-alpha-0.05"), read_texts(values["data"]["test"]))
-    assert ["barycentric", "0.05"] in [row[:2] for row in rows]
-    assert f"{point.bits_per_byte:.4f}" in next(row for row in rows if row[:2] == ["barycentric", "0.05"])[3:]
+    point = evaluate(load_model(folder / "curve/predictions-alpha-0.05"), read_texts(values["data"]["test"]))
+    assert ["predictions", "0.05"] in [row[:2] for row in rows]
+    assert f"{point.bits_per_byte:.4f}" in next(row for row in rows if row[:2] == ["predictions", "0.05"])[3:]
     # Nothing of the source in the shrunk twin: what the curve compares with.
-    assert results["barycentric-alpha-0.05"]["evaluation"] != results["barycentric-alpha-0.05-shrink"]["evaluation"]
+    assert results["predictions-alpha-0.05"]["evaluation"] != results["predictions-alpha-0.05-shrink"]["evaluation"]
     assert (folder / "alpha.png").read_bytes().startswith(b"\x89PNG")
     made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     assert paper(*command) == 0

@@ -73,8 +73,11 @@ class Experiment:
                     hf.export(fuse(*given, alpha=alpha, zero_source=empty).model, out)
                 yield Arm(name, "curve", str(out), preset, self.recipe.source, alpha=alpha, empty=empty)
 
-    def adapt(self, run: Path) -> Path:
-        """Residual-frozen adaptation of a merge; with its controls, plain training among them, where it had some."""
+    def adapt(self, run: Path, *, solved: bool) -> Path:
+        """Residual-frozen adaptation of a merge; with its controls, plain training among them, where it had some.
+
+        What was `solved` is where training begins, beside the residual that the merge has chosen.
+        """
         out, training = run.with_name(f"{run.name}-adapted"), self.recipe.training
         steps, tokens = self._updates()
         told = build_adapt_recipe(
@@ -84,7 +87,7 @@ class Experiment:
                 **{"texts": self.files["calibration"], "valid": self.files["valid"], "test": self.files["test"]},
                 "other_texts": list(self.recipe.other_texts),
                 "out": str(out),
-                "alpha": training.alpha,
+                **({"init": "merged"} if solved else {"alpha": training.alpha}),
                 "controls": (run / "controls").is_dir(),
                 "seed": self.recipe.seed,
                 "max_tokens": training.tokens,
@@ -117,7 +120,7 @@ class Experiment:
                 found += self._controls(run, **told)
                 if curves and not number:
                     found += self.curve(merge)
-                adapted = self.adapt(run)
+                adapted = self.adapt(run, solved=merge.recipe.solves)
                 found.append(Arm(adapted.name, "adapted", str(adapted / "merged"), **told, run=adapted))
                 found += self._controls(adapted, **told)
         return found

@@ -77,10 +77,11 @@ class Task(Section):
 class PaperRecipe(Section):
     """One experiment. `sources` are further, for example same-size, ones; `alphas` the coefficients of the curve.
 
-    The preset `paper` merges at `fuse_alpha`, `barycentric` at what validation texts choose, the curve at `alphas`.
-    The preset `barycentric` pairs pieces of texts, hundreds in each, so it aligns on the first `span_texts`. Tasks that
-    lm-eval does not know lie in the folder `tasks_folder`, by default `tasks` here. `general` are tasks that a merge
-    should not harm, `other_texts` files for the same purpose.
+    The preset `paper` merges at `fuse_alpha`, ours at what validation texts choose, the curve at `alphas` (weights
+    alone: at a fixed alpha nothing is solved for). Ours pair pieces of texts, hundreds in each, so they align on the
+    first `span_texts`. Adaptation trains with the residual of `training.alpha`, after a merge that solves from its
+    result and with its own. Tasks that lm-eval does not know lie in the folder `tasks_folder`, by default `tasks` here.
+    `general` are tasks that a merge should not harm, `other_texts` files for the same purpose.
     """
 
     name: str
@@ -89,7 +90,7 @@ class PaperRecipe(Section):
     sources: tuple[str, ...] = ()
     fuse_alpha: Fraction
     alphas: tuple[Fraction, ...] = (0.01, 0.03, 0.05, 0.1, 0.15)
-    presets: tuple[Literal["paper", "barycentric"], ...] = ("paper", "barycentric")
+    presets: tuple[Literal["paper", "barycentric", "predictions"], ...] = ("paper", "predictions")
     span_texts: Count = 40
     training: Training
     data: Data
