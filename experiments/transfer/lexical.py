@@ -7,7 +7,7 @@ w = alpha kappa / (kappa + c): what is rare in the texts is trusted to the sourc
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from tmjax.evaluate.bits import Scores
 from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer
 from tmjax.pipeline.inputs import Inputs
-from tmjax.pipeline.merge import evaluation_facts
 from tmjax.recipe import Recipe
 
 ALPHAS = (0.0, 0.1, 0.3, 0.6, 1.0)
@@ -66,8 +65,8 @@ def predictions(arm: str, rows: np.ndarray, own: np.ndarray, counts: np.ndarray,
     return ridge_map(rows[frequent], own[frequent], counts[frequent])(rows)
 
 
-def run(recipe: Recipe, progress: Callable[[str], None]) -> dict[str, Any]:
-    """All arms with the same trials on `valid`, measured once on `test`: manifest facts."""
+def run(recipe: Recipe, progress: Callable[[str], None]) -> tuple[dict[str, Scores], dict[str, Any]]:
+    """All arms with the same trials on `valid`, measured once on `test`: scores, and what was chosen, by arm."""
     inputs = Inputs(recipe)
     target, source = inputs.target, inputs.source
     own_all = np.asarray(target.params["embed.weight"], np.float64)
@@ -79,7 +78,7 @@ def run(recipe: Recipe, progress: Callable[[str], None]) -> dict[str, Any]:
         "target": test(target.params),
         "source": inputs.scorer(source, inputs.source_tokenizer, inputs.test)(source.params),
     }
-    chosen: dict[str, Mapping[str, float]] = {}
+    chosen: dict[str, Any] = {}
     for arm in ARMS:
         predicted = predictions(arm, rows, own, counts, recipe.seed)
 
@@ -96,5 +95,4 @@ def run(recipe: Recipe, progress: Callable[[str], None]) -> dict[str, Any]:
         chosen[arm] = {"alpha": best[0], "kappa": best[1], "valid_bits_per_byte": trials[best]}
         scores[arm] = test(fused(*best) if best[0] else target.params)
         progress(f"{arm}: {chosen[arm]}")
-    facts = evaluation_facts(scores, draws=recipe.evaluation.draws, seed=recipe.seed)
-    return facts | {"chosen": chosen}
+    return scores, chosen

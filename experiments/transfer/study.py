@@ -2,11 +2,13 @@
 
     python experiments/transfer/study.py experiments/swahili/recipe.yaml --out runs/transfer [--only "plain;lexical"]
 
-A setting is a change of the recipe under the preset `barycentric`. Finished settings are not run again, an interrupted
-one goes on where it was.
+A setting is a change of the recipe under the preset `barycentric`. Each is run with every number of calibration texts
+(`--sizes`) and every seed, which also chooses the texts. OUT/table.md and OUT/gain.png tell of all that was ever run
+there. Finished settings are not run again, an interrupted one goes on where it was.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -19,19 +21,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import lexical
 import numpy as np
 import transplant
+from figures import figure
 
 from tmjax.errors import TmjaxError
+from tmjax.evaluate.bits import Scores
 from tmjax.evaluate.bootstrap import Draws, source_gain
-from tmjax.hub.atomic import write_json
-from tmjax.pipeline.merge import Merge
+from tmjax.hub.atomic import write_bytes, write_json, write_text
+from tmjax.pipeline.merge import Merge, evaluation_facts
 from tmjax.recipe import build_recipe, read_recipe
 
 LEARNED = {"fit": "learned"}
 FULL = {"structure": "full", "solver": "cover", "depth": "monotone"}
 #: Changes of the recipe, by name; or an operator of its own.
-SETTINGS: dict[str, dict[str, Any] | Callable[..., dict[str, Any]]] = {
+SETTINGS: dict[str, dict[str, Any] | Callable[..., tuple[dict[str, Scores], dict[str, Any]]]] = {
     "plain": {},
     "plain, learned": {"fusion": LEARNED},
+    "epsilon 0.005": {"alignment": {"epsilon": 0.005}},
+    "epsilon 0.1": {"alignment": {"epsilon": 0.1}},
+    "pooled over texts": {"activations": {"pooling": "sequence"}},
+    "solver signed": {"alignment": {"solver": "signed"}},
+    "solver lowrank": {"alignment": {"solver": "lowrank"}},
+    "solver greedy": {"alignment": {"solver": "greedy"}},
+    "solver ridge": {"alignment": {"solver": "ridge"}},
+    "solver procrustes": {"alignment": {"solver": "procrustes"}},
+    "monotone": {"alignment": {"depth": "monotone"}},
     "heads": {"alignment": {"structure": "heads"}},
     "heads, learned": {"alignment": {"structure": "heads"}, "fusion": LEARNED},
     "full, soft, learned": {"alignment": {"structure": "full"}, "fusion": LEARNED},
@@ -51,7 +64,8 @@ SETTINGS: dict[str, dict[str, Any] | Callable[..., dict[str, Any]]] = {
     "predictions, readout": {"fusion": {"solve": {"reach": "readout"}}},
     "predictions, calibration texts alone": {"fusion": {"solve": {"written": 0}}},
     "predictions, nothing transported": {"fusion": {"solve": {}, "alphas": [0.0], "betas": [0.0]}},
-    "predictions, more written": {"fusion": {"solve": {"written": 2400}}},
+    "predictions, more written": {"fusion": {"solve": {"written": 1800}}},
+    "predictions, longer": {"fusion": {"solve": {"written": 1800, "rounds": 20}}},
 }
 
 
@@ -63,32 +77,35 @@ def nested(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(name: str, recipe: Path, out: Path, seed: int, texts: int | None) -> dict[str, Any]:
+def measure(name: str, recipe: Path, out: Path, seed: int, texts: int) -> dict[str, Any]:
     """Facts of one setting and seed: evaluation, gain due to the source, what was chosen; or why it failed."""
     setting = SETTINGS[name]
     change = nested({} if callable(setting) else setting, {"seed": seed, "controls": True, "allow_negligible": True})
     change["out"] = str(out)
-    base = read_recipe(recipe) | {"preset": "barycentric"}
-    if texts is not None:
-        base = nested(base, {"activations": {"max_texts": texts}})
+    base = nested(read_recipe(recipe) | {"preset": "barycentric"}, {"activations": {"max_texts": texts}})
     told = build_recipe(nested(base, change), base=recipe.parent)
     done = out.parent / f"{out.name}.json"
     if done.exists() and json.loads(done.read_text())["recipe"] == told.model_dump(mode="json"):
         return json.loads(done.read_text())
     try:
         if callable(setting):
-            manifest = setting(told, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+            scores, chosen = setting(told, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+            facts = evaluation_facts(scores, draws=told.evaluation.draws, seed=seed) | {"chosen": chosen}
+            out.mkdir(exist_ok=True)
+            each = {arm: held.nll for arm, held in scores.items()}
+            np.savez(out / "scores.npz", bytes=scores["target"].bytes, **each)
         else:
             manifest = Merge(told).all()
-        facts = {key: manifest[key] for key in ("evaluation", "source_gain", "chosen") if key in manifest}
+            facts = {key: manifest[key] for key in ("evaluation", "source_gain") if key in manifest}
     except TmjaxError as error:
         facts = {"error": str(error)}
-    facts |= {"name": name, "seed": seed, "recipe": told.model_dump(mode="json")}
+    size = told.activations.max_texts
+    facts |= {"name": name, "texts": size, "seed": seed, "recipe": told.model_dump(mode="json")}
     write_json(done, facts)
     return facts
 
 
-def pooled(folders: list[Path], name: str, *, draws: int = 10000) -> dict[str, Any]:
+def pooled(rows: list[dict[str, Any]], folders: list[Path], *, draws: int = 10000) -> dict[str, Any]:
     """Facts of a setting over its seeds: every draw resamples documents, the same for all arms and seeds, and seeds."""
     held = [np.load(folder / "scores.npz") for folder in folders]
     arms = [arm for arm in held[0].files if arm != "bytes"]
@@ -104,17 +121,18 @@ def pooled(folders: list[Path], name: str, *, draws: int = 10000) -> dict[str, A
     found = Draws(point, samples)
     evaluation = {arm: {"bits_per_byte": point[arm], "ci95": list(found.interval(arm))} for arm in arms}
     gain = source_gain(found, [arm for arm in arms if arm.startswith("control:")])
-    return {"name": name, "seed": f"all {len(held)}", "evaluation": evaluation, "source_gain": gain}
+    common = {key: rows[0][key] for key in ("name", "texts")}
+    return common | {"seed": f"all {len(held)}", "evaluation": evaluation, "source_gain": gain}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a line per setting and seed."""
     lines = [
-        "| setting | seed | target | merged | best control | gain due to the source [95%] | of the gap |",
-        "|---|---|---|---|---|---|---|",
+        "| setting | texts | seed | target | merged | best control | gain due to the source [95%] | of the gap |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        head = f"| {row['name']} | {row['seed']} |"
+        head = f"| {row['name']} | {row['texts']} | {row['seed']} |"
         if "error" in row:
             lines.append(f"{head} | | | {row['error']} | |")
             continue
@@ -130,32 +148,47 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def collected(out: Path) -> list[dict[str, Any]]:
+    """What has been run in a folder, in the order of the settings; after the seeds of one, all of them together."""
+    found: dict[tuple[int, int], list[tuple[dict[str, Any], Path]]] = {}
+    names = list(SETTINGS)
+    for file in sorted(out.glob("*.json")):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if facts["name"] in names:
+            found.setdefault((names.index(facts["name"]), facts["texts"]), []).append((facts, file.with_suffix("")))
+    rows = []
+    for key in sorted(found):
+        held = sorted(found[key], key=lambda item: item[0]["seed"])
+        rows += [facts for facts, _ in held]
+        scored = [(facts, folder) for facts, folder in held if "error" not in facts]
+        if len(scored) > 1:
+            rows.append(pooled([facts for facts, _ in scored], [folder for _, folder in scored]))
+    return rows
+
+
 def main() -> None:
-    """Runs the settings and writes OUT/table.md after each."""
+    """Runs the settings and writes OUT/table.md and OUT/gain.png after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", help="settings, separated by semicolons")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--max-texts", type=int, help="calibration texts, instead of the recipe's")
+    parser.add_argument("--sizes", help="numbers of calibration texts, such as 30,100,1000; the recipe's unless given")
     told = parser.parse_args()
     names = list(SETTINGS) if told.only is None else [name.strip() for name in told.only.split(";")]
     unknown = sorted(set(names) - set(SETTINGS))
     if unknown:
         parser.error(f"unknown settings {', '.join(unknown)}; there are {'; '.join(SETTINGS)}")
     told.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in names:
-        folders = []
-        for seed in map(int, told.seeds.split(",")):
-            print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
-            folder = told.out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-            rows.append(measure(name, told.recipe, folder, seed, told.max_texts))
-            folders += [folder] if (folder / "scores.npz").exists() else []
-            (told.out / "table.md").write_text(table(rows), encoding="utf-8")
-        if len(folders) > 1:
-            rows.append(pooled(folders, name))
-            (told.out / "table.md").write_text(table(rows), encoding="utf-8")
+    usual = build_recipe(read_recipe(told.recipe)).activations.max_texts
+    sizes = [usual] if told.sizes is None else [int(size) for size in told.sizes.split(",")]
+    for name, size, seed in itertools.product(names, sizes, map(int, told.seeds.split(","))):
+        print(f"{name}, {size} texts, seed {seed}", file=sys.stderr, flush=True)
+        parts = [name.replace(", ", "-").replace(" ", "_"), *([] if size == usual else [f"{size}_texts"]), str(seed)]
+        measure(name, told.recipe, told.out / "-".join(parts), seed, size)
+        rows = collected(told.out)
+        write_text(told.out / "table.md", table(rows))
+        write_bytes(told.out / "gain.png", figure(rows))
     print(table(rows), end="")
 
 

@@ -35,7 +35,6 @@ from tmjax.models.decoder import bind, init_params
 from tmjax.models.layers import ACTIVATIONS
 from tmjax.models.spec import DecoderSpec, projections
 from tmjax.pipeline.inputs import Inputs
-from tmjax.pipeline.merge import evaluation_facts
 from tmjax.recipe import Recipe
 from tmjax.typing import Array, Params
 
@@ -222,21 +221,21 @@ class Transplant:
         return {**self.params, **new}
 
 
-def run(recipe: Recipe, progress: Callable[[str], None]) -> dict[str, Any]:
-    """All arms with the same trials on `valid`, measured once on `test`: manifest facts."""
+def run(recipe: Recipe, progress: Callable[[str], None]) -> tuple[dict[str, Scores], dict[str, Any]]:
+    """All arms with the same trials on `valid`, measured once on `test`: scores, and what was chosen, by arm."""
     with tempfile.TemporaryDirectory() as folder:
         return _run(Transplant(recipe, Path(folder)), progress)
 
 
-def _run(work: Transplant, progress: Callable[[str], None]) -> dict[str, Any]:
-    inputs, recipe = work.inputs, work.recipe
+def _run(work: Transplant, progress: Callable[[str], None]) -> tuple[dict[str, Scores], dict[str, Any]]:
+    inputs = work.inputs
     target, source = inputs.target, inputs.source
     test = inputs.scorer(target, inputs.target_tokenizer, inputs.test)
     scores: dict[str, Scores] = {
         "target": test(target.params),
         "source": inputs.scorer(source, inputs.source_tokenizer, inputs.test)(source.params),
     }
-    chosen: dict[str, Mapping[str, float]] = {}
+    chosen: dict[str, Any] = {}
     for arm in ARMS:
         units, own = work.arm(arm), arm == "control:shrink"
         trials = {(0, 0.0): inputs.valid_scorer(target.params).bits_per_byte}
@@ -246,5 +245,4 @@ def _run(work: Transplant, progress: Callable[[str], None]) -> dict[str, Any]:
         chosen[arm] = {"units": best[0], "step": best[1], "valid_bits_per_byte": trials[best]}
         scores[arm] = test(work.fused(units, *best, own) if best[0] else target.params)
         progress(f"{arm}: {chosen[arm]}")
-    facts = evaluation_facts(scores, draws=recipe.evaluation.draws, seed=recipe.seed)
-    return facts | {"chosen": chosen}
+    return scores, chosen
