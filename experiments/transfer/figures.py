@@ -37,9 +37,12 @@ def figure(rows: list[dict[str, Any]]) -> bytes:
         reach = [[down for _, down, _ in gains], [up for _, _, up in gains]]
         right.errorbar(held, [g for g, _, _ in gains], yerr=reach, fmt="o-", color=f"C{number}", capsize=2, label=name)
     right.axhline(0.0, color="0.6", linewidth=0.8)
+    several = sorted({size for held in over.values() if len(held) > 1 for size in held})
     right.set_xscale("log")
+    right.set_xticks(several, [str(size) for size in several])
+    right.minorticks_off()
     right.set_xlabel("calibration texts")
-    right.set_ylabel("gain due to the source, bits per byte")
-    if any(len(held) > 1 for held in over.values()):
+    right.set_ylabel("gain, bits per byte")
+    if several:
         right.legend(fontsize="small")
     return png_bytes(picture)
