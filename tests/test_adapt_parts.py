@@ -30,6 +30,7 @@ from tmjax.hub.texts import Texts, read_texts
 from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import bind, init_params
 from tmjax.models.families import FAMILIES
+from tmjax.pipeline.adapt_arms import Arm
 from tmjax.sharding.mesh import Layout
 
 #: One batch shape and one configuration for most tests here, so one compilation of a step.
@@ -418,3 +419,15 @@ def test_leaks_are_found_whatever_case_and_punctuation() -> None:
         (words.upper(), "basi twende", "mwanzo", words.replace("mezani", "shambani")),
     )
     assert leaked(training, heldout) == ["copy", "short copy"]
+
+
+def test_an_arm_with_an_option_of_its_own_is_another_stage() -> None:
+    plain = Arm("sft", "target", frozenset({"guidance", "distillation"}))
+    told = [
+        arm.told()
+        for arm in (plain, dataclasses.replace(plain, metric="fisher"), dataclasses.replace(plain, anneal=0.0))
+    ]
+    assert len(set(told)) == 3
+    # Runs that were made before arms had options go on where they were.
+    assert "metric" not in told[0] and "anneal" not in told[0]
+    assert told[0] == Arm("sft", "target", frozenset({"distillation", "guidance"})).told()
