@@ -142,6 +142,11 @@ def first_bytes(scores: list[Any], documents: int) -> dict[str, float]:
     return {n: float(np.mean([held[n][:documents].sum() for held in scores]) / math.log(2) / size) for n in names}
 
 
+def _rounded(digits: int, *values: float) -> list[float]:
+    """Rounded, without negative zeros."""
+    return [round(float(value), digits) + 0.0 for value in values]
+
+
 def table(folder: Path, seeds: list[int]) -> str:
     """Markdown: every arm's bits per byte with its spread over seeds, and what it gains on SFT, with 95% intervals."""
     scores = [np.load(folder / f"seed-{seed}" / "scores.npz") for seed in seeds]
@@ -161,11 +166,12 @@ def table(folder: Path, seeds: list[int]) -> str:
         gain = drawn[:, sft] - drawn[:, i]
         (low, high), (least, most) = percentile_interval(gain), percentile_interval(gain / gap)
         share = (point[sft] - point[i]) / (point[0] - point[1])
-        told = f"{point[sft] - point[i]:+.4f} [{low:+.4f}, {high:+.4f}]"
+        told = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*_rounded(4, point[sft] - point[i], low, high))
+        shares = "{:.1f}% [{:.1f}, {:.1f}]".format(*_rounded(1, 100 * share, 100 * least, 100 * most))
         spread = "" if i < 2 else f"{each[:, i].min():.4f} to {each[:, i].max():.4f}"
         lines.append(
             f"| {WHAT.get(name, name)} | {point[i]:.4f} | {spread} | {first[name]:.4f} | {'' if i == sft else told} | "
-            f"{'' if i == sft else f'{100 * share:.1f}% [{100 * least:.1f}, {100 * most:.1f}]'} |"
+            f"{'' if i == sft else shares} |"
         )
     controls = [i for i, name in enumerate(names) if name.startswith("control:")]
     best = names.index("adapted")
