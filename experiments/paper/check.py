@@ -63,6 +63,7 @@ def check_columns(recipe: PaperRecipe) -> None:
 
 def merge_recipe(recipe: PaperRecipe, preset: str, source: str, files: Mapping[str, str], out: str) -> Recipe:
     """The merge of a recipe under a preset: at its fixed alpha if that is the paper's, else as validation chooses."""
+    ours = recipe.merge | {"activations": {"max_texts": recipe.span_texts} | recipe.merge.get("activations", {})}
     return build_recipe(
         {
             "source": source,
@@ -74,9 +75,7 @@ def merge_recipe(recipe: PaperRecipe, preset: str, source: str, files: Mapping[s
             "other_texts": list(recipe.other_texts),
             "preset": preset,
             "seed": recipe.seed,
-            **(
-                {"alpha": recipe.fuse_alpha} if preset == "paper" else {"activations": {"max_texts": recipe.span_texts}}
-            ),
+            **({"alpha": recipe.fuse_alpha} if preset == "paper" else ours),
             # As printed, next to nothing of the source arrives; the table is to show that.
             "allow_negligible": True,
             "controls": True,

@@ -79,9 +79,10 @@ class PaperRecipe(Section):
 
     The preset `paper` merges at `fuse_alpha`, ours at what validation texts choose, the curve at `alphas` (weights
     alone: at a fixed alpha nothing is solved for). Ours pair pieces of texts, hundreds in each, so they align on the
-    first `span_texts`. Adaptation trains with the residual of `training.alpha`, after a merge that solves from its
-    result and with its own. Tasks that lm-eval does not know lie in the folder `tasks_folder`, by default `tasks` here.
-    `general` are tasks that a merge should not harm, `other_texts` files for the same purpose.
+    first `span_texts`; `merge` are other settings of theirs, keys of a merge's recipe. Adaptation trains with the
+    residual of `training.alpha`, after a merge that solves from its result and with its own. Tasks that lm-eval does
+    not know lie in the folder `tasks_folder`, by default `tasks` here. `general` are tasks that a merge should not
+    harm, `other_texts` files for the same purpose.
     """
 
     name: str
@@ -92,6 +93,7 @@ class PaperRecipe(Section):
     alphas: tuple[Fraction, ...] = (0.01, 0.03, 0.05, 0.1, 0.15)
     presets: tuple[Literal["paper", "barycentric", "predictions"], ...] = ("paper", "predictions")
     span_texts: Count = 40
+    merge: Annotated[dict[str, Any], Field(default_factory=dict)]
     training: Training
     data: Data
     chat_template: bool = True
