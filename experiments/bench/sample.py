@@ -6,6 +6,7 @@ Prompts are the first one to seven words of validation verses; no row ends befor
 number of tokens. PyTorch gets the threads that it is fastest with. Medians of warm runs; greedy texts must be equal.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -81,4 +82,6 @@ def main(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="directory of a model that transformers loads too")
+    main(parser.parse_args().checkpoint)
