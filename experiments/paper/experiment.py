@@ -12,7 +12,7 @@ from check import merge_recipe
 from data import prepare
 from schema import PaperRecipe
 
-from tmjax.adapt.recipe import build_adapt_recipe
+from tmjax.adapt.recipe import TrainingOptions, build_adapt_recipe
 from tmjax.convert import hf
 from tmjax.convert.model import config_directory
 from tmjax.errors import InputError
@@ -91,7 +91,13 @@ class Experiment:
                 "controls": (run / "controls").is_dir(),
                 "seed": self.recipe.seed,
                 "max_tokens": training.tokens,
-                "training": {"lr": [training.learning_rate], "steps": steps, "tokens_per_step": tokens},
+                "training": {
+                    "lr": [training.learning_rate],
+                    "steps": steps,
+                    "tokens_per_step": tokens,
+                    # Few texts make few steps.
+                    "warmup": min(TrainingOptions().warmup, steps // 2),
+                },
             }
         )
         Adapt(told, warn=_warn).all()
