@@ -139,7 +139,7 @@ def test_the_runner_runs_a_bundled_pair(language, repo, tmp_path, capsys):
         "sources": [str(repo / values["sources"][0])],
         "alphas": [0.05],
         "presets": ["predictions"],
-        "merge": {"fusion": {"solve": {"written": 0, "rounds": 2}}},
+        "merge": {"fusion": {"solve": {"written": 12, "rounds": 2, "tokens": 24}}},
         "tasks": [{"task": task, "label": "Verses", "target": 40.0}],
         "tasks_folder": str(tmp_path / "tasks"),
         "general": [task],

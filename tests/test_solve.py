@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import yaml
 
 from tmjax import cli
 from tmjax.adapt.recipe import build_adapt_recipe
@@ -258,6 +260,21 @@ def test_eight_devices_solve_as_one_does(solved, solving, flags, tmp_path, capsy
         assert np.abs(value - eight[name]).max() <= 1e-4 * np.abs(value).max(), name
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["solve"]["rounds"] == solved[1]["solve"]["rounds"]
+
+
+def test_a_source_that_writes_another_language_is_heard_on_the_given_texts(solving, flags, repo, tmp_path, capsys):
+    """Of texts that are all foreign none is read: one warning, and the merge goes on, its controls too."""
+    told = yaml.safe_load(Path(solving).read_text())
+    told["fusion"]["solve"] |= {"written": 6, "tokens": 40}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
+    source = ["--source", str(repo / "experiments/wolof/target")]
+    command = ["merge", str(tmp_path / "recipe.yaml"), *flags, *source, "--out", str(tmp_path / "run"), "--controls"]
+    assert cli.run(command) == 0
+    assert capsys.readouterr().err.count("solved for on the calibration texts alone") == 1
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["written"] == {"source": {"asked": 6, "foreign": 6, "kept": 0}}
+    assert manifest["solve"]["positions"]["source"] > 0
+    assert (tmp_path / "run/controls/control:random_source/model.safetensors").is_file()
 
 
 def test_a_fixed_alpha_solves_nothing(solving, flags, tmp_path) -> None:

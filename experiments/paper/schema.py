@@ -74,6 +74,10 @@ class Task(Section):
     small_adapted: float | None = None
 
 
+#: What `merge` may hold; everything else of a merge is the experiment's to say.
+OwnSetting = Literal["activations", "alignment", "fusion", "evaluation", "dtype", "mesh"]
+
+
 class PaperRecipe(Section):
     """One experiment. `sources` are further, for example same-size, ones; `alphas` the coefficients of the curve.
 
@@ -93,7 +97,7 @@ class PaperRecipe(Section):
     alphas: tuple[Fraction, ...] = (0.01, 0.03, 0.05, 0.1, 0.15)
     presets: tuple[Literal["paper", "barycentric", "predictions"], ...] = ("paper", "predictions")
     span_texts: Count = 40
-    merge: Annotated[dict[str, Any], Field(default_factory=dict)]
+    merge: Annotated[dict[OwnSetting, Any], Field(default_factory=dict)]
     training: Training
     data: Data
     chat_template: bool = True

@@ -6,6 +6,7 @@ texts, each weighted by its count c. A token's embedding (and, if tied, its outp
 w = alpha kappa / (kappa + c): what is rare in the texts is trusted to the source, what is frequent stays.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+from trials import Fused, compare
 
 from tmjax.evaluate.bits import Scores
 from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer
 from tmjax.pipeline.inputs import Inputs
 from tmjax.recipe import Recipe
+from tmjax.typing import Params
 
-ALPHAS = (0.0, 0.1, 0.3, 0.6, 1.0)
+ALPHAS = (0.1, 0.3, 0.6, 1.0)
 KAPPAS = (0.3, 3.0, 30.0)
 FREQUENT = 3
 ARMS = ("merged", "control:shrink", "control:random_source", "control:shuffled_rows")
@@ -73,26 +76,17 @@ def run(recipe: Recipe, progress: Callable[[str], None]) -> tuple[dict[str, Scor
     theirs = np.asarray(source.params["embed.weight"], np.float64)
     ids, rows = source_rows(inputs.target_tokenizer, inputs.source_tokenizer, theirs)
     counts, own = counts_of(inputs.target_tokenizer, inputs.texts, target.spec.vocab)[ids], own_all[ids]
-    test = inputs.scorer(target, inputs.target_tokenizer, inputs.test)
-    scores: dict[str, Scores] = {
-        "target": test(target.params),
-        "source": inputs.scorer(source, inputs.source_tokenizer, inputs.test)(source.params),
-    }
-    chosen: dict[str, Any] = {}
-    for arm in ARMS:
-        predicted = predictions(arm, rows, own, counts, recipe.seed)
 
-        def fused(alpha: float, kappa: float, predicted: np.ndarray = predicted) -> dict[str, Any]:
+    def arm(name: str) -> Fused:
+        predicted = predictions(name, rows, own, counts, recipe.seed)
+
+        def fused(alpha: float, kappa: float) -> Params:
             weight = (alpha * kappa / (kappa + counts))[:, None]
             table = own_all.copy()
             table[ids] = (1 - weight) * own + weight * predicted
             return {**target.params, "embed.weight": table.astype(np.float32)}
 
-        trials = {(0.0, 0.0): inputs.valid_scorer(target.params).bits_per_byte}
-        for pair in [(a, k) for a in ALPHAS if a for k in KAPPAS]:
-            trials[pair] = inputs.valid_scorer(fused(*pair)).bits_per_byte
-        best = min(trials, key=lambda pair: trials[pair])
-        chosen[arm] = {"alpha": best[0], "kappa": best[1], "valid_bits_per_byte": trials[best]}
-        scores[arm] = test(fused(*best) if best[0] else target.params)
-        progress(f"{arm}: {chosen[arm]}")
-    return scores, chosen
+        return fused
+
+    tried = [{"alpha": alpha, "kappa": kappa} for alpha in ALPHAS for kappa in KAPPAS]
+    return compare(inputs, {name: functools.partial(arm, name) for name in ARMS}, tried, progress)

@@ -6,8 +6,9 @@ to read a source unit's key in the target's MLP input (N, from the target's inpu
 MLP has no gate, the unit's activation itself) and how to write its value (M, from the source's residual stream to the
 target's last). Units are scored on half of the calibration texts by what a small gain of theirs would change in the
 loss through the read-out alone, relative to their size; the k best of a layer replace its k least active units. Their
-gains, and those of the units that they replace, are solved in closed form on the other half (Gauss-Newton: slopes of
-the loss and the mean Fisher information of the read-out). Validation text chooses k and how much of the gains is taken.
+gains are solved in closed form on the other half (Gauss-Newton: slopes of the loss and the mean Fisher information of
+the read-out). Validation text chooses k and how much of the gains is taken. The control `shrink` takes the target's own
+units instead, whose gains then change.
 """
 
 import functools
@@ -23,12 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from trials import Fused, compare
 
 from tmjax.activations import store
 from tmjax.activations.capture import capture
 from tmjax.activations.rows import TokenisedDocument, pair_rows
 from tmjax.adapt.guidance import by_depth, last_tokens, read_out_metric
 from tmjax.convert.model import Model
+from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scores
 from tmjax.evaluate.controls import derangement
 from tmjax.models.decoder import bind, init_params
@@ -152,6 +155,8 @@ class Transplant:
             keys = {role: (weight @ read, weight @ shift) for role, weight in weights.items()}
             active = np.asarray(act(x @ keys["gate"][0].T + keys["gate"][1])) * (x @ keys["up"][0].T + keys["up"][1])
             return Units(keys, values, np.asarray(active, np.float64))
+        if "gate" in projections(target.rows):
+            raise InputError("unit transplant: the target's MLP has a gate and the source's has none")
         answer = site("mlp_hidden", features, at)[order]
         key, shift = ridge(x, answer, offset=self._biased("up"))
         active = np.asarray(act(x @ key.T + shift), np.float64)
@@ -224,25 +229,10 @@ class Transplant:
 def run(recipe: Recipe, progress: Callable[[str], None]) -> tuple[dict[str, Scores], dict[str, Any]]:
     """All arms with the same trials on `valid`, measured once on `test`: scores, and what was chosen, by arm."""
     with tempfile.TemporaryDirectory() as folder:
-        return _run(Transplant(recipe, Path(folder)), progress)
+        work = Transplant(recipe, Path(folder))
 
+        def arm(name: str) -> Fused:
+            return functools.partial(work.fused, work.arm(name), own_units=name == "control:shrink")
 
-def _run(work: Transplant, progress: Callable[[str], None]) -> tuple[dict[str, Scores], dict[str, Any]]:
-    inputs = work.inputs
-    target, source = inputs.target, inputs.source
-    test = inputs.scorer(target, inputs.target_tokenizer, inputs.test)
-    scores: dict[str, Scores] = {
-        "target": test(target.params),
-        "source": inputs.scorer(source, inputs.source_tokenizer, inputs.test)(source.params),
-    }
-    chosen: dict[str, Any] = {}
-    for arm in ARMS:
-        units, own = work.arm(arm), arm == "control:shrink"
-        trials = {(0, 0.0): inputs.valid_scorer(target.params).bits_per_byte}
-        for pair in [(k, step) for k in UNITS for step in STEPS]:
-            trials[pair] = inputs.valid_scorer(work.fused(units, *pair, own)).bits_per_byte
-        best = min(trials, key=lambda pair: trials[pair])
-        chosen[arm] = {"units": best[0], "step": best[1], "valid_bits_per_byte": trials[best]}
-        scores[arm] = test(work.fused(units, *best, own) if best[0] else target.params)
-        progress(f"{arm}: {chosen[arm]}")
-    return scores, chosen
+        tried = [{"k": k, "step": step} for k in UNITS for step in STEPS]
+        return compare(work.inputs, {name: functools.partial(arm, name) for name in ARMS}, tried, progress)

@@ -105,16 +105,18 @@ def familiar(bits_per_byte: np.ndarray, of_given: np.ndarray, *, most: float) ->
     return bits_per_byte <= most * np.quantile(of_given, 0.95)
 
 
-def chosen_texts(name: str, texts: Sequence[str], kept: np.ndarray) -> Texts:
-    """The texts that are kept and not empty, each once, with ids `written:N`; raises InputError if none is."""
+def chosen_texts(name: str, texts: Sequence[str], kept: np.ndarray, *, required: bool = True) -> Texts:
+    """The texts that are kept and not empty, each once, with ids `written:N`.
+
+    Raises InputError if there is none, unless they are not `required`.
+    """
     seen: dict[str, str] = {}
     for number, (text, keep) in enumerate(zip(texts, kept, strict=True)):
         if keep and text:
             seen.setdefault(text, f"written:{number}")
-    if not seen:
+    if not seen and required:
         raise InputError(
             f"none of the {len(texts)} texts {name} is of use: {int(np.sum(~kept))} are foreign to the target, the "
-            "others empty; leave texts by the source out (a merge: fusion.solve.written: 0), or let more foreign ones "
-            "pass (an adaptation: written.foreign)"
+            "others empty; raise written.foreign, or leave source-written texts out"
         )
     return Texts(name, tuple(seen.values()), tuple(seen))

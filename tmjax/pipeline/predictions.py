@@ -47,15 +47,20 @@ class Predictions:
         return self.run.random_source() if which == "random_source" else self.inputs.source.params
 
     def written(self, which: str) -> tuple[str, ...]:
-        """Texts by `source` or `random_source`, the latter's no more, and of no more bytes, than the former's."""
+        """Texts by `source` or `random_source`, the latter's no more, and of no more bytes, than the former's.
+
+        None, with a warning, if all that the source writes is foreign to the target.
+        """
         if not self.options.written:
             return ()
         inputs = self.inputs
         by_source = None if which == "source" else self.written("source")
+        if by_source == ():
+            return ()
 
         def work(partial: Path) -> dict[Any, Any]:
             judge = (lambda texts: inputs.scorer(inputs.target, inputs.target_tokenizer, texts)), inputs.target.params
-            return write_texts(
+            facts = write_texts(
                 partial,
                 (inputs.source, self._params(which)),
                 inputs.texts,
@@ -69,10 +74,19 @@ class Predictions:
                 foreign=FOREIGN,
                 first=None if by_source is None else len(by_source),
                 most_bytes=None if by_source is None else sum(len(text.encode()) for text in by_source),
+                required=False,
             )
+            told = facts["written", which]
+            if not told["kept"]:
+                self.run.warn(
+                    f"of {told['asked']} texts that the source wrote {told['foreign']} are foreign to the target and "
+                    "none is of use; predictions are solved for on the calibration texts alone"
+                )
+            return facts
 
         path = self.run.run.stage(f"written:{which}", self._key(which), f"written/{which}.jsonl", work)
-        return read_texts(str(path)).texts
+        kept = self.run.run.manifest["written"][which]["kept"]
+        return read_texts(str(path)).texts if kept else ()
 
     def _taught(self, which: str, texts: tuple[str, ...]) -> Taught:
         inputs, name = self.inputs, f"predictions:{which}"

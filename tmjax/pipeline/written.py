@@ -33,11 +33,13 @@ def write_texts(
     foreign: float | None = None,
     first: int | None = None,
     most_bytes: int | None = None,
+    required: bool = True,
 ) -> dict[Any, Any]:
     """Writes `.jsonl` of texts to `partial`; returns manifest facts.
 
     With `familiar_to` (what scores texts, and a model's parameters) and `foreign` texts in another language are left
-    out. At most the `first` texts are kept, and as many as fit into `most_bytes` (one at least).
+    out; that none remains is an InputError, unless texts are not `required`. At most the `first` texts are kept, and as
+    many as fit into `most_bytes` (one at least).
     """
     model, params = writer
     found = written_texts(
@@ -57,7 +59,7 @@ def write_texts(
         asked = Texts("written", tuple(map(str, range(len(found)))), tuple(text or " " for text in found))
         each = [(held.nll / np.log(2) / held.bytes) for held in (score(texts)(judge) for texts in (asked, given))]
         kept = familiar(each[0], each[1], most=foreign)
-    texts = chosen_texts(f"written by {name}", found, kept).first(first)
+    texts = chosen_texts(f"written by {name}", found, kept, required=required).first(first)
     if most_bytes is not None:
         sizes = np.cumsum([len(text.encode()) for text in texts.texts])
         texts = texts.first(max(1, int(np.searchsorted(sizes, most_bytes, side="right"))))
