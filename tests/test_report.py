@@ -20,6 +20,7 @@ from tmjax.hub.rundir import read_manifest
 from tmjax.ot import DensePlan
 from tmjax.report.maps import by_layer
 from tmjax.report.matching import concentration, head_shares, heaviest
+from tmjax.report.tables import gain_sentence
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser"))), None)
 PARTS = ("gain", "evaluation", "arms", "layer_plan", "concentration", "heads", "coefficients", "coefficient_maps")
@@ -167,3 +168,22 @@ def test_a_browser_shows_it(plain, tmp_path) -> None:
     assert seen["cell"] == f"{manifest['evaluation']['merged']['bits_per_byte']:.4f}"
     assert seen["rows"]["update"] == 1 + len(manifest["update"]) and seen["rows"]["samples"] == 8
     assert seen["rows"]["concentration"] == seen["rows"]["alignment"] == 1 + len(manifest["alignment"])
+
+
+@pytest.mark.parametrize(
+    ("gain", "low", "high", "told"),
+    [
+        (0.0344, 0.0308, 0.038, "Gain due to the source: +0.0344 [+0.0308, +0.0380] bits/byte, 10.0% of the gap"),
+        (
+            -3e-6,
+            -5e-6,
+            1e-6,
+            "Not distinguishable from the controls: gain due to the source +0.0000 [+0.0000, +0.0000]",
+        ),
+        (2e-6, 1e-6, 3e-6, "Nearly nothing came from the source: less than 0.0001 bits/byte, 10.0% of the gap"),
+    ],
+)
+def test_what_came_from_the_source_is_said_in_a_sentence(gain, low, high, told):
+    facts = {"bits_per_byte": gain, "ci95": [low, high], "fraction_of_gap": 0.1, "best_control": "control:shrink"}
+    said = gain_sentence({"source_gain": facts})
+    assert said.startswith(told) and said.endswith("against the best control (shrink).")

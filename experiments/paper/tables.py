@@ -36,7 +36,7 @@ def paper_tables(recipe: PaperRecipe, measured: Measured) -> str:
         _controls(recipe, measured),
     ]
     if any(arm.kind == "curve" for arm, _ in measured):
-        sections += ["## Alpha (the paper's Fig. 5)\n", _curve(recipe, measured)]
+        sections += ["## Alpha, weights alone (the paper's Fig. 5)\n", _curve(recipe, measured)]
     if recipe.sources:
         sections += ["## Size of the source (the paper's Table 7)\n", _sizes(recipe, measured)]
     if recipe.general or recipe.other_texts:
@@ -133,7 +133,8 @@ def plot_curve(recipe: PaperRecipe, measured: Measured) -> bytes:
     for axis, title in zip(axes.flat, (task.label, "bits per byte"), strict=True):
         axis.set_title(title)
         axis.set_xlabel("alpha")
-    axes[0, 0].legend(fontsize="small")
+    # Below both: lines may run anywhere in them.
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     return png_bytes(figure)
 
 

@@ -61,10 +61,13 @@ def gain_sentence(manifest: Mapping[str, Any]) -> str:
     if gain is None:
         return "No controls were run: how much of the change is due to the source is not known (--controls)."
     low, high = gain["ci95"]
-    value = f"{gain['bits_per_byte']:+.4f} [{low:+.4f}, {high:+.4f}] bits/byte"
+    # z: what rounds to zero has no sign.
+    value = f"{gain['bits_per_byte']:+z.4f} [{low:+z.4f}, {high:+z.4f}] bits/byte"
     share = gain["fraction_of_gap"]
-    part = "" if share is None else f", {share:.1%} of the gap between target and source"
+    part = "" if share is None else f", {share:z.1%} of the gap between target and source"
     against = f"against the best control ({gain['best_control'].removeprefix('control:')})"
+    if low > 0 and high < 5e-5:
+        return f"Nearly nothing came from the source: less than 0.0001 bits/byte{part}, {against}."
     if low > 0:
         return f"Gain due to the source: {value}{part}, {against}."
     return f"Not distinguishable from the controls: gain due to the source {value}{part}, {against}."
