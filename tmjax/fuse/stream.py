@@ -2,8 +2,9 @@
 
 Through the stream's plan Q (`alignment.structure: full`), with A = diag(1/a) Q, B = diag(1/b) Q^T and scales s, s' of
 the stream in both models: embeddings of shared tokens E^ = E_S diag(1/s') A^T diag(s); norm weights that write a site
-g^ = diag(s) A diag(1/s') g_S with the site's scales; output rows H^ = H_S B behind a final norm A g_S. Tied output rows
-are E^, so the final norm makes up for their scale and for duplicated units: g^_i = sum_j B_ji g_j s'_j / s_i.
+g^ = diag(s) A diag(1/s') g_S with the site's scales; output rows H^ = H_S diag(g_S) B diag(1/g^) behind a final norm
+g^ = A g_S, or the target's own. Tied output rows are E^, so the final norm makes up for their scale and for duplicated
+units: g^_i = sum_j B_ji g_j s'_j / s_i.
 """
 
 from collections.abc import Mapping
@@ -172,16 +173,17 @@ def _tables(stream: _StreamPlan, target: Model, source: Model, params: Params, *
         found["positions.weight"] = _rows(shape, np.arange(most), positions[:most])
     if not target.spec.tied_embeddings:
         rows = _array(params, "embed.weight" if source.spec.tied_embeddings else "head.weight")[other]
-        back = stream.maps(*stream.ends[1]).back * source.spec.logit_scale / target.spec.logit_scale
-        if not norms:  # the target's final norm stays, the source's goes into the rows
-            weights = [
-                _array(x, "norm.weight") + float(m.spec.norm_offset)
-                for x, m in ((params, source), (target.params, target))
-            ]
-            own_weight = np.where(np.abs(weights[1]) > 1e-6, weights[1], np.inf)
-            back = weights[0][:, None] * back / own_weight[None, :]
+        last, scale = stream.maps(*stream.ends[1]), source.spec.logit_scale / target.spec.logit_scale
+        # Source units that share a target unit may lie behind different weights of the norm: these go into the rows.
+        behind = _final_weight(params, source)
+        ahead = last.ahead @ behind if norms else _final_weight(target.params, target)
+        back = scale * behind[:, None] * last.back / np.where(np.abs(ahead) > 1e-6, ahead, np.inf)[None, :]
         found["head.weight"] = _rows(np.shape(target.params["head.weight"]), own, rows @ back)
     return found
+
+
+def _final_weight(params: Params, model: Model) -> np.ndarray:
+    return _array(params, "norm.weight") + float(model.spec.norm_offset)
 
 
 def _rows(shape: tuple[int, int], chosen: np.ndarray, values: np.ndarray) -> Moved:
