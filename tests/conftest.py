@@ -44,6 +44,12 @@ def qwen2_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gpt_neox_dir() -> Path:
+    """The Wolof GPT-NeoX, whose output rows are its own."""
+    return REPO / "experiments/wolof/target"
+
+
+@pytest.fixture(scope="session")
 def stories_dir() -> Path:
     """A published Llama-layout checkpoint with its greedy continuation."""
     return REPO / "tests/data/stories260k"

@@ -99,11 +99,18 @@ def _deviation(model: Model, merged: Model, texts: Texts) -> float:
     return float(np.abs(_logits(merged, texts) - wanted).max() / wanted.std())
 
 
-def _assert_same(model: Model, merged: Model, noise: Model, texts: Texts) -> None:
+def _lost(model: Model, merged: Model, noise: Model, texts: Texts) -> tuple[float, float]:
+    """Largest deviation of logits in their standard deviation, and of bits per byte; `pytest -s` shows them."""
     assert _deviation(model, noise, texts) > 1  # nothing of the model is left in what the source is fused into
-    assert _deviation(model, merged, texts) < 1e-4
+    deviation = _deviation(model, merged, texts)
     bits, found = (evaluate(x, texts.first(20)).bits_per_byte for x in (model, merged))
-    assert found == pytest.approx(bits, rel=1e-5)
+    print(f"\nlogits differ by {deviation:.1e} of their standard deviation, bits per byte by {abs(found - bits):.1e}")
+    return deviation, abs(found - bits)
+
+
+def _assert_same(model: Model, merged: Model, noise: Model, texts: Texts) -> None:
+    deviation, bits = _lost(model, merged, noise, texts)
+    assert deviation < 1e-4 and bits < 2e-5
 
 
 def _recovers(model: Model, kind: str, verses: tuple[Texts, Texts], path: Path) -> None:
@@ -144,9 +151,21 @@ def test_the_bundled_target_is_recovered(qwen2_dir, verses, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["disguised", "larger source", "larger target"])
-@pytest.mark.parametrize("name", ["qwen2_dir", "llama_dir"])
+@pytest.mark.parametrize("name", ["qwen2_dir", "llama_dir", "gpt_neox_dir"])
 def test_bundled_models_are_recovered(request, verses, tmp_path, name, kind):
     _recovers(_float32(request.getfixturevalue(name)), kind, verses, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_dir", "llama_dir", "gpt_neox_dir"])
+@pytest.mark.parametrize("options", [{"solver": "scaling", "epsilon": 0.02}, {"depth": "entropic"}], ids=str)
+def test_soft_plans_lose_little(request, verses, tmp_path, name, options):
+    model, (calibration, test) = _float32(request.getfixturevalue(name)), verses
+    source, noise = disguised(model), scrambled(model)
+    alignment = _aligned(model, source, calibration, HARD.model_copy(update=options), tmp_path / "run")
+    merged = fuse(alignment, noise, source, EVERYTHING, alpha=1.0).model
+    deviation, bits = _lost(model, merged, noise, test)
+    assert 1e-5 < deviation < 0.1 and bits < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tmjax.recipe import Recipe
 from tmjax.typing import Params
 
 ALPHAS = (0.1, 0.3, 0.6, 1.0)
-KAPPAS = (0.3, 3.0, 30.0)
+KAPPAS = (3.0, 30.0, 300.0, 3000.0)
 FREQUENT = 3
 ARMS = ("merged", "control:shrink", "control:random_source", "control:shuffled_rows")
 

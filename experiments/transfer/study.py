@@ -4,12 +4,14 @@
 
 A setting is a change of the recipe under the preset `barycentric`. Each is run with every number of calibration texts
 (`--sizes`) and every seed, which also chooses the texts. OUT/table.md and OUT/gain.png tell of all that was ever run
-there. Finished settings are not run again, an interrupted one goes on where it was.
+there. Finished settings are not run again, an interrupted one goes on where it was. Of a finished one its scores,
+manifest and report are kept, not the gigabyte of activations and models.
 """
 
 import argparse
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,8 @@ from tmjax.hub.atomic import write_bytes, write_json, write_text
 from tmjax.pipeline.merge import Merge, evaluation_facts
 from tmjax.recipe import build_recipe, read_recipe
 
+#: What remains of a finished setting's run directory.
+KEPT = ("scores.npz", "manifest.json", "report.html")
 LEARNED = {"fit": "learned"}
 FULL = {"structure": "full", "solver": "cover", "depth": "monotone"}
 #: Changes of the recipe, by name; or an operator of its own.
@@ -102,6 +106,11 @@ def measure(name: str, recipe: Path, out: Path, seed: int, texts: int) -> dict[s
     size = told.activations.max_texts
     facts |= {"name": name, "texts": size, "seed": seed, "recipe": told.model_dump(mode="json")}
     write_json(done, facts)
+    for part in out.glob("*"):
+        if part.is_dir():
+            shutil.rmtree(part)
+        elif part.name not in KEPT:
+            part.unlink()
     return facts
 
 
