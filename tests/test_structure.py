@@ -110,7 +110,7 @@ def _lost(model: Model, merged: Model, noise: Model, texts: Texts) -> tuple[floa
 
 def _assert_same(model: Model, merged: Model, noise: Model, texts: Texts) -> None:
     deviation, bits = _lost(model, merged, noise, texts)
-    assert deviation < 1e-4 and bits < 2e-5
+    assert deviation < 1e-4 and bits < 1e-5
 
 
 def _recovers(model: Model, kind: str, verses: tuple[Texts, Texts], path: Path) -> None:

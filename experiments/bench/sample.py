@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from tmjax.convert.model import load_model
+from tmjax.errors import TmjaxError
 from tmjax.hub.texts import read_texts
 from tmjax.models.generate import write
 from tmjax.models.sample import Sampling
@@ -84,4 +85,7 @@ def main(directory: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="directory of a model that transformers loads too")
-    main(parser.parse_args().checkpoint)
+    try:
+        main(parser.parse_args().checkpoint)
+    except TmjaxError as error:
+        sys.exit(f"sample: error: {error}")

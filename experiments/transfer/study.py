@@ -106,11 +106,13 @@ def measure(name: str, recipe: Path, out: Path, seed: int, texts: int) -> dict[s
     size = told.activations.max_texts
     facts |= {"name": name, "texts": size, "seed": seed, "recipe": told.model_dump(mode="json")}
     write_json(done, facts)
-    for part in out.glob("*"):
-        if part.is_dir():
-            shutil.rmtree(part)
-        elif part.name not in KEPT:
-            part.unlink()
+    # Only of a run directory, which the merge has known for its own, and not of one that failed.
+    if not callable(setting) and "error" not in facts:
+        for part in out.iterdir():
+            if part.is_dir():
+                shutil.rmtree(part)
+            elif part.name not in KEPT:
+                part.unlink()
     return facts
 
 
@@ -202,4 +204,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TmjaxError as error:
+        sys.exit(f"study: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("study: error: interrupted; the same command resumes")

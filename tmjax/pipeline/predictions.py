@@ -79,8 +79,8 @@ class Predictions:
             told = facts["written", which]
             if not told["kept"]:
                 self.run.warn(
-                    f"of {told['asked']} texts that the source wrote {told['foreign']} are foreign to the target and "
-                    "none is of use; predictions are solved for on the calibration texts alone"
+                    f"of {told['asked']} texts by {which} {told['foreign']} are foreign to the target and none is of "
+                    "use; predictions are solved for on the calibration texts alone"
                 )
             return facts
 
