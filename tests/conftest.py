@@ -88,6 +88,7 @@ def solving(recipe_file, tmp_path_factory) -> str:
     """The same with the default preset, which solves for the source's predictions."""
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     told = yaml.safe_load(Path(recipe_file).read_text()) | {"preset": "predictions"}
+    told["fusion"] |= {"lexical": {"alphas": [0.1, 0.3], "kappas": [300.0]}}
     told["fusion"] |= {"solve": {"rounds": 2, "written": 4, "tokens": 8}}
     path.write_text(yaml.safe_dump(told))
     return str(path)

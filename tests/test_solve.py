@@ -207,6 +207,10 @@ def test_every_arm_is_solved_for_and_says_so(solved, qwen2_dir) -> None:
     for arm, held in arms.items():
         solve = held["solve"]
         assert solve["trials"] == 2 * (len(WEIGHTS) + len(FACTORS)), arm
+        assert (
+            held["lexical"]["trials"] == 2
+            and held["lexical"]["valid_bits_per_byte"][1] == solve["valid_bits_per_byte"][0]
+        )
         assert (solve["positions"]["source"] > 0) == (arm != "control:shrink")
         assert all(item["weight"] == 0 for item in solve["rounds"]) or arm != "control:shrink"
     assert set(manifest["predictions"]) == set(manifest["written"]) == {"source", "random_source"}
@@ -283,6 +287,7 @@ def test_a_fixed_alpha_solves_nothing(solving, flags, tmp_path) -> None:
     manifest = json.loads((out / "manifest.json").read_text())
     assert (
         "solve" not in manifest
+        and "lexical" not in manifest
         and "written" not in manifest
         and "solved" not in next(iter(manifest["update"].values()))
     )

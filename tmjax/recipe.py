@@ -134,6 +134,20 @@ class SolveOptions(Section):
     tokens: Positive = 96
 
 
+class LexicalOptions(Section):
+    """Embeddings of tokens mapped from the source's and blended into the target's, before the solve; `fuse.lexical`.
+
+    `alphas` and `kappas` are what is tried on the validation texts beside no change: a token that occurs c times in the
+    calibration texts moves by alpha kappa / (kappa + c) of the way. The map is fitted, with `ridge` in units of the
+    mean variance of the source's embeddings, on tokens that occur at least `frequent` times.
+    """
+
+    alphas: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.1, 0.3, 0.6, 1.0)
+    kappas: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (3.0, 30.0, 300.0, 3000.0)
+    frequent: Positive = 3
+    ridge: PositiveFloat = 0.1
+
+
 class FusionOptions(Section):
     """How the source's weights enter the target's.
 
@@ -149,8 +163,9 @@ class FusionOptions(Section):
     W^ - W_base are fused. `transport: regression` fuses, instead of transported weights, those that by least squares
     turn the target's inputs into the source's mapped outputs (`ridge` holds them at the target's own).
 
-    `solve`: afterwards the target is solved for toward the source's predictions of its own tokens on the calibration
-    texts (`SolveOptions`). A fixed alpha leaves this out, as nothing is then chosen on validation texts.
+    `lexical`: then the source's embeddings, mapped through the texts of tokens, are blended into the target's
+    (`LexicalOptions`); `solve`: at last the target is solved for toward the source's predictions of its own tokens on
+    the calibration texts (`SolveOptions`). A fixed alpha leaves both out: nothing is then chosen on validation texts.
     """
 
     map: Literal["paper", "barycentric"] = "barycentric"
@@ -170,6 +185,7 @@ class FusionOptions(Section):
     base: str | None = None
     transport: Literal["weights", "regression"] = "weights"
     ridge: PositiveFloat = 0.1
+    lexical: LexicalOptions | None = None
     solve: SolveOptions | None = None
 
 
@@ -221,13 +237,19 @@ class Recipe(Section):
         """Whether predictions are solved for: not at a fixed alpha, where validation text chooses nothing."""
         return self.fusion.solve is not None and self.alpha is None
 
+    @property
+    def blends(self) -> bool:
+        """Whether embeddings are blended: not at a fixed alpha either."""
+        return self.fusion.lexical is not None and self.alpha is None
+
 
 #: What `build_recipe` takes unless told otherwise. A bare `Recipe` has no preset's settings: it is `barycentric`.
 DEFAULT_PRESET = "predictions"
 #: Defaults that a preset sets; what the recipe says itself wins. `paper` is METHOD of arXiv:2602.05495 as printed,
-#: `barycentric` transports weights alone, `predictions` goes on to solve for the source's predictions.
+#: `barycentric` transports weights alone, `predictions` goes on to blend embeddings and to solve for the source's
+#: predictions.
 PRESETS: dict[str, dict[str, Any]] = {
-    "predictions": {"fusion": {"solve": {}}},
+    "predictions": {"fusion": {"lexical": {}, "solve": {}}},
     "barycentric": {},
     "paper": {
         "alpha": 0.1,

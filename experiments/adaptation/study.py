@@ -28,6 +28,7 @@ from tmjax.hub.texts import read_texts
 from tmjax.pipeline.adapt import Adapt
 from tmjax.pipeline.adapt_arms import Arm
 from tmjax.recipe import build_recipe, read_recipe
+from tools.script import script
 
 TEXTS = 300
 FIRST = 400
@@ -207,4 +208,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with script("study"):
+        main()

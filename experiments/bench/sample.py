@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from tmjax.convert.model import load_model
-from tmjax.errors import TmjaxError
 from tmjax.hub.texts import read_texts
 from tmjax.models.generate import write
 from tmjax.models.sample import Sampling
+from tools.script import script
 
 TEXTS = Path(__file__).resolve().parents[1] / "swahili/texts/swahili.valid.jsonl"
 BATCH, NEW, REPEATS = 64, 64, 5
@@ -85,7 +87,5 @@ def main(directory: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="directory of a model that transformers loads too")
-    try:
+    with script("sample"):
         main(parser.parse_args().checkpoint)
-    except TmjaxError as error:
-        sys.exit(f"sample: error: {error}")

@@ -1,50 +1,122 @@
-"""What the study found, as one picture: gains of all settings with intervals, and gains over calibration sizes."""
+"""What the study found, as one picture: gains of all settings with intervals, and gains over calibration sizes.
 
-from typing import Any
+    python experiments/transfer/figures.py experiments/transfer/README.md experiments/transfer/gain.png
 
+draws every table of the study in a Markdown file, one below the other; `study.py` draws its own after every setting.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tmjax.errors import InputError
+from tmjax.hub.atomic import write_bytes
 from tmjax.report.plots import new_figure, png_bytes
+from tools.script import script
+
+HEADER = "| setting | texts | seed | target | merged | best control | gain due to the source [95%] | of the gap |"
+_GAIN = re.compile(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
 
 
-def _gain(row: dict[str, Any]) -> tuple[float, float, float]:
-    """Gain due to the source and how far its 95% interval reaches down and up, in bits per byte."""
-    told = row["source_gain"]
-    low, high = told["ci95"]
-    return told["bits_per_byte"], told["bits_per_byte"] - low, high - told["bits_per_byte"]
+class Gain(NamedTuple):
+    """Gain due to the source and its 95% interval, in bits per byte, of a setting at a number of texts."""
+
+    name: str
+    texts: int
+    value: float
+    low: float
+    high: float
 
 
-def latest(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """For every setting and size the row of all seeds, or that of the only one."""
-    return {(row["name"], row["texts"]): row for row in rows if "error" not in row}
+def tables(markdown: str) -> list[tuple[str, list[Gain]]]:
+    """Every table of the study in a text with the heading above it: its rows, of a setting and size the last alone.
+
+    That one is of all seeds where there are several.
+    """
+    found, parts = [], markdown.split(HEADER)
+    for before, part in pairwise(parts):
+        heading = ["", *re.findall(r"^#+ (.*)$", before, re.MULTILINE)][-1]
+        rows: dict[tuple[str, int], Gain] = {}
+        for line in part.lstrip("\n").splitlines():
+            if not line.startswith("|"):
+                break
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            told = _GAIN.fullmatch(cells[6]) if len(cells) > 6 else None
+            if told:
+                rows[cells[0], int(cells[1])] = Gain(cells[0], int(cells[1]), *map(float, told.groups()))
+        found.append((heading, list(rows.values())))
+    return found
 
 
-def figure(rows: list[dict[str, Any]]) -> bytes:
-    """PNG: left every setting at the size that most were run with, right what was run with several sizes, if any."""
-    told = latest(rows)
-    sizes = [size for _, size in told]
-    common = max(dict.fromkeys(sizes), key=sizes.count) if sizes else 0
-    at = {name: row for (name, size), row in told.items() if size == common}
-    over = {name: sorted(size for other, size in told if other == name) for name in dict.fromkeys(n for n, _ in told)}
-    several = sorted({size for held in over.values() if len(held) > 1 for size in held})
-    picture, axes = new_figure(2 if several else 1, 1, 5.5, max(3.0, 0.24 * len(at) + 1.0))
-    left = axes[0, 0]
-    for place, row in enumerate(reversed(at.values())):
-        gain, down, up = _gain(row)
-        left.errorbar(gain, place, xerr=[[down], [up]], fmt="o", markersize=3, color="C0", capsize=2)
-    left.set_yticks(range(len(at)), list(reversed(at)), fontsize="small")
-    left.axvline(0.0, color="0.6", linewidth=0.8)
-    left.set_xlabel(f"gain due to the source, bits per byte ({common} texts)")
-    if not several:
-        return png_bytes(picture)
-    right = axes[0, 1]
-    for number, (name, held) in enumerate(item for item in over.items() if len(item[1]) > 1):
-        gains = [_gain(told[name, size]) for size in held]
-        reach = [[down for _, down, _ in gains], [up for _, _, up in gains]]
-        right.errorbar(held, [g for g, _, _ in gains], yerr=reach, fmt="o-", color=f"C{number}", capsize=2, label=name)
-    right.axhline(0.0, color="0.6", linewidth=0.8)
-    right.set_xscale("log")
-    right.set_xticks(several, [str(size) for size in several])
-    right.minorticks_off()
-    right.set_xlabel("calibration texts")
-    right.set_ylabel("gain, bits per byte")
-    right.legend(fontsize="small")
+def _every(axis: object, rows: Sequence[Gain], texts: int) -> None:
+    """Every setting that was run with this number of texts."""
+    for place, row in enumerate(reversed(rows)):
+        reach = [[row.value - row.low], [row.high - row.value]]
+        axis.errorbar(row.value, place, xerr=reach, fmt="o", markersize=3, color="C0", capsize=2)
+    axis.set_yticks(range(len(rows)), [row.name for row in reversed(rows)], fontsize="small")
+    axis.axvline(0.0, color="0.6", linewidth=0.8)
+    axis.locator_params(axis="x", nbins=5)
+    axis.set_xlabel(f"gain due to the source, bits per byte ({texts} texts)")
+
+
+def _over_sizes(axis: object, rows: Sequence[Gain]) -> None:
+    """What was run with several numbers of texts, over these."""
+    several = [name for name in dict.fromkeys(row.name for row in rows) if sum(row.name == name for row in rows) > 1]
+    for number, name in enumerate(several):
+        held = sorted((row for row in rows if row.name == name), key=lambda row: row.texts)
+        reach = [[row.value - row.low for row in held], [row.high - row.value for row in held]]
+        points = [row.texts for row in held], [row.value for row in held]
+        axis.errorbar(*points, yerr=reach, fmt="o-", color=f"C{number}", capsize=2, label=name)
+    axis.axhline(0.0, color="0.6", linewidth=0.8)
+    axis.set_xscale("log")
+    sizes = sorted({row.texts for row in rows})
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.minorticks_off()
+    axis.set_xlabel("calibration texts")
+    axis.set_ylabel("gain, bits per byte")
+    axis.legend(fontsize="small")
+
+
+def figure(markdown: str) -> bytes:
+    """PNG, a row for every table: left every setting at the size that most were run with, right those of several."""
+    found = [(heading, rows) for heading, rows in tables(markdown) if rows]
+    if not found:
+        raise InputError("there is no table of the study with a gain in the text")
+    columns = 2 if any(len({row.texts for row in rows}) > 1 for _, rows in found) else 1
+    at = []
+    for _, rows in found:
+        sizes = [row.texts for row in rows]
+        common = max(dict.fromkeys(sizes), key=sizes.count)
+        at.append((common, [row for row in rows if row.texts == common]))
+    height = max(3.0, 0.2 * max(len(rows) for _, rows in at) + 1.0)
+    picture, axes = new_figure(columns, len(found), 5.5, height)
+    for line, (heading, rows), (common, held) in zip(axes, found, at, strict=True):
+        line[0].set_title(heading)
+        _every(line[0], held, common)
+        if columns == 2:
+            _over_sizes(line[1], rows)
     return png_bytes(picture)
+
+
+def main() -> None:
+    """Draws the tables of a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", type=Path, help="a Markdown file, such as OUT/table.md of the study")
+    parser.add_argument("picture", type=Path, help="the PNG to write; one that is there is replaced")
+    told = parser.parse_args()
+    try:
+        text = told.tables.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {told.tables}: {error.strerror}") from None
+    write_bytes(told.picture, figure(text))
+
+
+if __name__ == "__main__":
+    with script("figures"):
+        main()

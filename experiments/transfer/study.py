@@ -20,22 +20,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import lexical
 import numpy as np
 import transplant
-from figures import figure
+from figures import HEADER, figure, tables
 
 from tmjax.errors import TmjaxError
 from tmjax.evaluate.bits import Scores
 from tmjax.evaluate.bootstrap import Draws, source_gain
 from tmjax.hub.atomic import write_bytes, write_json, write_text
+from tmjax.pipeline.inputs import Inputs
 from tmjax.pipeline.merge import Merge, evaluation_facts
-from tmjax.recipe import build_recipe, read_recipe
+from tmjax.recipe import Recipe, build_recipe, read_recipe
+from tools.script import script
 
 #: What remains of a finished setting's run directory.
 KEPT = ("scores.npz", "manifest.json", "report.html")
 LEARNED = {"fit": "learned"}
 FULL = {"structure": "full", "solver": "cover", "depth": "monotone"}
+UNMOVED = {"alphas": [0.0], "betas": [0.0]}
 #: Changes of the recipe, by name; or an operator of its own.
 SETTINGS: dict[str, dict[str, Any] | Callable[..., tuple[dict[str, Scores], dict[str, Any]]]] = {
     "plain": {},
@@ -62,12 +64,13 @@ SETTINGS: dict[str, dict[str, Any] | Callable[..., tuple[dict[str, Scores], dict
     "mlp only": {"alignment": FULL, "fusion": LEARNED | {"roles": ["gate", "up", "down"]}},
     "regression": {"fusion": {"transport": "regression", "norm_match": False, "beta": "tied"}},
     "regression, learned": {"fusion": LEARNED | {"transport": "regression", "norm_match": False}},
-    "lexical": lexical.run,
+    "lexical": {"fusion": {"lexical": {}, **UNMOVED}},
     "unit transplant": transplant.run,
-    "predictions": {"preset": "predictions"},
+    "predictions": {"fusion": {"solve": {}}},
+    "lexical, predictions": {"preset": "predictions"},
     "predictions, readout": {"fusion": {"solve": {"reach": "readout"}}},
     "predictions, calibration texts alone": {"fusion": {"solve": {"written": 0}}},
-    "predictions, nothing transported": {"fusion": {"solve": {}, "alphas": [0.0], "betas": [0.0]}},
+    "predictions, nothing transported": {"fusion": {"solve": {}, **UNMOVED}},
     "predictions, more written": {"fusion": {"solve": {"written": 1800}}},
     "predictions, longer": {"fusion": {"solve": {"written": 1800, "rounds": 20}}},
 }
@@ -81,13 +84,25 @@ def nested(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def fitting(recipe: Recipe) -> Recipe:
+    """The recipe with those of its roles that both models have: an MLP may have no gate."""
+    if recipe.fusion.roles is None:
+        return recipe
+
+    def with_roles(roles: tuple[str, ...] | None) -> Recipe:
+        return recipe.model_copy(update={"fusion": recipe.fusion.model_copy(update={"roles": roles})})
+
+    shared = Inputs(with_roles(None)).projections
+    return with_roles(tuple(role for role in recipe.fusion.roles if role in shared))
+
+
 def measure(name: str, recipe: Path, out: Path, seed: int, texts: int) -> dict[str, Any]:
     """Facts of one setting and seed: evaluation, gain due to the source, what was chosen; or why it failed."""
     setting = SETTINGS[name]
     change = nested({} if callable(setting) else setting, {"seed": seed, "controls": True, "allow_negligible": True})
     change["out"] = str(out)
     base = nested(read_recipe(recipe) | {"preset": "barycentric"}, {"activations": {"max_texts": texts}})
-    told = build_recipe(nested(base, change), base=recipe.parent)
+    told = fitting(build_recipe(nested(base, change), base=recipe.parent))
     done = out.parent / f"{out.name}.json"
     if done.exists() and json.loads(done.read_text())["recipe"] == told.model_dump(mode="json"):
         return json.loads(done.read_text())
@@ -139,7 +154,7 @@ def pooled(rows: list[dict[str, Any]], folders: list[Path], *, draws: int = 1000
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a line per setting and seed."""
     lines = [
-        "| setting | texts | seed | target | merged | best control | gain due to the source [95%] | of the gap |",
+        HEADER,
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -197,16 +212,13 @@ def main() -> None:
         print(f"{name}, {size} texts, seed {seed}", file=sys.stderr, flush=True)
         parts = [name.replace(", ", "-").replace(" ", "_"), *([] if size == usual else [f"{size}_texts"]), str(seed)]
         measure(name, told.recipe, told.out / "-".join(parts), seed, size)
-        rows = collected(told.out)
-        write_text(told.out / "table.md", table(rows))
-        write_bytes(told.out / "gain.png", figure(rows))
-    print(table(rows), end="")
+        text = table(collected(told.out))
+        write_text(told.out / "table.md", text)
+        if tables(text)[0][1]:
+            write_bytes(told.out / "gain.png", figure(text))
+    print(text, end="")
 
 
 if __name__ == "__main__":
-    try:
+    with script("study"):
         main()
-    except TmjaxError as error:
-        sys.exit(f"study: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("study: error: interrupted; the same command resumes")

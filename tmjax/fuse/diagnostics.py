@@ -9,6 +9,7 @@ import numpy as np
 from tmjax.convert.model import Model
 from tmjax.errors import NoTransferError
 from tmjax.fuse.apply import Coefficients, Transported
+from tmjax.fuse.lexical import EMBEDDINGS, Blended
 from tmjax.fuse.solve import Solved
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.sharding.hosts import to_host
@@ -85,6 +86,33 @@ def update_table(
             values = {key: float(column[layer]) for key, column in columns.items()}
             table[name] = values | {"alpha": of_layer(alpha, layer), "beta": of_layer(beta, layer)}
     return table
+
+
+def with_blended(
+    table: Mapping[str, Mapping[str, float]], target: Model, blended: Blended
+) -> dict[str, dict[str, float]]:
+    """The table with a row of the embeddings, (1 - w) e + w e^: `alpha` is the mean of w over tokens, `beta` minus it.
+
+    The source's part is ||w e^||; a part that came through the stream's plan before, if any, is in the same row.
+    """
+    name = next(row.names(target.spec)[0] for row in target.rows if row.path == EMBEDDINGS)
+    held = (target.params[EMBEDDINGS], blended.params[EMBEDDINGS])
+    own, now = (np.asarray(to_host(x), np.float64) for x in held)
+    size = max(float(np.linalg.norm(own)), 1e-30)
+    mapped = blended.mapped.astype(np.float64)
+    transported, part = float(np.linalg.norm(mapped)), float(np.linalg.norm(blended.weight[:, None] * mapped))
+    earlier = table.get(name, {}).get("source_part", 0.0)
+    row = {
+        "transported_to_target_norm": transported / size,
+        "raw_transported_to_target_norm": transported / size,
+        "effective_update": float(np.linalg.norm(now - own)) / size,
+        "cosine": float((own * mapped).sum()) / (size * max(transported, 1e-30)),
+        "source_part": max(part / size, earlier),
+        "dropped_mean": 0.0,
+        "alpha": float(blended.weight.mean()),
+        "beta": -float(blended.weight.mean()),
+    }
+    return {**table, name: row}
 
 
 def with_solved(

@@ -13,8 +13,9 @@ from tmjax.convert.model import Model, load_model
 from tmjax.errors import InputError
 from tmjax.fuse.apply import Coefficients, fuse_params, transport_model, without_source
 from tmjax.fuse.coefficients import Fit, fit, fixed
-from tmjax.fuse.diagnostics import update_table, with_solved
+from tmjax.fuse.diagnostics import update_table, with_blended, with_solved
 from tmjax.fuse.learned import BatchLoss, FuseLearned, expanded, learn, start
+from tmjax.fuse.lexical import Blended, Lexicon, blend
 from tmjax.fuse.regression import regress_projection
 from tmjax.fuse.solve import Solved, Solver, Wanted
 from tmjax.fuse.stream import fuse_stream, stream_table, stream_without_source, transport_stream
@@ -28,12 +29,14 @@ from tmjax.typing import Array, Params
 class Fused:
     """The merged model (in the target's dtypes), the chosen coefficients, the per-tensor table of `update_table`.
 
-    `solved`: what solving for the source's predictions came to, where the options have it.
+    `blended`: what blending the source's embeddings came to, `solved`: what solving for its predictions did, where the
+    options have it.
     """
 
     model: Model
     fit: Fit
     table: dict[str, dict[str, float]]
+    blended: Blended | None = None
     solved: Solved | None = None
 
 
@@ -56,6 +59,7 @@ def fuse(
     loss: Callable[[Params], float] | None = None,
     training: tuple[Iterable[Any], BatchLoss] | None = None,
     activations: Regressed | None = None,
+    lexicon: Lexicon | None = None,
     wanted: Sequence[Wanted] | None = None,
     source_params: Params | None = None,
     permutations: dict[str, np.ndarray] | None = None,
@@ -68,11 +72,12 @@ def fuse(
 
     `alpha` fixes the coefficient; without it `loss` (of fused parameters, on validation text) chooses from the options'
     grid, or, with `options.fit: learned`, stops the learning on `training` (batches, and the loss of parameters on
-    one). `activations` are for `options.transport: regression`, `wanted` (texts and what the source says follows) for
-    `options.solve`, which a fixed alpha leaves out; `dtype` and `layout` are those of its forward passes. The other
-    three are for controls: other source weights, permuted source units, a source contribution of zero. Raises
-    InputError if what the options need is not given, or a role is missing in a model. Refusing a merge in which
-    nothing came from the source is `require_transfer`'s, on the table.
+    one). `activations` are for `options.transport: regression`, `lexicon` (the target's tokens as the source reads
+    them) for `options.lexical`, `wanted` (texts and what the source says follows) for `options.solve`; a fixed alpha
+    leaves the last two out. `dtype` and `layout` are those of the solve's forward passes. The other three are for
+    controls: other source weights, permuted source units, a source contribution of zero. Raises InputError if what the
+    options need is not given, or a role is missing in a model. Refusing a merge in which nothing came from the source
+    is `require_transfer`'s, on the table.
     """
     options = options or FusionOptions()
     params = source.params if source_params is None else source_params
@@ -113,7 +118,12 @@ def fuse(
         chosen = replace(chosen, coefficients=expanded(target.spec, target.projections, chosen.coefficients))
     else:
         chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress, roles)
-    fused, solved = combine(chosen.coefficients), None
+    fused, blended, solved = combine(chosen.coefficients), None, None
+    if options.lexical is not None and alpha is None:
+        if lexicon is None or loss is None:
+            raise InputError("fusion.lexical needs both tokenizers: pass lexicon to fuse, or set lexical: null")
+        blended = blend(fused, params, lexicon, options.lexical, loss, zero_source=zero_source, progress=progress)
+        fused = blended.params
     if options.solve is not None and alpha is None:
         if not wanted or loss is None:
             raise InputError("fusion.solve needs what the source says follows: pass wanted to fuse, or set solve: null")
@@ -131,9 +141,11 @@ def fuse(
         fused, before = solved.params, fused
     table = update_table(target.spec, target.rows, target.params, fused, transported, chosen.coefficients)
     table |= stream_table(target, fused, stream, chosen.coefficients)
+    if blended is not None and not zero_source:
+        table = with_blended(table, target, blended)
     if solved is not None:
         table = with_solved(table, target, before, solved, solver.paths)
-    return Fused(target.with_params(fused), chosen, table, solved)
+    return Fused(target.with_params(fused), chosen, table, blended, solved)
 
 
 def _base(options: FusionOptions, target: Model) -> Params | None:

@@ -49,7 +49,8 @@ class Starts:
         inputs, options = self.inputs, self.inputs.recipe
         if arm not in PLACEBOS and inputs.run is not None:
             alignment, coefficients = inputs.alignment, inputs.coefficients
-            solved = inputs.run / "merged" if inputs.run_recipe.solves and options.alpha is None else None
+            whole = (inputs.run_recipe.solves or inputs.run_recipe.blends) and options.alpha is None
+            solved = inputs.run / "merged" if whole else None
             if options.alpha is not None:
                 coefficients = fixed(options.alpha, inputs.run_recipe.fusion, tuple(coefficients)).coefficients
             return alignment, coefficients, inputs.source.params, solved
@@ -64,7 +65,7 @@ class Starts:
             path = merge.fuse()
             facts, alignment, params = merge.run.manifest["coefficients"], merge.align(), inputs.source.params
         pairs = {r: (item["alpha"], item["beta"]) for r, item in facts["by_role"].items()}
-        return alignment, pairs, params, path if merge.recipe.solves else None
+        return alignment, pairs, params, path if merge.recipe.solves or merge.recipe.blends else None
 
     def of(self, arm: str, mode: str, start: str) -> tuple[Mode, dict[str, Array], dict[str, Any]]:
         """Mode, trained and frozen arrays (float32) before the first step; guidance comes on top."""

@@ -10,7 +10,7 @@ import jax
 
 from tmjax.align.alignment import needed_sites, plan_site, solver_of
 from tmjax.align.pairs import band
-from tmjax.fuse import solve
+from tmjax.fuse import lexical, solve
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.ot import capabilities_of
@@ -157,6 +157,9 @@ def memory(
         "alignment (on disk)": stored,
         "fusion": LIBRARIES + weights + stored + transported + 4 * target.parameters,
     }
+    if recipe.blends:
+        blending = lexical.memory(target.spec, source.spec)
+        stages["blending embeddings"] = LIBRARIES + weights + 4 * target.parameters + blending
     if recipe.solves:
         solving = solve.memory(target.spec, target.rows, recipe.fusion.solve, recipe.evaluation.batch_tokens)
         stages["solving for predictions"] = LIBRARIES + weights + 4 * target.parameters + solving

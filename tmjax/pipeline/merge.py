@@ -19,6 +19,7 @@ from tmjax.evaluate.controls import CONTROLS, Control, derangement, plan_permuta
 from tmjax.fuse.coefficients import Fit
 from tmjax.fuse.diagnostics import require_transfer
 from tmjax.fuse.learned import BatchLoss
+from tmjax.fuse.lexical import Blended, Lexicon, read_lexicon
 from tmjax.fuse.merge import Regressed, fuse
 from tmjax.fuse.solve import Solved
 from tmjax.hub.atomic import write_json
@@ -55,6 +56,7 @@ class Merge(AlignmentRun):
             loss=lambda params: inputs.valid_scorer(params).bits_per_byte,
             training=self._training(),
             activations=self._regressed(control),
+            lexicon=self._lexicon(control) if self.recipe.blends else None,
             wanted=Predictions(self).wanted(control) if self.recipe.solves else None,
             source_params=source,
             permutations=plan_permutations(alignment, self.recipe.seed) if control and control.permute_plan else None,
@@ -69,10 +71,25 @@ class Merge(AlignmentRun):
                 self.warn(warning)
         hf.write(fused.model, partial, max_shard_size=self.recipe.export.max_shard_size)
         facts = _fit_facts(fused.fit)
-        solved = {"solve": _solve_facts(fused.solved)} if fused.solved else {}
+        also = {"lexical": _blend_facts(fused.blended)} if fused.blended else {}
+        also |= {"solve": _solve_facts(fused.solved)} if fused.solved else {}
         if control is None:
-            return {"update": fused.table, "coefficients": facts} | solved
-        return {("controls", arm): facts | {"update": fused.table} | solved}
+            return {"update": fused.table, "coefficients": facts} | also
+        return {("controls", arm): facts | {"update": fused.table} | also}
+
+    def _lexicon(self, control: Control | None) -> Lexicon:
+        """The target's tokens as the source reads them; for controls given other tokens' source embeddings.
+
+        Rows shuffled: before the map is fitted; plan permuted: what the map, rightly fitted, makes of other tokens.
+        """
+        inputs, seed = self.inputs, self.recipe.seed
+        vocabularies = inputs.target.spec.vocab, inputs.source.spec.vocab
+        found = read_lexicon(inputs.target_tokenizer, inputs.source_tokenizer, inputs.texts.texts, vocabularies)
+        if control and control.shuffle_rows:
+            return found._replace(before=derangement(len(found.ids), seed))
+        if control and control.permute_plan:
+            return found._replace(after=derangement(len(found.ids), seed))
+        return found
 
     def _training(self) -> tuple[Iterable[Batch], BatchLoss] | None:
         """Calibration batches, the same for all arms, and the target's loss, where coefficients are learned."""
@@ -215,6 +232,11 @@ class Merge(AlignmentRun):
 def _token_loss(spec: DecoderSpec) -> BatchLoss:
     """The same function object for every arm, so that nothing is compiled again."""
     return functools.partial(next_token_loss, spec)
+
+
+def _blend_facts(blended: Blended) -> dict[str, Any]:
+    """What was chosen (None: nothing), and validation bits per byte without and with it."""
+    return {"chosen": blended.chosen, "valid_bits_per_byte": list(blended.losses), "trials": blended.trials}
 
 
 def _solve_facts(solved: Solved) -> dict[str, Any]:

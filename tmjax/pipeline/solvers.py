@@ -92,7 +92,7 @@ class SolverComparison(Merge):
     def _merge(self, options: AlignmentOptions) -> float | None:
         """Bits per byte on the test texts of the merge made with these plans; None without test texts.
 
-        Weights alone are transported: predictions, if they were solved for, would hide what the plans do.
+        Weights alone are transported: blended embeddings and solved predictions would hide what the plans do.
         """
         if self.inputs.test is None:
             return None
@@ -102,7 +102,7 @@ class SolverComparison(Merge):
             align(*held, self.inputs.projections, options, models=models),
             self.inputs.target,
             self.inputs.source,
-            self.recipe.fusion.model_copy(update={"solve": None}),
+            self.recipe.fusion.model_copy(update={"lexical": None, "solve": None}),
             alpha=self.recipe.alpha,
             loss=lambda params: self.inputs.valid_scorer(params).bits_per_byte,
         )

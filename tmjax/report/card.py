@@ -19,6 +19,12 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         f"architecture and tokenizer this model keeps, with tmjax {manifest['tmjax']}, preset `{recipe.preset}`, "
         f"seed {recipe.seed}, calibrated on `{recipe.texts}`.",
     ]
+    if (manifest.get("lexical") or {}).get("chosen"):
+        parts.append(
+            "The source's embeddings were mapped to its own by ridge regression over tokens of the same text, and "
+            "blended in: {alpha:g} of the way at most, half as far for a token that occurs {kappa:g} times in these "
+            "texts.".format(**manifest["lexical"]["chosen"])
+        )
     if manifest.get("solve"):
         parts.append(
             f"Its read-out{' and what writes its residual stream' * (recipe.fusion.solve.reach == 'direct')} were then "

@@ -87,7 +87,9 @@ def update_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         "dropped_mean": "dropped mean",
     }
     columns = {key: said for key, said in columns.items() if any(key in item for item in manifest["update"].values())}
-    rows = [(name, *(f"{item[key]:.3g}" for key in columns)) for name, item in manifest["update"].items()]
+    # Coefficients that are means need no more digits than those that were tried.
+    digits = {key: ".2g" if key in ("alpha", "beta") else ".3g" for key in columns}
+    rows = [(name, *(format(item[key], digits[key]) for key in columns)) for name, item in manifest["update"].items()]
     return ("tensor", *columns.values()), rows
 
 

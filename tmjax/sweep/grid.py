@@ -29,7 +29,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 MOST = 100_000
 #: What every setting of a sweep shares (inputs, yardstick), and what only other commands use.
 FIXED = ("source", "target", "texts", "valid", "test", "out", "preset", "controls", "allow_negligible", "mesh")
-FIXED_UNDER = ("evaluation", "export", "fusion.alphas", "fusion.betas", "fusion.groups", "fusion.solve")
+_CHOOSES = tuple(f"fusion.{key}" for key in ("alphas", "betas", "groups", "lexical", "solve"))
+FIXED_UNDER = ("evaluation", "export", *_CHOOSES)
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _STEPS = re.compile(rf"({_NUMBER}):({_NUMBER}):({_NUMBER})")
