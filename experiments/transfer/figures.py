@@ -65,17 +65,23 @@ def _every(axis: object, rows: Sequence[Gain], texts: int) -> None:
     axis.set_xlabel(f"gain due to the source, bits per byte ({texts} texts)")
 
 
-def _over_sizes(axis: object, rows: Sequence[Gain]) -> None:
-    """What was run with several numbers of texts, over these."""
-    several = [name for name in dict.fromkeys(row.name for row in rows) if sum(row.name == name for row in rows) > 1]
-    for number, name in enumerate(several):
-        held = sorted((row for row in rows if row.name == name), key=lambda row: row.texts)
+def _of_sizes(rows: Sequence[Gain]) -> dict[str, list[Gain]]:
+    """What was run with several numbers of texts, by name."""
+    found: dict[str, list[Gain]] = {}
+    for row in sorted(rows, key=lambda row: row.texts):
+        found.setdefault(row.name, []).append(row)
+    return {name: held for name, held in found.items() if len(held) > 1}
+
+
+def _over_sizes(axis: object, several: dict[str, list[Gain]]) -> None:
+    """Gains over the number of texts."""
+    for number, (name, held) in enumerate(several.items()):
         reach = [[row.value - row.low for row in held], [row.high - row.value for row in held]]
         points = [row.texts for row in held], [row.value for row in held]
         axis.errorbar(*points, yerr=reach, fmt="o-", color=f"C{number}", capsize=2, label=name)
     axis.axhline(0.0, color="0.6", linewidth=0.8)
     axis.set_xscale("log")
-    sizes = sorted({row.texts for row in rows})
+    sizes = sorted({row.texts for held in several.values() for row in held})
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.minorticks_off()
     axis.set_xlabel("calibration texts")
@@ -88,19 +94,22 @@ def figure(markdown: str) -> bytes:
     found = [(heading, rows) for heading, rows in tables(markdown) if rows]
     if not found:
         raise InputError("there is no table of the study with a gain in the text")
-    columns = 2 if any(len({row.texts for row in rows}) > 1 for _, rows in found) else 1
+    several = [_of_sizes(rows) for _, rows in found]
+    columns = 2 if any(several) else 1
     at = []
     for _, rows in found:
-        sizes = [row.texts for row in rows]
-        common = max(dict.fromkeys(sizes), key=sizes.count)
+        texts = [row.texts for row in rows]
+        common = max(dict.fromkeys(texts), key=texts.count)
         at.append((common, [row for row in rows if row.texts == common]))
     height = max(3.0, 0.2 * max(len(rows) for _, rows in at) + 1.0)
     picture, axes = new_figure(columns, len(found), 5.5, height)
-    for line, (heading, rows), (common, held) in zip(axes, found, at, strict=True):
+    for line, (heading, _), (common, held), sizes in zip(axes, found, at, several, strict=True):
         line[0].set_title(heading)
         _every(line[0], held, common)
-        if columns == 2:
-            _over_sizes(line[1], rows)
+        if sizes:
+            _over_sizes(line[1], sizes)
+        elif columns == 2:
+            line[1].set_axis_off()
     return png_bytes(picture)
 
 

@@ -1,0 +1,85 @@
+"""`experiments/transfer`: what the study reads back from its tables, and which recipes it makes of its settings."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tmjax.recipe import build_recipe, read_recipe
+
+TEXT = """# Study
+
+## One pair
+
+| setting | texts | seed | target | merged | best control | gain due to the source [95%] | of the gap |
+|---|---|---|---|---|---|---|---|
+| plain | 30 | 0 | 1.9 | 1.8 | 1.8 (shrink) | -0.0003 [-0.0013, +0.0008] | -0.1% |
+| plain | 300 | 0 | 1.9 | 1.8 | 1.8 (shrink) | +0.0010 [+0.0002, +0.0018] | 0.3% |
+| plain | 300 | all 3 | 1.9 | 1.8 | 1.8 (shrink) | +0.0012 [+0.0003, +0.0020] | 0.3% |
+| mlp only | 300 | 0 | | | | fusion.roles: no | |
+
+Words | with | bars.
+
+## The other
+
+| setting | texts | seed | target | merged | best control | gain due to the source [95%] | of the gap |
+|---|---|---|---|---|---|---|---|
+| heads | 300 | 0 | 1.9 | 1.8 | 1.8 (shrink) | -0.0000 [-0.0008, +0.0008] | -0.0% |
+"""
+
+
+@pytest.fixture(scope="module")
+def modules(repo):
+    """The folder's own modules, which import each other by name."""
+    before = list(sys.path)
+    sys.path.insert(0, str(repo / "experiments/transfer"))
+    import figures
+    import study
+
+    yield figures, study
+    sys.path[:] = before
+
+
+def test_tables_are_read_back(modules) -> None:
+    figures, _ = modules
+    one, other = figures.tables(TEXT)
+    assert one == ("One pair", [("plain", 30, -0.0003, -0.0013, 0.0008), ("plain", 300, 0.0012, 0.0003, 0.002)])
+    assert other == ("The other", [("heads", 300, -0.0, -0.0008, 0.0008)])
+    assert figures.figure(TEXT).startswith(b"\x89PNG")
+
+
+def test_the_readme_holds_tables_of_both_pairs(modules, repo) -> None:
+    figures, study = modules
+    found = figures.tables((repo / "experiments/transfer/README.md").read_text(encoding="utf-8"))
+    assert len(found) == 2
+    for _, rows in found:
+        assert rows and {row.name for row in rows} <= set(study.SETTINGS)
+        assert all(row.low <= row.value <= row.high for row in rows)
+
+
+def test_every_setting_is_a_recipe_of_both_pairs(modules, repo) -> None:
+    _, study = modules
+    for pair in ("swahili", "wolof"):
+        recipe = repo / f"experiments/{pair}/recipe.yaml"
+        for name, setting in study.SETTINGS.items():
+            change = {} if callable(setting) else setting
+            told = build_recipe(study.nested(read_recipe(recipe) | {"preset": "barycentric"}, change), base=repo)
+            roles = study.fitting(told).fusion.roles
+            # The Wolof model's MLP has no gate.
+            assert name != "mlp only" or roles == (("gate", "up", "down") if pair == "swahili" else ("up", "down"))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["figures.py", "nowhere.md", "x.png"], "figures: error: cannot read nowhere.md"),
+        (["figures.py", "LICENSE", "x.png"], "figures: error: there is no table of the study"),
+        (["study.py", "nowhere.yaml", "--out", "{out}"], "study: error: cannot read recipe nowhere.yaml"),
+        (["../adaptation/study.py", "nowhere.yaml", "--out", "{out}"], "study: error: cannot read recipe nowhere.yaml"),
+    ],
+)
+def test_a_wrong_path_is_one_line(command, said, repo, tmp_path) -> None:
+    script, *rest = command
+    told = [sys.executable, str(repo / "experiments/transfer" / script), *(x.format(out=tmp_path) for x in rest)]
+    done = subprocess.run(told, cwd=repo, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith(said) and done.stderr.count("\n") == 1
