@@ -72,8 +72,8 @@ def test_every_setting_is_a_recipe_of_both_pairs(modules, repo) -> None:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["figures.py", "nowhere.md", "x.png"], "figures: error: cannot read nowhere.md"),
-        (["figures.py", "LICENSE", "x.png"], "figures: error: there is no table of the study"),
+        (["figures.py", "nowhere.md", "--out", "x.png"], "figures: error: cannot read nowhere.md"),
+        (["figures.py", "LICENSE", "--out", "x.png"], "figures: error: there is no table of the study"),
         (["study.py", "nowhere.yaml", "--out", "{out}"], "study: error: cannot read recipe nowhere.yaml"),
         (["../adaptation/study.py", "nowhere.yaml", "--out", "{out}"], "study: error: cannot read recipe nowhere.yaml"),
     ],

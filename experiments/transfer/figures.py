@@ -1,6 +1,6 @@
 """What the study found, as one picture: gains of all settings with intervals, and gains over calibration sizes.
 
-    python experiments/transfer/figures.py experiments/transfer/README.md experiments/transfer/gain.png
+    python experiments/transfer/figures.py experiments/transfer/README.md --out experiments/transfer/gain.png
 
 draws every table of the study in a Markdown file, one below the other; `study.py` draws its own after every setting.
 """
@@ -117,13 +117,15 @@ def main() -> None:
     """Draws the tables of a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", type=Path, help="a Markdown file, such as OUT/table.md of the study")
-    parser.add_argument("picture", type=Path, help="the PNG to write; one that is there is replaced")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write; one that is there is replaced")
     told = parser.parse_args()
     try:
         text = told.tables.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read {told.tables}: {error.strerror}") from None
-    write_bytes(told.picture, figure(text))
+    picture = figure(text)
+    told.out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(told.out, picture)
 
 
 if __name__ == "__main__":
