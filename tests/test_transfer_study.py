@@ -1,5 +1,6 @@
 """`experiments/transfer`: what the study reads back from its tables, and which recipes it makes of its settings."""
 
+import json
 import subprocess
 import sys
 
@@ -67,6 +68,20 @@ def test_every_setting_is_a_recipe_of_both_pairs(modules, repo) -> None:
             roles = study.fitting(told).fusion.roles
             # The Wolof model's MLP has no gate.
             assert name != "mlp only" or roles == (("gate", "up", "down") if pair == "swahili" else ("up", "down"))
+
+
+def test_what_failed_is_tried_again_and_what_is_finished_is_not(modules, tmp_path) -> None:
+    _, study = modules
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("source: nowhere\ntarget: nowhere\ntexts: none.txt\nout: unused\n", encoding="utf-8")
+    out, done = tmp_path / "plain-0", tmp_path / "plain-0.json"
+    failed = study.measure("plain", recipe, out, 0, 300)
+    assert "nowhere" in failed["error"] and json.loads(done.read_text()) == failed
+    done.write_text(json.dumps(failed | {"error": "of another day"}))
+    assert study.measure("plain", recipe, out, 0, 300) == failed
+    finished = {key: value for key, value in failed.items() if key != "error"} | {"evaluation": {}}
+    done.write_text(json.dumps(finished))
+    assert study.measure("plain", recipe, out, 0, 300) == finished
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@
 
 A setting is a change of the recipe under the preset `barycentric`. Each is run with every number of calibration texts
 (`--sizes`) and every seed, which also chooses the texts. OUT/table.md and OUT/gain.png tell of all that was ever run
-there. Finished settings are not run again, an interrupted one goes on where it was. Of a finished one its scores,
-manifest and report are kept, not the gigabyte of activations and models.
+there. Finished settings are not run again, one that failed is, an interrupted one goes on where it was. Of a finished
+one its scores, manifest and report are kept, not the gigabyte of activations and models.
 """
 
 import argparse
@@ -104,8 +104,10 @@ def measure(name: str, recipe: Path, out: Path, seed: int, texts: int) -> dict[s
     base = nested(read_recipe(recipe) | {"preset": "barycentric"}, {"activations": {"max_texts": texts}})
     told = fitting(build_recipe(nested(base, change), base=recipe.parent))
     done = out.parent / f"{out.name}.json"
-    if done.exists() and json.loads(done.read_text())["recipe"] == told.model_dump(mode="json"):
-        return json.loads(done.read_text())
+    if done.exists():
+        held = json.loads(done.read_text(encoding="utf-8"))
+        if "error" not in held and held["recipe"] == told.model_dump(mode="json"):
+            return held
     try:
         if callable(setting):
             scores, chosen = setting(told, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
