@@ -374,7 +374,7 @@ OPTION_DEFECTS = {
     "alpha": (["--alpha", "1.5"], "alpha: Input should be less than or equal to 1"),
     "alpha no number": (["--alpha", "much"], "Invalid value for '--alpha'"),
     "same-size source": (["--same-size-source", "nowhere/model", "--controls"], "nowhere/model"),
-    "preset": (["--preset", "magic"], "preset 'magic' is not known; known are predictions, barycentric, paper"),
+    "preset": (["--preset", "magic"], "preset 'magic' is not known; known are predictions, quick, barycentric, paper"),
     "mesh": (["--mesh", "pods=2"], "mesh 'pods=2'"),
     "mesh too large": (["--mesh", "data=64"], "needs 64 devices"),
     "mesh that does not divide": (["--mesh", "tensor=3"], "does not divide"),

@@ -38,7 +38,7 @@ SameSize = Annotated[
     str | None, typer.Option(help="A model no larger than the target, merged as well where controls are run.")
 ]
 Out = Annotated[str | None, typer.Option(help="Run directory.")]
-Preset = Annotated[str | None, typer.Option(help="predictions (default), barycentric or paper.")]
+Preset = Annotated[str | None, typer.Option(help="predictions (default), quick, barycentric or paper.")]
 Alpha = Annotated[float | None, typer.Option(help="Fixes alpha and switches fitting off.")]
 Controls = Annotated[bool | None, typer.Option("--controls/--no-controls", help="Run every control arm too.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]

@@ -95,7 +95,7 @@ class PaperRecipe(Section):
     sources: tuple[str, ...] = ()
     fuse_alpha: Fraction
     alphas: tuple[Fraction, ...] = (0.01, 0.03, 0.05, 0.1, 0.15)
-    presets: tuple[Literal["paper", "barycentric", "predictions"], ...] = ("paper", "predictions")
+    presets: tuple[Literal["paper", "barycentric", "quick", "predictions"], ...] = ("paper", "predictions")
     span_texts: Count = 40
     merge: Annotated[dict[OwnSetting, Any], Field(default_factory=dict)]
     training: Training

@@ -30,7 +30,7 @@ from tmjax.evaluate.bootstrap import Draws, source_gain
 from tmjax.hub.atomic import write_bytes, write_json, write_text
 from tmjax.pipeline.inputs import Inputs
 from tmjax.pipeline.merge import Merge, evaluation_facts
-from tmjax.recipe import Recipe, build_recipe, read_recipe
+from tmjax.recipe import PRESETS, Recipe, build_recipe, read_recipe
 from tools.script import script
 
 #: What remains of a finished setting's run directory.
@@ -38,6 +38,8 @@ KEPT = ("scores.npz", "manifest.json", "report.html")
 LEARNED = {"fit": "learned"}
 FULL = {"structure": "full", "solver": "cover", "depth": "monotone"}
 UNMOVED = {"alphas": [0.0], "betas": [0.0]}
+#: Fewer texts that the source writes and fewer rounds.
+QUICK = PRESETS["quick"]["fusion"]["solve"]
 #: Changes of the recipe, by name; or an operator of its own.
 SETTINGS: dict[str, dict[str, Any] | Callable[..., tuple[dict[str, Scores], dict[str, Any]]]] = {
     "plain": {},
@@ -66,13 +68,12 @@ SETTINGS: dict[str, dict[str, Any] | Callable[..., tuple[dict[str, Scores], dict
     "regression, learned": {"fusion": LEARNED | {"transport": "regression", "norm_match": False}},
     "lexical": {"fusion": {"lexical": {}, **UNMOVED}},
     "unit transplant": transplant.run,
-    "predictions": {"fusion": {"solve": {}}},
-    "lexical, predictions": {"preset": "predictions"},
-    "predictions, readout": {"fusion": {"solve": {"reach": "readout"}}},
-    "predictions, calibration texts alone": {"fusion": {"solve": {"written": 0}}},
-    "predictions, nothing transported": {"fusion": {"solve": {}, **UNMOVED}},
-    "predictions, more written": {"fusion": {"solve": {"written": 1800}}},
-    "predictions, longer": {"fusion": {"solve": {"written": 1800, "rounds": 20}}},
+    "predictions": {"fusion": {"solve": QUICK}},
+    "lexical, predictions": {"preset": "quick"},
+    "predictions, readout": {"fusion": {"solve": QUICK | {"reach": "readout"}}},
+    "predictions, calibration texts alone": {"fusion": {"solve": QUICK | {"written": 0}}},
+    "predictions, nothing transported": {"fusion": {"solve": QUICK, **UNMOVED}},
+    "lexical, predictions, longer": {"preset": "predictions"},
 }
 
 
