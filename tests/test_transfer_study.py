@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tmjax.recipe import build_recipe, read_recipe
+from tools.script import script
 
 TEXT = """# Study
 
@@ -86,6 +87,13 @@ def test_what_failed_is_tried_again_and_what_is_finished_is_not(modules, tmp_pat
     finished = {key: value for key, value in failed.items() if key != "error"} | {"evaluation": {}}
     done.write_text(json.dumps(finished))
     assert study.measure("plain", recipe, out, 0, 300) == finished
+
+
+def test_an_interrupt_is_one_line_that_says_how_to_go_on(capsys) -> None:
+    for resumes, said in ((True, "interrupted; the same command resumes"), (False, "interrupted")):
+        with pytest.raises(SystemExit) as ended, script("study", resumes=resumes):
+            raise KeyboardInterrupt
+        assert ended.value.code == 130 and capsys.readouterr().err == f"study: error: {said}\n"
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,17 @@ from tmjax.errors import TmjaxError
 
 
 @contextmanager
-def script(name: str) -> Iterator[None]:
-    """Runs the body of a script; exit status 2 for bad input, 130 for an interrupt, `name: error: ...` on stderr."""
+def script(name: str, *, resumes: bool = False) -> Iterator[None]:
+    """Runs the body of a script; exit status 2 for bad input, 130 for an interrupt, `name: error: ...` on stderr.
+
+    `resumes`: the same command goes on where it was interrupted, and says so.
+    """
     try:
         yield
     except TmjaxError as error:
         message, status = " ".join(str(error).split()), error.exit_code
     except KeyboardInterrupt:
-        message, status = "interrupted", 130
+        message, status = "interrupted; the same command resumes" if resumes else "interrupted", 130
     else:
         return
     print(f"{name}: error: {message}", file=sys.stderr)

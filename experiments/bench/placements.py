@@ -1,9 +1,10 @@
 """The same merge on one device, on eight simulated devices and on two processes of four: are the weights the same?
 
-    python experiments/bench/placements.py experiments/swahili/recipe.yaml
+    python experiments/bench/placements.py experiments/swahili/recipe.yaml -- --preset barycentric --no-controls
 
 Each is a `tmjax merge` of its own on this machine's processor. Prints what each manifest says did the work, and for
 every checkpoint (merged, controls) the largest difference from one device's, relative to each tensor's largest entry.
+What a source writes is sampled, and rounding can turn a token of it: presets that hear such texts differ by more.
 """
 
 import json

@@ -223,5 +223,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with script("study"):
+    with script("study", resumes=True):
         main()
