@@ -15,7 +15,9 @@ from tmjax.align.plans import _form
 from tmjax.align.sites import FeatureSite
 from tmjax.convert import orbax
 from tmjax.convert.model import load_model
+from tmjax.errors import NonFiniteError
 from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions
+from tmjax.hub.tensors import SINGLE_NAME
 from tmjax.models.families import FAMILIES
 from tmjax.models.spec import Rotary
 from tmjax.ot import make_solver
@@ -93,8 +95,12 @@ def test_no_weights_are_needed_or_read(capsys, pair, llama_dir, qwen2_dir):
     assert code == 0
     assert [note.split()[0] for note in report["notes"]] == ["target", "source"]
     assert report["rows"]["assumed"]
-    for directory in pair:
-        (directory / "model.safetensors").write_bytes(b"garbage")
+    for directory, weights in zip(pair, (llama_dir, qwen2_dir), strict=True):
+        size = int.from_bytes((weights / SINGLE_NAME).read_bytes()[:8], "little") + 8
+        raw = (weights / SINGLE_NAME).read_bytes()
+        (directory / SINGLE_NAME).write_bytes(raw[:size] + b"\xff" * (len(raw) - size))
+        with pytest.raises(NonFiniteError):
+            load_model(directory)
     code, again, _ = doctor(capsys, "--source", pair[0], "--target", pair[1])
     assert code == 0
     assert again["notes"] == []

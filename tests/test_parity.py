@@ -83,7 +83,15 @@ def test_sizes_differ_where_the_config_can_say_it(name):
     sizes = [spec.vocab, spec.hidden, spec.mlp, spec.heads, spec.layers]
     if name != "llama-ungrouped" and "kv_heads" in free:
         sizes += [spec.kv_heads]
-    whole = ("llama-ungrouped", "phi3-long", "phi3-short", "phi3-old-long", "cohere2-layer_types", "cohere2-pattern")
+    whole = (
+        "llama-ungrouped",
+        "phi3-long",
+        "phi3-short",
+        "phi3-old-long",
+        "phi3-su",
+        "cohere2-layer_types",
+        "cohere2-pattern",
+    )
     if name not in whole and "head_dim" in free:
         sizes += [spec.head_dim, spec.head_dim * spec.heads]
     assert len(set(sizes)) == len(sizes)

@@ -421,9 +421,11 @@ def convert(
     name, size = done.family.model_type, done.parameters
     result = {"input": model, "output": str(out), "to": to, "model_type": name, "parameters": size, "dtype": dtype}
     if as_json:
-        _print_json(result)
+        _print_json(result | {"notes": list(done.notes)})
     else:
         _console().print(f"{model} -> {out} ({to}, {name}, {size:,} parameters)")
+        for note in done.notes:
+            _console().print(f"Note: {note}", highlight=False)
 
 
 @app.command()

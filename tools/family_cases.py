@@ -40,6 +40,12 @@ _LONGROPE = {
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [2.0 + 0.3 * i for i in range(8)],
 }
+_LONG_BY_ITS_OLD_NAME = {
+    "type": "su",
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.3 * i for i in range(8)],
+}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 _SIZES = {
@@ -111,6 +117,7 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
         "yarn-exact": {
             "rope_parameters": YARN | {"truncate": False, "beta_fast": 16, "beta_slow": 2, "attention_factor": 0.8}
         },
+        "yarn-attn_factor": {"rope_parameters": YARN | {"attn_factor": 0.5}},  # read by others, not by transformers
         "yarn-mscale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 2.0}},
         "old-llama3": _OLD
         | {"rope_theta": 5000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
@@ -192,6 +199,14 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
             },
         }
         | _WHOLE,
+        # The name of the first release; transformers wants the original length inside to read it.
+        "su": _OLD
+        | {
+            "rope_theta": 1000.0,
+            "original_max_position_embeddings": 128,
+            "rope_scaling": _LONG_BY_ITS_OLD_NAME,
+        }
+        | _WHOLE,
     },
     "olmo2": {"plain": {}, "bias": {"attention_bias": True, "tie_word_embeddings": True}},
     "smollm3": {
@@ -212,7 +227,7 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
     "gpt_neox": {
         "parallel": {},
         "sequential": {"use_parallel_residual": False, "attention_bias": False},
-        "old": _OLD | {"rotary_pct": 0.25, "rotary_emb_base": 1000, "hidden_act": "gelu_pytorch_tanh"},
+        "old": _OLD | {"rotary_pct": 0.25, "rotary_emb_base": 1000, "hidden_act": "gelu_fast"},
     },
     "gpt2": {
         "plain": {},

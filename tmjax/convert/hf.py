@@ -3,99 +3,49 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tmjax.convert.described import describe
+from tmjax.convert.headers import Opened, open_headers
 from tmjax.convert.model import Model, Placement, default_placement
 from tmjax.convert.ondisk import OnDisk, in_memory
-from tmjax.errors import CheckpointError, NonFiniteError, summarise
+from tmjax.errors import CheckpointError, NonFiniteError
 from tmjax.hub.atomic import atomic_directory
-from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions, read_config
+from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions
 from tmjax.hub.tensors import Weights, all_finite
-from tmjax.hub.weights import open_weights
 from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors
-from tmjax.models.families import family_of
-from tmjax.models.families.base import BUFFERS, Family
 from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.sharding import hosts
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A Hugging Face directory whose tensors were found to be what its config says; nothing but headers was read.
-
-    `ties` are the tied copies that are on disk, which hold what they are tied to.
-    """
-
-    config: Mapping[str, Any]
-    family: Family
-    spec: DecoderSpec
-    index: Weights
-    ties: Mapping[str, ParamSpec]
-
-    def __iter__(self) -> Iterator[Any]:
-        """The fields in turn."""
-        return iter((self.config, self.family, self.spec, self.index, self.ties))
-
-
 def open_checkpoint(directory: Path) -> Opened:
     """Opens a Hugging Face directory; raises InputError and CheckpointError as `load_model` does."""
-    config = read_config(directory)
-    family = family_of(config)
-    spec = family.spec(config)
-    rows = family.params(spec)
-    index = open_weights(directory, BUFFERS)
-    ties = check_tensors(index, rows, spec)
-    originals = {row.path: row.names(spec)[0] for row in rows if not row.stacked}
-    for name, row in ties.items():
+    opened = open_headers(describe(directory))
+    rows, index = opened.family.params(opened.spec), opened.index
+    originals = {row.path: row.names(opened.spec)[0] for row in rows if not row.stacked}
+    for name, row in opened.ties.items():
         held = (index.blocks(each) for each in (name, originals[row.tied_to]))
         if not all(np.array_equal(*(block.view(np.uint8) for block in pair)) for pair in zip(*held, strict=True)):
             raise CheckpointError(
                 f"{directory}: config says that {name} is tied, but it differs from what it is tied to"
             )
-    return Opened(config, family, spec, index, ties)
+    return opened
 
 
 def open_model(directory: Path) -> Model:
     """A Hugging Face directory as a model whose parameters are `OnDisk`; raises as `load_model` does."""
-    config, family, spec, index, ties = open_checkpoint(directory)
-    params = {row.path: _on_disk(index, row, spec) for row in family.params(spec) if row.tied_to is None}
-    return Model(family, spec, params, config, directory, tuple(ties))
+    opened = open_checkpoint(directory)
+    rows = opened.family.params(opened.spec)
+    params = {row.path: _on_disk(opened.index, row, opened.spec) for row in rows if row.tied_to is None}
+    return Model(opened.family, opened.spec, params, opened.config, directory, tuple(opened.ties), notes=opened.notes)
 
 
 def load(directory: Path, *, placement: Placement = default_placement) -> Model:
     """Reads a Hugging Face directory; see `load_model`."""
     return in_memory(open_model(directory), placement)
-
-
-def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> dict[str, ParamSpec]:
-    """Compares names, shapes and dtypes with the table; returns the tied copies that are on disk.
-
-    Raises CheckpointError listing every difference.
-    """
-    wanted = {name: row for row in rows for name in row.names(spec)}  # of rows in one tensor any will do
-    missing = [name for name, row in wanted.items() if name not in index and row.tied_to is None]
-    extra = [name for name in index if name not in wanted]
-    held = {name: row for name, row in wanted.items() if name in index}
-    shapes = [
-        f"{name} has shape {list(index[name].shape)}, expected {list(row.disk_shape(spec))}"
-        for name, row in held.items()
-        if index[name].shape != row.disk_shape(spec)
-    ]
-    first = {row.path: index[row.names(spec)[0]].dtype for row in rows if row.names(spec)[0] in index}
-    dtypes = [
-        f"{name} is {index[name].dtype}, other layers are {first[row.path]}"
-        for name, row in held.items()
-        if row.path in first and index[name].dtype != first[row.path]
-    ]
-    kinds = [f"missing tensor {n}" for n in missing], [f"unexpected tensor {n}" for n in extra], shapes, dtypes
-    if any(kinds):
-        problems = "; ".join(summarise(kind) for kind in kinds if kind)
-        raise CheckpointError(f"{index.directory} does not match its config.json: {problems}")
-    return {name: row for name, row in held.items() if row.tied_to is not None}
 
 
 def _on_disk(index: Weights, row: ParamSpec, spec: DecoderSpec) -> OnDisk:

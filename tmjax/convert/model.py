@@ -26,7 +26,8 @@ class Model:
     """A checkpoint in memory: parameters by Flax path in their stored dtypes, and what is needed to write it again.
 
     `directory` holds the tokenizer and companion files. `written_ties` are names of tied copies that the checkpoint
-    repeated on disk, written again on export.
+    repeated on disk, written again on export. `notes` are what a user should know of the checkpoint:
+    settings without effect, names that were read without a prefix.
     """
 
     family: Family
@@ -35,6 +36,7 @@ class Model:
     config: Mapping[str, Any]
     directory: Path
     written_ties: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> tuple[ParamSpec, ...]:

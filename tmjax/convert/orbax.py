@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from tmjax.convert.described import describe
 from tmjax.convert.hf import write_config
 from tmjax.convert.model import Model, Placement, default_placement
 from tmjax.convert.ondisk import OnDisk, in_memory
 from tmjax.convert.orbax_arrays import open_arrays, save_arrays
 from tmjax.errors import CheckpointError, InputError, NonFiniteError
 from tmjax.hub.atomic import atomic_directory
-from tmjax.hub.checkpoint import copy_companions, read_config, read_json
+from tmjax.hub.checkpoint import copy_companions, read_json
 from tmjax.hub.tensors import DTYPES_BY_NAME, all_finite
-from tmjax.models.families import family_of
 
 MARKER = "tmjax.json"
 FORMAT = 1
@@ -55,14 +55,13 @@ def open_model(directory: Path) -> Model:
         raise InputError(
             f"{directory}: format {marker.get('format')!r} is not known to this version (it writes {FORMAT})"
         )
-    config = read_config(directory / "hf")
-    family = family_of(config)
-    spec = family.spec(config)
+    described = describe(directory / "hf")
+    config, family, spec = described.config, described.family, described.spec
     rows = {row.path: row for row in family.params(spec) if row.tied_to is None}
     held = _described(directory, marker, {path: row.stacked_shape(spec) for path, row in rows.items()})
     readers = open_arrays(directory / "params", held, {path: row.hf for path, row in rows.items() if row.stacked})
     params = {path: OnDisk(path, *held[path], _checked(directory, path, readers[path])) for path in rows}
-    return Model(family, spec, params, config, directory / "hf", tuple(marker.get("written_ties", ())))
+    return Model(family, spec, params, config, directory / "hf", tuple(marker.get("written_ties", ())), described.notes)
 
 
 def load(directory: Path, *, placement: Placement = default_placement) -> Model:

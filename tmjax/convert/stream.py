@@ -22,11 +22,12 @@ from tmjax.models.spec import DecoderSpec
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion went through: family, architecture, number of parameters."""
+    """What a conversion went through: family, architecture, number of parameters, notes on the checkpoint."""
 
     family: Family
     spec: DecoderSpec
     parameters: int
+    notes: tuple[str, ...] = ()
 
 
 def parse_dtype(name: str | None) -> np.dtype | None:
@@ -58,7 +59,8 @@ def stream(
     shapes, dtypes and tied copies that differ, NonFiniteError), and NonFiniteError for values too large for `dtype`.
     """
     parse_size(max_shard_size)
-    config, family, spec, index, ties = open_checkpoint(directory)
+    opened = open_checkpoint(directory)
+    config, family, spec, index, ties = opened.config, opened.family, opened.spec, opened.index, opened.ties
     rows = family.params(spec)
     names = dict.fromkeys(name for row in rows for name in row.names(spec) if row.tied_to is None or name in ties)
     metas = [TensorMeta(name, dtype or index[name].dtype, index[name].shape) for name in names]
@@ -67,7 +69,7 @@ def stream(
         copy_companions(directory, partial)
         write_tensors(partial, metas, lambda name: _blocks(index, name, dtype), max_shard_size=max_shard_size)
     size = sum(math.prod(row.stacked_shape(spec)) for row in rows if row.tied_to is None)
-    return Converted(family, spec, size)
+    return Converted(family, spec, size, opened.notes)
 
 
 def convert(
@@ -97,7 +99,7 @@ def convert(
         hf.export(opened, out, max_shard_size=max_shard_size, overwrite=overwrite)
     else:
         orbax.save(opened, out, overwrite=overwrite)
-    return Converted(opened.family, opened.spec, opened.size)
+    return Converted(opened.family, opened.spec, opened.size, opened.notes)
 
 
 def _blocks(index: Weights, name: str, dtype: np.dtype | None) -> Iterator[np.ndarray]:

@@ -17,12 +17,12 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from tmjax.activations.batches import bucketed
+from tmjax.convert.described import describe
 from tmjax.convert.model import Model, config_directory, load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.continuations import Continuation, ContinuationScorer
-from tmjax.hub.checkpoint import read_config, read_json
+from tmjax.hub.checkpoint import read_json
 from tmjax.hub.tokenizer import load_tokenizer
-from tmjax.models.families import family_of
 from tmjax.models.generate import write
 from tmjax.models.sample import Sampling
 from tmjax.sharding.mesh import AUTO, Layout
@@ -63,8 +63,7 @@ class TmjaxLM(TemplateLM):
             # Its parameters lie where the caller put them.
             self.model, self.layout = pretrained, layout or Layout()
         else:
-            config = read_config(config_directory(pretrained))
-            self.layout = layout or Layout(mesh or AUTO, [family_of(config).spec(config).hidden])
+            self.layout = layout or Layout(mesh or AUTO, [describe(config_directory(pretrained)).spec.hidden])
             self.model = load_model(pretrained, placement=self.layout.place)
         self.name = name or str(self.model.directory)
         self.dtype, self.seed = jnp.dtype(dtype), seed

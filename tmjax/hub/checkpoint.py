@@ -1,12 +1,16 @@
 """Finding a checkpoint: a local directory or a hub id; its config, tokenizer and companion files."""
 
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from tmjax.errors import InputError
+from tmjax.hub.container import explain
+from tmjax.hub.jsonfile import read_json
+from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME
+from tmjax.hub.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME
+from tmjax.hub.weights import shard_names
 
 CONFIG_NAME = "config.json"
 #: Everything a checkpoint directory may hold beside weights and config that belongs to the model and is copied along.
@@ -25,16 +29,14 @@ COMPANIONS = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-_SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
-_TORCH = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _GGUF_ADVICE = "a GGUF file, whose weights are packed; give the Hugging Face checkpoint that it was made from"
 
 
 def resolve(model: str, *, weights: bool = True) -> Path:
     """The local directory of `model`, a path or a hub id (downloaded through the shared cache; offline works).
 
-    Of the hub, safetensors are fetched, PyTorch's files only where there are none; `weights` false fetches neither.
-    Raises InputError if it is neither.
+    Of the hub's weights only files that are read are fetched: safetensors, PyTorch's files where there are none, and of
+    several shards those that their index names; `weights` false fetches none. Raises InputError if it is neither.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -48,13 +50,18 @@ def resolve(model: str, *, weights: bool = True) -> Path:
     import huggingface_hub
     import huggingface_hub.errors
 
-    def fetch(patterns: list[str]) -> Path:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=[*patterns, CONFIG_NAME, *COMPANIONS]))
+    def fetch(names: list[str]) -> Path:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=[*names, CONFIG_NAME, *COMPANIONS]))
 
     try:
-        found = fetch(_SAFETENSORS if weights else [])
-        if weights and not any(found.glob("*.safetensors")):
-            found = fetch(_TORCH)
+        if not weights:
+            return fetch([])
+        for single, index in ((SINGLE_NAME, INDEX_NAME), (BIN_SINGLE_NAME, BIN_INDEX_NAME)):
+            found = fetch([single, index])
+            if (found / single).is_file():
+                return found
+            if (found / index).is_file():
+                return fetch([index, *shard_names(found / index)])
         return found
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -71,34 +78,12 @@ def is_gguf(file: Path) -> bool:
         return stream.read(4) == b"GGUF"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises InputError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return value
-
-
 def read_config(directory: Path) -> dict[str, Any]:
-    """The `config.json` of a checkpoint directory; raises InputError for quantised checkpoints and GGUF files."""
-    packed = sorted(Path(directory).glob("*.gguf"))
-    if packed and not (Path(directory) / CONFIG_NAME).is_file():
-        raise InputError(f"{packed[0]} is {_GGUF_ADVICE}")
-    config = read_json(Path(directory) / CONFIG_NAME)
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key) is not None:
-            method = config[key].get("quant_method") if isinstance(config[key], dict) else None
-            told = f"{key}, {method}" if isinstance(method, str) else key
-            raise InputError(
-                f"{directory} is quantised ({told} in {CONFIG_NAME}); dequantise it first or give the checkpoint that"
-                " it was made from"
-            )
-    return config
+    """The `config.json` of a checkpoint directory; raises InputError that says what is there instead, if it is not."""
+    directory = Path(directory)
+    if directory.is_dir() and not (directory / CONFIG_NAME).is_file():
+        raise InputError(explain(directory, f"{directory / CONFIG_NAME} does not exist"))
+    return read_json(directory / CONFIG_NAME)
 
 
 def copy_companions(source: Path, destination: Path) -> None:

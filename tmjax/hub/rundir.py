@@ -17,8 +17,7 @@ from typing import Any, Protocol
 from tmjax.errors import InputError
 from tmjax.hub.atomic import PARTIAL, partial_name, remove, write_json, write_text
 from tmjax.hub.checkpoint import COMPANIONS, CONFIG_NAME, read_json
-from tmjax.hub.torch_bin import BIN_INDEX_NAME
-from tmjax.hub.weights import has_safetensors
+from tmjax.hub.weights import weight_files
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -44,11 +43,8 @@ def sha256_files(files: list[Path]) -> str:
 
 def sha256_checkpoint(directory: Path) -> str:
     """Hash of what a checkpoint directory says: weights, index, config, tokenizer; of an orbax directory every file."""
-    wanted = {CONFIG_NAME, *COMPANIONS, "tmjax.json"}
-    files = [file for file in directory.iterdir() if file.is_file()]
-    torch_files = [file for file in files if file.match("pytorch_model*.bin") or file.name == BIN_INDEX_NAME]
-    wanted |= set() if has_safetensors(directory) else {file.name for file in torch_files}  # else they are not read
-    files = [file for file in files if file.name in wanted or ".safetensors" in file.suffixes]
+    wanted = {directory / name for name in (CONFIG_NAME, *COMPANIONS, "tmjax.json")}
+    files = [*(file for file in wanted if file.is_file()), *weight_files(directory)]
     nested = [file for name in ("params", "hf") for file in (directory / name).rglob("*") if file.is_file()]
     return sha256_files(files + nested)
 

@@ -22,6 +22,8 @@ from tmjax.errors import CheckpointError, InputError, summarise
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
+#: What git-lfs leaves in the place of a file that was not fetched begins with this.
+LFS_POINTER = b"version "
 #: What `Weights.blocks` gives at a time, and `all_finite` looks at: little enough to stay in a processor's cache.
 BLOCK_BYTES = 2**20
 
@@ -116,6 +118,8 @@ def read_header(file: Path, ignored: tuple[str, ...] = ()) -> dict[str, TensorIn
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
+        if prefix == LFS_POINTER:
+            raise CheckpointError(f"{file} is a pointer of git-lfs, not the file itself; run git lfs pull")
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(

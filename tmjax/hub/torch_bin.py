@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tmjax.errors import CheckpointError, InputError
-from tmjax.hub.tensors import DTYPES_BY_NAME, TensorInfo, Weights, read_shards, refused_dtype
+from tmjax.hub.tensors import DTYPES_BY_NAME, LFS_POINTER, TensorInfo, Weights, read_shards, refused_dtype
 
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 BIN_SINGLE_NAME = "pytorch_model.bin"
@@ -84,6 +84,11 @@ def _load(file: Path) -> dict[str, Any]:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise CheckpointError(f"{file} is compressed; save it again with torch.save or as safetensors")
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
+        with file.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise CheckpointError(
+                    f"{file} is a pointer of git-lfs, not the file itself; run git lfs pull"
+                ) from None
         raise CheckpointError(
             f"{file} is truncated, damaged or of PyTorch before 1.6; save it again with torch.save or as safetensors"
         ) from None

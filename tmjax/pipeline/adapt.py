@@ -75,6 +75,7 @@ class Adapt:
             "tmjax": tmjax.__version__,
             "seed": recipe.seed,
             "inputs": {name: {"path": named[name], "sha256": value} for name, value in hashes.items()},
+            "notes": self.inputs.notes,
             "evaluation": {},
             "source_gain": None,
             "update": {},

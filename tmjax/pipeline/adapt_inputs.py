@@ -11,15 +11,16 @@ from tmjax.adapt.recipe import WITH_SOURCE, AdaptRecipe
 from tmjax.adapt.texts import TrainingTexts, leaked, read_training_texts
 from tmjax.align import store as alignment_store
 from tmjax.align.alignment import Alignment
+from tmjax.convert.described import describe
+from tmjax.convert.headers import checkpoint_notes
 from tmjax.convert.model import Model, config_directory, load_model
 from tmjax.errors import InputError, summarise
 from tmjax.evaluate.bits import Scorer
 from tmjax.fuse.apply import Coefficients
-from tmjax.hub.checkpoint import read_config, resolve
+from tmjax.hub.checkpoint import resolve
 from tmjax.hub.rundir import RECIPE, read_manifest, sha256_checkpoint
 from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.models.families import family_of
 from tmjax.pipeline.alignment import Warn
 from tmjax.pipeline.held_out import HeldOut
 from tmjax.recipe import Recipe, build_recipe, read_recipe
@@ -65,8 +66,8 @@ class AdaptInputs(HeldOut):
     @functools.cached_property
     def layout(self) -> Layout:
         """The device mesh; chosen over all devices unless the recipe says otherwise."""
-        configs = [read_config(config_directory(name)) for name in self.names.values() if name]
-        return Layout(self.recipe.mesh or AUTO, [family_of(config).spec(config).hidden for config in configs])
+        named = [name for name in self.names.values() if name]
+        return Layout(self.recipe.mesh or AUTO, [describe(config_directory(name)).spec.hidden for name in named])
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -121,6 +122,11 @@ class AdaptInputs(HeldOut):
         models = {name: sha256_checkpoint(resolve(path)) for name, path in self.names.items() if path}
         texts = {"texts": self.texts.texts, "valid": self.valid, "test": self.test}
         return models | {name: value.sha256 for name, value in texts.items() if value is not None}
+
+    @functools.cached_property
+    def notes(self) -> dict[str, list[str]]:
+        """What a user should know of source and target and nothing refuses; see `Model.notes`."""
+        return {name: list(checkpoint_notes(path)) for name, path in self.names.items() if path}
 
     def scorer(self, model: Model, texts: Texts) -> Scorer:
         """Scorer of `texts` for models of this architecture."""

@@ -77,6 +77,7 @@ class AlignmentRun:
                 name: {"path": recipe.fusion.base if name == "base" else getattr(recipe, name), "sha256": value}
                 for name, value in hashes.items()
             },
+            "notes": self.inputs.notes,
             "evaluation": {},
             "source_gain": None,
             "update": {},

@@ -1,6 +1,6 @@
 """What can be said of a pair of models before any weight is read: what fits, what is mapped, what it will take.
 
-Only config.json and the tokenizers' files are read, and the texts if they are given.
+Only config.json, the tokenizers' files and the headers of the weights are read, and the texts if they are given.
 """
 
 import dataclasses
@@ -12,14 +12,15 @@ from typing import Any
 from tmjax.activations.rows import pair_rows
 from tmjax.align.alignment import solver_of
 from tmjax.align.streaming import require_streamable
+from tmjax.convert.described import describe
+from tmjax.convert.headers import open_headers
 from tmjax.convert.orbax import is_orbax
 from tmjax.errors import InputError
-from tmjax.hub.checkpoint import read_config, resolve
-from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME
+from tmjax.hub.checkpoint import resolve
+from tmjax.hub.container import any_weights, no_weights
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.hub.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME
-from tmjax.models.families import family_of
+from tmjax.hub.weights import has_safetensors, weight_files
 from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec, Rotary, projections, shared_projections
 from tmjax.ot import capabilities_of
 from tmjax.pipeline.doctor_estimate import Reading, memory, require_room, sites_of, time
@@ -40,6 +41,7 @@ class Side:
     spec: DecoderSpec
     rows: tuple[ParamSpec, ...]
     weights: str
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -66,7 +68,9 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
     """
     problems: list[str] = []
     notes: list[str] = []
-    sides = {name: _tried(problems, lambda n=name: _side(n, getattr(recipe, n))) for name in ("target", "source")}
+    sides = {
+        name: _tried(problems, lambda n=name: _side(n, getattr(recipe, n), problems)) for name in ("target", "source")
+    }
     tokenizers = {
         name: _tried(problems, lambda s=side: load_tokenizer(s.directory)) if side else None
         for name, side in sides.items()
@@ -86,6 +90,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         "time": None,
     }
     for name, side in sides.items():
+        notes += [f"{name}: {note}" for note in side.notes] if side else []
         if side and side.weights == "missing":
             notes.append(f"{name} {side.directory} holds no weights; they were not needed here")
         if side and tokenizers[name] and len(tokenizers[name].fast) > side.spec.vocab:
@@ -136,20 +141,24 @@ def _tried(problems: list[str], work: Any) -> Any:
         return None
 
 
-def _side(name: str, model: str) -> Side:
+def _side(name: str, model: str, problems: list[str]) -> Side:
+    """One model by its config; what is wrong with its weights, as their headers show it, is among the problems."""
     directory = resolve(model, weights=False)
-    weights = "missing"
-    if is_orbax(directory):
-        directory, weights = directory / "hf", "orbax"
-    for kind, files in (("PyTorch", (BIN_SINGLE_NAME, BIN_INDEX_NAME)), ("safetensors", (SINGLE_NAME, INDEX_NAME))):
-        weights = kind if any((directory / file).is_file() for file in files) else weights
+    orbax = is_orbax(directory)
     try:
-        config = read_config(directory)
-        family = family_of(config)
-        spec = family.spec(config)
+        described = describe(directory / "hf" if orbax else directory)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    return Side(name, directory, config, spec, family.params(spec), weights)
+    weights, notes = "orbax" if orbax else "missing", described.notes
+    if not orbax and weight_files(directory):
+        weights = "safetensors" if has_safetensors(directory) else "PyTorch"
+        try:
+            notes = open_headers(described).notes
+        except InputError as error:
+            problems.append(f"{name}: {error}")
+    elif not orbax and any_weights(directory):
+        problems.append(f"{name}: {no_weights(directory)}")
+    return Side(name, described.directory, described.config, described.spec, described.rows, weights, notes)
 
 
 def _model(side: Side) -> dict[str, Any]:

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 
 import tmjax
+from tmjax.convert.described import describe
 from tmjax.convert.model import Model, config_directory, load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.tasks import TaskResults, require_lm_eval, run_tasks, task_manager
 from tmjax.hub.atomic import atomic_directory, refuse_existing, write_json
-from tmjax.hub.checkpoint import read_config
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
-from tmjax.models.families import family_of
 from tmjax.pipeline.alignment import Progress, quiet
 from tmjax.pipeline.merge import evaluation_facts
 from tmjax.sharding import hosts
@@ -60,17 +59,18 @@ def evaluate_models(
     places = _places(directories, out, overwrite=overwrite)
     scores: dict[str, Scores] = {}
     asked: dict[str, TaskResults] = {}
+    notes: dict[str, list[str]] = {}
     for done, directory in enumerate(directories):
-        config = read_config(config_directory(directory))
-        layout = Layout(mesh or AUTO, [family_of(config).spec(config).hidden])
+        layout = Layout(mesh or AUTO, [describe(config_directory(directory)).spec.hidden])
         model = load_model(directory, placement=layout.place)
         if documents is not None:
             scorer = Scorer(model.spec, load_tokenizer(model.directory), documents, layout=layout)
             scores[directory] = scorer(model.params)
         if tasks is not None:
             asked[directory] = _asked(model, directory, layout, tasks, seed)
+        notes |= {directory: list(model.notes)} if model.notes else {}
         progress("evaluate", done + 1, len(directories))
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"notes": notes} if notes else {}
     if documents is not None:
         result["evaluation"] = evaluation_facts(scores, draws=draws, seed=seed)["evaluation"]
     if tasks is not None:

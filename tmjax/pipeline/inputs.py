@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from tmjax.activations.rows import Rows, TokenisedDocument, pair_rows
 from tmjax.align.alignment import solver_of
 from tmjax.align.streaming import require_streamable
+from tmjax.convert.described import describe
+from tmjax.convert.headers import checkpoint_notes
 from tmjax.convert.model import Model, config_directory, load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer
-from tmjax.hub.checkpoint import read_config, resolve
+from tmjax.hub.checkpoint import resolve
 from tmjax.hub.rundir import sha256_checkpoint
 from tmjax.hub.texts import Texts, read_texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.models.families import family_of
 from tmjax.models.spec import ParamSpec, shared_projections
 from tmjax.pipeline.doctor_estimate import require_room, sites_of
 from tmjax.pipeline.held_out import HeldOut
@@ -33,8 +34,8 @@ class Inputs(HeldOut):
     @functools.cached_property
     def layout(self) -> Layout:
         """The device mesh; chosen over all devices unless the recipe says otherwise."""
-        configs = [read_config(config_directory(name)) for name in (self.recipe.source, self.recipe.target)]
-        return Layout(self.recipe.mesh or AUTO, [family_of(config).spec(config).hidden for config in configs])
+        both = (self.recipe.source, self.recipe.target)
+        return Layout(self.recipe.mesh or AUTO, [describe(config_directory(name)).spec.hidden for name in both])
 
     @functools.cached_property
     def dtype(self) -> jnp.dtype:
@@ -90,6 +91,11 @@ class Inputs(HeldOut):
         models = {name: sha256_checkpoint(resolve(path)) for name, path in named.items() if path is not None}
         texts = {name: getattr(self, name) for name in ("texts", "valid", "test")}
         return models | {name: value.sha256 for name, value in texts.items() if value is not None}
+
+    @functools.cached_property
+    def notes(self) -> dict[str, list[str]]:
+        """What a user should know of source and target and nothing refuses; see `Model.notes`."""
+        return {name: list(checkpoint_notes(getattr(self.recipe, name))) for name in ("source", "target")}
 
     def scorer(self, model: Model, tokenizer: TextTokenizer, texts: Texts) -> Scorer:
         """Scorer of `texts` for models of this architecture."""

@@ -9,27 +9,13 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 from tmjax.errors import InputError
+from tmjax.models.families.quantised import refuse_quantised
+from tmjax.models.families.unread import sort_unread
 from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec
 
 REQUIRED = object()
 #: Type of a config value.
 Kind: TypeAlias = type[int] | type[float] | type[bool] | type[str] | type[list] | type[dict]
-#: Config keys that say nothing about the forward pass of a dense text decoder at inference. Reviewed; add with care.
-IGNORED = frozenset(
-    """
-    architectures model_type dtype torch_dtype transformers_version use_cache attention_dropout initializer_range
-    hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop residual_dropout embedding_dropout
-    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id pretraining_tp
-    _name_or_path _attn_implementation_autoset _attn_implementation unsloth_version unsloth_fixed is_decoder
-    is_encoder_decoder add_cross_attention chunk_size_feed_forward output_attentions output_hidden_states
-    return_dict return_dict_in_generate output_scores id2label label2id problem_type task_specific_params
-    tokenizer_class prefix finetuning_task is_llama_config transformers.js_config
-    """.split()  # noqa: SIM905
-)
-#: Config keys that some checkpoints hold and that mean nothing while they are false.
-OFF = frozenset({"rope_interleaved", "use_mrope"})
-
-
 #: Endings of the names of buffers (of any dtype) that old checkpoints hold beside their parameters; recomputed here.
 BUFFERS = (
     ".rotary_emb.inv_freq",
@@ -67,17 +53,40 @@ class Family:
     write: Callable[[DecoderSpec], dict[str, Any]]
 
     def spec(self, config: Mapping[str, Any]) -> DecoderSpec:
-        """The spec of a config; raises InputError for a key it lacks, cannot use or does not know."""
+        """The spec of a config; raises InputError as `read_config` does."""
+        return self.read_config(config)[0]
+
+    def read_config(self, config: Mapping[str, Any]) -> tuple[DecoderSpec, tuple[str, ...]]:
+        """Reads a config.
+
+        Args:
+            config: What `config.json` holds.
+
+        Returns:
+            The spec, and notes on settings without effect.
+
+        Raises:
+            InputError: The weights are quantised, or a key is missing, has a value that is not supported, or could
+                change the forward pass and is read by no field of the family.
+        """
+        refuse_quantised(config)
         view = ConfigView(config, self.model_type)
         values = dict(self.fixed)
         for item in self.fields:
             default = item.default(values) if callable(item.default) else item.default
             values[item.attribute] = view.take(item.key, default, item.kind)
         values |= self.read(view, values)
-        view.refuse_unread()
+        view.sort_unread(values)
         spec = DecoderSpec(**values)
         _check(spec)
-        return spec
+        return spec, (*self._unusual_class(config), *view.notes)
+
+    def _unusual_class(self, config: Mapping[str, Any]) -> list[str]:
+        named = config.get("architectures")
+        named = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+        if not named or self.architecture in named:
+            return []
+        return [f"config.json: the checkpoint is of {', '.join(named)}; it is read as {self.architecture}"]
 
     def config(self, spec: DecoderSpec) -> dict[str, Any]:
         """The `config.json` of a spec: the inverse of `spec`, from the same table."""
@@ -96,6 +105,7 @@ class ConfigView:
         self._config = config
         self._model_type = model_type
         self._read: set[str] = set()
+        self.notes: list[str] = []
 
     def take(self, key: str, default: Any = REQUIRED, kind: Kind = int, *, zero: bool = False) -> Any:
         """The value of `key`; a missing key or null gives `default`.
@@ -115,17 +125,19 @@ class ConfigView:
         """Whether `key` is there and null."""
         return key in self._config and self._config[key] is None
 
-    def refuse_unread(self) -> None:
-        """Raises InputError for keys that nobody read and that are not known to be without effect."""
-        unread = sorted(
-            key
-            for key, value in self._config.items()
-            if key not in self._read | IGNORED and value is not None and not (key in OFF and value is False)
-        )
-        if unread:
+    def note(self, text: str) -> None:
+        """Adds a note on a setting without effect."""
+        self.notes.append(f"config.json: {text}")
+
+    def sort_unread(self, values: Mapping[str, Any]) -> None:
+        """Notes keys that nobody read; raises InputError for those that could change the forward pass."""
+        unread = {key: value for key, value in self._config.items() if key not in self._read and value is not None}
+        refused, notes = sort_unread(self._model_type, unread, values)
+        if refused:
             raise InputError(
-                f"config.json of type {self._model_type} has settings that are not supported: {', '.join(unread)}"
+                f"config.json of type {self._model_type} has settings that are not supported: {', '.join(refused)}"
             )
+        self.notes += notes
 
 
 def check_kind(key: str, value: Any, kind: Kind, *, zero: bool = False) -> None:
@@ -157,8 +169,12 @@ ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "relu": "relu",
 }
 

@@ -25,7 +25,7 @@ def _rotaries(view: ConfigView, positions: int) -> tuple[Rotary, Rotary]:
         raise InputError(f"config.json: rope_parameters has unknown {', '.join(sorted(unknown))}")
     settings = [dict(new.get(kind) or {}) for kind in _KINDS]
     settings[0] |= old
-    full, local = (rotary_of(s, positions, theta=t) for s, t in zip(settings, thetas, strict=True))
+    full, local = (rotary_of(view, s, positions, theta=t) for s, t in zip(settings, thetas, strict=True))
     return full, local
 
 

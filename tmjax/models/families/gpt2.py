@@ -47,12 +47,6 @@ def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
 
 
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
-    # Of a classification head, which a language model has not.
-    view.take("summary_first_dropout", 0.0, float, zero=True)
-    for key in ("summary_type", "summary_activation"):
-        view.take(key, "", str)
-    for key in ("summary_use_proj", "summary_proj_to_labels", "reorder_and_upcast_attn"):
-        view.take(key, False, bool)  # the last one changes where rounding happens, not what is computed
     view.take("n_ctx", values["max_positions"])
     if values["hidden"] % values["heads"]:
         raise InputError(f"config.json: {values['heads']} heads do not divide n_embd {values['hidden']}")

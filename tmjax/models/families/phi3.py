@@ -29,7 +29,9 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
             view,
             values["max_positions"],
             fraction_key="partial_rotary_factor",
+            original=4096,  # which wins over a length inside of the scaling
             scalings=("default", "longrope"),
+            aliases={"su": "longrope", "yarn": "longrope"},  # names that the first releases had for it
         ),
         "windows": read_window(view, values["layers"], None),
     }

@@ -1,11 +1,13 @@
 """Rotary settings of a config: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from tmjax.errors import InputError
 from tmjax.models.families.base import ConfigView, Kind, check_kind
+from tmjax.models.families.unread import known_rope_keys
 from tmjax.models.spec import DecoderSpec, Rotary
 
 #: Rotary scaling: type -> config key -> (attribute of `Rotary`, its type); keys in OPTIONAL may be missing.
@@ -36,6 +38,8 @@ _SCALING: dict[str, dict[str, tuple[str, Kind]]] = {
     },
 }
 OPTIONAL = frozenset({"beta_fast", "beta_slow", "truncate", "attention_factor"})
+#: What is said of the key `attn_factor`, by which some released models mean more than transformers computes.
+REMARK = " (vLLM multiplies the attention factor by attn_factor, so its numbers differ from those of transformers)"
 #: Keys that only say how `attention_factor` is found.
 _MSCALE = ("mscale", "mscale_all_dim")
 
@@ -48,18 +52,24 @@ def read_rotary(
     theta_key: str = "rope_theta",
     fraction: float = 1.0,
     fraction_key: str | None = None,
+    original: int = 0,
     interleaved: bool = False,
     scalings: tuple[str, ...] = tuple(_SCALING),
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> Rotary:
-    """The rotary embedding of a config; `theta` and `fraction` are what a config without them means."""
+    """The rotary embedding of a config; `theta`, `fraction`, `original` are what a config without them means.
+
+    `scalings` are the kinds that the family knows, `aliases` other names of them.
+    """
     new, old = (view.take(key, {}, dict) for key in ("rope_parameters", "rope_scaling"))
     theta = view.take(theta_key, theta, float)
     settings = dict(old or new)  # the order in which transformers looks
     if fraction_key is not None:
         fraction = settings.pop("partial_rotary_factor", view.take(fraction_key, fraction, float))
         check_kind("partial_rotary_factor", fraction, float)
-    original = view.take("original_max_position_embeddings", 0, zero=True)
+    original = view.take("original_max_position_embeddings", original, zero=True)
     return rotary_of(
+        view,
         settings,
         max_positions,
         theta=theta,
@@ -67,10 +77,12 @@ def read_rotary(
         fraction=float(fraction),
         interleaved=interleaved,
         scalings=scalings,
+        aliases=aliases,
     )
 
 
 def rotary_of(
+    view: ConfigView,
     settings: Mapping[str, Any],
     max_positions: int,
     *,
@@ -79,13 +91,16 @@ def rotary_of(
     fraction: float = 1.0,
     interleaved: bool = False,
     scalings: tuple[str, ...] = tuple(_SCALING),
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> Rotary:
     """The rotary embedding that one dictionary of settings describes.
 
-    `original` is an original context length given outside of it, which wins. Raises InputError naming what is wrong.
+    `original` is an original context length given outside of it, which wins. Keys that no kind of scaling reads in
+    transformers are noted in `view`. Raises InputError naming what is wrong.
     """
     settings = dict(settings)
     kind = settings.pop("rope_type", None) or settings.get("type") or "default"
+    kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
     settings.pop("type", None)
     theta = settings.pop("rope_theta", theta)
     check_kind("rope_theta", theta, float)
@@ -100,6 +115,9 @@ def rotary_of(
     settings = {key: value for key, value in settings.items() if value is not None}
     if kind in ("yarn", "longrope") and "factor" not in settings:
         settings["factor"] = max_positions / settings["original_max_position_embeddings"]
+    idle = {key for key, value in settings.items() if key not in known_rope_keys() and not isinstance(value, dict)}
+    _note_idle(view, kind, idle)
+    settings = {key: value for key, value in settings.items() if key not in idle}
     unknown, missing = settings.keys() - keys.keys(), keys.keys() - settings.keys() - OPTIONAL
     if unknown or missing:
         named = [f"lacks {key}" for key in sorted(missing)] + [f"has unknown {key}" for key in sorted(unknown)]
@@ -123,6 +141,15 @@ def rotary_of(
     if kind == "yarn" and rotary.beta_fast <= rotary.beta_slow:
         raise InputError("config.json: beta_fast must be larger than beta_slow")
     return rotary
+
+
+def _note_idle(view: ConfigView, kind: str, idle: Collection[str]) -> None:
+    """Notes the keys of rotary settings that no kind of scaling reads."""
+    if idle:
+        view.note(
+            f"without effect, since transformers does not read it in a rope scaling {kind!r} either:"
+            f" {', '.join(sorted(idle))}{REMARK if 'attn_factor' in idle else ''}"
+        )
 
 
 def _attention_factor(rotary: Rotary, mscale: float | None, mscale_all_dim: float | None) -> float:
