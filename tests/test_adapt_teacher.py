@@ -41,8 +41,7 @@ def crossing(llama_dir, qwen2_dir) -> Crossing:
 
 @pytest.mark.parametrize("held", [b"", b" wa", b" ali", b"m"])
 def test_readings_are_those_of_every_string_by_itself(crossing, held) -> None:
-    own = {piece: number for piece, number in crossing.target.strings().items() if isinstance(piece, bytes)}
-    other = {piece: number for piece, number in crossing.source.strings().items() if isinstance(piece, bytes)}
+    own, other = (tokenizer.vocabulary.written() for tokenizer in (crossing.target, crossing.source))
     readings = crossing.readings(held)
     assert len(own) > 2000 and len(other) > 4000 and readings.token.shape == (4096,)
     for piece, number in other.items():
@@ -56,27 +55,24 @@ def test_readings_are_those_of_every_string_by_itself(crossing, held) -> None:
 
 
 def test_shared_positions_are_where_both_have_read_the_same_bytes(crossing, verses) -> None:
-    both = [tokenizer.encode(verses) for tokenizer in (crossing.target, crossing.source)]
-    strings = [tokenizer.strings() for tokenizer in (crossing.target, crossing.source)]
-    pieces = [{n: p for p, n in held.items() if isinstance(p, bytes)} for held in strings]
+    both, readings = crossing.read(verses)
+    pieces = [tokenizer.vocabulary.text for tokenizer in (crossing.target, crossing.source)]
     shares = []
-    for text, own, other in zip(verses, *both, strict=True):
-        pairs = crossing.shared_positions(own.ids, other.ids)
+    for text, own, other, *read in zip(verses, *both, *readings, strict=True):
+        pairs = crossing.shared_positions(*read)
         for target, source in pairs:
             read = b"".join(pieces[0][i] for i in own.ids[:target])
             assert read == b"".join(pieces[1][i] for i in other.ids[:source]) and text.encode().startswith(read)
         assert pairs[0].tolist() == [0, 0] and pairs[-1].tolist() == [len(own.ids), len(other.ids)]
         shares.append(len(pairs) / (len(own.ids) + 1))
     assert 0.85 < np.mean(shares) < 1
-    assert len(crossing.shared_positions(both[0][0].ids, both[1][1].ids)) == 0
 
 
 def test_a_text_that_was_cut_shares_what_both_have_read(crossing, verses) -> None:
-    own, other = (tokenizer.encode(verses[:1])[0].ids for tokenizer in (crossing.target, crossing.source))
+    ((encoded,), (source,)), ((own,), (other,)) = crossing.read(verses[:1])
     whole = crossing.shared_positions(own, other)
-    for cut in ((own[:12], other), (own, other[:12]), (own[:20], other[:10])):
-        pairs = crossing.shared_positions(*cut)
-        last = [len(cut[0]), len(cut[1])]
+    for last in ((12, len(source.ids)), (len(encoded.ids), 12), (20, 10)):
+        pairs = crossing.shared_positions(own.first(last[0]), other.first(last[1]))
         wanted = [pair for pair in whole.tolist() if pair[0] <= last[0] and pair[1] <= last[1]]
         assert pairs.tolist() == wanted and len(wanted) > 5
 
@@ -88,7 +84,7 @@ def test_nothing_shared_is_said(llama_dir, crossing) -> None:
 
 
 def test_the_longest_token_is_nearly_always_what_the_tokenizer_takes(crossing, verses) -> None:
-    pieces = {n: p for p, n in crossing.target.strings().items() if isinstance(p, bytes)}
+    pieces = crossing.target.vocabulary.text
     same = []
     for encoding in crossing.target.encode(verses):
         spelt = [pieces[i] for i in encoding.ids]
@@ -123,9 +119,9 @@ def test_a_branch_says_what_the_text_with_it_says(changes) -> None:
 def test_one_step_in_the_same_vocabulary_is_the_sources_own_distribution(llama_dir, verses) -> None:
     model, tokenizer = load_model(llama_dir), load_tokenizer(llama_dir)
     same = Crossing(tokenizer, tokenizer)
-    encoded = [encoding.ids[:20] for encoding in tokenizer.encode(verses[:3])]
-    documents = [[tokenizer.prefix, *ids] for ids in encoded]
-    pairs = [same.shared_positions(ids, ids) for ids in encoded]
+    (encoded, _), (readings, _) = same.read(verses[:3])
+    documents = [[tokenizer.prefix, *encoding.ids[:20]] for encoding in encoded]
+    pairs = [same.shared_positions(reading.first(20), reading.first(20)) for reading in readings]
     found = teach(model.spec, model.params, same, documents, pairs, search=Search(steps=1, keep=8), batch_tokens=64)
     assert len(found.document) == sum(map(len, documents))
     for number, document in enumerate(documents):
@@ -140,9 +136,9 @@ def test_chains_are_followed_as_by_hand(crossing, llama_dir, verses) -> None:
     """Two positions of one verse: all tokens of every distribution, open ones followed by texts of their own."""
     model = load_model(llama_dir)
     search = Search(steps=3, candidates=4096, least=0.02, branches=100, keep=64)
-    own, other = (t.encode(verses[:1])[0].ids for t in (crossing.target, crossing.source))
-    pairs = crossing.shared_positions(own, other)[[2, 7]]
-    document = [crossing.source.prefix, *other]
+    (_, (other,)), ((own,), (source,)) = crossing.read(verses[:1])
+    pairs = crossing.shared_positions(own, source)[[2, 7]]
+    document = [crossing.source.prefix, *other.ids]
     found = teach(model.spec, model.params, crossing, [document], [pairs], search=search)
 
     @functools.cache

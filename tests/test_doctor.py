@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from tmjax.hub.tensors import SINGLE_NAME
 from tmjax.models.families import FAMILIES
 from tmjax.models.spec import Rotary
 from tmjax.ot import make_solver
-from tmjax.pipeline.doctor import examine, token_strings
+from tmjax.pipeline.doctor import examine
 from tmjax.recipe import build_recipe
 
 KEYS = {
@@ -228,17 +227,6 @@ def test_an_orbax_directory_and_the_tables(capsys, tmp_path, llama_dir, qwen2_di
 def test_both_models_must_be_named(capsys):
     assert cli.run(["doctor", "--source", "x"]) == 2
     assert "--target" in capsys.readouterr().err
-
-
-def vocabulary(*tokens: str) -> SimpleNamespace:
-    held = {token: number for number, token in enumerate(tokens)}
-    return SimpleNamespace(fast=SimpleNamespace(get_vocab=lambda: held), special_ids=frozenset({0}))
-
-
-def test_token_strings_are_compared_whatever_their_spelling():
-    byte_level = token_strings(vocabulary("<s>", "Ġhabari", "a", "Ã©", "Ċ"))
-    pieces = token_strings(vocabulary("<s>", "▁habari", "a", "é", "<0x0A>"))
-    assert byte_level == pieces == {b" habari", b"a", "é".encode(), b"\n"}
 
 
 def test_devices_of_the_data_axis_repeat_the_weights(capsys, pair):

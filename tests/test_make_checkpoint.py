@@ -122,7 +122,6 @@ def test_make_checkpoint_command(monkeypatch, capsys, tmp_path, llama_dir):
         (["x", "--max-shard-size", "big"], "not a size"),
         (["x", "--tokenizer", "absent"], "no usable tokenizer"),
         (["x", "--tokenizer", "LLAMA", "--vocab", "4095"], "4096 tokens"),
-        (["x", "--tokenizer", "LLAMA", "--family", "qwen2", "--vocab", "4096"], "4097 tokens"),
     ],
     ids=str,
 )

@@ -88,7 +88,7 @@ def make_checkpoint(
             copy_companions(tokenizer, partial)
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            tokens = len(load_tokenizer(partial).fast)  # of the copy: the model_type can add tokens of its own
+            tokens = load_tokenizer(partial).size
             if tokens > spec.vocab:
                 raise InputError(f"the tokenizer of {tokenizer} has {tokens} tokens, the vocabulary only {spec.vocab}")
         write_tensors(partial, metas, read, max_shard_size=max_shard_size)
@@ -159,7 +159,7 @@ def _main(
     if head_dim is None and hidden % heads:
         raise InputError(f"--hidden {hidden} is not divisible by --heads {heads}; give --head-dim")
     if vocab is None:
-        vocab = 256 if tokenizer is None else len(load_tokenizer(tokenizer).fast)
+        vocab = 256 if tokenizer is None else load_tokenizer(tokenizer).size
     spec = family_spec(
         family,
         rotary=None if rope_scaling == "default" else ROTARY[rope_scaling],

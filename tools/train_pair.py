@@ -122,8 +122,8 @@ def train_tokenizer(texts: Sequence[str], vocab: int, directory: Path) -> TextTo
 def new_model(plan: Plan, tokenizer: TextTokenizer, directory: Path, seed: int) -> Model:
     """A model with fresh float32 parameters, its vocabulary as large as the tokenizer's."""
     family = FAMILIES[plan.family]
-    spec = replace(plan.spec, vocab=len(tokenizer.fast))
-    ids = {f"{name}_id": tokenizer.fast.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
+    spec = replace(plan.spec, vocab=tokenizer.size)
+    ids = {f"{name}_id": tokenizer.backend.token_to_id(token) for name, token in SPECIAL.items()}
     write_json(directory / "generation_config.json", ids)
     config = family.config(spec) | ids | {"dtype": plan.dtype}
     return Model(family, spec, init_params(spec, jax.random.key(seed)), config, directory)

@@ -151,7 +151,7 @@ def _model(directory: Path, family: str, name: str, layers: int, heads: int, hea
     width = heads * head_dim
     spec = family_spec(
         family,
-        vocab=len(load_tokenizer(tokenizer).fast),
+        vocab=load_tokenizer(tokenizer).size,
         hidden=width,
         layers=layers,
         heads=heads,

@@ -32,7 +32,7 @@ def extract_activations(
 
     Row i of both is the same piece of the same text. Raises InputError if the models share no piece, or `out` exists.
     """
-    tokenizers = [load_tokenizer(model.directory) for model in (target, source)]
+    tokenizers = [load_tokenizer(model.directory, model.spec.vocab) for model in (target, source)]
     rows, documents = pair_rows(texts, tokenizers, pooling=pooling, max_tokens=max_tokens)
     found = []
     for name, model, read in zip(("target", "source"), (target, source), documents, strict=True):

@@ -12,10 +12,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tmjax.hub.tokenizer import TextTokenizer
+from tmjax.errors import InputError
+from tmjax.hub.reading import WITHIN, Reading, read
+from tmjax.hub.tokenizer import Encoding, TextTokenizer
 
 #: Strings whose tables are kept.
 _TABLES = 4096
+#: Share of the common places at which two tokenizers may read other text than each other.
+_DIFFERING = 0.02
+#: A pair that shares a lower part of the target's positions is warned of.
+FEW = 0.3
+NONE_SHARED = (
+    "no position of the texts is a token's beginning for both tokenizers; these two models cannot be distilled"
+)
 
 
 class Readings(NamedTuple):
@@ -40,20 +49,22 @@ class Crossing:
 
     def __init__(self, target: TextTokenizer, source: TextTokenizer) -> None:
         self.target, self.source = target, source
-        own, other = target.strings(), source.strings()
-        self._tokens = {piece: number for piece, number in own.items() if isinstance(piece, bytes) and piece}
+        rows = target.size if target.rows is None else target.rows
+        self._tokens = {piece: number for piece, number in target.vocabulary.written().items() if number < rows}
         self._sorted = sorted(self._tokens)
-        self._pieces = {piece: number for piece, number in other.items() if isinstance(piece, bytes) and piece}
-        self._order = sorted(self._pieces)
-        self._numbers = np.asarray([self._pieces[piece] for piece in self._order])
-        self._bytes = [{number: piece for piece, number in held.items()} for held in (self._tokens, self._pieces)]
-        self._size = 1 + max(other.values())
+        # Several source tokens may have the same bytes.
+        self._pieces = source.vocabulary.text
+        order = sorted((piece, number) for number, piece in self._pieces.items() if piece)
+        self._order = [piece for piece, _ in order]
+        self._numbers = np.asarray([number for _, number in order])
+        # A source may give probability to rows that are no tokens.
+        self._size = max(source.size, source.rows or 0)
         self._longest = max(map(len, self._tokens))
         self.readings = lru_cache(_TABLES)(self._readings)
 
     def piece(self, source_token: int) -> bytes:
         """The bytes of a source token."""
-        return self._bytes[1][source_token]
+        return self._pieces[source_token]
 
     def token_of(self, text: bytes) -> int:
         """The longest target token that `text` begins with, or -1."""
@@ -67,39 +78,116 @@ class Crossing:
     def _readings(self, held: bytes) -> Readings:
         """What every source token makes of `held`, bytes that are open (none at the start)."""
         here = self.token_of(held)
-        token, is_open = np.full(self._size, here, np.int32), np.zeros(self._size, bool)
-        for number in self.source.special_ids | {self.source.prefix}:
-            token[number] = -1
+        token, is_open = np.full(self._size, -1, np.int32), np.zeros(self._size, bool)
+        token[self._numbers] = here
         token[self.source.suffix] = here if held else self.target.suffix
         longer = [piece for piece in self._sorted[self._within(self._sorted, held)] if len(piece) > len(held)]
         for piece in sorted(longer, key=len):
             rest = piece[len(held) :]
             token[self._numbers[self._within(self._order, rest)]] = self._tokens[piece]
             for length in range(1, len(rest)):
-                beginning = self._pieces.get(rest[:length])
-                if beginning is not None:
-                    is_open[beginning] = True
+                for number in self.source.vocabulary.ids.get(rest[:length], ()):
+                    is_open[number] = True
         return Readings(token, is_open)
 
-    def shared_positions(self, target_ids: Sequence[int], source_ids: Sequence[int]) -> np.ndarray:
-        """Pairs (target, source) [n, 2] of positions in a document, prefix included, whose next token begins alike.
+    def shared_positions(self, target: Reading, source: Reading) -> np.ndarray:
+        """Pairs (target, source) [n, 2] of positions in a text, prefix included, that both go on from alike.
 
-        `target_ids` and `source_ids` are the tokens of one text, without special ones; if it was cut for one of them,
-        pairs go as far as both. There are no pairs if the two do not spell the same bytes (a tokenizer that changes its
-        text); a space that one puts before it is no matter.
+        Where a text was cut for one of them, pairs go as far as both. There is no pair where one of them has a special
+        token next, or text that it changed.
         """
-        spelt = [
-            [held.get(int(i)) for i in ids] for held, ids in zip(self._bytes, (target_ids, source_ids), strict=True)
+        pairs, alike, _ = self._compared(target, source)
+        return pairs[alike]
+
+    def _compared(self, target: Reading, source: Reading) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pairs of positions at the same place of the text [n, 2], whether both go on with the same bytes [n], and
+        whether with different ones [n]; neither where a special token is next."""
+        places, first, second = np.intersect1d(target.starts, source.starts, return_indices=True)
+        kept = places != WITHIN
+        pairs = np.stack([first[kept], second[kept]], axis=1).astype(np.int32)
+        alike, different = np.ones(len(pairs), bool), np.zeros(len(pairs), bool)
+        if target.exact and source.exact and None not in target.strings and None not in source.strings:
+            return pairs, alike, different
+        both = target.strings, source.strings
+        whole = [b"".join(piece or b"" for piece in strings) for strings in both]
+        begin = [np.cumsum([0, *(len(piece or b"") for piece in strings)]) for strings in both]
+        for number, pair in enumerate(pairs.tolist()):
+            ended = [at == len(strings) for at, strings in zip(pair, both, strict=True)]
+            if any(ended):
+                alike[number], different[number] = all(ended), not all(ended)
+                continue
+            following = [strings[at] for at, strings in zip(pair, both, strict=True)]
+            if None in following:
+                alike[number] = False
+                continue
+            size = min(map(len, following))
+            shown = [text[starts[at] :][:size] for at, text, starts in zip(pair, whole, begin, strict=True)]
+            alike[number] = size > 0 and shown[0] == shown[1]
+            different[number] = not alike[number]
+        return pairs, alike, different
+
+    def read(self, texts: Sequence[str]) -> tuple[list[list[Encoding]], list[list[Reading]]]:
+        """Encodings and readings of texts, by the target and by the source.
+
+        Raises InputError if the two read other texts: if they go on with different bytes at more than 2% of the places
+        where both begin a token.
+        """
+        both = self.target, self.source
+        encodings = [tokenizer.encode(texts) for tokenizer in both]
+        readings = [
+            [read(text, encoding, tokenizer) for text, encoding in zip(texts, held, strict=True)]
+            for held, tokenizer in zip(encodings, both, strict=True)
         ]
-        if any(piece is None for pieces in spelt for piece in pieces):
-            return np.zeros((0, 2), np.int32)
-        whole = [b"".join(pieces) for pieces in spelt]
-        lead = [len(text) - len(text.lstrip(b" ")) for text in whole]
-        texts = [text[skipped:] for text, skipped in zip(whole, lead, strict=True)]
-        if not (texts[0].startswith(texts[1]) or texts[1].startswith(texts[0])):
-            return np.zeros((0, 2), np.int32)
-        starts = [np.cumsum([0, *map(len, pieces)]) - skipped for pieces, skipped in zip(spelt, lead, strict=True)]
-        _, first, second = np.intersect1d(*starts, return_indices=True)
-        pairs = np.stack([first, second], axis=1).astype(np.int32)
-        # Where the two differ in a leading space, the beginning reads differently.
-        return pairs if lead[0] == lead[1] else pairs[np.asarray(starts[0])[first] > 0]
+        places, differing, shown = 0, 0, ""
+        for text, target, source in zip(texts, *readings, strict=True):
+            pairs, _, different = self._compared(target, source)
+            places, differing = places + len(pairs), differing + int(different.sum())
+            if different.any() and not shown:
+                shown = self._shown(text, target, source, pairs[different][0].tolist())
+        if differing > _DIFFERING * places:
+            raise InputError(
+                f"at {differing / places:.0%} of the places where both begin a token {shown}; the source's "
+                "probabilities cannot be read as the target's"
+            )
+        return encodings, readings
+
+    def _shown(self, text: str, target: Reading, source: Reading, pair: Sequence[int]) -> str:
+        """Which of two tokenizers changes a text at a pair of positions, and how."""
+        given = text.encode()[max(int(target.starts[pair[0]]), 0) :]
+        held = [reading.strings[at : at + 1] for reading, at in zip((target, source), pair, strict=True)]
+        pieces = [item[0] if item else b"" for item in held]
+        changes = [not piece or not given.startswith(piece) for piece in pieces]
+        which = changes.index(True) if True in changes else 1
+        piece, name = pieces[which], (self.target, self.source)[which].name
+        reads = repr(piece.decode(errors="replace")) if piece else "an unknown token or nothing"
+        there = repr(given[: max(len(piece), 12)].decode(errors="ignore"))
+        return f"the tokenizer of {name} reads {reads} where the text has {there}"
+
+
+def require_shared(
+    target: TextTokenizer, source: TextTokenizer, texts: Sequence[str], *, otherwise: str
+) -> tuple[int, int]:
+    """The target's positions in texts that the source shares, and all of them.
+
+    Raises InputError, with `otherwise` as what to do, if the source's next tokens cannot be read as the target's: if
+    the two read other texts or share no position.
+    """
+    crossing = Crossing(target, source)
+    try:
+        encodings, readings = crossing.read(texts)
+        shared = sum(len(crossing.shared_positions(*both)) for both in zip(*readings, strict=True))
+        if not shared:
+            raise InputError(NONE_SHARED)
+    except InputError as error:
+        raise InputError(f"{error}; {otherwise}") from None
+    return shared, sum(len(encoding.ids) + 1 for encoding in encodings[0])
+
+
+def few_shared(positions: float, of: float) -> str | None:
+    """A warning where the source says something at few of the target's positions."""
+    if positions >= FEW * of:
+        return None
+    return (
+        f"only {positions:,} of the target's {of:,} positions ({positions / of:.1%}) are a token's beginning for both "
+        "tokenizers: the source is heard at few places"
+    )

@@ -25,6 +25,8 @@ from tmjax.typing import Array, ArrayLike, Params
 
 #: What paths of the maps that tie target to source features begin with; they are trained, but no part of the model.
 GUIDE = "guide."
+#: Paths of the tables with a row per token.
+VOCABULARY = ("embed.weight", "head.weight")
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised over what: architecture, optimiser, how parameters arise from trained arrays, mesh."""
+    """What is minimised over what: architecture, optimiser, how parameters arise from trained arrays, mesh.
+
+    `padding` are ranges [start, end) of the vocabulary's rows that are no tokens; those stay as they are.
+    """
 
     spec: DecoderSpec
     config: TrainConfig
     mode: Mode = Plain()  # noqa: RUF009  (frozen, without fields)
     mesh: Mesh | None = None
+    padding: tuple[tuple[int, int], ...] = ()
 
     def compiled(self) -> "Objective":
         """What programs depend on: any number of steps and learning rates share those of one architecture."""
@@ -127,6 +133,14 @@ class Share(NamedTuple):
     text: ArrayLike
     guide: ArrayLike
     taught: ArrayLike
+
+
+def padding_of(known: np.ndarray | None) -> tuple[tuple[int, int], ...]:
+    """The ranges [start, end) of rows that are no tokens, of the mask of those that are (None: all are)."""
+    if known is None:
+        return ()
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], known, [True]]).astype(np.int8)))
+    return tuple((int(start), int(end)) for start, end in edges.reshape(-1, 2))
 
 
 def decayed(params: Params) -> dict[str, bool]:
@@ -228,6 +242,12 @@ def _update(
         return jnp.where(healthy, new, old)
 
     trained = jax.tree.map(lambda x, update: keep(x - rate * update, x), state.trained, updates)
+    for path in VOCABULARY if objective.padding else ():
+        if path in trained:
+            padded = jnp.zeros(objective.spec.vocab, bool)
+            for start, end in objective.padding:
+                padded = padded.at[start:end].set(True)
+            trained[path] = jnp.where(padded[:, None], state.trained[path], trained[path])
     return State(trained, jax.tree.map(keep, moved, state.optimizer), healthy), Losses(*parts, norm)
 
 

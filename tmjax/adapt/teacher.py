@@ -18,13 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tmjax.activations.batches import Batch, bucket_length, bucketed
-from tmjax.adapt.crossing import Crossing
+from tmjax.adapt.crossing import NONE_SHARED, Crossing
 from tmjax.adapt.data import Piece
 from tmjax.adapt.loss import Teaching
 from tmjax.convert.model import Model
 from tmjax.errors import InputError
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.models.decoder import bind
+from tmjax.models.decoder import bind, known_logits
 from tmjax.models.spec import DecoderSpec
 from tmjax.models.tree import tree_hidden, visible
 from tmjax.sharding.hosts import to_host
@@ -101,15 +101,21 @@ def _likeliest(
     position_bt: Array,
     seen_btt: Array,
     asked_bq: Array,
+    known_v: Array | None,
     candidates: int,
     dtype: jnp.dtype,
     mesh: Mesh | None,
 ) -> tuple[Array, Array]:
-    """Ids and probabilities [B, Q, candidates] of the likeliest next tokens at the entries `asked`."""
+    """Ids and probabilities [B, Q, candidates] of the likeliest next tokens at the entries `asked`.
+
+    Probabilities are of the next token given that it is one: rows of the embedding that are no tokens (not `known`)
+    have none.
+    """
     hidden = tree_hidden(spec, params, ids_bt, position_bt, seen_btt, dtype)
     picked = jnp.take_along_axis(hidden, asked_bq[..., None], axis=1)
     picked = constrain(mesh, picked, ("batch", None, None)).reshape(-1, hidden.shape[-1])
-    weight, ids = jax.lax.top_k(jax.nn.softmax(bind(spec, params).logits(picked), axis=-1), candidates)
+    logits = known_logits(bind(spec, params).logits(picked), known_v)
+    weight, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), candidates)
     shape = (*asked_bq.shape, candidates)
     return ids.reshape(shape), weight.reshape(shape)
 
@@ -213,10 +219,7 @@ def teach(
     first = np.concatenate([[0], np.cumsum([len(found) for found in pairs])]).astype(np.int64)
     count = int(first[-1])
     if not count:
-        raise InputError(
-            "no position of the texts is a token's beginning for both tokenizers, or one of them changes the text; "
-            "these two models cannot be distilled"
-        )
+        raise InputError(NONE_SHARED)
     result = Taught(
         np.repeat(np.arange(len(pairs), dtype=np.int32), np.diff(first)),
         np.concatenate([found[:, 0] for found in pairs]).astype(np.int32),
@@ -253,21 +256,22 @@ def teach_texts(
 
     Also facts: shared positions, tokens that could be, mean probability that is held by the tokens kept.
     """
-    source = load_tokenizer(model.directory)
+    source = load_tokenizer(model.directory, model.spec.vocab)
     crossing = Crossing(target, source)
-    encoded = [[e.ids[: most - 1] for e in tokenizer.encode(texts)] for tokenizer in (target, source)]
+    encoded, readings = crossing.read(texts)
+    read = [[reading.first(most - 1) for reading in held] for held in readings]
     found = teach(
         model.spec,
         params,
         crossing,
-        [[source.prefix, *ids] for ids in encoded[1]],
-        [crossing.shared_positions(*both) for both in zip(*encoded, strict=True)],
+        [[source.prefix, *encoding.ids[: most - 1]] for encoding in encoded[1]],
+        [crossing.shared_positions(*both) for both in zip(*read, strict=True)],
         search=search,
         dtype=dtype,
         layout=layout,
         progress=progress,
     )
-    tokens = sum(len(ids) + 1 for ids in encoded[0])
+    tokens = sum(min(len(encoding.ids), most - 1) + 1 for encoding in encoded[0])
     mass = float(np.mean(found.weight.sum(axis=1)))
     return found, {"positions": len(found.document), "of": tokens, "mass": mass}
 
@@ -288,8 +292,9 @@ def _followed(
         position, seen = visible(tree.parents, tree.tokens)
         asked, place = _asked(nodes, len(tree.ids))
         arrays = (layout.place_batch(x) for x in (tree.ids, position, seen, asked))
-        candidates = min(search.candidates, spec.vocab)
-        found = to_host(_likeliest(spec, params, *arrays, candidates, dtype, layout.mesh))
+        known = crossing.source.known(spec.vocab)
+        candidates = min(search.candidates, spec.vocab if known is None else int(known.sum()))
+        found = to_host(_likeliest(spec, params, *arrays, known, candidates, dtype, layout.mesh))
         ids, weight = (np.asarray(x)[nodes.row, place] for x in found)
         new, (node, candidate) = _read(crossing, nodes, ids, weight, search, last=number == search.steps - 1)
         settled.append(new)

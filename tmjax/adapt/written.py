@@ -81,6 +81,7 @@ def written_texts(
                 seed=seed,
                 numbers=rows,
                 prompt_tokens=longest,
+                known=tokenizer.known(spec.vocab),
                 rows=min(how.batch, bucket_length(len(rows))),
                 dtype=dtype,
                 layout=layout,
@@ -93,7 +94,7 @@ def written_texts(
             progress(done - len(still), len(ids))
         waiting = sorted(still, key=lambda n: len(ids[n]))
     progress(len(ids), len(ids))
-    return [tokenizer.fast.decode(item[1:], skip_special_tokens=True).strip() for item in ids]
+    return [tokenizer.decode(item[1:]).strip() for item in ids]
 
 
 def familiar(bits_per_byte: np.ndarray, of_given: np.ndarray, *, most: float) -> np.ndarray:

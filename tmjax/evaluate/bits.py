@@ -154,4 +154,4 @@ class Scorer:
 
 def evaluate(model: Model, texts: Texts, **options: Any) -> Scores:
     """Scores of a loaded model, with its own tokenizer; `options` are those of `Scorer`."""
-    return Scorer(model.spec, load_tokenizer(model.directory), texts, **options)(model.params)
+    return Scorer(model.spec, load_tokenizer(model.directory, model.spec.vocab), texts, **options)(model.params)

@@ -71,7 +71,8 @@ class TmjaxLM(TemplateLM):
         self.max_length = int(max_length or spec.max_positions)
         if spec.learned_positions and self.max_length > spec.max_positions:
             raise InputError(f"max_length is {max_length}, the model learned {spec.max_positions} positions; lower it")
-        held = load_tokenizer(self.model.directory)
+        held = load_tokenizer(self.model.directory, spec.vocab)
+        self._written = held.known(spec.vocab)
         self.tokenizer, self._prefix = held.fast, held.prefix
         tokens = int(batch_tokens) if batch_tokens else None
         self.scorer = ContinuationScorer(
@@ -248,6 +249,7 @@ class TmjaxLM(TemplateLM):
                 numbers=[numbers[row] for row in rows],
                 prompt_tokens=batch.tokens - new,
                 rows=batch.size,
+                known=self._written,
                 dtype=self.dtype,
                 layout=self.layout,
                 finished=lambda _row, ids: any(stop and stop in text_of(ids) for stop in until),

@@ -1,8 +1,8 @@
 """Lexical transport: what the source's embeddings know of words goes into the embeddings of the target.
 
-Every token of the target is read, as text, by the source's tokenizer. The mean x of the source's embeddings over these
-pieces is mapped to the target's space by a weighted ridge regression, fitted on the tokens that are frequent in the
-calibration texts, each as often as it occurs (c times), means m and covariances so weighted:
+Every token of the target is written, as it stands within a text, by the source's tokenizer. The mean x of the source's
+embeddings over these pieces is mapped to the target's space by a weighted ridge regression, fitted on the tokens that
+are frequent in the calibration texts, each as often as it occurs (c times), means m and covariances so weighted:
 
     e^ = m_e + (x - m_x) (A + lambda tr(A) / k I)^-1 C,   A = cov(x, x) [k, k],  C = cov(x, e) [k, d].
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from tmjax.errors import InputError
 from tmjax.hub.tokenizer import TextTokenizer
+from tmjax.hub.writing import write_within
 from tmjax.models.spec import DecoderSpec
 from tmjax.recipe import LexicalOptions
 from tmjax.sharding.hosts import to_host
@@ -78,17 +79,22 @@ def read_lexicon(
     seen = np.zeros(own, np.int64)
     for encoding in target.encode(texts):
         np.add.at(seen, [i for i in encoding.ids if i < own], 1)
-    plain = [i for i in range(min(len(target.fast), own)) if i not in target.special_ids]
-    surface = [target.fast.decode([i]) for i in plain]
-    read = [encoding.ids for encoding in source.encode(surface)]
-    # A token that is a part of a character decodes to the replacement character: nothing to be read.
-    kept = [
-        n for n, ids in enumerate(read) if ids and max(ids) < theirs and "\N{REPLACEMENT CHARACTER}" not in surface[n]
-    ]
+    # Tokens that are a part of a character are no text; second choices, as <0x41> is where A is a token, stand in none.
+    plain = sorted((number, text) for text, number in target.vocabulary.written().items() if number < own)
+    plain = [(number, text) for number, text in plain if _is_text(text)]
+    written = write_within(source, [text for _, text in plain])
+    kept = [(number, ids) for (number, _), ids in zip(plain, written, strict=True) if ids and max(ids) < theirs]
     if not kept:
         raise InputError("no token of the target is text that the source's tokenizer reads; set fusion.lexical: null")
-    ids = np.array([plain[n] for n in kept])
-    return Lexicon(ids, tuple(tuple(read[n]) for n in kept), seen[ids].astype(np.float64))
+    ids = np.array([number for number, _ in kept])
+    return Lexicon(ids, tuple(pieces for _, pieces in kept), seen[ids].astype(np.float64))
+
+
+def _is_text(text: bytes) -> bool:
+    try:
+        return "\N{REPLACEMENT CHARACTER}" not in text.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 def source_rows(lexicon: Lexicon, embeddings: np.ndarray) -> np.ndarray:

@@ -67,6 +67,7 @@ def fuse(
     progress: Callable[[int, int], None] = lambda done, total: None,
     dtype: jnp.dtype = jnp.float32,
     layout: Layout | None = None,
+    known: np.ndarray | None = None,
 ) -> Fused:
     """Transports the source's projections through the alignment and fuses them into the target.
 
@@ -74,7 +75,8 @@ def fuse(
     grid, or, with `options.fit: learned`, stops the learning on `training` (batches, and the loss of parameters on
     one). `activations` are for `options.transport: regression`, `lexicon` (the target's tokens as the source reads
     them) for `options.lexical`, `wanted` (texts and what the source says follows) for `options.solve`; a fixed alpha
-    leaves the last two out. `dtype` and `layout` are those of the solve's forward passes. The other three are for
+    leaves the last two out. `dtype` and `layout` are those of the solve's forward passes. `known` [V] bool are the rows
+    of the target's embedding that are tokens, where some are not: those stay as they are. The other three are for
     controls: other source weights, permuted source units, a source contribution of zero. Raises InputError if what the
     options need is not given, or a role is missing in a model. Refusing a merge in which nothing came from the source
     is `require_transfer`'s, on the table.
@@ -136,6 +138,7 @@ def fuse(
             trust=options.trust,
             dtype=jnp.dtype(dtype),
             layout=layout or Layout(),
+            known=known,
         )
         solved = solver.solve(fused, wanted, loss, progress)
         fused, before = solved.params, fused

@@ -223,7 +223,8 @@ class Solver:
     """Solves a model's read-out, and with `reach: direct` what writes its residual stream.
 
     `start` are the parameters that the trust cap is about; `silent`: the source says nothing (the control `shrink`),
-    and other steps are tried in place of weights.
+    and other steps are tried in place of weights. `known` [V] bool are the rows of the read-out that are tokens, where
+    some are not: those stay as they are.
     """
 
     spec: DecoderSpec
@@ -234,6 +235,7 @@ class Solver:
     trust: float | None = None
     dtype: jnp.dtype = jnp.float32
     layout: Layout = field(default_factory=Layout)
+    known: np.ndarray | None = None
 
     @property
     def readout(self) -> str:
@@ -266,7 +268,8 @@ class Solver:
         """The solved changes by path, [2, ...]: for the true tokens, for the source's word."""
         ridge = self.options.ridge
         seen = sums.curvature + self.options.prior_tokens / sums.count[2]
-        found = {self.readout: _right_solve(sums.gram, sums.wanted, ridge) / seen[:, None]}
+        readout = _right_solve(sums.gram, sums.wanted, ridge) / seen[:, None]
+        found = {self.readout: readout if self.known is None else jnp.where(self.known[:, None], readout, 0.0)}
         for path, site in self.writers:
             # One at a time: several LAPACK calls in one program can lock up the thread pool of XLA's CPU backend.
             found[path] = jax.block_until_ready(_right_solve(sums.grams[site], sums.inner[path], ridge))

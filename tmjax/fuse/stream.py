@@ -155,7 +155,7 @@ def _final(stream: _StreamPlan, target: Model, source: Model, value: np.ndarray)
 
 def _tables(stream: _StreamPlan, target: Model, source: Model, params: Params, *, norms: bool) -> dict[str, Moved]:
     """Embeddings, learned positions and output rows."""
-    own, other = shared_tokens(*(load_tokenizer(model.directory) for model in (target, source)))
+    own, other = shared_tokens(*(load_tokenizer(model.directory, model.spec.vocab) for model in (target, source)))
     held = [(t, s) for t, s in zip(own, other, strict=True) if t < target.spec.vocab and s < source.spec.vocab]
     own, other = (np.array([pair[i] for pair in held], int) for i in (0, 1))
     if not len(own):

@@ -16,7 +16,7 @@ from tmjax.models.rotary import rotary_tables
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import constrain
-from tmjax.typing import Array, Params
+from tmjax.typing import Array, ArrayLike, Params
 
 #: What is done with the activations [B, T, unit] of a recorded site inside the scanned forward.
 Collect = Callable[[Array], Array]
@@ -192,6 +192,11 @@ class Decoder(nnx.Module):
     def unembedding(self) -> Array:
         """The head's table [vocab, embed], which may be the embeddings'."""
         return self.embed.weight[...] if self.spec.tied_embeddings else self.head.weight[...]
+
+
+def known_logits(logits: Array, known_v: ArrayLike | None) -> Array:
+    """Logits [..., vocab] without the rows of an embedding that are no tokens (not `known_v`): minus infinity there."""
+    return logits if known_v is None else jnp.where(known_v, logits, -jnp.inf)
 
 
 def scaled_logits(spec: DecoderSpec, logits: Array) -> Array:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from tmjax.errors import InputError
 from tmjax.models.cache import Cache, empty_cache, extend, prompt_tables, step_tables, turning_point
-from tmjax.models.decoder import bind
+from tmjax.models.decoder import bind, known_logits
 from tmjax.models.sample import Sampling, choose
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.hosts import to_host
@@ -47,6 +47,7 @@ def _begin(
     tables: tuple[Array, Array],
     keys_b: Array,
     ends: Array,
+    known_v: Array | None,
     slots: int,
     sampling: Sampling,
     dtype: jnp.dtype,
@@ -56,7 +57,8 @@ def _begin(
     cache = empty_cache(spec, ids_bt.shape[0], slots, dtype)
     hidden, cache = extend(spec, params, cache, ids_bt, length_b, tables, mesh)
     last = jnp.take_along_axis(hidden, (length_b - 1)[:, None, None], axis=1)[:, 0]
-    token = choose(bind(spec, params).logits(last), _keys_at(keys_b, length_b), sampling)
+    logits = known_logits(bind(spec, params).logits(last), known_v)
+    token = choose(logits, _keys_at(keys_b, length_b), sampling)
     return Writing(cache, token, jnp.isin(token, ends), keys_b)
 
 
@@ -67,6 +69,7 @@ def _go_on(
     writing: Writing,
     tables: tuple[Array, Array],
     ends: Array,
+    known_v: Array | None,
     most: Array,
     stretch: int,
     sampling: Sampling,
@@ -81,7 +84,8 @@ def _go_on(
         at = tuple(table[:, now.cache.length][:, :, None] for table in tables)
         one = jnp.ones(batch, jnp.int32)
         hidden, cache = extend(spec, params, now.cache, now.last[:, None], one, at, mesh)
-        token = choose(model.logits(hidden[:, 0]), _keys_at(now.keys, cache.length), sampling)
+        logits = known_logits(model.logits(hidden[:, 0]), known_v)
+        token = choose(logits, _keys_at(now.keys, cache.length), sampling)
         written = jax.lax.dynamic_update_slice(written, token[:, None], (0, number))
         return number + 1, written, Writing(cache, token, now.ended | jnp.isin(token, ends), now.keys)
 
@@ -106,6 +110,7 @@ def write(
     numbers: Sequence[int] | None = None,
     prompt_tokens: int | None = None,
     rows: int | None = None,
+    known: np.ndarray | None = None,
     dtype: jnp.dtype = jnp.float32,
     layout: Layout | None = None,
     finished: Callable[[int, list[int]], bool] = lambda row, ids: False,
@@ -113,7 +118,8 @@ def write(
     """At most `new_tokens` tokens after each prompt (token ids, at least one), without the one of `ends` that ended it.
 
     A row's draws depend on `seed` and its number (`numbers`, by default its place) alone, not on the batch it is in.
-    Prompts are padded to `prompt_tokens`, the batch to `rows`: equal sizes share programs. Every `STRETCH` tokens
+    Prompts are padded to `prompt_tokens`, the batch to `rows`: equal sizes share programs. Only `known` rows of the
+    embedding [vocab] bool are written, where some are no tokens. Every `STRETCH` tokens
     `finished(row, tokens so far)` may end a row. Raises InputError if a model with learned positions has too few.
     """
     lengths = [len(ids) for ids in prompts]
@@ -124,7 +130,7 @@ def write(
             f"prompts of {max(lengths)} tokens and {new_tokens} new ones are more than the {spec.max_positions}"
             " positions that the model learned; ask for fewer"
         )
-    batch = _Batch(spec, params, ends, sampling, seed, prompt_tokens, rows, dtype, layout or Layout(), finished)
+    batch = _Batch(spec, params, ends, sampling, seed, prompt_tokens, rows, known, dtype, layout or Layout(), finished)
     told = list(range(len(prompts)) if numbers is None else numbers)
     turn = turning_point(spec)
     most = [turn + 1 - n if n <= turn < n + new_tokens - 1 else new_tokens for n in lengths]
@@ -155,6 +161,7 @@ class _Batch:
     seed: int
     prompt_tokens: int | None
     rows: int | None
+    known: np.ndarray | None
     dtype: jnp.dtype
     layout: Layout
     finished: Callable[[int, list[int]], bool]
@@ -210,7 +217,7 @@ class _Batch:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), number_b)
         ends = jnp.asarray(list(self.ends) or [-1], jnp.int32)
         prompt = prompt_tables(spec, length_b.tolist(), ids_bt.shape[1])
-        read = (place(ids_bt), place(length_b), prompt, keys, ends)
+        read = (place(ids_bt), place(length_b), prompt, keys, ends, self.known)
         state = _begin(spec, self.params, *read, slots, self.sampling, self.dtype, mesh)
         tables = step_tables(spec, slots)
         yield to_host(state.last)[:, None]
@@ -219,7 +226,7 @@ class _Batch:
             state = Writing(state.cache, state.last, place(~is_open), state.keys)
             now = min(STRETCH, left)
             written, state = _go_on(
-                spec, self.params, state, tables, ends, jnp.int32(now), STRETCH, self.sampling, mesh
+                spec, self.params, state, tables, ends, self.known, jnp.int32(now), STRETCH, self.sampling, mesh
             )
             left -= now
             yield to_host(written)[:, :now]

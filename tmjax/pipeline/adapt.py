@@ -14,7 +14,7 @@ from tmjax.adapt.data import Batches
 from tmjax.adapt.modes import Lora
 from tmjax.adapt.peft import write_adapter
 from tmjax.adapt.recipe import AdaptRecipe, TrainingOptions, build_adapt_recipe
-from tmjax.adapt.step import Objective
+from tmjax.adapt.step import Objective, padding_of
 from tmjax.adapt.train import Facts, Trainer, TrainResult
 from tmjax.convert import hf
 from tmjax.convert.model import Model
@@ -127,7 +127,8 @@ class Adapt:
             guide_weight=0.0 if guidance is None else recipe.guidance.weight,
             teach_weight=0.0 if lessons is None else recipe.distillation.weight,
         )
-        objective = Objective(inputs.target.spec, config, kind, inputs.layout.mesh)
+        padding = padding_of(inputs.tokenizer.known(inputs.target.spec.vocab))
+        objective = Objective(inputs.target.spec, config, kind, inputs.layout.mesh, padding)
         what = schedule_name(training, steps, lr)
         folder = self.run.path / "training" / name / what
         keeper = Checkpoints(folder / "checkpoints", [self._key, name, steps, lr], keep=training.keep)

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from tmjax.activations.rows import Rows, TokenisedDocument, pair_rows
+from tmjax.adapt.crossing import require_shared
 from tmjax.adapt.recipe import WITH_SOURCE, AdaptRecipe
 from tmjax.adapt.texts import TrainingTexts, leaked, read_training_texts
 from tmjax.align import store as alignment_store
@@ -91,7 +92,7 @@ class AdaptInputs(HeldOut):
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
         """The target's tokenizer."""
-        return load_tokenizer(self.target.directory)
+        return load_tokenizer(self.target.directory, self.target.spec.vocab)
 
     @functools.cached_property
     def texts(self) -> TrainingTexts:
@@ -100,7 +101,7 @@ class AdaptInputs(HeldOut):
 
     def rows_of(self, texts: Texts) -> tuple[Rows, list[list[TokenisedDocument]]]:
         """Spans of texts that both models read; documents of the target, then of the source."""
-        tokenizers = [self.tokenizer, load_tokenizer(self.source.directory)]
+        tokenizers = [self.tokenizer, load_tokenizer(self.source.directory, self.source.spec.vocab)]
         return pair_rows(texts, tokenizers, pooling="span", max_tokens=self.recipe.max_tokens)
 
     @functools.cached_property
@@ -132,7 +133,7 @@ class AdaptInputs(HeldOut):
         """Scorer of `texts` for models of this architecture."""
         options = self.recipe.evaluation
         how: dict[str, Any] = {"batch_tokens": options.batch_tokens, "max_tokens": options.max_tokens}
-        tokenizer = load_tokenizer(model.directory)
+        tokenizer = load_tokenizer(model.directory, model.spec.vocab)
         return Scorer(model.spec, tokenizer, texts, dtype=self.dtype, layout=self.layout, **how)
 
     @functools.cached_property
@@ -169,3 +170,8 @@ class AdaptInputs(HeldOut):
         _ = self.other_texts
         if "guidance" in recipe.terms:
             self.rows_of(self.texts.texts)
+        if "distillation" in recipe.terms:
+            source = load_tokenizer(self.source.directory, self.source.spec.vocab)
+            advice = "adapt without them: mode guided"
+            require_shared(self.tokenizer, source, self.texts.texts.texts, otherwise=advice)
+        self.texts.documents(self.tokenizer)

@@ -9,6 +9,7 @@ import jax
 from tmjax.activations import store as activation_store
 from tmjax.activations.capture import capture
 from tmjax.activations.rows import Rows, TokenisedDocument
+from tmjax.adapt.crossing import few_shared
 from tmjax.adapt.guidance import SITE, SourceFeatures, by_depth, by_plan, last_tokens, read_out_metric, start_maps
 from tmjax.adapt.modes import shardings_of
 from tmjax.adapt.teacher import Taught, teach_texts
@@ -150,6 +151,10 @@ class Material:
 
         key = [self.key, arm.teacher, arm.writer, options.model_dump()]
         found = Taught.load(self.run.stage(f"taught:{name}", key, f"taught/{name}.npz", work))
+        facts = self.run.manifest["taught"][name]
+        warning = few_shared(facts["positions"], facts["of"])
+        if warning and arm.teacher == "source":
+            self.starts.warn(warning)
         if arm.shuffled:
             order = derangement(len(found.document), self.recipe.seed)
             found = found._replace(ids=found.ids[order], weight=found.weight[order])

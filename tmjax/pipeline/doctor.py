@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tmjax.activations.rows import pair_rows
+from tmjax.adapt.crossing import few_shared, require_shared
 from tmjax.align.alignment import solver_of
 from tmjax.align.streaming import require_streamable
 from tmjax.convert.described import describe
@@ -24,6 +25,7 @@ from tmjax.hub.weights import has_safetensors, weight_files
 from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec, Rotary, projections, shared_projections
 from tmjax.ot import capabilities_of
 from tmjax.pipeline.doctor_estimate import Reading, memory, require_room, sites_of, time
+from tmjax.pipeline.inputs import WITHOUT
 from tmjax.recipe import Recipe
 from tmjax.sharding.mesh import AUTO, Layout
 
@@ -72,7 +74,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         name: _tried(problems, lambda n=name: _side(n, getattr(recipe, n), problems)) for name in ("target", "source")
     }
     tokenizers = {
-        name: _tried(problems, lambda s=side: load_tokenizer(s.directory)) if side else None
+        name: _tried(problems, lambda s=side: load_tokenizer(s.directory, s.spec.vocab)) if side else None
         for name, side in sides.items()
     }
     widths = [side.spec.hidden for side in sides.values() if side]
@@ -93,16 +95,19 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         notes += [f"{name}: {note}" for note in side.notes] if side else []
         if side and side.weights == "missing":
             notes.append(f"{name} {side.directory} holds no weights; they were not needed here")
-        if side and tokenizers[name] and len(tokenizers[name].fast) > side.spec.vocab:
-            problems.append(
-                f"{name}: the tokenizer has {len(tokenizers[name].fast)} tokens, the embedding {side.spec.vocab} rows"
-            )
+        if side and tokenizers[name]:
+            for lines, found in zip((problems, notes), _rows(name, tokenizers[name], side.spec.vocab), strict=True):
+                lines += found
         if side and layout:
             _tried(problems, lambda s=side: [layout.param_sharding(r.path, r.axes, r.shape(s.spec)) for r in s.rows])
     if all(tokenizers.values()):
         report["tokenizers"] = overlap(tokenizers["target"], tokenizers["source"])
         if report["tokenizers"]["share_of_target"] < 0.05:
             notes.append("the tokenizers share next to no token: rows pair whole words, as they do in any case")
+        if texts and recipe.solves:
+            shared = _tried(problems, lambda: _shared_positions(recipe, tokenizers))
+            few = shared and few_shared(*shared)
+            notes += [few] if few else []
     reading = _tried(problems, lambda: _reading(recipe, tokenizers)) if texts and all(tokenizers.values()) else ASSUMED
     if all(sides.values()):
         target, source = sides["target"], sides["source"]
@@ -265,45 +270,44 @@ def _reading(recipe: Recipe, tokenizers: Mapping[str, TextTokenizer]) -> Reading
     return Reading(rows=len(rows), target_tokens=tokens[0], source_tokens=tokens[1], assumed=False)
 
 
-def _byte_table() -> dict[str, int]:
-    """The printable characters by which byte-level vocabularies write bytes (Radford et al. 2019, GPT-2's encoder)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+def _shared_positions(recipe: Recipe, tokenizers: Mapping[str, TextTokenizer]) -> tuple[int, int]:
+    texts = read_texts(recipe.texts).part(recipe.activations.max_texts, recipe.seed).texts
+    return require_shared(tokenizers["target"], tokenizers["source"], texts, otherwise=WITHOUT)
 
 
-def token_strings(tokenizer: TextTokenizer) -> set[bytes]:
-    """What the ordinary tokens of a vocabulary stand for, in UTF-8, however it writes spaces and bytes."""
-    vocabulary = tokenizer.fast.get_vocab()
-    table = _byte_table()
-    byte_level = any(token.startswith("Ġ") for token in vocabulary) and not any("▁" in token for token in vocabulary)
-    found = set()
-    for token, number in vocabulary.items():
-        if number in tokenizer.special_ids:
-            continue
-        if byte_level and all(character in table for character in token):
-            found.add(bytes(table[character] for character in token))
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            found.add(bytes.fromhex(token[3:5]))
-        else:
-            found.add(token.replace("▁", " ").encode(errors="replace"))
-    return found
+def _rows(name: str, tokenizer: TextTokenizer, rows: int) -> tuple[list[str], list[str]]:
+    """Problems and notes where a tokenizer and an embedding of `rows` rows are not of the same size."""
+    known = tokenizer.known(rows)
+    problems, notes = [], []
+    if known is not None:
+        padded = int((~known).sum())
+        notes.append(f"{name}: {padded} of the embedding's {rows} rows are no tokens; they stay as they are")
+    vocabulary = tokenizer.vocabulary
+    beyond = sorted(number for number in (*vocabulary.text, *vocabulary.special) if number >= rows)
+    if any(number >= rows for number in tokenizer.backend.get_vocab(with_added_tokens=False).values()):
+        problems.append(f"{name}: the tokenizer has {tokenizer.size} tokens, the embedding {rows} rows")
+    elif beyond:
+        notes.append(
+            f"{name}: {len(beyond)} added tokens lie beyond the embedding's {rows} rows, the first is "
+            f"{tokenizer.backend.id_to_token(beyond[0])!r}; a text that holds one is refused"
+        )
+    return problems, notes
 
 
 def overlap(target: TextTokenizer, source: TextTokenizer) -> dict[str, Any]:
     """Sizes, shared token strings (spaces and bytes read alike whatever the vocabulary's spelling), special tokens."""
-    ours, theirs = token_strings(target), token_strings(source)
-    shared = len(ours & theirs)
+    ours, theirs = target.vocabulary.ids, source.vocabulary.ids
+    shared = len(ours.keys() & theirs.keys())
     special = {
-        name: {str(token): fast.convert_tokens_to_ids(str(token)) for token in fast.all_special_tokens}
-        for name, fast in (("target", target.fast), ("source", source.fast))
+        name: {str(token): each.backend.token_to_id(str(token)) for token in each.fast.all_special_tokens}
+        for name, each in (("target", target), ("source", source))
     }
     return {
-        "target": len(target.fast),
-        "source": len(source.fast),
+        "target": target.backend.get_vocab_size(),
+        "source": source.backend.get_vocab_size(),
         "shared": shared,
         "share_of_target": shared / max(len(ours), 1),
         "share_of_source": shared / max(len(theirs), 1),
-        "identical": target.fast.get_vocab() == source.fast.get_vocab(),
+        "identical": target.backend.get_vocab() == source.backend.get_vocab(),
         "special": special,
     }

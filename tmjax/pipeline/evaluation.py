@@ -64,7 +64,7 @@ def evaluate_models(
         layout = Layout(mesh or AUTO, [describe(config_directory(directory)).spec.hidden])
         model = load_model(directory, placement=layout.place)
         if documents is not None:
-            scorer = Scorer(model.spec, load_tokenizer(model.directory), documents, layout=layout)
+            scorer = Scorer(model.spec, load_tokenizer(model.directory, model.spec.vocab), documents, layout=layout)
             scores[directory] = scorer(model.params)
         if tasks is not None:
             asked[directory] = _asked(model, directory, layout, tasks, seed)

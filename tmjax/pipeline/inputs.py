@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tmjax.activations.rows import Rows, TokenisedDocument, pair_rows
+from tmjax.adapt.crossing import require_shared
 from tmjax.align.alignment import solver_of
 from tmjax.align.streaming import require_streamable
 from tmjax.convert.described import describe
@@ -23,6 +24,9 @@ from tmjax.pipeline.doctor_estimate import require_room, sites_of
 from tmjax.pipeline.held_out import HeldOut
 from tmjax.recipe import Recipe
 from tmjax.sharding.mesh import AUTO, Layout
+
+#: What to do where a source's probabilities cannot be read as those of the target's tokens.
+WITHOUT = "merge without the source's predictions: preset barycentric"
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,12 @@ class Inputs(HeldOut):
     @functools.cached_property
     def source_tokenizer(self) -> TextTokenizer:
         """The source's tokenizer."""
-        return load_tokenizer(self.source.directory)
+        return load_tokenizer(self.source.directory, self.source.spec.vocab)
 
     @functools.cached_property
     def target_tokenizer(self) -> TextTokenizer:
         """The target's tokenizer."""
-        return load_tokenizer(self.target.directory)
+        return load_tokenizer(self.target.directory, self.target.spec.vocab)
 
     @functools.cached_property
     def texts(self) -> Texts:
@@ -128,5 +132,7 @@ class Inputs(HeldOut):
             getattr(self, name)
         if self.recipe.controls and self.recipe.same_size_source is not None:
             load_tokenizer(load_model(self.recipe.same_size_source).directory)
+        if self.recipe.solves:
+            require_shared(self.target_tokenizer, self.source_tokenizer, self.texts.texts, otherwise=WITHOUT)
         sites = sites_of(self.target, self.source, self.projections, self.recipe.alignment.structure)
         require_room(sites, len(self.rows[0]), self.recipe)

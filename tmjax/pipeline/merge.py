@@ -64,6 +64,7 @@ class Merge(AlignmentRun):
             progress=self.step(arm),
             dtype=inputs.dtype,
             layout=inputs.layout,
+            known=inputs.target_tokenizer.known(inputs.target.spec.vocab),
         )
         if control is None:
             warning = require_transfer(fused.table, allow_negligible=self.recipe.allow_negligible)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tmjax.activations.batches import bucketed
+from tmjax.adapt.crossing import few_shared
 from tmjax.adapt.data import Piece
 from tmjax.adapt.recipe import WrittenOptions
 from tmjax.adapt.teacher import Taught, teach_texts
@@ -15,6 +16,7 @@ from tmjax.evaluate.controls import Control, derangement
 from tmjax.fuse.solve import Wanted, batch_tokens
 from tmjax.hub.texts import read_texts
 from tmjax.pipeline.alignment import AlignmentRun
+from tmjax.pipeline.inputs import WITHOUT
 from tmjax.pipeline.written import write_texts
 from tmjax.sharding import hosts
 from tmjax.typing import Params
@@ -104,12 +106,17 @@ class Predictions:
                     progress=self.run.step(name),
                 )
             except InputError as error:
-                raise InputError(f"{error}; merge without the source's predictions: preset barycentric") from None
+                raise InputError(f"{error}; {WITHOUT}") from None
             if hosts.is_first():
                 found.save(partial)
             return {("predictions", which): facts}
 
-        return Taught.load(self.run.run.stage(name, self._key(which), f"predictions/{which}.npz", work))
+        path = self.run.run.stage(name, self._key(which), f"predictions/{which}.npz", work)
+        facts = self.run.run.manifest["predictions"][which]
+        warning = few_shared(facts["positions"], facts["of"])
+        if warning and which == "source":
+            self.run.warn(warning)
+        return Taught.load(path)
 
     def wanted(self, control: Control | None) -> list[Wanted]:
         """Calibration and written texts in batches with what the source says, or what a control puts in its place.
@@ -128,7 +135,12 @@ class Predictions:
             order = derangement(len(held.document), seed)
             held = held._replace(ids=held.ids[order], weight=held.weight[order])
         if control and control.permute_plan:
-            held = held._replace(ids=derangement(inputs.target.spec.vocab, seed)[held.ids].astype(np.int32))
+            vocab = inputs.target.spec.vocab
+            known = inputs.target_tokenizer.known(vocab)
+            tokens = np.arange(vocab) if known is None else np.nonzero(known)[0]
+            exchanged = np.arange(vocab)
+            exchanged[tokens] = tokens[derangement(len(tokens), seed)]
+            held = held._replace(ids=exchanged[held.ids].astype(np.int32))
         return self._batches(texts, held)
 
     def _batches(self, texts: tuple[str, ...], held: Taught | None) -> list[Wanted]:

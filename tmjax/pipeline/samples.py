@@ -25,12 +25,13 @@ def beginnings(texts: Texts) -> list[str]:
 
 def continued(model: Model, prompts: list[str], seed: int, layout: Layout | None = None) -> list[str]:
     """What a model writes after each prompt, drawn at `TEMPERATURE`, without special tokens."""
-    tokenizer = load_tokenizer(model.directory)
+    tokenizer = load_tokenizer(model.directory, model.spec.vocab)
     ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(prompts)]
     room = max(1, min(NEW_TOKENS, model.spec.max_positions - max(map(len, ids))))
     how = {"ends": (tokenizer.suffix,), "sampling": Sampling(TEMPERATURE), "seed": seed, "layout": layout}
+    how["known"] = tokenizer.known(model.spec.vocab)
     written = write(model.spec, model.params, ids, room, **how)
-    return [tokenizer.fast.decode(some, skip_special_tokens=True) for some in written]
+    return [tokenizer.decode(some) for some in written]
 
 
 def sample_texts(

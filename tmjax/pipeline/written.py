@@ -45,7 +45,7 @@ def write_texts(
     found = written_texts(
         model.spec,
         params,
-        load_tokenizer(model.directory),
+        load_tokenizer(model.directory, model.spec.vocab),
         given.texts,
         how,
         seed=seed,

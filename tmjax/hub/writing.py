@@ -1,0 +1,79 @@
+"""How a tokenizer writes byte strings that stand within a text: the tokens of other vocabularies, for one."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tmjax.hub.tokenizer import TextTokenizer
+from tmjax.hub.vocabulary import components
+
+
+def write_within(tokenizer: TextTokenizer, strings: Sequence[bytes]) -> list[tuple[int, ...] | None]:
+    """Token ids of each string as it would be written after other text; None if it is no text to the tokenizer.
+
+    A string that is a token of its own is that token, so a vocabulary reads itself as it is. A leading space begins a
+    word, in whatever way the tokenizer says so.
+    """
+    import tokenizers
+
+    vocabulary = tokenizer.vocabulary
+    found: list[tuple[int, ...] | None] = [None] * len(strings)
+    inner = tokenizers.Tokenizer.from_str(json.dumps(prefixless(tokenizer.state)))
+    asked: dict[int, str] = {}
+    for number, string in enumerate(strings):
+        token = vocabulary.id_of(string)
+        if token is not None:
+            found[number] = (token,)
+        elif tokenizer.spaces_dropped and not string.startswith(b" "):
+            found[number] = _longest(tokenizer, string)
+        else:
+            text = string.decode("utf-8", errors="replace")
+            if string and text.encode() == string:
+                asked[number] = text
+    for number, encoding in zip(asked, inner.encode_batch(list(asked.values()), False, False), strict=True):
+        if encoding.ids and not any(token in vocabulary.special for token in encoding.ids):
+            found[number] = tuple(encoding.ids)
+    return found
+
+
+def _longest(tokenizer: TextTokenizer, string: bytes) -> tuple[int, ...] | None:
+    """The longest tokens in turn, as WordPiece takes them: what continues a word cannot be asked of it otherwise."""
+    ids = tokenizer.vocabulary.ids
+    tokens: list[int] = []
+    while string:
+        length = next((n for n in range(len(string), 0, -1) if string[:n] in ids), None)
+        if length is None:
+            return None
+        tokens.append(ids[string[:length]][0])
+        string = string[length:]
+    return tuple(tokens) or None
+
+
+def prefixless(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A `tokenizer.json` that reads a string as if text came before it: no space is put before it, none stripped."""
+    return dict(state) | {
+        "normalizer": _changed(state.get("normalizer"), _plain_normalizer),
+        "pre_tokenizer": _changed(state.get("pre_tokenizer"), functools.partial(_plain_split, state)),
+    }
+
+
+def _changed(part: Any, change: Any) -> Any:
+    kept = [item for item in (change(dict(item)) for item in components(part)) if item is not None]
+    if len(kept) < 2:
+        return kept[0] if kept else None
+    key = next(name for name in ("normalizers", "pretokenizers") if name in part)
+    return {"type": "Sequence", key: kept}
+
+
+def _plain_normalizer(part: dict[str, Any]) -> dict[str, Any] | None:
+    return None if part["type"] in ("Prepend", "Strip") else part
+
+
+def _plain_split(state: Mapping[str, Any], part: dict[str, Any]) -> dict[str, Any] | None:
+    marked = any(item["type"] == "Metaspace" for item in components(state.get("pre_tokenizer")))
+    if part["type"] == "WhitespaceSplit" and marked:
+        return None  # Metaspace splits at spaces too, and writes them
+    if part["type"] == "Metaspace":
+        return part | {"prepend_scheme": "never"} | ({"add_prefix_space": False} if "add_prefix_space" in part else {})
+    return part | {"add_prefix_space": False} if part["type"] == "ByteLevel" else part
