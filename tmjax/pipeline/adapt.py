@@ -19,6 +19,7 @@ from tmjax.adapt.train import Facts, Trainer, TrainResult
 from tmjax.convert import hf
 from tmjax.convert.model import Model
 from tmjax.hub.atomic import atomic_directory, remove
+from tmjax.hub.lock import OutputLock
 from tmjax.hub.rundir import RunDirectory, digest, read_manifest
 from tmjax.pipeline.adapt_arms import ADAPTED, Arm, arms_of
 from tmjax.pipeline.adapt_inputs import AdaptInputs
@@ -60,8 +61,18 @@ class Adapt:
         self.show, self.warn = show, warn
         self.starts = Starts(self.inputs, show, warn)
         path = Path(recipe.out)
-        hashes = self.inputs.hashes
         refuse_nested(recipe)
+        with OutputLock(path):
+            key = self._begin(path, overwrite=overwrite)
+        self._key = key
+        self.arms = dict(arms or arms_of(recipe))
+        self.schedules = schedules or dict.fromkeys(self.arms, recipe.training.schedules)
+        self.material = Material(self.run, key, self.inputs, self.starts, show)
+
+    def _begin(self, path: Path, *, overwrite: bool) -> dict[str, str]:
+        """Creates or resumes the run directory, after everything that it needs was found to be good; its key."""
+        recipe, warn = self.recipe, self.warn
+        hashes = self.inputs.hashes
         told = recipe.model_dump(mode="json", exclude={"out", "mesh", "other_texts", *_INPUTS})
         key = {"recipe": digest(told)} | hashes
         if self.inputs.run is not None:
@@ -85,10 +96,7 @@ class Adapt:
         }
         here = {"mesh": layout.sizes, "devices": layout.devices, "platform": jax.devices()[0].platform}
         self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite, here=here)
-        self._key = key
-        self.arms = dict(arms or arms_of(recipe))
-        self.schedules = schedules or dict.fromkeys(self.arms, recipe.training.schedules)
-        self.material = Material(self.run, key, self.inputs, self.starts, show)
+        return key
 
     # Training.
 
@@ -265,5 +273,8 @@ def adapt(*, overwrite: bool = False, **recipe: Any) -> tuple[Model, dict[str, A
     """
     told = build_adapt_recipe({name: str(x) if isinstance(x, Path) else x for name, x in recipe.items()})
     run = Adapt(told, overwrite=overwrite, warn=lambda message: warnings.warn(message, stacklevel=2))
-    manifest = run.all()
+    try:
+        manifest = run.all()
+    finally:
+        run.run.close()
     return run.inputs.load(run.run.path / "merged"), manifest
