@@ -333,7 +333,7 @@ def evaluate(
     names = list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
     if texts is None and not names:
         raise InputError("give --texts FILE, --tasks NAMES or both")
-    with _job(locals()), _progress() as (progress, _warn):
+    with _job(locals()), _progress() as (progress, warn):
         from tmjax.pipeline.evaluation import TaskOptions, evaluate_models
 
         result = evaluate_models(
@@ -346,6 +346,7 @@ def evaluate(
             seed=seed,
             mesh=mesh,
             progress=progress,
+            warn=warn,
         )
     if as_json or job.silent():
         _print_json(result)

@@ -28,6 +28,7 @@ from tmjax.pipeline.adapt_start import Show, Starts
 from tmjax.pipeline.alignment import Warn, refuse_nested
 from tmjax.pipeline.forgetting import measure_forgetting
 from tmjax.pipeline.merge import evaluation_facts
+from tmjax.pipeline.notes import note_blank, note_hidden
 from tmjax.pipeline.training_log import StepLog
 from tmjax.recipe import dump_recipe
 from tmjax.report.training import adapted_card, write_training_report
@@ -80,6 +81,8 @@ class Adapt:
         previous = read_manifest(path)
         if previous is None or previous.get("key") != key:
             self.inputs.check(warn)
+        inputs = self.inputs
+        note_blank([inputs.texts.texts, inputs.valid, inputs.test, *inputs.other_texts.values()], warn)
         layout = self.inputs.layout
         named = self.inputs.names | {name: getattr(recipe, name) for name in ("texts", "valid", "test")}
         header = {
@@ -231,6 +234,7 @@ class Adapt:
                 self.show("evaluate", done + 1, len(checkpoints), "")
             with partial.open("wb") as stream:
                 np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
+            note_hidden(scores, self.warn)
             return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed, merged=ADAPTED)
 
         key = [self._key, list(checkpoints), self.recipe.evaluation.model_dump()]

@@ -20,6 +20,7 @@ from tmjax.hub.paths import refuse_overlap
 from tmjax.hub.rundir import RunDirectory, digest, read_manifest
 from tmjax.models.decoder import init_params
 from tmjax.pipeline.inputs import Inputs
+from tmjax.pipeline.notes import note_blank
 from tmjax.recipe import Recipe, Section, dump_recipe
 from tmjax.sharding import hosts
 
@@ -80,6 +81,8 @@ class AlignmentRun:
         previous = read_manifest(path)
         if hosts.agree(previous is None or previous.get("key") != key):
             hosts.together(self.inputs.check)
+        read = self.inputs
+        note_blank([read.all_texts, read.valid, read.test, *read.other_texts.values()], self.warn)
         layout = self.inputs.layout
         header = {
             "tmjax": tmjax.__version__,

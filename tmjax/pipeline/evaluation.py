@@ -22,8 +22,9 @@ from tmjax.hub.paths import refuse_overlap
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.families import family_of
-from tmjax.pipeline.alignment import Progress, quiet
+from tmjax.pipeline.alignment import Progress, Warn, quiet
 from tmjax.pipeline.merge import evaluation_facts
+from tmjax.pipeline.notes import note_blank, note_hidden
 from tmjax.sharding import hosts
 from tmjax.sharding.mesh import AUTO, Layout
 
@@ -52,6 +53,7 @@ def evaluate_models(
     seed: int = 0,
     mesh: str | None = None,
     progress: Progress = quiet,
+    warn: Warn = lambda message: None,
 ) -> dict[str, Any]:
     """Bits per byte on one text file with 95% intervals, and task metrics with standard errors, of checkpoints.
 
@@ -64,7 +66,7 @@ def evaluate_models(
             read = [("the checkpoint", directory) for directory in directories] + [("texts", texts)]
             refuse_overlap(out, [*read, ("tasks", tasks and tasks.folder)])
             hosts.together(lambda: hosts.is_first() and _reserve(stack, out, places.values(), overwrite=overwrite))
-        return _evaluate(directories, texts, tasks, places, overwrite, draws, seed, mesh, progress)
+        return _evaluate(directories, texts, tasks, places, overwrite, draws, seed, mesh, progress, warn)
 
 
 def _evaluate(
@@ -77,8 +79,10 @@ def _evaluate(
     seed: int,
     mesh: str | None,
     progress: Progress,
+    warn: Warn,
 ) -> dict[str, Any]:
     documents = None if texts is None else read_texts(texts)
+    note_blank([documents], warn)
     if tasks is not None:
         task_manager(tasks.names, tasks.folder)
     scores: dict[str, Scores] = {}
@@ -95,6 +99,7 @@ def _evaluate(
         progress("evaluate", done + 1, len(directories))
     result: dict[str, Any] = {}
     if documents is not None:
+        note_hidden(scores, warn)
         result["evaluation"] = evaluation_facts(scores, draws=draws, seed=seed)["evaluation"]
     if tasks is not None:
         result["lm_eval"] = require_lm_eval()
