@@ -24,6 +24,7 @@ from tmjax.convert import hf, orbax
 from tmjax.convert.model import Model, load_model
 from tmjax.convert.stream import convert, stream
 from tmjax.errors import InputError, NonFiniteError
+from tmjax.hub.owned import RECORD
 from tmjax.hub.tensors import DTYPES_BY_NAME as DTYPES
 from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME
 from tmjax.models.decoder import init_params, parameter_shapes
@@ -57,7 +58,7 @@ def test_hf_to_flax_to_hf_is_bit_exact(checkpoint, tmp_path):
     assert stored(again) == stored(checkpoint)
     assert read_config(again) == read_config(checkpoint)
     for file in checkpoint.iterdir():
-        if file.suffix != ".safetensors" and file.name not in ("config.json", INDEX_NAME):
+        if file.suffix != ".safetensors" and file.name not in ("config.json", INDEX_NAME, RECORD):
             assert (again / file.name).read_bytes() == file.read_bytes()
     assert {path: value.shape for path, value in model.params.items()} == parameter_shapes(model.spec)
 
@@ -113,14 +114,18 @@ def test_export_never_leaves_half_a_checkpoint(llama, tmp_path):
     (out / "precious").write_text("")
     with pytest.raises(InputError, match="--overwrite"):
         hf.export(model, out)
+    with pytest.raises(InputError, match=r"did not write or what was changed since \(precious\)"):
+        hf.export(model, out, overwrite=True)
+    assert [file.name for file in out.iterdir()] == ["precious"]
+    hf.export(model, tmp_path / "other")
     broken = dataclasses.replace(model, params={k: v for k, v in model.params.items() if k != "norm.weight"})
     with pytest.raises(KeyError):
-        hf.export(broken, out, overwrite=True)
-    assert [file.name for file in out.iterdir()] == ["precious"]
-    assert not list(tmp_path.glob("*.partial"))
-    hf.export(model, out, overwrite=True)
-    assert stored(out) == stored(llama)
-    assert not (out / "precious").exists()
+        hf.export(broken, tmp_path / "other", overwrite=True)
+    assert stored(tmp_path / "other") == stored(llama)
+    hf.export(model, tmp_path / "other", overwrite=True, max_shard_size="3KB")
+    assert stored(tmp_path / "other") == stored(llama)
+    assert not (tmp_path / "other" / SINGLE_NAME).exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["llama", "other", "out"]
 
 
 def test_all_differences_in_one_error(llama):
@@ -332,10 +337,11 @@ def test_streaming_refuses_what_loading_refuses(llama, tmp_path):
     same_error()
 
 
-def test_a_checkpoint_can_be_cast_in_place(llama, tmp_path):
-    want = cast(safetensors.numpy.load_file(llama / SINGLE_NAME), DTYPES["bfloat16"])
-    assert cli.run(["convert", str(llama), str(llama), "--to", "hf", "--dtype", "bfloat16", "--overwrite"]) == 0
-    assert {name: data for name, (_, _, data) in stored(llama).items()} == want
+def test_a_checkpoint_is_never_replaced_by_its_own_conversion(llama, tmp_path, capsys):
+    before = stored(llama)
+    assert cli.run(["convert", str(llama), str(llama), "--to", "hf", "--dtype", "bfloat16", "--overwrite"]) == 2
+    assert "is the output" in capsys.readouterr().err
+    assert stored(llama) == before
 
 
 MEASURE = """
@@ -392,13 +398,14 @@ def test_streaming_holds_a_shard_at_most(large, tmp_path, repo, kind, dtype, lim
         torch = pytest.importorskip("torch")
         from safetensors.torch import load_file
 
-        index = json.loads((large / INDEX_NAME).read_text())["weight_map"]
+        index, bins = json.loads((large / INDEX_NAME).read_text())["weight_map"], tmp_path / "bin"
+        bins.mkdir()
         for name in set(index.values()):
-            torch.save(load_file(large / name), tmp_path / name.replace("safetensors", "bin"))
+            torch.save(load_file(large / name), bins / name.replace("safetensors", "bin"))
         weight_map = {name: file.replace("safetensors", "bin") for name, file in index.items()}
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        shutil.copy(large / "config.json", tmp_path)
-    grown = growth(repo, tmp_path if kind == "bin" else large, tmp_path / "out", "hf", kind, dtype)
+        (bins / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        shutil.copy(large / "config.json", bins)
+    grown = growth(repo, bins if kind == "bin" else large, tmp_path / "out", "hf", kind, dtype)
     assert grown < limit, f"peak memory grew by {grown:.0f} MiB"
     shutil.rmtree(tmp_path)  # pytest keeps the folders of the last runs
 

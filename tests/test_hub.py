@@ -45,12 +45,13 @@ def test_what_is_nowhere_is_said(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model-Q4_K_M.gguf", "model"])
-def test_gguf_is_refused(tmp_path, capsys, name) -> None:
+def test_gguf_is_refused(tmp_path, tmp_path_factory, capsys, name) -> None:
+    out = str(tmp_path_factory.mktemp("converted") / "out")
     (tmp_path / name).write_bytes(b"GGUF\3\0\0\0")
-    assert cli.run(["convert", str(tmp_path / name), str(tmp_path / "out"), "--to", "hf"]) == 2
+    assert cli.run(["convert", str(tmp_path / name), out, "--to", "hf"]) == 2
     assert f"{name} is a GGUF file" in capsys.readouterr().err
     if name.endswith(".gguf"):
-        assert cli.run(["convert", str(tmp_path), str(tmp_path / "out"), "--to", "hf"]) == 2
+        assert cli.run(["convert", str(tmp_path), out, "--to", "hf"]) == 2
         assert f"{name} is a GGUF file" in capsys.readouterr().err
 
 
@@ -112,7 +113,7 @@ def test_atomic_directory_leaves_nothing_after_an_error(tmp_path) -> None:
         pass
     with atomic_directory(out, overwrite=True) as partial:
         (partial / "other").write_text("x")
-    assert [path.name for path in out.iterdir()] == ["other"]
+    assert sorted(path.name for path in out.iterdir()) == [".tmjax-files.json", "other"]
 
 
 def test_peak_memory_is_this_process_s_own() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 #: Top-level modules and folders of the package, lowest level first; those on one level do not see each other.
 LEVELS = (
-    ("typing", "errors"),
+    ("typing", "errors", "interrupt"),
     ("recipe",),
     ("hub", "sharding", "ot"),
     ("models",),
@@ -23,6 +23,7 @@ LEVELS = (
     ("sweep", "report"),
     ("pipeline",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FAMILIES = "models/families"

@@ -1,6 +1,7 @@
 """The command line: thin typer commands over the pipeline. Results to standard output, all else to standard error."""
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -12,7 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from tmjax import interrupt
 from tmjax.errors import InputError, TmjaxError, summarise
+from tmjax.hub import lock
 from tmjax.sharding import job
 
 app = typer.Typer(
@@ -330,7 +333,7 @@ def evaluate(
     names = list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
     if texts is None and not names:
         raise InputError("give --texts FILE, --tasks NAMES or both")
-    with _job(locals()), _progress() as (progress, _warn):
+    with _job(locals()), _progress() as (progress, warn):
         from tmjax.pipeline.evaluation import TaskOptions, evaluate_models
 
         result = evaluate_models(
@@ -343,6 +346,7 @@ def evaluate(
             seed=seed,
             mesh=mesh,
             progress=progress,
+            warn=warn,
         )
     if as_json or job.silent():
         _print_json(result)
@@ -513,7 +517,12 @@ def _job(options: dict[str, Any]) -> Iterator[None]:
 def _print_json(value: Any) -> None:
     if job.silent():
         return
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # the stream's encoding, or a file name that is not valid text
+        text = json.dumps(value, allow_nan=False)
+    print(text)
 
 
 def _console(*, stderr: bool = False) -> Any:
@@ -544,7 +553,7 @@ def _progress() -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     if job.silent():
-        yield lambda stage, done, total, note="": None, lambda message: None
+        yield interrupt.checked(lambda stage, done, total, note="": None), lambda message: None
         return
     console = _console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -562,7 +571,7 @@ def _progress() -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
         display.console.print(f"tmjax: warning: {message}", markup=False, highlight=False, soft_wrap=True)
 
     try:
-        yield step, warn
+        yield interrupt.checked(step), warn
     finally:
         if tasks:
             display.stop()
@@ -589,7 +598,7 @@ def _live() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callab
     from tmjax.report.sweep import live_table
 
     if job.silent():
-        yield lambda stage, done, total: None, lambda message: None, lambda rows, total: None
+        yield interrupt.checked(lambda stage, done, total: None), lambda message: None, lambda rows, total: None
         return
     console = _console(stderr=True)
     stages = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -610,7 +619,7 @@ def _live() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callab
                 display.update(Group(stages, live_table(rows, total)))
                 shown[:] = [time.monotonic()]
 
-        yield step, warn, show
+        yield interrupt.checked(step), warn, show
 
 
 def prepare() -> None:
@@ -635,9 +644,20 @@ def run(arguments: list[str] | None = None, *, application: typer.Typer = app, n
     An error is one line on standard error, `name: error: ...`. The tools of this repository run through it too.
     """
 
+    for stream in (sys.stdout, sys.stderr):  # a table with characters that the stream lacks shows them escaped
+        if isinstance(stream, io.TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
+            stream.reconfigure(errors="backslashreplace")
+    with interrupt.noticed(), lock.command([name, *(sys.argv[1:] if arguments is None else arguments)]):
+        return _ended(arguments, application, name)
+
+
+def _ended(arguments: list[str] | None, application: typer.Typer, name: str) -> int:
+    """Runs a command line; what it ends with is said and turned into an exit status."""
+
     def fail(message: str, code: int) -> int:
         print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
         if job.joined():
+            lock.release_all()
             job.end(code)
         return code
 
@@ -649,24 +669,26 @@ def run(arguments: list[str] | None = None, *, application: typer.Typer = app, n
             job.leave()
             return 0
         return fail(interrupted, 130)  # typer turns an interrupt inside a command into this status
-    except TmjaxError as error:
-        return fail(str(error), error.exit_code)
-    except _ClickError as error:
-        return fail(f"{error.format_message()} (see {name} --help)", 2)
     except (KeyboardInterrupt, typer.Abort):
         return fail(interrupted, 130)
-    except MemoryError:
-        return fail(f"out of memory; {memory}", 1)
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+    except Exception as error:
+        if interrupt.noted():  # native code and libraries make of an interrupt what they like
+            return fail(interrupted, 130)
+        if isinstance(error, TmjaxError):
+            return fail(str(error), error.exit_code)
+        if isinstance(error, _ClickError):
+            return fail(f"{error.format_message()} (see {name} --help)", 2)
+        if isinstance(error, MemoryError):
+            return fail(f"out of memory; {memory}", 1)
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            return fail(f"{where}{error.strerror or error}", 2)
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             return fail(f"out of device memory; {memory}, or use --mesh", 1)
         if not job.joined() or type(error).__name__ != "JaxRuntimeError":
             raise
         reason = (str(error).strip().splitlines() or [""])[0]
         return fail(f"another process of this job died or failed ({reason}); the same command resumes", 1)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return fail(f"{where}{error.strerror or error}", 2)
 
 
 @app.callback()
@@ -687,6 +709,7 @@ def main() -> None:
             finally:
                 job.end(1)
         raise
+    interrupt.ignore()
     sys.exit(code)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tmjax.errors import InputError
-from tmjax.hub.texts import Texts, parse_json, read_lines, read_texts
+from tmjax.hub.texts import Texts, parse_json, read_lines, read_texts, require_text
 from tmjax.hub.tokenizer import TextTokenizer
 
 Message = dict[str, str]
@@ -63,6 +63,8 @@ def read_training_texts(name: str) -> TrainingTexts:
     entries = [(number, parse_json(name, number, line)) for number, line in lines]
     dialogues = tuple(_messages(f"{name} line {number}", entry) for number, entry in entries)
     ids = tuple(str(entry.get("id", number)) for number, entry in entries)
+    for (number, _), name_of, dialogue in zip(entries, ids, dialogues, strict=True):
+        require_text(f"{name} line {number}", name_of, *(message["content"] for message in dialogue))
     texts = tuple("\n".join(message["content"] for message in dialogue) for dialogue in dialogues)
     return TrainingTexts(Texts(name, ids, texts), dialogues)
 

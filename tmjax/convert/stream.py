@@ -12,8 +12,11 @@ from tmjax.convert import hf, orbax
 from tmjax.convert.hf import finite_blocks, open_checkpoint, write_config
 from tmjax.convert.ondisk import cast
 from tmjax.errors import InputError
-from tmjax.hub.atomic import atomic_directory, refuse_existing
+from tmjax.hub.atomic import atomic_directory
 from tmjax.hub.checkpoint import copy_companions, resolve
+from tmjax.hub.lock import OutputLock
+from tmjax.hub.owned import refuse_existing
+from tmjax.hub.paths import refuse_overlap
 from tmjax.hub.tensors import DTYPES_BY_NAME, Weights
 from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, parse_size, write_tensors
 from tmjax.models.families.base import Family
@@ -86,8 +89,16 @@ def convert(
     Hugging Face to Hugging Face holds a block of a tensor at a time, the others a layer of a parameter. Raises what
     `load_model` raises, NonFiniteError for values too large for `dtype`, and InputError if `out` holds anything.
     """
+    refuse_overlap(out, [("the checkpoint", model)])
     refuse_existing(out, overwrite=overwrite)
     directory = resolve(model)
+    with OutputLock(out):
+        return _convert(directory, out, to, dtype, max_shard_size, overwrite)
+
+
+def _convert(
+    directory: Path, out: Path, to: str, dtype: np.dtype | None, max_shard_size: str, overwrite: bool
+) -> Converted:
     if to == "hf" and not orbax.is_orbax(directory):
         return stream(directory, out, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     parse_size(max_shard_size)

@@ -1,8 +1,10 @@
 """Bits per byte: comparable between tokenizers (DESIGN section 6).
 
 A document is scored as `[BOS, or EOS if there is none] + ids + [EOS]`: the sum of the negative log-likelihoods of all
-tokens after the first, divided by ln 2 and by the document's UTF-8 bytes. A document longer than the model's context is
-scored in consecutive windows that share one token, so every token after the first is scored exactly once.
+tokens after the first, divided by ln 2 and by the document's UTF-8 bytes. Bytes that its tokens do not tell, under an
+unknown token or dropped by the tokenizer, are charged with 8 bits each (`hub.unknown`). A document longer than the
+model's context is scored in consecutive windows that share one token, so every token after the first is scored exactly
+once.
 """
 
 import functools
@@ -20,6 +22,7 @@ from tmjax.convert.model import Model
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.hub.unknown import Hidden, hidden_bytes, hidden_nats
 from tmjax.models.decoder import bind
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.hosts import to_host
@@ -62,16 +65,30 @@ def sequence_nll(
 
 @dataclass(frozen=True)
 class Scores:
-    """Negative log-likelihood in nats, UTF-8 bytes and scored tokens of every document, [D] each."""
+    """Negative log-likelihood in nats, UTF-8 bytes and scored tokens of every document, [D] each.
+
+    `hidden`: bytes that its tokens do not tell, which `nll` is charged for, and that they tell changed.
+    """
 
     nll: np.ndarray
     bytes: np.ndarray
     tokens: np.ndarray
+    hidden: Hidden | None = None
 
     @property
     def bits_per_byte(self) -> float:
         """Sum of bits over sum of bytes."""
         return float(self.nll.sum() / math.log(2) / self.bytes.sum())
+
+    @property
+    def unknown_share(self) -> float:
+        """Part of the bytes that the tokens do not tell."""
+        return 0.0 if self.hidden is None else float(self.hidden.unknown.sum() / self.bytes.sum())
+
+    @property
+    def changed_share(self) -> float:
+        """Part of the bytes whose characters the tokenizer changes before it reads them."""
+        return 0.0 if self.hidden is None else float(self.hidden.changed.sum() / self.bytes.sum())
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,11 @@ class Windows:
     pieces: list[tuple[int, list[int]]]
     bytes: np.ndarray
     tokens: np.ndarray
+    hidden: Hidden
+
+    def scores(self, nll: np.ndarray) -> Scores:
+        """Scores of documents [D] whose tokens have this negative log-likelihood: hidden bytes are charged."""
+        return Scores(nll + hidden_nats(self.hidden.unknown), self.bytes, self.tokens, self.hidden)
 
 
 def windows(spec: DecoderSpec, tokenizer: TextTokenizer, texts: Texts, max_tokens: int | None = None) -> Windows:
@@ -95,7 +117,8 @@ def windows(spec: DecoderSpec, tokenizer: TextTokenizer, texts: Texts, max_token
         raise InputError(
             f"evaluation.max_tokens is {window}, the model learned {spec.max_positions} positions; lower it"
         )
-    documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts.texts)]
+    encodings = tokenizer.encode(texts.texts)
+    documents = [tokenizer.document(encoding.ids) for encoding in encodings]
     largest = max(map(max, documents))
     if largest >= spec.vocab:
         raise InputError(f"the tokenizer gives id {largest}, but the model's vocabulary has {spec.vocab} entries")
@@ -108,6 +131,7 @@ def windows(spec: DecoderSpec, tokenizer: TextTokenizer, texts: Texts, max_token
         pieces,
         np.asarray([len(text.encode()) for text in texts.texts]),
         np.asarray([len(ids) - 1 for ids in documents]),
+        hidden_bytes(tokenizer, texts.texts, encodings),
     )
 
 
@@ -127,7 +151,7 @@ class Scorer:
     ) -> None:
         layout = layout or Layout()
         self.spec, self.dtype, self.mesh = spec, dtype, layout.mesh
-        cut = windows(spec, tokenizer, texts, max_tokens)
+        self._cut = cut = windows(spec, tokenizer, texts, max_tokens)
         self.bytes, self.tokens, pieces = cut.bytes, cut.tokens, cut.pieces
         self._batches = []
         lengths = [len(ids) for _, ids in pieces]
@@ -149,7 +173,7 @@ class Scorer:
             np.add.at(nll, owner, values.astype(np.float64)[: len(owner)])
         if not np.isfinite(nll).all():
             raise NonFiniteError("the model's log-likelihoods hold NaN or infinity")
-        return Scores(nll, self.bytes, self.tokens)
+        return self._cut.scores(nll)
 
 
 def evaluate(model: Model, texts: Texts, **options: Any) -> Scores:

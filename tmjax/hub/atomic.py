@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from tmjax.errors import InputError
-
-PARTIAL = ".partial"
+from tmjax.hub.lock import OutputLock
+from tmjax.hub.owned import (
+    INSIDE,
+    RECORD,
+    delete,
+    has_record,
+    mark_unfinished,
+    recorded,
+    refuse_existing,
+    write_record,
+)
+from tmjax.hub.paths import PARTIAL
 
 
 def partial_name(path: Path) -> Path:
@@ -23,20 +33,61 @@ def partial_name(path: Path) -> Path:
 def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty `path.partial` directory and renames it to `path` on success; on error nothing remains.
 
-    Raises InputError if `path` exists and holds anything, unless `overwrite`.
+    Holds the lock of `path`, and leaves in it a record of the files that were written (`hub.owned`). Raises InputError
+    if `path` exists and holds anything, unless `overwrite` and tmjax wrote all of it.
     """
-    path = Path(path)
-    refuse_existing(path, overwrite=overwrite)
-    partial = partial_name(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
+    with OutputLock(path):
+        real = refuse_existing(path, overwrite=overwrite)
+        # The working directory and mount points keep their place: what is in them is exchanged.
+        kept = real.is_dir() and (os.path.ismount(real) or Path.cwd().is_relative_to(real))
+        partial = real / INSIDE if kept else partial_name(real)
+        if partial.is_dir() and any(partial.iterdir()) and not has_record(partial):
+            raise InputError(f"{partial}, where {path} would be prepared, holds what tmjax did not write; move it away")
+        if partial.exists() and not partial.is_dir():
+            raise InputError(f"{partial}, where {path} would be prepared, is a file; move it away")
         _discard(partial)
-        raise
-    remove(path)
-    os.replace(partial, path)
+        partial.mkdir(parents=True)
+        try:
+            mark_unfinished(partial)
+            yield partial
+            write_record(partial)
+            if not kept:
+                refuse_existing(path, overwrite=overwrite, contents=False)  # what has come there meanwhile
+                _exchange(partial, real)
+            else:
+                _move_into(partial, real)
+        except BaseException:
+            _discard(partial)
+            raise
+
+
+def _exchange(partial: Path, real: Path) -> None:
+    """Renames a finished directory into place, then deletes what it replaces."""
+    old = real.with_name(f".{real.name}.tmjax-old")
+    _delete_recorded(old)  # of a write that was killed here
+    if real.is_dir() and any(real.iterdir()):
+        os.rename(real, old)
+        os.replace(partial, real)
+        _delete_recorded(old)  # what has come there at the last moment stays
+    else:
+        os.replace(partial, real)
+
+
+def _move_into(partial: Path, real: Path) -> None:
+    """Moves the contents of a finished directory, that lies in another one, up into that one."""
+    delete(real, recorded(real))
+    shutil.copyfile(partial / RECORD, real / RECORD)  # names what follows, so that a killed write can be replaced
+    for entry in list(partial.iterdir()):
+        if entry.name != RECORD:
+            os.replace(entry, real / entry.name)
+    _discard(partial)
+
+
+def _delete_recorded(directory: Path) -> None:
+    if directory.is_dir():
+        delete(directory, [*recorded(directory), RECORD])
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 def _discard(partial: Path) -> None:
@@ -46,13 +97,6 @@ def _discard(partial: Path) -> None:
         if not partial.exists():
             return
         time.sleep(0.1)
-
-
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raises InputError if `path` is a file or a directory with content and `overwrite` is false."""
-    taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
-    if taken and not overwrite:
-        raise InputError(f"{path} exists; choose another output or pass --overwrite")
 
 
 def remove(path: Path) -> None:

@@ -6,9 +6,9 @@ import json
 import os
 import platform
 import resource
-import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -17,10 +17,12 @@ from typing import Any, Protocol
 from tmjax.errors import InputError
 from tmjax.hub.atomic import PARTIAL, partial_name, remove, write_json, write_text
 from tmjax.hub.checkpoint import COMPANIONS, CONFIG_NAME, read_json
+from tmjax.hub.lock import OutputLock
+from tmjax.hub.owned import delete, refuse_foreign, walk
+from tmjax.hub.paths import refuse_name
+from tmjax.hub.run_files import MANIFEST, RECIPE, is_own, listed, partial_of, split
 from tmjax.hub.weights import weight_files
 
-MANIFEST = "manifest.json"
-RECIPE = "recipe.yaml"
 _PACKAGES = ("jax", "flax", "ott-jax", "transformers", "orbax-checkpoint", "numpy")
 _BLOCK = 2**22
 
@@ -111,6 +113,15 @@ class RunDirectory:
         self.manifest = manifest
         self.here = dict(here or {})
         self.team: Team = Alone()
+        self._unlock: Callable[[], object] = lambda: None
+
+    def close(self) -> None:
+        """Releases the lock of the directory; the end of the process, and of the last use of this object, do too."""
+        self._unlock()
+
+    def _locked(self, lock: OutputLock) -> "RunDirectory":
+        self._unlock = weakref.finalize(self, lock.release)
+        return self
 
     @classmethod
     def start(
@@ -125,19 +136,42 @@ class RunDirectory:
     ) -> "RunDirectory":
         """Creates the run, or resumes the one that is there if its `key` (hashes of recipe and inputs) is the same.
 
-        Raises InputError if `path` holds anything else; `overwrite` replaces a run, never another directory.
+        Holds the lock of `path` from now on. Raises InputError if another process does, or `path` holds anything else;
+        `overwrite` replaces a run's own files, nothing else.
         """
+        lock = OutputLock(path)
+        try:
+            return cls._start(path, recipe_yaml, header, key, overwrite, here)._locked(lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def _start(
+        cls,
+        path: Path,
+        recipe_yaml: str,
+        header: Mapping[str, Any],
+        key: Mapping[str, str],
+        overwrite: bool,
+        here: Mapping[str, Any] | None,
+    ) -> "RunDirectory":
         previous = read_manifest(path)
         if previous is not None and previous.get("key") == key:
             return cls._resume(path, previous, recipe_yaml, here)
-        if path.exists() and (path.is_file() or any(path.iterdir())):
+        if refuse_name(path).is_dir() and (names := set(walk(path)) - {MANIFEST + PARTIAL}):
             if previous is None:
-                raise InputError(f"{path} exists and is not a run of tmjax; choose another output directory")
+                raise InputError(
+                    f"{path} exists and is not a run of tmjax (it holds {sorted(names)[0]}); choose another output"
+                    " directory"
+                )
             if not overwrite:
                 raise InputError(
                     f"{path} is a run with another recipe or other inputs; choose another --out or --overwrite"
                 )
-            shutil.rmtree(path)
+            own, others = split(path, previous)
+            refuse_foreign(path, others)
+            delete(path, sorted(own, key=lambda name: name == MANIFEST))  # the last one says that the others are ours
         path.mkdir(parents=True, exist_ok=True)
         told = {**header, **(here or {}), "versions": versions(), "key": dict(key), "stages": {}, "outputs": {}}
         run = cls(path, told, here)
@@ -150,8 +184,10 @@ class RunDirectory:
         cls, path: Path, manifest: dict[str, Any], recipe_yaml: str, here: Mapping[str, Any] | None
     ) -> "RunDirectory":
         run = cls(path, manifest, here)
-        for leftover in list(path.rglob(f"*{PARTIAL}")):
-            remove(leftover)
+        held = listed(manifest)
+        delete(path, [name for name in walk(path) if partial_of(name) is not None and is_own(name, held)])
+        if manifest.get("unfinished"):
+            remove(partial_name(path / manifest["unfinished"]["output"]))
         for stage in manifest["stages"].values():
             stage["reused"] = True  # until it is run again
         run.save()
@@ -171,11 +207,16 @@ class RunDirectory:
         here: Mapping[str, Any] | None = None,
     ) -> "RunDirectory":
         """Resumes a run under another recipe: finished stages that it does not change stay."""
-        manifest = read_manifest(path)
-        if manifest is None:
-            raise InputError(f"{path} is not a run of tmjax (no {MANIFEST})")
-        manifest |= {"key": dict(key), "inputs": header["inputs"]}
-        return cls._resume(path, manifest, recipe_yaml, here)
+        lock = OutputLock(path)
+        try:
+            manifest = read_manifest(path)
+            if manifest is None:
+                raise InputError(f"{path} is not a run of tmjax (no {MANIFEST})")
+            manifest |= {"key": dict(key), "inputs": header["inputs"]}
+            return cls._resume(path, manifest, recipe_yaml, here)._locked(lock)
+        except BaseException:
+            lock.release()
+            raise
 
     @classmethod
     def follow(cls, path: Path, key: Mapping[str, str], here: Mapping[str, Any] | None = None) -> "RunDirectory":
@@ -220,9 +261,11 @@ class RunDirectory:
         first = self.team.is_first()
         if self.team.agree(first and self.finished(name, key)):
             return path
+        refuse_foreign(path, self.team.agree(self._foreign(output) if first else []))
         started = time.perf_counter()
         partial = partial_name(path)
         if first:
+            self._unfinished(output, [])
             remove(partial)
             partial.parent.mkdir(parents=True, exist_ok=True)
             if not path.suffix:
@@ -236,11 +279,12 @@ class RunDirectory:
                 remove(partial)
             raise
         if first:
-            remove(path)
-            os.replace(partial, path)
-            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-            sizes = {str(file.relative_to(self.path)): file.stat().st_size for file in sorted(files)}
+            names = [output] if partial.is_file() else [f"{output}/{file}" for file in walk(partial)]
+            self._unfinished(output, names)  # so that they are known for ours if the process dies here
+            self._replace(partial, path, output)
+            sizes = {file: (self.path / file).stat().st_size for file in sorted(names)}
             self.manifest["outputs"][name] = {"key": digest(key), "files": sizes}
+            del self.manifest["unfinished"]
         seconds = round(time.perf_counter() - started, 3)
         self.manifest |= self.here
         self.manifest["stages"][name] = {"seconds": seconds, "peak_rss_mib": peak_rss_mib(), "reused": False}
@@ -253,6 +297,31 @@ class RunDirectory:
         self.save()
         self.team.barrier(f"{name} recorded")
         return path
+
+    def _unfinished(self, output: str, files: list[str]) -> None:
+        """Notes what is being written, and the files that will be renamed into place."""
+        known = set((self.manifest.get("unfinished") or {}).get("files", ())) | set(files)
+        self.manifest["unfinished"] = {"output": output, "files": sorted(known)}
+        self.save()
+
+    def _foreign(self, output: str) -> list[str]:
+        """Names below an output that no stage has written."""
+        path, held = self.path / output, listed(self.manifest)
+        names = [f"{output}/{name}" for name in walk(path)] if path.is_dir() else []
+        return sorted(name for name in names if not is_own(name, held))
+
+    def _replace(self, partial: Path, path: Path, output: str) -> None:
+        """Renames a finished output into place of the one there; files that no stage has written stay in it."""
+        if path.is_dir():
+            held = listed(self.manifest)
+            delete(path, [name for name in walk(path) if is_own(f"{output}/{name}", held)])
+            if any(walk(path)):  # they came while the stage was running
+                for name in list(walk(partial)):
+                    (path / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(partial / name, path / name)
+            remove(partial if any(walk(path)) else path)
+        if partial.exists():
+            os.replace(partial, path)
 
 
 def _size(path: Path) -> int:

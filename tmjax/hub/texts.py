@@ -3,6 +3,7 @@
 A split is as in `datasets`: `train`, or a part of it, `train[:500]`.
 """
 
+import codecs
 import hashlib
 import json
 import re
@@ -14,14 +15,17 @@ import numpy as np
 
 from tmjax.errors import InputError
 
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents in order, each with an id; `path` is how the user named them."""
+    """Documents in order, each with an id; `path` is how the user named them, `blank` counts documents left out."""
 
     path: str
     ids: tuple[str, ...]
     texts: tuple[str, ...]
+    blank: int = 0
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -47,29 +51,40 @@ class Texts:
 
 
 def read_texts(name: str) -> Texts:
-    """Reads documents; blank lines are skipped. Raises InputError naming the file and line."""
+    """Reads documents; blank ones are skipped and counted. Raises InputError naming the file and line."""
     if name.startswith("hf:"):
         return _from_hub(name)
-    parse = _json_line if Path(name).suffix == ".jsonl" else _plain_line
-    return _checked(name, [parse(name, number, line) for number, line in read_lines(name)])
+    if Path(name).suffix != ".jsonl":
+        return _checked(name, [(str(number), line) for number, line in read_lines(name)])
+    return _checked(name, [_json_line(name, number, line) for number, line in read_lines(name)])
 
 
 def read_lines(name: str) -> list[tuple[int, str]]:
-    """The lines of a .jsonl or .txt file that are not blank, with their numbers; raises InputError as `read_texts`."""
+    """The lines of a .jsonl or .txt file that are not blank, with their numbers; raises InputError as `read_texts`.
+
+    A byte order mark is no part of the text.
+    """
     path = Path(name).expanduser()
+    if path.suffix in _PACKED:
+        raise InputError(f"{name} is compressed; unpack it first: texts are a .jsonl or .txt file")
     if path.suffix not in (".jsonl", ".txt"):
         raise InputError(f"{name}: texts are a .jsonl or .txt file, or hf:NAME[:split[:field]]")
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text (byte {error.start})") from None
+        raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read texts {name}: {error.strerror}") from None
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{name} is UTF-16 text; save it as UTF-8")
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        lines = raw.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{name} line {line} is not UTF-8 text (byte 0x{raw[error.start]:02x})") from None
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise InputError(f"{name} line {number} holds a NUL character: it is not UTF-8 text")
     return [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _plain_line(_name: str, number: int, line: str) -> tuple[str, str]:
-    return str(number), line
 
 
 def parse_json(name: str, number: int, line: str) -> object:
@@ -80,16 +95,29 @@ def parse_json(name: str, number: int, line: str) -> object:
         raise InputError(f"{name} line {number} is not JSON: {error}") from None
 
 
+def require_text(where: str, *strings: str) -> None:
+    """Raises InputError for a string that is no text: half of a surrogate pair, which JSON can spell."""
+    for string in strings:
+        try:
+            string.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where} holds half of a surrogate pair, which is not valid text") from None
+
+
 def _json_line(name: str, number: int, line: str) -> tuple[str, str]:
     entry = parse_json(name, number, line)
     text = entry.get("text") if isinstance(entry, dict) else None
     if not isinstance(text, str):
-        raise InputError(f"{name} line {number} has no text field")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{name} line {number} holds half of a surrogate pair, which is not valid text") from None
-    return str(entry.get("id", number)), text
+        said = "no text field" if text is None else f"a text field that is {_json_kind(text)}"
+        raise InputError(f"{name} line {number} has {said}")
+    label = str(entry.get("id", number))
+    require_text(f"{name} line {number}", text, label)
+    return label, text
+
+
+def _json_kind(value: object) -> str:
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "no string")
 
 
 def _from_hub(name: str) -> Texts:
@@ -107,15 +135,23 @@ def _from_hub(name: str) -> Texts:
         raise InputError(f"cannot load {name}: {reason}") from None
     if field not in rows.column_names:
         raise InputError(f"{name} has no column {field}; it has {', '.join(rows.column_names)}")
-    return _checked(name, [(str(number), text) for number, text in enumerate(rows[field]) if text and text.strip()])
+    found = []
+    for number, text in enumerate(rows[field]):
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{name} row {number}: column {field} holds {type(text).__name__}, not text")
+        require_text(f"{name} row {number}", text or "")
+        found.append((str(number), text or ""))
+    return _checked(name, found)
 
 
 def _checked(name: str, rows: Sequence[tuple[str, str]]) -> Texts:
-    if not rows:
-        raise InputError(f"{name} holds no text")
-    ids, texts = zip(*rows, strict=True)
+    kept = [(label, text) for label, text in rows if text.strip()]
+    blank = len(rows) - len(kept)
+    if not kept:
+        raise InputError(f"{name} holds no text" + (f": all {blank} documents are blank" if blank else ""))
+    ids, texts = zip(*kept, strict=True)
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))
         raise InputError(f"{name}: document id {twice} occurs twice")
-    return Texts(name, ids, texts)
+    return Texts(name, ids, texts, blank)

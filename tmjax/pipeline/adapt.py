@@ -19,6 +19,7 @@ from tmjax.adapt.train import Facts, Trainer, TrainResult
 from tmjax.convert import hf
 from tmjax.convert.model import Model
 from tmjax.hub.atomic import atomic_directory, remove
+from tmjax.hub.lock import OutputLock
 from tmjax.hub.rundir import RunDirectory, digest, read_manifest
 from tmjax.pipeline.adapt_arms import ADAPTED, Arm, arms_of
 from tmjax.pipeline.adapt_inputs import AdaptInputs
@@ -27,6 +28,7 @@ from tmjax.pipeline.adapt_start import Show, Starts
 from tmjax.pipeline.alignment import Warn, refuse_nested
 from tmjax.pipeline.forgetting import measure_forgetting
 from tmjax.pipeline.merge import evaluation_facts
+from tmjax.pipeline.notes import note_blank, note_hidden
 from tmjax.pipeline.training_log import StepLog
 from tmjax.recipe import dump_recipe
 from tmjax.report.training import adapted_card, write_training_report
@@ -60,8 +62,18 @@ class Adapt:
         self.show, self.warn = show, warn
         self.starts = Starts(self.inputs, show, warn)
         path = Path(recipe.out)
-        hashes = self.inputs.hashes
         refuse_nested(recipe)
+        with OutputLock(path):
+            key = self._begin(path, overwrite=overwrite)
+        self._key = key
+        self.arms = dict(arms or arms_of(recipe))
+        self.schedules = schedules or dict.fromkeys(self.arms, recipe.training.schedules)
+        self.material = Material(self.run, key, self.inputs, self.starts, show)
+
+    def _begin(self, path: Path, *, overwrite: bool) -> dict[str, str]:
+        """Creates or resumes the run directory, after everything that it needs was found to be good; its key."""
+        recipe, warn = self.recipe, self.warn
+        hashes = self.inputs.hashes
         told = recipe.model_dump(mode="json", exclude={"out", "mesh", "other_texts", *_INPUTS})
         key = {"recipe": digest(told)} | hashes
         if self.inputs.run is not None:
@@ -69,6 +81,8 @@ class Adapt:
         previous = read_manifest(path)
         if previous is None or previous.get("key") != key:
             self.inputs.check(warn)
+        inputs = self.inputs
+        note_blank([inputs.texts.texts, inputs.valid, inputs.test, *inputs.other_texts.values()], warn)
         layout = self.inputs.layout
         named = self.inputs.names | {name: getattr(recipe, name) for name in ("texts", "valid", "test")}
         header = {
@@ -86,10 +100,7 @@ class Adapt:
         }
         here = {"mesh": layout.sizes, "devices": layout.devices, "platform": jax.devices()[0].platform}
         self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite, here=here)
-        self._key = key
-        self.arms = dict(arms or arms_of(recipe))
-        self.schedules = schedules or dict.fromkeys(self.arms, recipe.training.schedules)
-        self.material = Material(self.run, key, self.inputs, self.starts, show)
+        return key
 
     # Training.
 
@@ -225,6 +236,7 @@ class Adapt:
                 self.show("evaluate", done + 1, len(checkpoints), "")
             with partial.open("wb") as stream:
                 np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
+            note_hidden(scores, self.warn)
             return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed, merged=ADAPTED)
 
         key = [self._key, list(checkpoints), self.recipe.evaluation.model_dump()]
@@ -267,5 +279,8 @@ def adapt(*, overwrite: bool = False, **recipe: Any) -> tuple[Model, dict[str, A
     """
     told = build_adapt_recipe({name: str(x) if isinstance(x, Path) else x for name, x in recipe.items()})
     run = Adapt(told, overwrite=overwrite, warn=lambda message: warnings.warn(message, stacklevel=2))
-    manifest = run.all()
+    try:
+        manifest = run.all()
+    finally:
+        run.run.close()
     return run.inputs.load(run.run.path / "merged"), manifest

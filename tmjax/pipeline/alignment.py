@@ -1,6 +1,6 @@
 """The stages up to the alignment, each with its input hash: activations (or their moments), plans."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from tmjax.align import store as alignment_store
 from tmjax.align.alignment import Alignment, align, needed_sites
 from tmjax.align.moments import Moments
 from tmjax.align.streaming import align_moments, gather, load_moments, save_moments
-from tmjax.errors import InputError
 from tmjax.evaluate.controls import Control, derangement
+from tmjax.hub.lock import OutputLock
+from tmjax.hub.paths import refuse_overlap
 from tmjax.hub.rundir import RunDirectory, digest, read_manifest
 from tmjax.models.decoder import init_params
 from tmjax.pipeline.inputs import Inputs
+from tmjax.pipeline.notes import note_blank
 from tmjax.recipe import Recipe, Section, dump_recipe
 from tmjax.sharding import hosts
 
@@ -32,13 +34,13 @@ def quiet(_stage: str, _done: int, _total: int) -> None:
     """No progress display."""
 
 
-def refuse_nested(recipe: Section, names: Sequence[str] = _INPUTS) -> None:
-    """Raises InputError if a local input lies inside the output, where --overwrite would delete it."""
-    out = Path(recipe.out).resolve()
-    for name in names:
-        value = getattr(recipe, name)
-        if value and Path(value).exists() and Path(value).resolve().is_relative_to(out):
-            raise InputError(f"{name} lies inside the output {recipe.out}; choose another output directory")
+def refuse_nested(recipe: Section) -> None:
+    """Raises InputError if a local input is the output, lies inside it or holds it."""
+    named: list[tuple[str, str | None]] = [(name, getattr(recipe, name, None)) for name in _INPUTS]
+    named += [("other_texts", name) for name in recipe.other_texts]
+    named += [("same_size_source", getattr(recipe, "same_size_source", None))]
+    named += [("fusion.base", recipe.fusion.base)] if isinstance(recipe, Recipe) else []
+    refuse_overlap(recipe.out, named)
 
 
 class AlignmentRun:
@@ -59,16 +61,28 @@ class AlignmentRun:
         self.progress, self.warn = progress, warn
         self._alignment: Alignment | None = None
         path = Path(recipe.out)
+        hosts.together(lambda: refuse_nested(recipe))
+        lock = hosts.together(lambda: OutputLock(path) if hosts.is_first() else None)
+        try:
+            self._begin(path, overwrite=overwrite, amend=amend, also=dict(also or {}))
+        finally:
+            if lock is not None:  # the run holds it too by now
+                lock.release()
+
+    def _begin(self, path: Path, *, overwrite: bool, amend: bool, also: Mapping[str, str]) -> None:
+        """Creates or resumes the run directory, after everything that it needs was found to be good."""
+        recipe = self.recipe
         hashes = hosts.together(lambda: self.inputs.hashes)
         hosts.require_same("inputs", hashes)
-        refuse_nested(recipe)
         # What may change without making another run of it: where things lie and are computed, whether a no-op passes.
         without = {"out", "allow_negligible", "mesh", "other_texts", "same_size_source", *_INPUTS}
         told = recipe.model_dump(mode="json", exclude=without)
-        key = {"recipe": digest(told)} | hashes | dict(also or {})
+        key = {"recipe": digest(told)} | hashes | dict(also)
         previous = read_manifest(path)
         if hosts.agree(previous is None or previous.get("key") != key):
             hosts.together(self.inputs.check)
+        read = self.inputs
+        note_blank([read.all_texts, read.valid, read.test, *read.other_texts.values()], self.warn)
         layout = self.inputs.layout
         header = {
             "tmjax": tmjax.__version__,

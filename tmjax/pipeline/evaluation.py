@@ -1,8 +1,9 @@
 """`tmjax evaluate`: bits per byte and tasks of several checkpoints, and the folder that `tmjax compare` reads."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from tmjax.convert.model import Model, config_directory, load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.tasks import TaskResults, require_lm_eval, run_tasks, task_manager
-from tmjax.hub.atomic import atomic_directory, refuse_existing, write_json
+from tmjax.hub.atomic import atomic_directory, write_json
+from tmjax.hub.lock import OutputLock
+from tmjax.hub.owned import refuse_existing
+from tmjax.hub.paths import refuse_overlap
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
-from tmjax.pipeline.alignment import Progress, quiet
+from tmjax.pipeline.alignment import Progress, Warn, quiet
 from tmjax.pipeline.merge import evaluation_facts
+from tmjax.pipeline.notes import note_blank, note_hidden
 from tmjax.sharding import hosts
 from tmjax.sharding.mesh import AUTO, Layout
 
@@ -47,16 +52,38 @@ def evaluate_models(
     seed: int = 0,
     mesh: str | None = None,
     progress: Progress = quiet,
+    warn: Warn = lambda message: None,
 ) -> dict[str, Any]:
     """Bits per byte on one text file with 95% intervals, and task metrics with standard errors, of checkpoints.
 
     With `out`, results and what every document scored are written there: in the folder itself for one model, else in
     one folder per model, of its name. Raises InputError for bad input before any model is loaded, where that is known.
     """
+    with contextlib.ExitStack() as stack:
+        places = {} if out is None else _places(directories, out)
+        if out is not None:
+            read = [("the checkpoint", directory) for directory in directories] + [("texts", texts)]
+            refuse_overlap(out, [*read, ("tasks", tasks and tasks.folder)])
+            hosts.together(lambda: hosts.is_first() and _reserve(stack, out, places.values(), overwrite=overwrite))
+        return _evaluate(directories, texts, tasks, places, overwrite, draws, seed, mesh, progress, warn)
+
+
+def _evaluate(
+    directories: Sequence[str],
+    texts: str | None,
+    tasks: TaskOptions | None,
+    places: Mapping[str, Path],
+    overwrite: bool,
+    draws: int,
+    seed: int,
+    mesh: str | None,
+    progress: Progress,
+    warn: Warn,
+) -> dict[str, Any]:
     documents = None if texts is None else read_texts(texts)
+    note_blank([documents], warn)
     if tasks is not None:
         task_manager(tasks.names, tasks.folder)
-    places = _places(directories, out, overwrite=overwrite)
     scores: dict[str, Scores] = {}
     asked: dict[str, TaskResults] = {}
     notes: dict[str, list[str]] = {}
@@ -72,6 +99,7 @@ def evaluate_models(
         progress("evaluate", done + 1, len(directories))
     result: dict[str, Any] = {"notes": notes} if notes else {}
     if documents is not None:
+        note_hidden(scores, warn)
         result["evaluation"] = evaluation_facts(scores, draws=draws, seed=seed)["evaluation"]
     if tasks is not None:
         result["lm_eval"] = require_lm_eval()
@@ -104,17 +132,22 @@ def _task_facts(held: TaskResults, tasks: TaskOptions) -> dict[str, Any]:
     return facts | {"limit": tasks.limit, "chat_template": tasks.chat_template}
 
 
-def _places(directories: Sequence[str], out: Path | None, *, overwrite: bool) -> dict[str, Path]:
-    """Where the results of each model go; refuses what exists."""
-    if out is None:
-        return {}
-    names = [Path(directory).name for directory in directories]
+def _places(directories: Sequence[str], out: Path) -> dict[str, Path]:
+    """Where the results of each model go."""
+    if len(directories) == 1:
+        return {directories[0]: out}
+    names = [Path(d).resolve().name if Path(d).exists() else Path(d).name for d in directories]
     if len(set(names)) < len(names):
         raise InputError(f"--out names a folder after each model, and two are called {max(names, key=names.count)}")
-    places = {d: out if len(names) == 1 else out / name for d, name in zip(directories, names, strict=True)}
-    for place in places.values():
+    return {directory: out / name for directory, name in zip(directories, names, strict=True)}
+
+
+def _reserve(stack: contextlib.ExitStack, out: Path, places: Iterable[Path], *, overwrite: bool) -> None:
+    """Holds the locks of the outputs as long as the stack is open; refuses what exists."""
+    for place in dict.fromkeys([out, *places]):
+        stack.enter_context(OutputLock(place))
+    for place in places:
         refuse_existing(place, overwrite=overwrite)
-    return places
 
 
 def _write(

@@ -72,9 +72,14 @@ class Inputs(HeldOut):
         return load_tokenizer(self.target.directory, self.target.spec.vocab)
 
     @functools.cached_property
+    def all_texts(self) -> Texts:
+        """The calibration texts that the file holds."""
+        return read_texts(self.recipe.texts)
+
+    @functools.cached_property
     def texts(self) -> Texts:
         """The calibration texts."""
-        return read_texts(self.recipe.texts).part(self.recipe.activations.max_texts, self.recipe.seed)
+        return self.all_texts.part(self.recipe.activations.max_texts, self.recipe.seed)
 
     @functools.cached_property
     def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:

@@ -28,6 +28,7 @@ from tmjax.hub.rundir import RECIPE, read_manifest
 from tmjax.models.spec import DecoderSpec
 from tmjax.pipeline.alignment import AlignmentRun
 from tmjax.pipeline.forgetting import measure_forgetting
+from tmjax.pipeline.notes import hidden_facts, note_hidden
 from tmjax.pipeline.other_sources import other_sources
 from tmjax.pipeline.predictions import Predictions
 from tmjax.pipeline.report import REPORT, SAMPLES
@@ -171,6 +172,7 @@ class Merge(AlignmentRun):
             if hosts.is_first():
                 with partial.open("wb") as stream:
                     np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
+            note_hidden(scores, self.warn)
             return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed)
 
         keys = [*(self._fuse_key(arm) for arm in checkpoints), *also]
@@ -279,6 +281,7 @@ def evaluation_facts(scores: Mapping[str, Scores], *, draws: int, seed: int, mer
             "bytes": int(value.bytes.sum()),
             "tokens": int(value.tokens.sum()),
         }
+        | hidden_facts(value)
         for arm, value in scores.items()
     }
     controls = [arm for arm in scores if arm.startswith("control:")]

@@ -9,6 +9,7 @@ from tmjax.convert.model import load_model
 from tmjax.errors import InputError, TmjaxError
 from tmjax.hub.atomic import partial_name, remove
 from tmjax.hub.checkpoint import read_json
+from tmjax.hub.lock import OutputLock
 from tmjax.hub.rundir import RECIPE, read_manifest
 from tmjax.hub.texts import read_texts
 from tmjax.pipeline.alignment import Warn
@@ -32,6 +33,11 @@ def rebuild_report(run: Path, warn: Warn = lambda message: None) -> Path:
     if not (run / "alignment").is_dir() or not (run / "merged").is_dir():
         raise InputError(f"{run} holds no finished merge; `tmjax merge` or `tmjax fuse` makes one, with its report")
     recipe = build_recipe(read_recipe(run / RECIPE) | {"out": str(run)})
+    with OutputLock(run):
+        return _rebuild(run, recipe, manifest, warn)
+
+
+def _rebuild(run: Path, recipe: Recipe, manifest: dict[str, Any], warn: Warn) -> Path:
     page = run / REPORT
     partial = partial_name(page)
     try:

@@ -26,6 +26,7 @@ from tmjax.models.spec import projections
 from tmjax.pipeline.alignment import AlignmentRun, Progress, Warn, quiet
 from tmjax.pipeline.inputs import Inputs
 from tmjax.pipeline.merge import evaluation_facts
+from tmjax.pipeline.notes import note_hidden
 from tmjax.recipe import FusionOptions, Recipe
 from tmjax.report.sweep import write_sweep_report
 from tmjax.sharding import hosts
@@ -289,6 +290,7 @@ class Sweep(AlignmentRun):
                 with partial.open("wb") as stream:
                     np.savez(stream, bytes=scores["best"].bytes, **{arm: value.nll for arm, value in scores.items()})
             options = self.recipe.evaluation
+            note_hidden(scores, self.warn)
             facts = evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed)
             return {"evaluation": facts["evaluation"], ("sweep", "test_compilations"): scorer.compilations}
 

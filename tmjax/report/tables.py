@@ -10,15 +10,17 @@ Row = tuple[str, ...]
 
 
 def evaluation_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows: arm, bits per byte, 95% interval, difference to the target."""
+    """Header and rows: arm, bits per byte, 95% interval, difference to the target; hidden bytes if there are any."""
     evaluation = manifest["evaluation"]
+    hidden = any("unknown_share" in item for item in evaluation.values())
     base = evaluation.get("target", {}).get("bits_per_byte")
     rows = []
     for arm, item in evaluation.items():
         low, high = item["ci95"]
         change = "" if base is None or arm == "target" else f"{item['bits_per_byte'] - base:+.4f}"
-        rows.append((arm, f"{item['bits_per_byte']:.4f}", f"[{low:.4f}, {high:.4f}]", change))
-    return ("arm", "bits/byte", "95% interval", "against target"), rows
+        unknown = (f"{item.get('unknown_share', 0.0):.2%}",) if hidden else ()
+        rows.append((arm, f"{item['bits_per_byte']:.4f}", f"[{low:.4f}, {high:.4f}]", change, *unknown))
+    return ("arm", "bits/byte", "95% interval", "against target", *(("unknown bytes",) if hidden else ())), rows
 
 
 def task_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:

@@ -128,7 +128,7 @@ def supervise(arguments: Sequence[str]) -> int:
     log = Path(name)
     # A group of its own: the terminal's interrupt comes here once, and is passed on once.
     child = subprocess.Popen(
-        [sys.executable, "-m", "tmjax.cli", *arguments],
+        [sys.executable, "-m", "tmjax", *arguments],
         env=os.environ | {LOG: name},
         stdin=subprocess.PIPE,
         process_group=0,

@@ -21,6 +21,7 @@ from tmjax.evaluate.packing import LOGIT_NODES, pack, packed_nll
 from tmjax.fuse.apply import Coefficients, Transported, fuse_params
 from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer
+from tmjax.hub.unknown import hidden_nats
 from tmjax.models.packed import Packed
 from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import AXES, Layout
@@ -143,7 +144,7 @@ class SettingsScorer:
     def __call__(
         self, transported: Mapping[str, Transported], settings: Sequence[Coefficients], *, bias_rule: str
     ) -> np.ndarray:
-        """Negative log-likelihood [S, D] in nats of every document under every setting, float64.
+        """Negative log-likelihood [S, D] in nats of every document under every setting, hidden bytes charged, float64.
 
         `settings` are at most `batch`, each with the coefficients of every role of `transported` (see `place`).
         """
@@ -155,11 +156,11 @@ class SettingsScorer:
         values = self._chunks.sums(to_host(sums).astype(np.float64), len(self._cut.pieces))[: len(told)]
         nll = np.zeros((len(told), len(self._cut.bytes)))
         np.add.at(nll, (slice(None), [document for document, _ in self._cut.pieces]), values)
-        return nll
+        return nll + hidden_nats(self._cut.hidden.unknown)
 
     def scores(self, nll: np.ndarray) -> Scores:
         """Scores of one setting's `nll` [D]."""
-        return Scores(nll, self._cut.bytes, self._cut.tokens)
+        return Scores(nll, self._cut.bytes, self._cut.tokens, self._cut.hidden)
 
     def bits_per_byte(self, nll: np.ndarray) -> np.ndarray:
         """Bits per byte [S] of `nll` [S, D]."""
