@@ -333,6 +333,11 @@ def test_a_table_that_has_gone_stale_is_found(tmp_path, monkeypatch, capsys):
     assert "run python -m tools.config_keys" in capsys.readouterr().err
 
 
+def test_a_family_that_is_not_in_the_table_refuses_every_key_that_it_does_not_take():
+    assert unread.sort_unread("mine", {"torchscript": True, "use_cache": True}, {}) == (["torchscript"], [])
+    assert unread.sort_unread("llama", {"torchscript": True, "use_cache": True}, {})[0] == []
+
+
 def test_keys_that_source_text_reads():
     source = """
 class Made:

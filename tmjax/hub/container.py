@@ -26,9 +26,13 @@ _OTHERS = (
     ("flax_model*.msgpack", "Flax weights", "save it with save_pretrained of the PyTorch class, from_flax=True"),
     ("rust_model.ot", "rust-bert's weights", _ADVICE),
     ("model_index.json", "a diffusion pipeline", "give a language model"),
-    ("model*.safetensors", f"safetensors without {INDEX_NAME}", "fetch the index or save it again"),
-    ("pytorch_model*.bin", f"PyTorch files without {BIN_INDEX_NAME}", "fetch the index or save it again"),
-    ("*.safetensors", f"safetensors that are not named {SINGLE_NAME}", "rename the file if it is the whole model"),
+    ("model*.safetensors", f"a shard without {INDEX_NAME}", "fetch the index or save it again"),
+    ("pytorch_model*.bin", f"a shard without {BIN_INDEX_NAME}", "fetch the index or save it again"),
+    (
+        "*.safetensors",
+        f"a safetensors file that is not named {SINGLE_NAME}",
+        "rename the file if it is the whole model",
+    ),
 )
 
 

@@ -8,7 +8,7 @@ is written from the installed transformers by `python -m tools.config_keys`, and
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,15 @@ def known_keys() -> Mapping[str, Any]:
     return json.loads(KNOWN_KEYS.read_text(encoding="utf-8"))
 
 
-def read_by_transformers(model_type: str) -> frozenset[str]:
-    """Keys that transformers' code for a family reads, or the code that all models share."""
+def could_matter(model_type: str, keys: Collection[str]) -> set[str]:
+    """Those of the keys that transformers' code for a family reads, or the code that all models share.
+
+    All of them for a family that is not in the table yet.
+    """
     known = known_keys()
-    return frozenset(known["shared"]) | frozenset(known["families"][model_type]["read"])
+    if model_type not in known["families"]:
+        return set(keys)
+    return set(keys) & {*known["shared"], *known["families"][model_type]["read"]}
 
 
 def known_rope_keys() -> frozenset[str]:
@@ -99,7 +104,6 @@ def sort_unread(model_type: str, unread: Mapping[str, Any], values: Mapping[str,
     Returns:
         Keys that could change the forward pass, and notes on those that change nothing.
     """
-    read = read_by_transformers(model_type)
 
     def harmless(key: str, value: Any) -> bool:
         if key in NEUTRAL and NEUTRAL[key](value):
@@ -107,7 +111,8 @@ def sort_unread(model_type: str, unread: Mapping[str, Any], values: Mapping[str,
         return key in IGNORED or (key in REPEATED and values.get(REPEATED[key]) == value)
 
     left = {key: value for key, value in unread.items() if not harmless(key, value)}
-    return sorted(left.keys() & read), _notes(model_type, {key: left[key] for key in sorted(left.keys() - read)})
+    refused = could_matter(model_type, left)
+    return sorted(refused), _notes(model_type, {key: left[key] for key in sorted(left.keys() - refused)})
 
 
 def _notes(model_type: str, idle: Mapping[str, Any]) -> list[str]:
