@@ -188,7 +188,7 @@ def test_tokens_are_written_with_the_bytes_that_they_stand_for(target, source, t
     same = [a == b or (spaceless and a.lower().replace(b" ", b"") == b.replace(b" ", b"")) for a, b in both]
     assert len(both) > 0.95 * len(strings) and all(same)
     pairs = dict(zip(strings, written, strict=True))
-    begun = [s for s in strings if s.startswith(b" ") and s[1:] in pairs and pairs[s] and pairs[s[1:]]]
+    begun = [s for s in strings if s[:1] == b" " and s[1:].isalpha() and pairs[s] and pairs.get(s[1:])]
     assert len(begun) > 5 and all(pairs[s] != pairs[s[1:]] for s in begun)
 
 
@@ -274,7 +274,7 @@ def test_words_split_without_a_mark_are_refused(folders, tokenizers, verses, tmp
     """Whether a space was before a token is nobody's guess."""
     state = json.loads((folders["llama2"] / "tokenizer.json").read_text())
     state |= {"normalizer": None, "pre_tokenizer": json.loads(pre_tokenizers.Whitespace().__getstate__())}
-    with pytest.raises(InputError, match="in place of|where the text has ' "):
+    with pytest.raises(InputError, match="where the text has ' "):
         require_shared(tokenizers["gpt2"], load_tokenizer(write(tmp_path, state)), verses, otherwise="")
 
 
