@@ -120,7 +120,7 @@ class Crossing:
             if None in following:
                 alike[number] = False
                 continue
-            size = min(map(len, following))
+            size = max(map(len, following)) if all(following) else 0
             shown = [text[starts[at] :][:size] for at, text, starts in zip(pair, whole, begin, strict=True)]
             alike[number] = size > 0 and shown[0] == shown[1]
             different[number] = not alike[number]

@@ -8,19 +8,21 @@ Characters that a normaliser changes (lower case, NFKC) are counted, not charged
 """
 
 import functools
+import json
 import math
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import models, pre_tokenizers
 
 from tmjax.hub.tokenizer import Encoding, TextTokenizer
 
 BITS_PER_BYTE = 8
 #: Share of hidden or changed bytes from which on it is worth a warning.
 WORTH_SAYING = 0.01
+_SPACE = "\u2581"
 
 
 class Hidden(NamedTuple):
@@ -37,69 +39,100 @@ def hidden_nats(unknown: np.ndarray) -> np.ndarray:
 
 def hidden_bytes(tokenizer: TextTokenizer, texts: Sequence[str], encodings: Sequence[Encoding]) -> Hidden:
     """Counts the UTF-8 bytes of texts that their encodings hide or change."""
-    number, name = unknown_token(tokenizer.fast)
-    unknown = [
-        _unknown(tokenizer.fast, number, name, text, encoding) for text, encoding in zip(texts, encodings, strict=True)
-    ]
-    changed = functools.cache(functools.partial(_changes, tokenizer.fast.backend_tokenizer.normalizer))
-    sizes = [sum(len(c.encode()) * n for c, n in Counter(text).items() if changed(c)) for text in texts]
-    return Hidden(np.asarray(unknown, np.int64), np.asarray(sizes, np.int64))
+    reader = _Reader(tokenizer.fast)
+    pairs = [reader.hidden(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+    return Hidden(*np.asarray(pairs, np.int64).reshape(-1, 2).T)
 
 
 def unknown_token(fast: Any) -> tuple[int | None, str | None]:
     """Id and text of the token that a tokenizer's model gives for what it does not know; None if it has none."""
     model = fast.backend_tokenizer.model
-    number, name = getattr(model, "unk_id", None), getattr(model, "unk_token", None)
-    if number is not None:
-        return int(number), fast.convert_ids_to_tokens(int(number))
-    if not name or getattr(model, "byte_fallback", False):
-        # Where every byte has a token, the unknown one is met only where a text spells it out.
-        return None, None
-    return fast.backend_tokenizer.token_to_id(name), name
+    if isinstance(model, models.Unigram):
+        number = json.loads(fast.backend_tokenizer.to_str())["model"].get("unk_id")
+        return number, None if number is None else fast.convert_ids_to_tokens(number)
+    name = getattr(model, "unk_token", None)
+    return (fast.backend_tokenizer.token_to_id(name), name) if name else (None, None)
+
+
+class _Reader:
+    """What is asked of one tokenizer."""
+
+    def __init__(self, fast: Any) -> None:
+        self._fast, backend = fast, fast.backend_tokenizer
+        self._normaliser = backend.normalizer
+        self._unknown, self._name = unknown_token(fast)
+        model = backend.model
+        # BPE without an unknown token leaves out characters that are no tokens, and its offsets are wrong from there.
+        drops = isinstance(model, models.BPE) and not model.unk_token and not model.byte_fallback
+        self._known = None if not drops or _is_byte_level(fast) else backend.get_vocab(True).keys()
+        self._changes = functools.cache(self._changes_uncached)
+        self._dropped = functools.cache(self._dropped_uncached)
+
+    def hidden(self, text: str, encoding: Encoding) -> tuple[int, int]:
+        """Bytes of a text that its tokens hide, and that they change."""
+        offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        under = np.zeros(len(text), bool)
+        if self._unknown is not None:
+            for place in np.nonzero(np.asarray(encoding.ids) == self._unknown)[0]:
+                start, end = offsets[place]
+                if text[start:end].strip() != self._name:  # a text may spell it out
+                    under[start:end] = True
+        widths = _widths(text)
+        if self._known is not None:
+            under |= np.fromiter(map(self._dropped, text), bool, len(text))
+            uncovered = ~under & np.fromiter(map(str.isspace, text), bool, len(text))
+        else:
+            edges = np.zeros(len(text) + 1, np.int64)
+            np.add.at(edges, offsets[:, 0], 1)
+            np.add.at(edges, offsets[:, 1], -1)
+            uncovered = (np.cumsum(edges)[:-1] == 0) & ~under
+        if uncovered.any():
+            under |= self._lost(text, under, uncovered, encoding)
+        changed = sum(int(widths[place]) for place in np.nonzero(~under)[0] if self._changes(text[place]))
+        return int(widths[under].sum()), changed
+
+    def _lost(self, text: str, under: np.ndarray, uncovered: np.ndarray, encoding: Encoding) -> np.ndarray:
+        """Which of the uncovered characters are lost: all but white space that decoding gives back.
+
+        Offsets leave out white space that belongs to tokens.
+        """
+        space = np.fromiter(map(str.isspace, text), bool, len(text))
+        lost = uncovered & ~space
+        between = np.nonzero(uncovered & space)[0]
+        if len(between):
+            decoded = self._fast.decode(encoding.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            marks = sum(token.count(_SPACE) for token in self._fast.convert_ids_to_tokens(encoding.ids))
+            given = max(marks, sum(character.isspace() or character == _SPACE for character in decoded))
+            missing = int((space & ~under).sum()) - given
+            lost[between[: max(0, missing)]] = True
+        return lost
+
+    def _changes_uncached(self, character: str) -> bool:
+        """Whether the normaliser makes another character of this one that does not stand for the same text."""
+        made = self._normalised(character)
+        if character.isspace() or made == "":
+            return False
+        return unicodedata.normalize("NFC", made) != unicodedata.normalize("NFC", character)
+
+    def _dropped_uncached(self, character: str) -> bool:
+        """Whether a BPE model without an unknown token leaves a character out."""
+        if character.isspace():
+            return character != " " and character not in self._known
+        made = self._normalised(character)
+        return made == "" or not all(part in self._known for part in made)
+
+    def _normalised(self, character: str) -> str:
+        if self._normaliser is None:
+            return character
+        return "".join(self._normaliser.normalize_str(character).replace(_SPACE, " ").split())
+
+
+def _is_byte_level(fast: Any) -> bool:
+    """Whether every byte has a token: the 256 characters that a byte-level vocabulary writes them as."""
+    return fast.backend_tokenizer.get_vocab(True).keys() >= set(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _widths(text: str) -> np.ndarray:
     """UTF-8 bytes of every character."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     return 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
-
-
-def _unknown(fast: Any, number: int | None, name: str | None, text: str, encoding: Encoding) -> int:
-    offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-    under = np.zeros(len(text), bool)
-    if number is not None:
-        for place in np.nonzero(np.asarray(encoding.ids) == number)[0]:
-            start, end = offsets[place]
-            if text[start:end].strip() != name:  # a text may spell it out
-                under[start:end] = True
-    edges = np.zeros(len(text) + 1, np.int64)
-    np.add.at(edges, offsets[:, 0], 1)
-    np.add.at(edges, offsets[:, 1], -1)
-    uncovered = np.cumsum(edges)[:-1] == 0
-    widths = _widths(text)
-    hidden = int(widths[under].sum())
-    if not (uncovered & ~under).any():
-        return hidden
-    # Offsets leave out white space that belongs to tokens: what decoding gives back was not dropped.
-    decoded = fast.decode(encoding.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    given, there = Counter(map(_kind, decoded)), Counter(map(_kind, (text[i] for i in np.nonzero(~under)[0])))
-    missing: dict[str, list[int]] = {}
-    for place in np.nonzero(uncovered & ~under)[0]:
-        missing.setdefault(_kind(text[place]), []).append(int(widths[place]))
-    for kind, sizes in missing.items():
-        lost = min(len(sizes), max(0, there[kind] - given[kind]))
-        hidden += sum(sorted(sizes, reverse=True)[:lost])
-    return hidden
-
-
-def _kind(character: str) -> str:
-    """The character, all white space being one."""
-    return " " if character.isspace() else character
-
-
-def _changes(normaliser: Any, character: str) -> bool:
-    """Whether a normaliser makes another character of this one that does not stand for the same text."""
-    if normaliser is None or character.isspace():
-        return False
-    made = "".join(normaliser.normalize_str(character).replace("\u2581", " ").split())
-    return made != "" and unicodedata.normalize("NFC", made) != unicodedata.normalize("NFC", character)

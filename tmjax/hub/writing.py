@@ -25,16 +25,30 @@ def write_within(tokenizer: TextTokenizer, strings: Sequence[bytes]) -> list[tup
         token = vocabulary.id_of(string)
         if token is not None:
             found[number] = (token,)
-        elif tokenizer.spaces_dropped and not string.startswith(b" "):
-            found[number] = _longest(tokenizer, string)
-        else:
-            text = string.decode("utf-8", errors="replace")
-            if string and text.encode() == string:
-                asked[number] = text
+            continue
+        text = string.decode("utf-8", errors="replace")
+        if not string or text.encode() != string:
+            continue
+        begun = _word_end(tokenizer, text) if tokenizer.spaces_dropped else ""
+        tokens = _longest(tokenizer, begun.encode())
+        if tokens is not None:
+            found[number] = tokens
+            asked[number] = _normal(tokenizer, text).removeprefix(begun) if begun else text
     for number, encoding in zip(asked, inner.encode_batch(list(asked.values()), False, False), strict=True):
-        if encoding.ids and not any(token in vocabulary.special for token in encoding.ids):
-            found[number] = tuple(encoding.ids)
+        tokens = (*found[number], *encoding.ids)
+        found[number] = None if not tokens or any(token in vocabulary.special for token in tokens) else tokens
     return found
+
+
+def _normal(tokenizer: TextTokenizer, text: str) -> str:
+    normalizer = tokenizer.backend.normalizer
+    return text if normalizer is None else normalizer.normalize_str(text)
+
+
+def _word_end(tokenizer: TextTokenizer, text: str) -> str:
+    """The normalised beginning of a text that ends a word, where letters come before it."""
+    pieces = tokenizer.backend.pre_tokenizer.pre_tokenize_str("a" + _normal(tokenizer, text))
+    return pieces[0][0][1:] if pieces else ""
 
 
 def _longest(tokenizer: TextTokenizer, string: bytes) -> tuple[int, ...] | None:
@@ -47,7 +61,7 @@ def _longest(tokenizer: TextTokenizer, string: bytes) -> tuple[int, ...] | None:
             return None
         tokens.append(ids[string[:length]][0])
         string = string[length:]
-    return tuple(tokens) or None
+    return tuple(tokens)
 
 
 def prefixless(state: Mapping[str, Any]) -> dict[str, Any]:
