@@ -14,8 +14,8 @@ import numpy as np
 
 from tmjax.hub.tokenizer import TextTokenizer
 
-#: Strings whose tables are kept.
-_TABLES = 4096
+#: Bytes of the tables that are kept: one for each string, 5 bytes for each token of the source.
+_TABLE_BYTES = 2**26
 
 
 class Readings(NamedTuple):
@@ -49,7 +49,7 @@ class Crossing:
         self._bytes = [{number: piece for piece, number in held.items()} for held in (self._tokens, self._pieces)]
         self._size = 1 + max(other.values())
         self._longest = max(map(len, self._tokens))
-        self.readings = lru_cache(_TABLES)(self._readings)
+        self.readings = lru_cache(max(16, _TABLE_BYTES // (5 * self._size)))(self._readings)
 
     def piece(self, source_token: int) -> bytes:
         """The bytes of a source token."""
