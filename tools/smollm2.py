@@ -12,7 +12,6 @@ SmolLM2 is by Hugging Face (Ben Allal et al. 2025, arXiv:2502.02737), licence Ap
 
 import hashlib
 import importlib
-import json
 import re
 import subprocess
 import sys

@@ -91,9 +91,7 @@ def _filled(values: np.ndarray, size: int) -> np.ndarray:
 class Branches:
     """A batch of texts, padded to `shape`, with what may follow them; up to `depth` nodes one after the other."""
 
-    def __init__(
-        self, reader: Reader, texts: Sequence[Sequence[int]], shape: tuple[int, int], depth: int
-    ) -> None:
+    def __init__(self, reader: Reader, texts: Sequence[Sequence[int]], shape: tuple[int, int], depth: int) -> None:
         self.reader = reader
         self._depth, self._slots = depth, shape[1]
         self._length = np.zeros(shape[0], np.int32)
@@ -160,7 +158,8 @@ class Branches:
         self._tokens = np.concatenate([self._tokens, tokens])
         self._text = np.concatenate([self._text, self._text[parents]])
         self._prefix = np.concatenate([self._prefix, self._prefix[parents]])
-        self._states = np.concatenate([self._states, np.empty((len(tokens), self._states.shape[1]), self._states.dtype)])
+        fresh = np.empty((len(tokens), self._states.shape[1]), self._states.dtype)
+        self._states = np.concatenate([self._states, fresh])
         self._where += [(0, 0, 0)] * len(tokens)
         order = first + np.argsort(self._text[first:], kind="stable")
         rows = []  # entries of a row: at most ROW_NODES of one text

@@ -213,9 +213,7 @@ def teach_texts(
     return found, {"positions": len(found.document), "of": tokens, "mass": mass}
 
 
-def _followed(
-    crossing: Crossing, branches: Branches, nodes: _Nodes, search: Search
-) -> list[tuple[np.ndarray, ...]]:
+def _followed(crossing: Crossing, branches: Branches, nodes: _Nodes, search: Search) -> list[tuple[np.ndarray, ...]]:
     """What a batch's positions come to, from all steps."""
     settled = []
     for number in range(search.steps):
