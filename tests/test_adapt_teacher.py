@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from helpers import SPEC
 
-from tmjax.adapt import loss
+from tmjax.adapt import branches, loss
+from tmjax.adapt.branches import Branches, Reader
 from tmjax.adapt.crossing import Crossing
 from tmjax.adapt.data import Batches
 from tmjax.adapt.loss import Teaching
@@ -21,8 +22,8 @@ from tmjax.adapt.written import Writing, chosen_texts, familiar, openings, writt
 from tmjax.convert.model import load_model
 from tmjax.errors import InputError
 from tmjax.hub.tokenizer import load_tokenizer
-from tmjax.models.decoder import bind, forward, init_params
-from tmjax.models.tree import tree_hidden, visible
+from tmjax.models.decoder import forward, init_params
+from tmjax.sharding.mesh import Layout
 
 
 @pytest.fixture(scope="module")
@@ -95,25 +96,60 @@ def test_the_longest_token_is_nearly_always_what_the_tokenizer_takes(crossing, v
 # Branches.
 
 
-@pytest.mark.parametrize("changes", [{}, {"windows": (3, 64, 4)}, {"learned_positions": True}])
-def test_a_branch_says_what_the_text_with_it_says(changes) -> None:
+@pytest.mark.parametrize("changes", [{}, {"windows": (3, 64, 4)}, {"learned_positions": True}, {"attention_cap": 5.0}])
+def test_a_branch_says_what_the_text_with_it_says(changes, monkeypatch) -> None:
+    """Texts of two lengths, branches of up to three nodes: states are those of whole texts, each read once."""
+    monkeypatch.setattr(branches, "ROW_NODES", 2)
+    monkeypatch.setattr(branches, "NODE_ROWS", (4, 1))
     spec = dataclasses.replace(SPEC, **changes)
     params = init_params(spec, jax.random.key(0))
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, spec.vocab, (2, 9 + 5)).astype(np.int32)
-    # Two branches of two and one, after tokens 3 and 8; the last node is of no use.
-    parents = np.array([[3, 9, 8, 9, 0], [0, 9, 10, 11, 12]], np.int32)
-    position, seen = visible(parents, 9)
-    hidden = tree_hidden(spec, params, jnp.asarray(ids), jnp.asarray(position), jnp.asarray(seen), jnp.float32)
-    logits = bind(spec, params).logits(hidden)
-    first = [0, 1, 2, 3, 9]
-    paths = [(0, first), (0, [*first, 10]), (0, [*first, 12]), (0, [*range(9), 11]), (1, [0, 9, 10, 11, 12, 13])]
-    for row, path in paths:
-        node = path[-1]
-        whole = forward(spec, params, jnp.asarray(ids[row, path])[None])[0, -1]
-        np.testing.assert_allclose(logits[row, node], whole, atol=1e-4)
-        assert position[row, node] == len(path) - 1
-    np.testing.assert_allclose(logits[:, :9], forward(spec, params, jnp.asarray(ids[:, :9])), atol=1e-4)
+    texts = [rng.integers(0, spec.vocab, length).tolist() for length in (9, 6)]
+    read = []
+    kept = branches._read_nodes
+    monkeypatch.setattr(branches, "_read_nodes", lambda *told: read.append(told[4].ids.shape) or kept(*told))
+    source = Reader(spec, params, 7, jnp.float32, Layout())
+    held = Branches(source, texts, (3, 12), 3)
+
+    def other(row: int, place: int) -> int:
+        """A token that the text does not go on with."""
+        return (texts[row][place + 1] + 1) % spec.vocab if place + 1 < len(texts[row]) else 5
+
+    def require(entries: np.ndarray, paths: list[list[int]]) -> None:
+        ids, weight = held.likeliest(entries)
+        for path, own, p in zip(paths, ids, weight, strict=True):
+            whole = np.asarray(jax.nn.softmax(forward(spec, params, jnp.asarray(path)[None])[0, -1]))
+            np.testing.assert_allclose(p, np.sort(whole)[::-1][:7], atol=1e-5)
+            np.testing.assert_allclose(whole[own], p, atol=1e-5)
+
+    places = [(0, 2), (0, 8), (0, 0), (0, 5), (0, 4), (1, 5), (1, 3)]
+    entries = np.asarray([12 * row + place for row, place in places])
+    paths = [texts[row][: place + 1] for row, place in places]
+    require(entries, paths)
+    tokens = np.asarray([other(row, place) for row, place in places])
+    first = held.grow(entries, tokens)
+    paths = [[*path, token] for path, token in zip(paths, tokens.tolist(), strict=True)]
+    require(first, paths)
+    # A branch in two, one of them again, and another of its own.
+    chosen = [0, 0, 0, 5]
+    second = held.grow(first[chosen], np.asarray([1, 2, 1, 3]))
+    assert second[0] == second[2] and len(set(second.tolist())) == 3
+    paths = [[*paths[number], token] for number, token in zip(chosen, (1, 2, 1, 3), strict=True)]
+    require(second, paths)
+    require(held.grow(second, np.asarray([4, 4, 4, 4])), [[*path, 4] for path in paths])
+    before = list(read)
+    assert held.grow(np.asarray([1, 12 + 2]), np.asarray([texts[0][2], texts[1][3]])).tolist() == [2, 15]
+    assert held.grow(entries, tokens).tolist() == first.tolist()
+    assert read == before, "what was read already is not read again"
+
+
+@pytest.mark.parametrize("vocab", [60, 5000, 12345])
+def test_the_likeliest_in_two_stages_are_those_of_a_whole_sort(vocab) -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (5, vocab)).astype(np.float32)
+    ids, weight = branches.likeliest(jnp.asarray(logits), 50)
+    whole = np.asarray(jax.nn.softmax(logits))
+    assert ids.tolist() == np.argsort(-logits, axis=1)[:, :50].tolist()
+    np.testing.assert_allclose(weight, np.take_along_axis(whole, np.asarray(ids), axis=1), rtol=1e-5)
 
 
 def test_one_step_in_the_same_vocabulary_is_the_sources_own_distribution(llama_dir, verses) -> None:

@@ -16,8 +16,8 @@ from tmjax.errors import InputError
 from tmjax.hub.reading import WITHIN, Reading, read
 from tmjax.hub.tokenizer import Encoding, TextTokenizer
 
-#: Strings whose tables are kept.
-_TABLES = 4096
+#: Bytes of the tables that are kept: one for each string, 5 bytes for each token of the source.
+_TABLE_BYTES = 2**26
 #: Share of the common places at which two tokenizers may read other text than each other.
 _DIFFERING = 0.02
 #: A pair that shares a lower part of the target's positions is warned of.
@@ -60,7 +60,7 @@ class Crossing:
         # A source may give probability to rows that are no tokens.
         self._size = max(source.size, source.rows or 0)
         self._longest = max(map(len, self._tokens))
-        self.readings = lru_cache(_TABLES)(self._readings)
+        self.readings = lru_cache(max(16, _TABLE_BYTES // (5 * self._size)))(self._readings)
 
     def piece(self, source_token: int) -> bytes:
         """The bytes of a source token."""

@@ -2,34 +2,29 @@
 
 At a byte position where both tokenizers have a boundary, the probability that the text goes on with a target token is
 summed over the source's ways to write it: source tokens that settle which target token comes, and chains of up to
-`steps` of them where one alone leaves that open. Likely open beginnings are followed by forward passes over a tree
-(`models.tree`); the others count for the longest target token they hold.
+`steps` of them where one alone leaves that open. Likely open beginnings are followed by reading them after the
+cached text (`branches`); the others count for the longest target token they hold.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from tmjax.activations.batches import Batch, bucket_length, bucketed
+from tmjax.activations.batches import bucketed
+from tmjax.adapt.branches import Branches, Reader
 from tmjax.adapt.crossing import NONE_SHARED, Crossing
 from tmjax.adapt.data import Piece
 from tmjax.adapt.loss import Teaching
 from tmjax.convert.model import Model
 from tmjax.errors import InputError
 from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.models.decoder import bind, known_logits
 from tmjax.models.spec import DecoderSpec
-from tmjax.models.tree import tree_hidden, visible
-from tmjax.sharding.hosts import to_host
-from tmjax.sharding.mesh import Layout, constrain
-from tmjax.typing import Array, Params
+from tmjax.sharding.mesh import Layout
+from tmjax.typing import Params
 
 
 @dataclass(frozen=True)
@@ -83,76 +78,13 @@ class Taught(NamedTuple):
 
 
 class _Nodes(NamedTuple):
-    """Entries of a batch's tree at which the source is asked: row and entry in it, the position asked about, bytes
-    written since, probability of these."""
+    """Entries of a batch at which the source is asked (see `Branches`): the position asked about, bytes written since,
+    probability of these."""
 
-    row: np.ndarray
     entry: np.ndarray
     about: np.ndarray
     held: list[bytes]
     mass: np.ndarray
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "candidates", "dtype", "mesh"))
-def _likeliest(
-    spec: DecoderSpec,
-    params: Params,
-    ids_bt: Array,
-    position_bt: Array,
-    seen_btt: Array,
-    asked_bq: Array,
-    known_v: Array | None,
-    candidates: int,
-    dtype: jnp.dtype,
-    mesh: Mesh | None,
-) -> tuple[Array, Array]:
-    """Ids and probabilities [B, Q, candidates] of the likeliest next tokens at the entries `asked`.
-
-    Probabilities are of the next token given that it is one: rows of the embedding that are no tokens (not `known`)
-    have none.
-    """
-    hidden = tree_hidden(spec, params, ids_bt, position_bt, seen_btt, dtype)
-    picked = jnp.take_along_axis(hidden, asked_bq[..., None], axis=1)
-    picked = constrain(mesh, picked, ("batch", None, None)).reshape(-1, hidden.shape[-1])
-    logits = known_logits(bind(spec, params).logits(picked), known_v)
-    weight, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), candidates)
-    shape = (*asked_bq.shape, candidates)
-    return ids.reshape(shape), weight.reshape(shape)
-
-
-class _Tree:
-    """The rows of one batch while they grow branches."""
-
-    def __init__(self, batch: Batch, documents: Sequence[Sequence[int]]) -> None:
-        self.tokens = batch.tokens
-        self.ids = np.zeros((batch.size, batch.tokens), np.int32)
-        for slot, number in enumerate(batch.documents):
-            self.ids[slot, : len(documents[number])] = documents[number]
-        self.parents = np.zeros((batch.size, 0), np.int32)
-
-    def grow(self, row: np.ndarray, parent: np.ndarray, token: np.ndarray) -> np.ndarray:
-        """Adds a node for each (row, parent entry, token); returns their entries. Rows are filled up evenly."""
-        count = np.bincount(row, minlength=len(self.ids))
-        slot = np.zeros(len(row), np.int32)
-        for number in np.nonzero(count)[0]:
-            slot[row == number] = np.arange(count[number])
-        shape = (len(self.ids), bucket_length(int(count.max())))
-        ids, parents = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        ids[row, slot], parents[row, slot] = token, parent
-        entry = self.ids.shape[1] + slot
-        self.ids, self.parents = np.concatenate([self.ids, ids], 1), np.concatenate([self.parents, parents], 1)
-        return entry
-
-
-def _asked(nodes: _Nodes, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Entries [rows, Q] that are asked, and the place of every node in them."""
-    count = np.bincount(nodes.row, minlength=rows)
-    asked = np.zeros((rows, bucket_length(int(count.max()))), np.int32)
-    order = np.argsort(nodes.row, kind="stable")
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)
-    asked[nodes.row, place] = nodes.entry
-    return asked, place
 
 
 def _read(
@@ -226,14 +158,19 @@ def teach(
         np.zeros((count, search.keep), np.int32),
         np.zeros((count, search.keep), np.float32),
     )
+    known = crossing.source.known(spec.vocab)
+    candidates = min(search.candidates, spec.vocab if known is None else int(known.sum()))
+    source = Reader(spec, params, candidates, dtype, layout, known)
     done = 0
     for batch in bucketed([len(ids) for ids in documents], batch_tokens=batch_tokens, multiple=layout.batch_multiple):
         row = np.concatenate([np.full(len(pairs[d]), slot) for slot, d in enumerate(batch.documents)])
         number = np.concatenate([first[d] + np.arange(len(pairs[d])) for d in batch.documents])
         entry = np.concatenate([pairs[d][:, 1] for d in batch.documents])
         if len(row):
-            nodes = _Nodes(row, entry, np.arange(len(row)), [b""] * len(row), np.ones(len(row)))
-            settled = _followed(spec, params, crossing, _Tree(batch, documents), nodes, search, dtype, layout)
+            read = [documents[d] for d in batch.documents]
+            branches = Branches(source, read, (batch.size, batch.tokens), search.steps - 1)
+            nodes = _Nodes(row * batch.tokens + entry, np.arange(len(row)), [b""] * len(row), np.ones(len(row)))
+            settled = _followed(crossing, branches, nodes, search)
             result.ids[number], result.weight[number] = _summed(settled, len(row), search.keep)
         done += len(batch.documents)
         progress(done, len(documents))
@@ -276,33 +213,17 @@ def teach_texts(
     return found, {"positions": len(found.document), "of": tokens, "mass": mass}
 
 
-def _followed(
-    spec: DecoderSpec,
-    params: Params,
-    crossing: Crossing,
-    tree: _Tree,
-    nodes: _Nodes,
-    search: Search,
-    dtype: jnp.dtype,
-    layout: Layout,
-) -> list[tuple[np.ndarray, ...]]:
+def _followed(crossing: Crossing, branches: Branches, nodes: _Nodes, search: Search) -> list[tuple[np.ndarray, ...]]:
     """What a batch's positions come to, from all steps."""
     settled = []
     for number in range(search.steps):
-        position, seen = visible(tree.parents, tree.tokens)
-        asked, place = _asked(nodes, len(tree.ids))
-        arrays = (layout.place_batch(x) for x in (tree.ids, position, seen, asked))
-        known = crossing.source.known(spec.vocab)
-        candidates = min(search.candidates, spec.vocab if known is None else int(known.sum()))
-        found = to_host(_likeliest(spec, params, *arrays, known, candidates, dtype, layout.mesh))
-        ids, weight = (np.asarray(x)[nodes.row, place] for x in found)
+        ids, weight = branches.likeliest(nodes.entry)
         new, (node, candidate) = _read(crossing, nodes, ids, weight, search, last=number == search.steps - 1)
         settled.append(new)
         if not len(node):
             break
         token = ids[node, candidate]
-        entry = tree.grow(nodes.row[node], nodes.entry[node], token)
+        entry = branches.grow(nodes.entry[node], token)
         held = [nodes.held[n] + crossing.piece(int(t)) for n, t in zip(node, token, strict=True)]
-        mass = nodes.mass[node] * weight[node, candidate]
-        nodes = _Nodes(nodes.row[node], entry, nodes.about[node], held, mass)
+        nodes = _Nodes(entry, nodes.about[node], held, nodes.mass[node] * weight[node, candidate])
     return settled

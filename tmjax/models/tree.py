@@ -1,53 +1,121 @@
-"""Texts with branches in one forward pass: what a model says after tokens that are not in the text.
+"""Texts with branches: what a model says after tokens that are not in the text, from a cache of the text.
 
-A row holds a text and, behind it, nodes; a node follows a token of the text or another node and sees what that one
-sees, and itself. So many continuations of every prefix cost one token each.
+A text is read once and its keys and values are kept. A node then costs one token: it follows the first tokens of a text
+and a few other nodes, and sees just these and itself. Nodes of all texts are read together, some to a row; a text with
+many nodes has several rows.
 """
 
-import jax.numpy as jnp
-import numpy as np
+from typing import NamedTuple
 
-from tmjax.models.decoder import bind
-from tmjax.models.layers import attention
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tmjax.models.cache import empty_cache, extend
+from tmjax.models.decoder import After, Carried, bind
+from tmjax.models.layers import Attend, einsum
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.spec import DecoderSpec
-from tmjax.typing import Array, Params
+from tmjax.sharding.mesh import constrain
+from tmjax.typing import Array, ArrayLike, Params
 
 
-def visible(parents_bn: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [B, T] and which entry sees which [B, T, T], T = tokens + n, of rows of `tokens` and n nodes.
+class Nodes(NamedTuple):
+    """Nodes in rows: `ids` [R, Q], and what each follows.
 
-    `parents_bn` are the entries that the nodes follow: tokens, or nodes that stand before them in the row.
+    `text` [R] is the text of a row's nodes, `prefix` [R, Q] how many of its first tokens a node follows, `count` [R, Q]
+    how many other nodes after these, whose keys and values are the first of `keys` and `values` [R, layer, Q, A,
+    kv head, head_dim].
     """
-    batch, nodes = parents_bn.shape
-    size = tokens + nodes
-    position = np.zeros((batch, size), np.int32)
-    position[:, :tokens] = np.arange(tokens)
-    seen = np.zeros((batch, size, size), bool)
-    seen[:, :tokens, :tokens] = np.tri(tokens, dtype=bool)
-    row = np.arange(batch)
-    for node in range(nodes):
-        entry, parent = tokens + node, parents_bn[:, node]
-        seen[:, entry] = seen[row, parent]
-        seen[:, entry, entry] = True
-        position[:, entry] = position[row, parent] + 1
-    return position, seen
+
+    ids: ArrayLike
+    text: ArrayLike
+    prefix: ArrayLike
+    count: ArrayLike
+    keys: ArrayLike
+    values: ArrayLike
 
 
-def tree_hidden(
-    spec: DecoderSpec, params: Params, ids_bt: Array, position_bt: Array, seen_btt: Array, dtype: jnp.dtype
-) -> Array:
-    """Final normed states [B, T, embed] of entries that see what `visible` says; for use inside jit.
+def _tables(spec: DecoderSpec, run: int) -> tuple[Array, Array]:
+    return rotary_tables(spec.rotaries, spec.head_dim, jnp.arange(run))
 
-    Those of a text alone, continued by a node's branch. Rotary frequencies that stretch with the length of a run
-    (`dynamic`, `longrope`) are those of a run of T tokens.
+
+def read_texts(
+    spec: DecoderSpec,
+    params: Params,
+    ids_bt: Array,
+    length_b: Array,
+    branches: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+) -> tuple[Array, Array, Array]:
+    """Final normed states [B, T, embed] of right-padded texts; their keys and values [layer, B, kv head, T, head_dim].
+
+    For use inside jit. `branches` is the largest number of nodes after a text: rotary frequencies that stretch with the
+    length of a run (`dynamic`, `longrope`) are those of a run of T + `branches` tokens.
     """
-    tokens = ids_bt.shape[1]
-    tables = rotary_tables(spec.rotaries, spec.head_dim, jnp.arange(tokens))
-    distance = position_bt[:, :, None] - position_bt[:, None, :]
+    batch, tokens = ids_bt.shape
+    tables = tuple(table[:, None, :tokens] for table in _tables(spec, tokens + branches))
+    hidden, cache = extend(spec, params, empty_cache(spec, batch, tokens, dtype), ids_bt, length_b, tables, mesh)
+    return hidden, cache.keys, cache.values
+
+
+def read_nodes(
+    spec: DecoderSpec,
+    params: Params,
+    keys: Array,
+    values: Array,
+    nodes: Nodes,
+    mesh: Mesh | None = None,
+) -> tuple[Array, Array, Array]:
+    """Final normed states [R, Q, embed] of nodes; their keys and values [layer, R, Q, kv head, head_dim].
+
+    `keys` and `values` are those of the texts; for use inside jit. A state is that of a text which ends in its node.
+    """
+    position = nodes.prefix + nodes.count
+    slots, others = keys.shape[3], nodes.keys.shape[3]
+    tables = tuple(table[:, position] for table in _tables(spec, slots + others + 1))
 
     def mask(window: Array) -> Array:
-        return (seen_btt & (distance < window))[:, None, None]
+        # Slots of the text, other nodes, the node itself.
+        slot, other = jnp.arange(slots), jnp.arange(others)
+        of_text = (slot < nodes.prefix[..., None]) & (position[..., None] - slot < window)
+        of_nodes = (other < nodes.count[..., None]) & (nodes.count[..., None] - other < window)
+        itself = jnp.ones((*position.shape, 1), bool)
+        return jnp.concatenate([of_text, of_nodes, itself], axis=-1)[:, None, None]
 
-    placed = tuple(table[:, position_bt] for table in tables)
-    return bind(spec, params).run(ids_bt, position_bt, placed, mask, attention, dtype)[0]
+    def enter(carried: Carried, layer: Array) -> tuple[Attend, After]:
+        after = [carried]
+
+        def attend(q: Array, k: Array, v: Array, mask: Array, scale: Array, cap: float | None) -> Array:
+            after[:] = [tuple(x.at[layer].set(new) for x, new in zip(carried, (k, v), strict=True))]
+            rows, count, heads, dim = q.shape
+            grouped = q.reshape(rows, count, k.shape[2], -1, dim)
+            text = keys[layer][nodes.text], values[layer][nodes.text]
+            other = nodes.keys[:, layer], nodes.values[:, layer]
+            scores = jnp.concatenate(
+                [
+                    einsum("rqkgd,rksd->rkgqs", grouped, text[0]),
+                    einsum("rqkgd,rqakd->rkgqa", grouped, other[0]),
+                    einsum("rqkgd,rqkd->rkgq", grouped, k)[..., None],
+                ],
+                axis=-1,
+            )
+            scores = scores.astype(jnp.float32) * scale
+            if cap is not None:
+                scores = cap * jnp.tanh(scores / cap)
+            weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(q.dtype)
+            mixed = (
+                einsum("rkgqs,rksd->rqkgd", weights[..., :slots], text[1])
+                + einsum("rkgqa,rqakd->rqkgd", weights[..., slots:-1], other[1])
+                + einsum("rkgq,rqkd->rqkgd", weights[..., -1], v)
+            )
+            return mixed.reshape(rows, count, heads * dim)
+
+        return attend, lambda: after[0]
+
+    fresh = jnp.zeros((spec.layers, *nodes.ids.shape, spec.kv_heads, spec.head_dim), keys.dtype)
+    carried = tuple(constrain(mesh, x, (None, "batch", None, None, None)) for x in (fresh, fresh))
+    model = bind(spec, params)
+    hidden, _, made = model.carry(carried, nodes.ids, position, tables, mask, enter, keys.dtype, mesh=mesh)
+    return hidden, *made
