@@ -24,7 +24,7 @@ from tmjax.pipeline.adapt_arms import ADAPTED, Arm, arms_of
 from tmjax.pipeline.adapt_inputs import AdaptInputs
 from tmjax.pipeline.adapt_material import Material
 from tmjax.pipeline.adapt_start import Show, Starts
-from tmjax.pipeline.alignment import Warn, refuse_nested
+from tmjax.pipeline.alignment import Warn, refuse_nested, tell_notes
 from tmjax.pipeline.forgetting import measure_forgetting
 from tmjax.pipeline.merge import evaluation_facts
 from tmjax.pipeline.training_log import StepLog
@@ -69,6 +69,7 @@ class Adapt:
         previous = read_manifest(path)
         if previous is None or previous.get("key") != key:
             self.inputs.check(warn)
+            tell_notes(self.inputs.notes, warn)
         layout = self.inputs.layout
         named = self.inputs.names | {name: getattr(recipe, name) for name in ("texts", "valid", "test")}
         header = {

@@ -41,6 +41,13 @@ def refuse_nested(recipe: Section, names: Sequence[str] = _INPUTS) -> None:
             raise InputError(f"{name} lies inside the output {recipe.out}; choose another output directory")
 
 
+def tell_notes(notes: Mapping[str, Sequence[str]], warn: Warn) -> None:
+    """Warns of what a user should know of the checkpoints, by name."""
+    for name, lines in notes.items():
+        for line in lines:
+            warn(f"{name}: {line}")
+
+
 class AlignmentRun:
     """A run of a recipe up to the alignment; every stage resumes."""
 
@@ -69,6 +76,7 @@ class AlignmentRun:
         previous = read_manifest(path)
         if hosts.agree(previous is None or previous.get("key") != key):
             hosts.together(self.inputs.check)
+            tell_notes(self.inputs.notes, warn)
         layout = self.inputs.layout
         header = {
             "tmjax": tmjax.__version__,
