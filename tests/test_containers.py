@@ -191,6 +191,8 @@ CANNOT = {
         "weights.safetensors is a safetensors file that is not named model.s",
     ),
     "diffusion": (files("model_index.json"), "model_index.json is a diffusion pipeline"),
+    "deepspeed": (weights("zero_to_fp32.py", "global_step9/x.pt"), "zero_to_fp32.py is a sign of a DeepSpeed checkp"),
+    "fsdp": (weights("pytorch_model_fsdp_0/__0_0.distcp", "optimizer.pt"), "__0_0.distcp is a part of a sharded FSDP"),
     "empty": (empty, f"{CONFIG_NAME} does not exist: it is empty"),
     "nested": (nested, "checkpoint-500, give that directory"),
     "git-lfs": (pointer, "model.safetensors is a pointer of git-lfs, not the file itself; run git lfs pull"),
@@ -218,6 +220,18 @@ def test_what_cannot_be_read_is_said_in_one_line(case, model, qwen2_dir, tmp_pat
     for line in every_refusal(model, qwen2_dir, tmp_path / "out", capsys):
         assert message in line, line
         assert str(model) in line
+
+
+def test_files_that_say_nothing_of_weights(model, qwen2_dir, llama_dir, capsys):
+    """A cache that is packed while generating, and a trainer's leftovers beside a config alone."""
+    algorithms = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
+    (model / "hf_quant_config.json").write_text(json.dumps({"quantization": algorithms}))
+    assert load_model(model).notes == ()
+    for name in (SINGLE_NAME, "hf_quant_config.json"):
+        (model / name).unlink()
+    (model / "optimizer.pt").write_bytes(b"")
+    assert cli.run(["doctor", "--source", str(model), "--target", str(qwen2_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"]["source"]["weights"] == "missing"
 
 
 def second_index(directory: Path) -> None:

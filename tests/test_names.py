@@ -174,11 +174,26 @@ def test_notes_are_in_the_manifest(tmp_path, llama_dir, qwen2_dir, texts, recipe
     code = cli.run(
         ["align", str(recipe_file), *pair, "--texts", str(texts["calibration"]), "--alpha", "0", "--out", str(run)]
     )
-    assert code == 0, capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert code == 0, error
+    assert error.count("tmjax: warning: source: ") == 2 and error.count("tmjax: warning: target: ") == 1
     notes = json.loads((run / "manifest.json").read_text())["notes"]
     assert set(notes) == {"source", "target"}
     assert "cache_implementation" in notes["source"][0] and "_orig_mod." in notes["source"][1]
     assert len(notes["target"]) == 1 and "cache_implementation" in notes["target"][0]
+
+
+def test_notes_of_a_checkpoint_that_is_evaluated(tmp_path, llama_dir, capsys):
+    shutil.copytree(llama_dir, tmp_path / "x")
+    renamed(tmp_path / "x", lambda name: f"module.{name}")
+    (tmp_path / "texts.txt").write_text("Habari ya asubuhi.\n")
+    arguments = ["evaluate", str(tmp_path / "x"), str(llama_dir), "--texts", str(tmp_path / "texts.txt")]
+    assert cli.run([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["notes"].keys() == {str(tmp_path / "x")}
+    assert result["evaluation"][str(tmp_path / "x")] == result["evaluation"][str(llama_dir)]
+    assert cli.run(arguments) == 0
+    assert "names of tensors: module." in capsys.readouterr().out
 
 
 def test_an_error_names_the_directory(llama_dir, tmp_path):

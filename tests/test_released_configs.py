@@ -264,19 +264,20 @@ def test_settings_said_twice_and_settings_that_are_off():
 
 
 def test_a_factor_that_only_others_read():
-    family, name = FAMILIES["llama"], "llama-yarn-attn_factor"
-    spec, notes = family.read_config(CASES[name])
-    assert spec == family.spec(CASES["llama-yarn"] | {"head_dim": 16})
+    family, plain = FAMILIES["llama"], copy.deepcopy(CASES["llama-yarn"])
+    spec, notes = family.read_config(CASES["llama-yarn"])
+    assert plain["rope_parameters"].pop("attn_factor") == 0.5
+    assert family.read_config(plain) == (spec, ())
+    torch.testing.assert_close(logits(plain), logits(CASES["llama-yarn"]), rtol=0, atol=0)
     assert "attn_factor (vLLM multiplies the attention factor by attn_factor" in notes[0]
-    unknown = copy.deepcopy(CASES["llama-yarn"])
-    unknown["rope_parameters"] |= {"gamma": 3, "finetuned": True}
-    assert "in a rope scaling 'yarn' either: finetuned, gamma" in family.read_config(unknown)[1][0]
+    plain["rope_parameters"] |= {"gamma": 3, "finetuned": True}
+    assert "in a rope scaling 'yarn' either: finetuned, gamma" in family.read_config(plain)[1][0]
 
 
 @pytest.mark.parametrize("kind", ["su", "yarn"])
 def test_older_names_of_longrope(kind):
     """Of transformers' Phi 3, which means LongRoPE by all three."""
-    config = copy.deepcopy(CASES["phi3-su"])
+    config = copy.deepcopy(CASES["phi3-old-long"])
     config["rope_scaling"]["type"] = kind
     theirs = transformers.AutoConfig.for_model(**copy.deepcopy(config)).to_dict()
     assert theirs["rope_parameters"]["rope_type"] == "longrope"
@@ -285,7 +286,7 @@ def test_older_names_of_longrope(kind):
 
 def test_the_original_length_that_phi3_means_without_one():
     """Its class has a default, which wins over what the scaling says."""
-    config = copy.deepcopy(CASES["phi3-su"])
+    config = copy.deepcopy(CASES["phi3-old-long"])
     del config["original_max_position_embeddings"]
     config["max_position_embeddings"] = 16384
     config["rope_scaling"]["type"] = "longrope"

@@ -357,6 +357,9 @@ def evaluate(
         _console().print(rich_table(f"Bits per byte on {texts}", *evaluation_rows(result)))
     if names:
         _console().print(rich_table(f"Tasks (lm-eval {result['lm_eval']})", *task_rows(result)))
+    for name, notes in result.get("notes", {}).items():
+        for note in notes:
+            _console().print(f"Note: {name}: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -429,7 +432,7 @@ def convert(
     else:
         _console().print(f"{model} -> {out} ({to}, {name}, {size:,} parameters)")
         for note in done.notes:
-            _console().print(f"Note: {note}", highlight=False)
+            _console().print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

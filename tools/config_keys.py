@@ -45,6 +45,8 @@ SHARED = (
     "integrations/heterogeneity/configuration_utils",
     "integrations/sdpa_attention",
     "integrations/sdpa_paged",
+    "utils/generic",
+    "utils/output_capturing",
 )
 #: Those of them whose classes are configurations themselves.
 OWN = ("configuration_utils", "modeling_rope_utils")
@@ -113,6 +115,13 @@ def _parsed(package: Path, path: str) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
+def _refuse_other_models(tree: ast.Module, model_type: str) -> None:
+    """Raises InputError if a modelling file uses another model's, whose reads would be missed."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level == 2 and "modeling_" in (node.module or ""):
+            raise InputError(f"transformers' {model_type} imports from {node.module}, which this tool does not follow")
+
+
 def _kept(keys: Iterator[str]) -> set[str]:
     """Without what no config.json holds: names of modules' own machinery."""
     return {key for key in keys if key and not key.startswith("__")}
@@ -125,12 +134,19 @@ def family_keys(package: Path, family: Family) -> dict[str, list[str]]:
     kind = CONFIG_MAPPING[family.model_type]
     folder = kind.__module__.split(".")[-2]
     module = kind.__module__.rsplit("configuration_", 1)[1]
-    declared = {name for base in kind.__mro__ if base.__module__ == kind.__module__ for name in base.__annotations__}
-    configuration = reachable(_parsed(package, f"models/{folder}/configuration_{module}"), kind.__name__)
-    modelling = reachable(_parsed(package, f"models/{folder}/modeling_{module}"), family.architecture)
-    read = {key for node in configuration for key in keys_read(node, own=True)}
-    read |= {key for node in modelling for key in keys_read(node)}
-    read |= set(kind.attribute_map)  # another name for the key that it stands for
+    own = [base for base in kind.__mro__ if base.__module__.startswith("transformers.models.")]
+    declared = {name for base in own for name in base.__annotations__}
+    read = set(kind.attribute_map)  # other names for the keys that they stand for
+    for base in own:
+        path = base.__module__.removeprefix("transformers.").replace(".", "/")
+        nodes = reachable(_parsed(package, path), base.__name__)
+        read |= {key for node in nodes for key in keys_read(node, own=True)}
+    modelling = _parsed(package, f"models/{folder}/modeling_{module}")
+    _refuse_other_models(modelling, family.model_type)
+    nodes = reachable(modelling, family.architecture)
+    if not nodes:
+        raise InputError(f"transformers' {family.model_type} has no class {family.architecture}")
+    read |= {key for node in nodes for key in keys_read(node)}
     return {"declared": sorted(declared), "read": sorted(_kept(iter(read)))}
 
 

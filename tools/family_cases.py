@@ -40,12 +40,6 @@ _LONGROPE = {
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [2.0 + 0.3 * i for i in range(8)],
 }
-_LONG_BY_ITS_OLD_NAME = {
-    "type": "su",
-    "original_max_position_embeddings": 128,
-    "short_factor": [1.0 + 0.1 * i for i in range(8)],
-    "long_factor": [2.0 + 0.3 * i for i in range(8)],
-}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 _SIZES = {
@@ -113,11 +107,10 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
             "rope_parameters": _ROPE | {"rope_type": "dynamic", "factor": 4.0},
             "max_position_embeddings": 150,
         },
-        "yarn": {"rope_parameters": YARN, "head_dim": 32},
+        "yarn": {"rope_parameters": YARN | {"attn_factor": 0.5}, "head_dim": 32},  # which transformers does not read
         "yarn-exact": {
             "rope_parameters": YARN | {"truncate": False, "beta_fast": 16, "beta_slow": 2, "attention_factor": 0.8}
         },
-        "yarn-attn_factor": {"rope_parameters": YARN | {"attn_factor": 0.5}},  # read by others, not by transformers
         "yarn-mscale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 2.0}},
         "old-llama3": _OLD
         | {"rope_theta": 5000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
@@ -192,19 +185,13 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
             "rope_theta": 1000.0,
             "partial_rotary_factor": 0.5,
             "original_max_position_embeddings": 128,
+            # Under the name that the first release had for it; transformers then wants the original length inside too.
             "rope_scaling": {
-                "type": "longrope",
+                "type": "su",
+                "original_max_position_embeddings": 128,
                 "short_factor": [1.0, 1.1, 1.3, 1.5],
                 "long_factor": [2.0, 2.3, 2.9, 3.7],
             },
-        }
-        | _WHOLE,
-        # The name of the first release; transformers wants the original length inside to read it.
-        "su": _OLD
-        | {
-            "rope_theta": 1000.0,
-            "original_max_position_embeddings": 128,
-            "rope_scaling": _LONG_BY_ITS_OLD_NAME,
         }
         | _WHOLE,
     },

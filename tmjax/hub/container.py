@@ -13,8 +13,12 @@ ADAPTER_NAME = "adapter_config.json"
 #: Files beside `config.json` in which quantisation tools say what they did.
 _PACKED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _ADVICE = "give the Hugging Face checkpoint that it was made from"
+#: How files begin that a trainer leaves beside a checkpoint and that hold no weights.
+_TRAINING = ("optimizer", "scheduler", "rng_state", "scaler")
 #: Files of formats that are not read, the first that is found being named: pattern, what it is, what to do.
 _OTHERS = (
+    ("zero_to_fp32.py", "a sign of a DeepSpeed checkpoint", "run it and give the directory that it writes"),
+    ("*/*.distcp", "a part of a sharded FSDP checkpoint", "put it together with accelerate merge-weights"),
     ("*.gguf", "a GGUF file, whose weights are packed", _ADVICE),
     ("consolidated*.safetensors", "Mistral's own format", "give the checkpoint in Hugging Face's format"),
     ("consolidated*.pth", "Meta's own format", "give the checkpoint in Hugging Face's format"),
@@ -41,7 +45,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _first(directory: Path, pattern: str) -> Path | None:
-    return min(directory.glob(pattern), default=None)
+    return min((file for file in directory.glob(pattern) if not file.name.startswith(_TRAINING)), default=None)
 
 
 def explain(directory: Path, wrong: str) -> str:
@@ -91,6 +95,8 @@ def refuse_packed(directory: Path) -> None:
             held = held if isinstance(held, dict) else {}
             told = [str(held[key]) for key in ("quant_algo", "quant_method") if held.get(key)]
             told += [f"{held['bits']} bits"] if held.get("bits") else []
+            if not told and "kv_cache_quant_algo" in held:
+                continue  # the cache of whoever generates with it, not the weights
             raise InputError(
                 f"{directory}: the checkpoint is quantised ({', '.join((name, *told))}); dequantise it first or give"
                 " the checkpoint that it was made from"

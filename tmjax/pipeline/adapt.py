@@ -25,7 +25,7 @@ from tmjax.pipeline.adapt_arms import ADAPTED, Arm, arms_of
 from tmjax.pipeline.adapt_inputs import AdaptInputs
 from tmjax.pipeline.adapt_material import Material
 from tmjax.pipeline.adapt_start import Show, Starts
-from tmjax.pipeline.alignment import Warn, refuse_nested
+from tmjax.pipeline.alignment import Warn, refuse_nested, tell_notes
 from tmjax.pipeline.forgetting import measure_forgetting
 from tmjax.pipeline.merge import evaluation_facts
 from tmjax.pipeline.notes import note_blank, note_hidden
@@ -81,6 +81,7 @@ class Adapt:
         previous = read_manifest(path)
         if previous is None or previous.get("key") != key:
             self.inputs.check(warn)
+            tell_notes(self.inputs.notes, warn)
         inputs = self.inputs
         note_blank([inputs.texts.texts, inputs.valid, inputs.test, *inputs.other_texts.values()], warn)
         layout = self.inputs.layout

@@ -43,6 +43,13 @@ def refuse_nested(recipe: Section) -> None:
     refuse_overlap(recipe.out, named)
 
 
+def tell_notes(notes: Mapping[str, Sequence[str]], warn: Warn) -> None:
+    """Warns of what a user should know of the checkpoints, by name."""
+    for name, lines in notes.items():
+        for line in lines:
+            warn(f"{name}: {line}")
+
+
 class AlignmentRun:
     """A run of a recipe up to the alignment; every stage resumes."""
 
@@ -81,6 +88,7 @@ class AlignmentRun:
         previous = read_manifest(path)
         if hosts.agree(previous is None or previous.get("key") != key):
             hosts.together(self.inputs.check)
+            tell_notes(self.inputs.notes, warn)
         read = self.inputs
         note_blank([read.all_texts, read.valid, read.test, *read.other_texts.values()], self.warn)
         layout = self.inputs.layout

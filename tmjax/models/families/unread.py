@@ -27,7 +27,7 @@ IGNORED = frozenset(
     _output_attentions output_hidden_states return_dict return_dict_in_generate output_scores id2label label2id
     num_labels problem_type task_specific_params tokenizer_class prefix finetuning_task is_llama_config
     transformers.js_config summary_type summary_use_proj summary_activation summary_proj_to_labels
-    summary_first_dropout token_classification_bias num_heads embed_dim
+    summary_first_dropout tie_last_hidden_states token_classification_bias num_heads embed_dim
     """.split()  # noqa: SIM905
 )
 
