@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tmjax.errors import InputError
 from tmjax.hub.atomic import PARTIAL, partial_name, remove, write_json, write_text
-from tmjax.hub.checkpoint import COMPANIONS, CONFIG_NAME, read_json
+from tmjax.hub.checkpoint import COMPANIONS, CONFIG_NAME, extra_templates, read_json
 from tmjax.hub.lock import OutputLock
 from tmjax.hub.owned import delete, refuse_foreign, walk
 from tmjax.hub.paths import refuse_name
@@ -52,7 +52,7 @@ def sha256_checkpoint(directory: Path) -> str:
     wanted |= set() if has_safetensors(directory) else {file.name for file in torch_files}  # else they are not read
     files = [file for file in files if file.name in wanted or ".safetensors" in file.suffixes]
     nested = [file for name in ("params", "hf") for file in (directory / name).rglob("*") if file.is_file()]
-    return sha256_files(files + nested)
+    return sha256_files(files + nested + extra_templates(directory))
 
 
 def peak_rss_mib() -> float:

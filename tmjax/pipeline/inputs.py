@@ -33,7 +33,8 @@ class Inputs(HeldOut):
     @functools.cached_property
     def layout(self) -> Layout:
         """The device mesh; chosen over all devices unless the recipe says otherwise."""
-        configs = [read_config(config_directory(name)) for name in (self.recipe.source, self.recipe.target)]
+        names = (self.recipe.source, self.recipe.target)
+        configs = [read_config(config_directory(self.recipe.place(name))) for name in names]
         return Layout(self.recipe.mesh or AUTO, [family_of(config).spec(config).hidden for config in configs])
 
     @functools.cached_property
@@ -49,12 +50,12 @@ class Inputs(HeldOut):
     @functools.cached_property
     def source(self) -> Model:
         """The source model."""
-        return load_model(self.recipe.source, placement=self.layout.place)
+        return load_model(self.recipe.place(self.recipe.source), placement=self.layout.place)
 
     @functools.cached_property
     def target(self) -> Model:
         """The target model."""
-        return load_model(self.recipe.target, placement=self.layout.place)
+        return load_model(self.recipe.place(self.recipe.target), placement=self.layout.place)
 
     @functools.cached_property
     def source_tokenizer(self) -> TextTokenizer:
@@ -69,7 +70,7 @@ class Inputs(HeldOut):
     @functools.cached_property
     def all_texts(self) -> Texts:
         """The calibration texts that the file holds."""
-        return read_texts(self.recipe.texts)
+        return read_texts(self.recipe.place(self.recipe.texts))
 
     @functools.cached_property
     def texts(self) -> Texts:
@@ -92,7 +93,11 @@ class Inputs(HeldOut):
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every input."""
         named = {"source": self.recipe.source, "target": self.recipe.target, "base": self.recipe.fusion.base}
-        models = {name: sha256_checkpoint(resolve(path)) for name, path in named.items() if path is not None}
+        models = {
+            name: sha256_checkpoint(resolve(self.recipe.place(path)))
+            for name, path in named.items()
+            if path is not None
+        }
         texts = {name: getattr(self, name) for name in ("texts", "valid", "test")}
         return models | {name: value.sha256 for name, value in texts.items() if value is not None}
 
@@ -126,6 +131,6 @@ class Inputs(HeldOut):
         for name in ("layout", "texts", "valid", "test", "other_texts", "target", "source", "rows"):
             getattr(self, name)
         if self.recipe.controls and self.recipe.same_size_source is not None:
-            load_tokenizer(load_model(self.recipe.same_size_source).directory)
+            load_tokenizer(load_model(self.recipe.place(self.recipe.same_size_source)).directory)
         sites = sites_of(self.target, self.source, self.projections, self.recipe.alignment.structure)
         require_room(sites, len(self.rows[0]), self.recipe)
