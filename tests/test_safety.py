@@ -26,6 +26,14 @@ from tmjax.recipe import Recipe, build_recipe, dump_recipe, read_recipe
 from tools.make_checkpoint import make_checkpoint
 
 KEY = {"recipe": "1"}
+HOLDER = """
+import sys, time
+from pathlib import Path
+from tmjax.hub.lock import OutputLock, command
+with command(["tmjax", "merge"]), OutputLock(Path(sys.argv[1])):
+    print(1, flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -49,8 +57,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_the_second_is_told_who_holds_an_output(tmp_path) -> None:
     out = tmp_path / "deep/er/run"
-    code = "import sys, time; from tmjax.hub.lock import *\nwith command(['tmjax', 'merge']), OutputLock(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.read(1) == b"1"
         for link in (out, tmp_path / "deep/../deep/er/run"):  # by whatever name
@@ -143,7 +150,8 @@ def test_overwrite_replaces_only_what_tmjax_wrote(checkpoint, tmp_path, capsys) 
 @pytest.mark.parametrize("extra", [[], ["--overwrite"]])
 def test_the_users_directory_survives_every_command(checkpoint, texts, tmp_path, capsys, extra) -> None:
     keep = tmp_path / "keep"
-    shutil.copytree(checkpoint, keep / "model")
+    theirs = keep / "model"
+    shutil.copytree(checkpoint, theirs)
     (keep / "thesis.tex").write_text("years of work")
     before = tree(keep)
     for arguments in (
@@ -155,7 +163,7 @@ def test_the_users_directory_survives_every_command(checkpoint, texts, tmp_path,
         ["evaluate", checkpoint, "--texts", texts["test"], "--out", keep],
         ["evaluate", checkpoint, "--texts", keep / "thesis.tex", "--out", keep],
         ["merge", "--source", keep / "model", "--target", checkpoint, "--texts", texts["test"], "--out", keep],
-        ["merge", "--source", checkpoint, "--target", keep / "model", "--texts", texts["test"], "--out", keep / "model/x"],
+        ["merge", "--source", checkpoint, "--target", theirs, "--texts", texts["test"], "--out", theirs / "x"],
         ["adapt", "--target", keep / "model", "--texts", texts["test"], "--out", keep, "--mode", "sft"],
         ["sweep", "--source", checkpoint, "--target", keep / "model", "--texts", texts["test"], "--valid",
          texts["valid"], "--grid", "alpha=0,0.1", "--out", keep],
@@ -309,7 +317,7 @@ def test_places_that_are_no_outputs(checkpoint, tmp_path, capsys) -> None:
         (tmp_path / "file/below", "is not a directory"),
         (tmp_path / "dangling", "which does not exist"),
         (tmp_path / "out.partial", "names that end in .partial"),
-        ("/", "root of the file system"),
+        ("/", "output"),
     ):
         for command_line in (
             ["convert", checkpoint, out, "--to", "hf"],
