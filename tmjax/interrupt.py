@@ -5,7 +5,6 @@ Python raises KeyboardInterrupt wherever the main thread is. In a callback of th
 interrupt is noted; it is raised again as soon as Python reports one as unraisable, and at the next step of progress.
 """
 
-import _thread
 import contextlib
 import functools
 import os
@@ -53,7 +52,8 @@ def _again(report: Any, before: Callable[[Any], object]) -> None:
     if not isinstance(report.exc_value, KeyboardInterrupt):
         before(report)
         return
-    timer = threading.Timer(_AGAIN_S, _thread.interrupt_main, [signal.SIGINT])
+    # A real signal: it also ends waiting in a system call.
+    timer = threading.Timer(_AGAIN_S, os.kill, [os.getpid(), signal.SIGINT])
     timer.daemon = True
     timer.start()
 
