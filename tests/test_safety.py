@@ -494,6 +494,37 @@ def test_a_run_finds_its_inputs_from_another_directory(project, tmp_path, monkey
     assert stored(tmp_path / "two/merged") == stored(run_dir / "merged")
 
 
+def test_every_command_is_told_who_holds_its_output(project, checkpoint, texts, tmp_path, capsys) -> None:
+    out, run_dir, models = tmp_path / "out", project / "runs/one", project / "models"
+    pair = ["--source", models / "source", "--target", models / "target", "--texts", texts["calibration"]]
+    commands = {
+        "merge": [*pair, "--alpha", 0.1],
+        "align": pair,
+        "sweep": [*pair, "--valid", texts["valid"], "--grid", "alpha=0,0.1"],
+        "solvers": pair,
+        "adapt": ["--target", models / "target", "--texts", texts["calibration"], "--mode", "sft"],
+        "evaluate": [checkpoint, "--texts", texts["test"]],
+    }
+    lines = [[name, *rest, "--out", out] for name, rest in commands.items()]
+    lines += [["convert", checkpoint, out, "--to", "hf"], ["fuse", run_dir], ["report", run_dir]]
+    lines += [["compare", run_dir, "--plot", out]]
+    code = HOLDER.replace(
+        "OutputLock(Path(sys.argv[1]))", "OutputLock(Path(sys.argv[1])), OutputLock(Path(sys.argv[2]))"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(out), str(run_dir)], stdout=subprocess.PIPE)
+    before = tree(run_dir)
+    try:
+        assert holder.stdout.read(1) == b"1"
+        for arguments in lines:
+            status, said = run(capsys, *arguments, *([] if arguments[0] in ("report", "fuse") else ["--overwrite"]))
+            assert status == 2 and said.count("tmjax: error:") == 1, (arguments, said)
+            assert f"process {holder.pid}," in said and "is being written by" in said, (arguments, said)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert tree(run_dir) == before and not out.exists()
+
+
 def test_what_was_moved_is_found_or_missed_in_one_line(project, tmp_path, monkeypatch, capsys) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(project, moved)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 _AGAIN_S = 0.05
 _R = TypeVar("_R")
 _noted = threading.Event()
+_timers: list[threading.Timer] = []
 
 
 def noted() -> bool:
@@ -55,6 +56,7 @@ def _again(report: Any, before: Callable[[Any], object]) -> None:
     # A real signal: it also ends waiting in a system call.
     timer = threading.Timer(_AGAIN_S, os.kill, [os.getpid(), signal.SIGINT])
     timer.daemon = True
+    _timers.append(timer)
     timer.start()
 
 
@@ -75,6 +77,8 @@ def noticed() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
+        while _timers:  # what comes after the command is not to be interrupted
+            _timers.pop().cancel()
         signal.signal(signal.SIGINT, before)
 
 
