@@ -231,7 +231,8 @@ def test_leaks_are_said(short, flags, capsys, tmp_path) -> None:
     calibration = flags[flags.index("--texts") + 1]
     rest = [*flags[: flags.index("--valid")], "--valid", calibration]
     out = tmp_path / "run"
-    out.write_text("in the way")
+    out.mkdir()
+    (out / "notes.txt").write_text("in the way")
     code, _, error = run(capsys, short, *rest, "--out", out, "--mode", "sft")
     assert code == 2 and "16 of 24 validation documents are inside the training texts" in " ".join(error.split())
 

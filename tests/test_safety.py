@@ -224,6 +224,20 @@ def test_a_stage_that_is_made_again_leaves_what_is_not_its(tmp_path) -> None:
     assert (out / "mine.partial").read_text() == "mine"
 
 
+def test_an_edited_card_is_kept(tmp_path) -> None:
+    out = tmp_path / "run"
+    small_run(out).close()
+    (out / "merged/README.md").write_text("my own words")
+    small_run(out).close()  # nothing has changed
+    assert tree(out / "merged") == {"sub/weights": b"x", "README.md": b"my own words"}
+    for refused in ({"key": KEY}, {"key": {"recipe": "2"}, "overwrite": True}):
+        with pytest.raises(InputError, match=r"README\.md"):
+            small_run(out, content="other", **refused)
+    again = small_run(out)
+    again.stage("card", "other", "merged/README.md", lambda partial: partial.write_text("new facts") and None)
+    assert tree(out / "merged") == {"sub/weights": b"x", "README.md": b"new facts", "README.md.old": b"my own words"}
+
+
 @pytest.mark.parametrize("moment", ["before", "between", "after"])
 def test_a_run_killed_while_a_stage_is_put_in_place_goes_on(tmp_path, monkeypatch, moment) -> None:
     """As if the process had died before or after the rename, or between deleting the old output and renaming."""
