@@ -13,7 +13,7 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 #: Files that are no stage's output, by their names below the run.
 _BESIDE = re.compile(
-    rf"{MANIFEST}|{RECIPE}|results\.parquet|solvers\.html"
+    rf"{MANIFEST}|{RECIPE}|adapter|results\.parquet|solvers\.html"
     r"|plots/(arms|coefficients|coefficient_maps|heads|layer_plan|solvers|sweep|training)\.png"
     r"|settings/[0-9a-f]{64}\.json"
     r"|training/[^/]+/[^/]+/(log\.csv|log\.csv\.new|checkpoints/.+)"
