@@ -24,6 +24,7 @@ from tmjax.adapt.modes import Plain, Residual
 from tmjax.adapt.step import fold
 from tmjax.convert.hf import export
 from tmjax.convert.model import load_model
+from tmjax.hub.run_files import split
 from tmjax.hub.rundir import read_manifest
 from tmjax.hub.texts import read_texts
 
@@ -108,7 +109,7 @@ def test_second_start_reuses_everything(guided, flags, short, capsys) -> None:
     code, out, _ = run(capsys, short, *flags, "--out", guided, "--mode", "guided", "--controls", "--json")
     manifest = json.loads(out)
     assert code == 0 and all(stage["reused"] for stage in manifest["stages"].values())
-    assert stored(guided / "merged") == before
+    assert stored(guided / "merged") == before and split(guided, manifest)[1] == []
     code, _, error = run(capsys, short, *flags, "--out", guided, "--mode", "sft")
     assert code == 2 and "another recipe" in error
 
@@ -231,7 +232,8 @@ def test_leaks_are_said(short, flags, capsys, tmp_path) -> None:
     calibration = flags[flags.index("--texts") + 1]
     rest = [*flags[: flags.index("--valid")], "--valid", calibration]
     out = tmp_path / "run"
-    out.write_text("in the way")
+    out.mkdir()
+    (out / "notes.txt").write_text("in the way")
     code, _, error = run(capsys, short, *rest, "--out", out, "--mode", "sft")
     assert code == 2 and "16 of 24 validation documents are inside the training texts" in " ".join(error.split())
 

@@ -20,6 +20,7 @@ from tmjax.activations import capture as capture_module
 from tmjax.align import store as alignment_store
 from tmjax.convert import hf
 from tmjax.convert.model import load_model
+from tmjax.hub.run_files import split
 from tmjax.hub.rundir import read_manifest
 from tmjax.models.decoder import forward
 from tmjax.ot.solvers.sinkhorn import Sinkhorn
@@ -123,7 +124,8 @@ def test_run_directory_holds_what_it_should_and_nothing_partial(whole) -> None:
     ):
         assert (out / name).exists()
     assert sorted(path.name for path in (out / "controls").iterdir()) == sorted(arm for arm in ARMS if ":" in arm)
-    assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob("*.partial")) and not list(out.rglob(".*lock"))
+    assert split(out, read_manifest(out))[1] == []  # all of it is known for the run's own
     card = (out / "merged/README.md").read_text()
     assert "llama" not in card.split("---")[1] and "self_attn.q_proj" in card and "preset: barycentric" in card
     page = (out / "report.html").read_text()

@@ -10,6 +10,7 @@ from tmjax import cli
 from tmjax.activations import store
 from tmjax.align.plans import solve_site
 from tmjax.errors import InputError
+from tmjax.hub.run_files import split
 from tmjax.ot import make_solver, standardise
 from tmjax.pipeline.solvers import parse_solver
 from tmjax.recipe import AlignmentOptions
@@ -40,6 +41,7 @@ def test_every_solver_has_its_line(compared) -> None:
     assert greedy["bits_per_byte"] is not None and greedy["iterations_max"] <= 1
     assert ridge["marginal_error"] is None and 0 < ridge["explained_target"] < 1
     assert ridge["bits_per_byte"] is not None and 0 < scaling["distance_to_exact"] < 1
+    assert split(out, manifest)[1] == []
     page = (out / "solvers.html").read_text()
     assert all(name in page for name in NAMES) and "data:image/png" in page and "http" not in page.split("<body>")[1]
 

@@ -27,6 +27,7 @@ from tmjax.evaluate import packing
 from tmjax.evaluate.bits import Scorer, sequence_nll
 from tmjax.evaluate.packing import pack, packed_nll, text_lengths
 from tmjax.fuse.apply import fuse_params, transport_model
+from tmjax.hub.run_files import split
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import init_params
@@ -105,6 +106,7 @@ def test_every_number_is_that_of_the_plain_way(swept, models, texts) -> None:
 def test_what_a_sweep_writes(swept, texts, capsys) -> None:
     manifest = json.loads((swept / "manifest.json").read_text())
     facts = manifest["sweep"]
+    assert split(swept, manifest)[1] == []
     assert facts["settings"] == 72 and facts["failed"] == 0 and facts["groups"] == 12
     # One program for each bias rule; masks, plans and coefficients are numbers to it.
     assert facts["compilations"] == 3 and manifest["sweep"]["test_compilations"] == 1

@@ -163,3 +163,46 @@ def test_a_killed_holder_is_no_holder(pair, alone, tmp_path) -> None:
     assert (tmp_path / ".run.tmjax-lock").exists()
     assert cli.run(merge(pair, out)) == 0
     assert stored(out / "merged") == alone and not list(tmp_path.glob(".*"))
+
+
+SWALLOWED = """
+import gc, os, signal, sys, time
+from tmjax import interrupt
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def in_a_callback(phase, info):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+
+def in_a_library():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    except BaseException:
+        pass
+
+with interrupt.noticed():
+    try:
+        if sys.argv[1] == "callback":
+            gc.callbacks.append(in_a_callback)
+            gc.collect()
+            time.sleep(20)  # no progress meanwhile
+        else:
+            in_a_library()
+            interrupt.checked(lambda: time.sleep(20))()
+    except KeyboardInterrupt:
+        assert interrupt.noted()
+        print("interrupted")
+with interrupt.noticed():
+    assert not interrupt.noted()
+"""
+
+
+@pytest.mark.parametrize("where", ["callback", "library"])
+def test_a_swallowed_interrupt_is_raised_again(where: str) -> None:
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", SWALLOWED, where], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "interrupted\n" and done.returncode == 0, done.stderr
+    assert done.stderr == "" and time.monotonic() - started < 15

@@ -173,3 +173,25 @@ def test_evaluate_says_what_is_unknown(model_dir, tmp_path, capsys) -> None:
     assert cli.run(["evaluate", str(model_dir), "--texts", str(texts)]) == 0
     assert "unknown bytes" in capsys.readouterr().out
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the harness and its libraries
+def test_tasks_charge_for_unknown_text_too(model_dir) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from tmjax.evaluate.lm_eval_model import TmjaxLM
+
+    def asked(kind: str, *arguments: str) -> Instance:
+        return Instance(kind, {}, arguments, 0)
+
+    model = TmjaxLM(load_model(model_dir))
+    whole = model.loglikelihood_rolling([asked("loglikelihood_rolling", text) for text in TEXTS.texts])
+    cut, uniform = windows(model.model.spec, load_tokenizer(model_dir), TEXTS), math.log(model.model.spec.vocab)
+    # The harness does not ask for the end of the text.
+    expected = cut.hidden.unknown * 8 * math.log(2) + (cut.tokens - 1) * uniform
+    assert -np.asarray(whole) == pytest.approx(expected, rel=0.02)
+    (known, _), (hidden, _) = model.loglikelihood(
+        [asked("loglikelihood", "maji", " ya"), asked("loglikelihood", "maji", " 日本")]
+    )
+    assert known - hidden == pytest.approx(6 * 8 * math.log(2), abs=0.5)

@@ -387,17 +387,15 @@ def compare(
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the differences (PNG).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws.")] = 10000,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Results on the same documents, pair by pair: differences with 95% intervals over documents."""
-    from tmjax.pipeline.compare import compare_results
+    from tmjax.pipeline.compare import compare_results, write_plot
 
-    result = compare_results(results, draws=draws, seed=seed)
-    if plot is not None:
-        from tmjax.hub.atomic import write_bytes
-        from tmjax.report.compare import plot_compare
-
-        write_bytes(plot, plot_compare(result["compare"]))
+    with write_plot(plot, overwrite=overwrite) as write:
+        result = compare_results(results, draws=draws, seed=seed)
+        write(result["compare"])
     if as_json:
         _print_json(result)
         return

@@ -5,7 +5,6 @@ Python raises KeyboardInterrupt wherever the main thread is. In a callback of th
 interrupt is noted; it is raised again as soon as Python reports one as unraisable, and at the next step of progress.
 """
 
-import _thread
 import contextlib
 import functools
 import os
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 _AGAIN_S = 0.05
 _R = TypeVar("_R")
 _noted = threading.Event()
+_timers: list[threading.Timer] = []
 
 
 def noted() -> bool:
@@ -53,8 +53,10 @@ def _again(report: Any, before: Callable[[Any], object]) -> None:
     if not isinstance(report.exc_value, KeyboardInterrupt):
         before(report)
         return
-    timer = threading.Timer(_AGAIN_S, _thread.interrupt_main, [signal.SIGINT])
+    # A real signal: it also ends waiting in a system call.
+    timer = threading.Timer(_AGAIN_S, os.kill, [os.getpid(), signal.SIGINT])
     timer.daemon = True
+    _timers.append(timer)
     timer.start()
 
 
@@ -75,6 +77,8 @@ def noticed() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
+        while _timers:  # what comes after the command is not to be interrupted
+            _timers.pop().cancel()
         signal.signal(signal.SIGINT, before)
 
 

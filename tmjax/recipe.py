@@ -1,7 +1,8 @@
 """The recipe: everything a run is told, as one frozen, checked object. Files hold the same keys as the command line."""
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -23,7 +24,54 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
+class Placed(Section):
+    """A recipe that names inputs, of whose local ones `places` says where they lay when it was stored."""
+
+    if TYPE_CHECKING:
+        out: str
+        places: dict[str, str]
+
+    def inputs(self) -> dict[str, str]:
+        """Names of all inputs, by their keys."""
+        found: dict[str, str | None] = {key: getattr(self, key, None) for key in _PATHS}
+        found |= {f"other_texts.{number}": name for number, name in enumerate(getattr(self, "other_texts", ()))}
+        found["fusion.base"] = getattr(getattr(self, "fusion", None), "base", None)
+        return {key: name for key, name in found.items() if name is not None}
+
+    def place(self, name: str) -> str:
+        """Where the input of a name is: where it was when the recipe was stored, else where the name says.
+
+        Relative names are meant from here, then from a folder above the run, which may have been moved with its inputs.
+        """
+        here, stored = Path(name).expanduser(), self.places.get(name)
+        if stored is None or (here.exists() and (not Path(stored).exists() or here.samefile(stored))):
+            return name
+        if Path(stored).exists() or here.is_absolute():
+            return stored
+        above = (folder / name for folder in Path(self.out).absolute().parents)
+        return next((str(place) for place in above if place.exists()), name)
+
+    def moved(self) -> list[str]:
+        """A line for every input that is not where it was; raises InputError for one that is nowhere."""
+        lines = []
+        for key, name in self.inputs().items():
+            stored, place = self.places.get(name), self.place(name)
+            if stored is None or Path(stored).exists():
+                continue
+            if not Path(place).expanduser().exists():
+                raise InputError(f"{key} {name} is neither here nor where it was ({stored}); put it back to either")
+            lines.append(f"{key} {name} is no longer at {stored}: {Path(place).absolute()} is taken")
+        return lines
+
+    def placed(self: "P") -> "P":
+        """The recipe with the places that its local inputs have now."""
+        now = {name: Path(self.place(name)).expanduser() for name in self.inputs().values()}
+        return self.model_copy(update={"places": {n: os.path.abspath(p) for n, p in now.items() if p.exists()}})
+
+
+_PATHS = ("source", "target", "texts", "valid", "test", "same_size_source")
 R = TypeVar("R", bound=Section)
+P = TypeVar("P", bound=Placed)
 
 
 class ActivationOptions(Section):
@@ -203,10 +251,11 @@ class ExportOptions(Section):
     max_shard_size: str = "5GB"
 
 
-class Recipe(Section):
+class Recipe(Placed):
     """A whole run. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`.
 
     `other_texts` are of other languages or domains: what the target and the result score on them is recorded.
+    `places` is written with a run: the absolute places of its local inputs, by their names.
     `same_size_source` is merged too where controls are run, as a row for comparison. With a `seed` other than 0,
     `activations.max_texts` takes a random part of the calibration texts instead of the first.
     """
@@ -231,6 +280,7 @@ class Recipe(Section):
     fusion: FusionOptions = FusionOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     export: ExportOptions = ExportOptions()
+    places: dict[str, str] = {}
 
     @property
     def solves(self) -> bool:
@@ -299,12 +349,34 @@ def checked(kind: type[R], values: dict[str, Any]) -> R:
         raise InputError(f"recipe: {summarise(faults)}") from None
 
 
+class _TwiceError(Exception):
+    """A key that a mapping has twice, with its lines."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the silence about a key that is there twice, of which the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node; raises if a key is there twice."""
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = self.construct_object(key), key.start_mark.line + 1
+            if name in lines:
+                raise _TwiceError(f"{name} twice (lines {lines[name]} and {line})")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The mapping that a YAML recipe file holds, unchecked."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from None
+    except _TwiceError as error:
+        raise InputError(f"recipe {path} has the key {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -312,9 +384,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-def dump_recipe(recipe: Section) -> str:
-    """The recipe as YAML, every default spelled out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump_recipe(recipe: Section, *, places: bool = True) -> str:
+    """The recipe as YAML, every default spelled out; without `places` it does not tell where local inputs lie."""
+    told = recipe.model_dump(mode="json")
+    if not (places and told.get("places")):
+        told.pop("places", None)
+    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
 
 
 def _over(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -329,11 +404,13 @@ def _plain(fault: Any) -> str:
     return "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"]
 
 
-def found_near(recipe: R, base: Path) -> R:
+def found_near(recipe: P, base: Path) -> P:
     """The recipe with local files that are not here but in the folder `base`."""
 
     def near(name: str | None) -> str | None:
-        return str(base / name) if name and not Path(name).exists() and (base / name).exists() else name
+        if name is None or Path(recipe.place(name)).exists():
+            return name
+        return str(base / name) if (base / name).exists() else name
 
     found: dict[str, Any] = {key: near(getattr(recipe, key)) for key in ("source", "target", "texts", "valid", "test")}
     found["other_texts"] = tuple(near(name) for name in recipe.other_texts)

@@ -12,6 +12,7 @@ from tmjax.recipe import (
     Alpha,
     EvaluationOptions,
     ExportOptions,
+    Placed,
     Positive,
     PositiveFloat,
     Role,
@@ -139,14 +140,14 @@ class LoraOptions(Section):
     roles: Annotated[tuple[Role, ...], Field(min_length=1)] | None = None
 
 
-class AdaptRecipe(Section):
+class AdaptRecipe(Placed):
     """A whole adaptation. `target` is a checkpoint, or a run of `tmjax merge` whose target and source are meant.
 
     `init` is where training begins: the target, or the merged model (default of residual-frozen). `alpha` fixes the
     coefficient of what is transported, which otherwise is the merge's. `combine` are the terms of mode combined.
     `merge` are settings of a merge's recipe (preset `barycentric` unless said), for modes that need one and a target
     that is not a run. `other_texts` are of other languages or domains: what the target and the result score on them is
-    recorded.
+    recorded. `places` is written with a run: the absolute places of its local inputs, by their names.
     """
 
     source: str | None = None
@@ -175,6 +176,7 @@ class AdaptRecipe(Section):
     merge: Annotated[dict[str, Any], Field(default_factory=dict)]
     evaluation: EvaluationOptions = EvaluationOptions()
     export: ExportOptions = ExportOptions()
+    places: Annotated[dict[str, str], Field(default_factory=dict)]
 
     @property
     def terms(self) -> frozenset[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -23,6 +24,7 @@ from tmjax.errors import InputError
 from tmjax.evaluate.continuations import Continuation, ContinuationScorer
 from tmjax.hub.checkpoint import read_json
 from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.hub.unknown import hidden_bytes, hidden_nats
 from tmjax.models.generate import write
 from tmjax.models.sample import Sampling
 from tmjax.sharding.mesh import AUTO, Layout
@@ -73,7 +75,7 @@ class TmjaxLM(TemplateLM):
             raise InputError(f"max_length is {max_length}, the model learned {spec.max_positions} positions; lower it")
         held = load_tokenizer(self.model.directory, spec.vocab)
         self._written = held.known(spec.vocab)
-        self.tokenizer, self._prefix = held.fast, held.prefix
+        self.tokenizer, self._prefix, self._texts = held.fast, held.prefix, held
         tokens = int(batch_tokens) if batch_tokens else None
         self.scorer = ContinuationScorer(
             spec, self.model.params, batch_tokens=tokens, dtype=self.dtype, layout=self.layout
@@ -176,11 +178,19 @@ class TmjaxLM(TemplateLM):
         for ids, scored in wanted:
             self._tokens.update(repr((ids, scored)).encode())
         sums, greedy = self.scorer(wanted)
-        answers = list(zip(sums.tolist(), greedy.tolist(), strict=True))
+        # Of windows of a whole text (without a context) the text is charged once, by who asked.
+        charged = self._charge(["" if strings[0] is None else strings[1] for strings, _, _ in requests])
+        answers = list(zip((sums - charged).tolist(), greedy.tolist(), strict=True))
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             if strings[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
+
+    def _charge(self, texts: Sequence[str]) -> np.ndarray:
+        """Nats that texts are charged for bytes that their tokens hide."""
+        if not texts:
+            return np.zeros(0)
+        return hidden_nats(hidden_bytes(self._texts, texts, self._texts.encode(texts)).unknown)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the model's length that score every token once."""
@@ -195,6 +205,7 @@ class TmjaxLM(TemplateLM):
         totals = [0.0] * len(requests)
         for number, (value, _) in zip(owners, self._loglikelihood_tokens(pieces), strict=True):
             totals[number] += value
+        totals = (np.asarray(totals) - self._charge(texts)).tolist()
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals

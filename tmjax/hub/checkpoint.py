@@ -25,7 +25,17 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
+#: Further chat templates, by name, which belong to the model like the main one.
+TEMPLATES = "additional_chat_templates"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -51,7 +61,8 @@ def resolve(model: str, *, weights: bool = True) -> Path:
     import huggingface_hub.errors
 
     def fetch(names: list[str]) -> Path:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=[*names, CONFIG_NAME, *COMPANIONS]))
+        wanted = [*names, CONFIG_NAME, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
 
     try:
         if not weights:
@@ -87,8 +98,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copies tokenizer, generation config and chat template files, as they are."""
-    for name in COMPANIONS:
+    """Copies tokenizer, generation config, processor and chat template files, as they are."""
+    for name in [*COMPANIONS, *(f"{TEMPLATES}/{file.name}" for file in extra_templates(source))]:
         file = Path(source) / name
         if file.is_file():
+            (Path(destination) / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, Path(destination) / name)
+
+
+def extra_templates(directory: Path) -> list[Path]:
+    """Chat templates of a checkpoint beside its main one."""
+    return sorted((Path(directory) / TEMPLATES).glob("*.jinja"))

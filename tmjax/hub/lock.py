@@ -54,12 +54,13 @@ _command: list[str] = []
 class OutputLock:
     """Holds the lock of an output from its making to `release`; the thread that holds it may make another.
 
-    Raises InputError saying who holds it, or why the place cannot be written to.
+    An output is a directory unless said otherwise. Raises InputError saying who holds it, or why the place cannot be
+    written to.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, directory: bool = True) -> None:
         self._path: Path | None = None
-        real = refuse_name(path)
+        real = refuse_name(path) if directory else Path(os.path.realpath(path))
         with _guard:
             mine = _held.get(real)
             if mine is None:

@@ -13,11 +13,13 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 #: Files that are no stage's output, by their names below the run.
 _BESIDE = re.compile(
-    rf"{MANIFEST}|{RECIPE}|results\.parquet|solvers\.html"
+    rf"{MANIFEST}|{RECIPE}|adapter|results\.parquet|solvers\.html"
     r"|plots/(arms|coefficients|coefficient_maps|heads|layer_plan|solvers|sweep|training)\.png"
     r"|settings/[0-9a-f]{64}\.json"
     r"|training/[^/]+/[^/]+/(log\.csv|log\.csv\.new|checkpoints/.+)"
 )
+#: Ends the names of outputs that are written for people, who may go on writing.
+EDITED = ".md"
 #: Runs of their own below a run.
 _NESTED = re.compile(r"merge|sources/[^/]+")
 
@@ -31,7 +33,7 @@ def split(path: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]
         if _NESTED.fullmatch(name) and (told := _manifest(path / name)) is not None
     }
     below = {name: set(split(path / name, told)[0]) for name, told in nested.items()}
-    held = listed(manifest)
+    held = listed(path, manifest)
     records = {"adapter": set(recorded(path / "adapter")) | {RECORD}}
     for name in walk(path):
         inside = next((top for top in (*below, *records) if name.startswith(f"{top}/")), None)
@@ -55,11 +57,20 @@ def partial_of(name: str) -> str | None:
     return None if at is None else "/".join([*parts[:at], parts[at].removesuffix(PARTIAL)])
 
 
-def listed(manifest: Mapping[str, Any]) -> set[str]:
-    """Files that the stages of a run have written, and what was being written when it ended."""
-    names = {name for entry in manifest.get("outputs", {}).values() for name in entry["files"]}
+def listed(path: Path, manifest: Mapping[str, Any]) -> set[str]:
+    """Files that the stages of a run have written, and what was being written when it ended.
+
+    A text for people that has another size now is its user's.
+    """
+    written = [pair for entry in manifest.get("outputs", {}).values() for pair in entry["files"].items()]
+    names = {name for name, size in written if not (name.endswith(EDITED) and is_edited(path / name, size))}
     unfinished = manifest.get("unfinished")
     return names if not unfinished else names | {unfinished["output"], *unfinished["files"]}
+
+
+def is_edited(file: Path, size: int) -> bool:
+    """Whether a file is there in another size."""
+    return file.is_file() and file.stat().st_size != size
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:

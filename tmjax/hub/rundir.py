@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 from tmjax.errors import InputError
 from tmjax.hub.atomic import PARTIAL, partial_name, remove, write_json, write_text
-from tmjax.hub.checkpoint import COMPANIONS, CONFIG_NAME, read_json
+from tmjax.hub.checkpoint import COMPANIONS, CONFIG_NAME, extra_templates, read_json
 from tmjax.hub.lock import OutputLock
 from tmjax.hub.owned import delete, refuse_foreign, walk
 from tmjax.hub.paths import refuse_name
-from tmjax.hub.run_files import MANIFEST, RECIPE, is_own, listed, partial_of, split
+from tmjax.hub.run_files import EDITED, MANIFEST, RECIPE, is_edited, is_own, listed, partial_of, split
 from tmjax.hub.weights import weight_files
 
 _PACKAGES = ("jax", "flax", "ott-jax", "transformers", "orbax-checkpoint", "numpy")
@@ -48,7 +48,7 @@ def sha256_checkpoint(directory: Path) -> str:
     wanted = {directory / name for name in (CONFIG_NAME, *COMPANIONS, "tmjax.json")}
     files = [*(file for file in wanted if file.is_file()), *weight_files(directory)]
     nested = [file for name in ("params", "hf") for file in (directory / name).rglob("*") if file.is_file()]
-    return sha256_files(files + nested)
+    return sha256_files(files + nested + extra_templates(directory))
 
 
 def peak_rss_mib() -> float:
@@ -184,7 +184,7 @@ class RunDirectory:
         cls, path: Path, manifest: dict[str, Any], recipe_yaml: str, here: Mapping[str, Any] | None
     ) -> "RunDirectory":
         run = cls(path, manifest, here)
-        held = listed(manifest)
+        held = listed(path, manifest)
         delete(path, [name for name in walk(path) if partial_of(name) is not None and is_own(name, held)])
         if manifest.get("unfinished"):
             remove(partial_name(path / manifest["unfinished"]["output"]))
@@ -235,11 +235,15 @@ class RunDirectory:
             write_json(self.path / MANIFEST, self.manifest)
 
     def finished(self, stage: str, key: object) -> bool:
-        """Whether a stage with this input hash has finished and its files are still whole."""
+        """Whether a stage with this input hash has finished and its files are still whole.
+
+        A text for people, which its user may have edited, only has to be there.
+        """
         entry = self.manifest["outputs"].get(stage)
         if entry is None or entry["key"] != digest(key):
             return False
-        return all(_size(self.path / name) == size for name, size in entry["files"].items())
+        sizes = {name: (size, _size(self.path / name)) for name, size in entry["files"].items()}
+        return all(now == size or (now > 0 and name.endswith(EDITED)) for name, (size, now) in sizes.items())
 
     def stage(
         self,
@@ -306,20 +310,24 @@ class RunDirectory:
 
     def _foreign(self, output: str) -> list[str]:
         """Names below an output that no stage has written."""
-        path, held = self.path / output, listed(self.manifest)
+        path, held = self.path / output, listed(self.path, self.manifest)
         names = [f"{output}/{name}" for name in walk(path)] if path.is_dir() else []
         return sorted(name for name in names if not is_own(name, held))
 
     def _replace(self, partial: Path, path: Path, output: str) -> None:
         """Renames a finished output into place of the one there; files that no stage has written stay in it."""
         if path.is_dir():
-            held = listed(self.manifest)
+            held = listed(self.path, self.manifest)
             delete(path, [name for name in walk(path) if is_own(f"{output}/{name}", held)])
             if any(walk(path)):  # they came while the stage was running
                 for name in list(walk(partial)):
                     (path / name).parent.mkdir(parents=True, exist_ok=True)
                     os.replace(partial / name, path / name)
             remove(partial if any(walk(path)) else path)
+        elif output.endswith(EDITED):
+            sizes = [entry["files"][output] for entry in self.manifest["outputs"].values() if output in entry["files"]]
+            if any(is_edited(path, size) for size in sizes):
+                os.replace(path, path.with_name(path.name + ".old"))
         if partial.exists():
             os.replace(partial, path)
 

@@ -58,6 +58,9 @@ class Adapt:
         arms: Mapping[str, Arm] | None = None,
         schedules: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     ) -> None:
+        for line in recipe.moved():
+            warn(line)
+        recipe = recipe.placed()
         self.recipe, self.inputs = recipe, AdaptInputs(recipe)
         self.show, self.warn = show, warn
         self.starts = Starts(self.inputs, show, warn)
@@ -74,7 +77,7 @@ class Adapt:
         """Creates or resumes the run directory, after everything that it needs was found to be good; its key."""
         recipe, warn = self.recipe, self.warn
         hashes = self.inputs.hashes
-        told = recipe.model_dump(mode="json", exclude={"out", "mesh", "other_texts", *_INPUTS})
+        told = recipe.model_dump(mode="json", exclude={"out", "mesh", "other_texts", "places", *_INPUTS})
         key = {"recipe": digest(told)} | hashes
         if self.inputs.run is not None:
             key["run"] = digest(read_manifest(self.inputs.run)["outputs"])

@@ -33,14 +33,15 @@ class AdaptInputs(HeldOut):
 
     def __init__(self, recipe: AdaptRecipe) -> None:
         self.recipe = recipe
-        self.run = Path(recipe.target) if read_manifest(Path(recipe.target)) is not None else None
+        target = Path(recipe.place(recipe.target))
+        self.run = target if read_manifest(target) is not None else None
         if self.run is not None and not (self.run / "alignment").is_dir():
             raise InputError(f"{self.run} is a run without an alignment; give a run of tmjax merge, or a checkpoint")
 
     @functools.cached_property
     def run_recipe(self) -> Recipe | None:
         """The recipe of the merge that is adapted, if it is a run."""
-        return None if self.run is None else build_recipe(read_recipe(self.run / RECIPE))
+        return None if self.run is None else build_recipe(read_recipe(self.run / RECIPE) | {"out": str(self.run)})
 
     @property
     def names(self) -> dict[str, str | None]:
@@ -49,6 +50,13 @@ class AdaptInputs(HeldOut):
         if run is None:
             return {"source": recipe.source, "target": recipe.target}
         return {"source": recipe.source or run.source, "target": run.target}
+
+    @functools.cached_property
+    def located(self) -> dict[str, str | None]:
+        """Where source and target are now."""
+        own, run = self.recipe, self.run_recipe
+        of_run = {name for name in ("source", "target") if run and (name == "target" or not own.source)}
+        return {name: given and (run if name in of_run else own).place(given) for name, given in self.names.items()}
 
     def merge_recipe(self) -> Recipe:
         """The merge that has to be done for this adaptation, in a folder of its run.
@@ -61,13 +69,15 @@ class AdaptInputs(HeldOut):
         given = {name: value for name, value in shared.items() if value is not None}
         if own.max_texts is not None:
             given["activations"] = told.get("activations", {}) | {"max_texts": own.max_texts}
+        known = {} if self.run_recipe is None else self.run_recipe.places
+        given["places"] = known | own.places
         out = {"out": str(Path(own.out) / "merge"), "test": None, "controls": False}
         return build_recipe(told | given | self.names | out)
 
     @functools.cached_property
     def layout(self) -> Layout:
         """The device mesh; chosen over all devices unless the recipe says otherwise."""
-        named = [name for name in self.names.values() if name]
+        named = [name for name in self.located.values() if name]
         return Layout(self.recipe.mesh or AUTO, [describe(config_directory(name)).spec.hidden for name in named])
 
     @property
@@ -82,12 +92,12 @@ class AdaptInputs(HeldOut):
     @functools.cached_property
     def target(self) -> Model:
         """The target model."""
-        return self.load(self.names["target"])
+        return self.load(self.located["target"])
 
     @functools.cached_property
     def source(self) -> Model:
         """The source model."""
-        return self.load(self.names["source"])
+        return self.load(self.located["source"])
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -97,7 +107,7 @@ class AdaptInputs(HeldOut):
     @functools.cached_property
     def texts(self) -> TrainingTexts:
         """What is trained on."""
-        return read_training_texts(self.recipe.texts).first(self.recipe.max_texts)
+        return read_training_texts(self.recipe.place(self.recipe.texts)).first(self.recipe.max_texts)
 
     def rows_of(self, texts: Texts) -> tuple[Rows, list[list[TokenisedDocument]]]:
         """Spans of texts that both models read; documents of the target, then of the source."""
@@ -120,14 +130,14 @@ class AdaptInputs(HeldOut):
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every input."""
-        models = {name: sha256_checkpoint(resolve(path)) for name, path in self.names.items() if path}
+        models = {name: sha256_checkpoint(resolve(path)) for name, path in self.located.items() if path}
         texts = {"texts": self.texts.texts, "valid": self.valid, "test": self.test}
         return models | {name: value.sha256 for name, value in texts.items() if value is not None}
 
     @functools.cached_property
     def notes(self) -> dict[str, list[str]]:
         """What a user should know of source and target and nothing refuses; see `Model.notes`."""
-        return {name: list(checkpoint_notes(path)) for name, path in self.names.items() if path}
+        return {name: list(checkpoint_notes(path)) for name, path in self.located.items() if path}
 
     def scorer(self, model: Model, texts: Texts) -> Scorer:
         """Scorer of `texts` for models of this architecture."""

@@ -1,6 +1,6 @@
 """The stages up to the alignment, each with its input hash: activations (or their moments), plans."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tmjax.hub.rundir import RunDirectory, digest, read_manifest
 from tmjax.models.decoder import init_params
 from tmjax.pipeline.inputs import Inputs
 from tmjax.pipeline.notes import note_blank
-from tmjax.recipe import Recipe, Section, dump_recipe
+from tmjax.recipe import Placed, Recipe, dump_recipe
 from tmjax.sharding import hosts
 
 #: (stage, steps done, steps in all) while a stage runs.
@@ -34,13 +34,13 @@ def quiet(_stage: str, _done: int, _total: int) -> None:
     """No progress display."""
 
 
-def refuse_nested(recipe: Section) -> None:
+def refuse_nested(recipe: Placed) -> None:
     """Raises InputError if a local input is the output, lies inside it or holds it."""
     named: list[tuple[str, str | None]] = [(name, getattr(recipe, name, None)) for name in _INPUTS]
     named += [("other_texts", name) for name in recipe.other_texts]
     named += [("same_size_source", getattr(recipe, "same_size_source", None))]
     named += [("fusion.base", recipe.fusion.base)] if isinstance(recipe, Recipe) else []
-    refuse_overlap(recipe.out, named)
+    refuse_overlap(recipe.out, [(what, name and recipe.place(name)) for what, name in named])
 
 
 def tell_notes(notes: Mapping[str, Sequence[str]], warn: Warn) -> None:
@@ -64,6 +64,9 @@ class AlignmentRun:
         also: Mapping[str, str] | None = None,
     ) -> None:
         # `also`: what makes the run another one beside its recipe and inputs.
+        for line in recipe.moved():
+            warn(line)
+        recipe = recipe.placed()
         self.recipe, self.inputs = recipe, Inputs(recipe)
         self.progress, self.warn = progress, warn
         self._alignment: Alignment | None = None
@@ -82,13 +85,13 @@ class AlignmentRun:
         hashes = hosts.together(lambda: self.inputs.hashes)
         hosts.require_same("inputs", hashes)
         # What may change without making another run of it: where things lie and are computed, whether a no-op passes.
-        without = {"out", "allow_negligible", "mesh", "other_texts", "same_size_source", *_INPUTS}
+        without = {"out", "allow_negligible", "mesh", "other_texts", "same_size_source", "places", *_INPUTS}
         told = recipe.model_dump(mode="json", exclude=without)
         key = {"recipe": digest(told)} | hashes | dict(also)
         previous = read_manifest(path)
         if hosts.agree(previous is None or previous.get("key") != key):
             hosts.together(self.inputs.check)
-            tell_notes(self.inputs.notes, warn)
+            tell_notes(self.inputs.notes, self.warn)
         read = self.inputs
         note_blank([read.all_texts, read.valid, read.test, *read.other_texts.values()], self.warn)
         layout = self.inputs.layout

@@ -1,8 +1,9 @@
 """`tmjax compare`: per-document scores from run directories and from folders of `tmjax evaluate --out`."""
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import numpy as np
 
 from tmjax.errors import InputError
 from tmjax.evaluate.paired import Series, compare_paired
+from tmjax.hub.atomic import write_bytes
 from tmjax.hub.checkpoint import read_json
+from tmjax.hub.lock import OutputLock
 from tmjax.hub.rundir import read_manifest
 from tmjax.pipeline.evaluation import RESULTS, SAMPLES, SCORES
+from tmjax.report.compare import plot_compare
+from tmjax.report.plots import is_plot
 
 #: The arm that a run directory stands for, unless `RUN:ARM` names one.
 FINAL = ("adapted", "merged", "best")
@@ -40,6 +45,25 @@ def compare_results(names: Sequence[str], *, draws: int = 10000, seed: int = 0) 
     if len(texts) > 1:
         raise InputError(f"{' and '.join(names)} were measured on other texts")
     return {"compare": compare_paired(measured, draws=draws, seed=seed), "notes": notes}
+
+
+@contextlib.contextmanager
+def write_plot(file: Path | None, *, overwrite: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields what writes the plot of a comparison (nothing without a file), whose place was found to be good.
+
+    Raises InputError if there is a file, unless `overwrite` and tmjax wrote it.
+    """
+    if file is None:
+        yield lambda compared: None
+        return
+    if file.is_dir() or not file.name:
+        raise InputError(f"--plot {file} is a directory; name a file")
+    with OutputLock(file, directory=False):
+        if file.exists() and not overwrite:
+            raise InputError(f"{file} exists; choose another file or pass --overwrite")
+        if file.exists() and not is_plot(file.read_bytes()):
+            raise InputError(f"{file} is no plot that tmjax wrote, so it is not replaced; choose another file")
+        yield lambda compared: write_bytes(file, plot_compare(compared))
 
 
 def _read(name: str) -> tuple[dict[str, Series], str | None, str | None]:

@@ -71,7 +71,8 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
     problems: list[str] = []
     notes: list[str] = []
     sides = {
-        name: _tried(problems, lambda n=name: _side(n, getattr(recipe, n), problems)) for name in ("target", "source")
+        name: _tried(problems, lambda n=name: _side(n, recipe.place(getattr(recipe, n)), problems))
+        for name in ("target", "source")
     }
     tokenizers = {
         name: _tried(problems, lambda s=side: load_tokenizer(s.directory, s.spec.vocab)) if side else None
@@ -263,7 +264,7 @@ def _require_solver(recipe: Recipe, target: Side, source: Side, chosen: Mapping[
 
 def _reading(recipe: Recipe, tokenizers: Mapping[str, TextTokenizer]) -> Reading:
     options = recipe.activations
-    texts = read_texts(recipe.texts).first(options.max_texts)
+    texts = read_texts(recipe.place(recipe.texts)).first(options.max_texts)
     both = [tokenizers["target"], tokenizers["source"]]
     rows, documents = pair_rows(texts, both, pooling=options.pooling, max_tokens=options.max_tokens)
     tokens = [sum(len(document.ids) for document in model) for model in documents]

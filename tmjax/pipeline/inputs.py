@@ -38,7 +38,7 @@ class Inputs(HeldOut):
     @functools.cached_property
     def layout(self) -> Layout:
         """The device mesh; chosen over all devices unless the recipe says otherwise."""
-        both = (self.recipe.source, self.recipe.target)
+        both = [self.recipe.place(name) for name in (self.recipe.source, self.recipe.target)]
         return Layout(self.recipe.mesh or AUTO, [describe(config_directory(name)).spec.hidden for name in both])
 
     @functools.cached_property
@@ -54,12 +54,12 @@ class Inputs(HeldOut):
     @functools.cached_property
     def source(self) -> Model:
         """The source model."""
-        return load_model(self.recipe.source, placement=self.layout.place)
+        return load_model(self.recipe.place(self.recipe.source), placement=self.layout.place)
 
     @functools.cached_property
     def target(self) -> Model:
         """The target model."""
-        return load_model(self.recipe.target, placement=self.layout.place)
+        return load_model(self.recipe.place(self.recipe.target), placement=self.layout.place)
 
     @functools.cached_property
     def source_tokenizer(self) -> TextTokenizer:
@@ -74,7 +74,7 @@ class Inputs(HeldOut):
     @functools.cached_property
     def all_texts(self) -> Texts:
         """The calibration texts that the file holds."""
-        return read_texts(self.recipe.texts)
+        return read_texts(self.recipe.place(self.recipe.texts))
 
     @functools.cached_property
     def texts(self) -> Texts:
@@ -97,14 +97,20 @@ class Inputs(HeldOut):
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every input."""
         named = {"source": self.recipe.source, "target": self.recipe.target, "base": self.recipe.fusion.base}
-        models = {name: sha256_checkpoint(resolve(path)) for name, path in named.items() if path is not None}
+        models = {
+            name: sha256_checkpoint(resolve(self.recipe.place(path)))
+            for name, path in named.items()
+            if path is not None
+        }
         texts = {name: getattr(self, name) for name in ("texts", "valid", "test")}
         return models | {name: value.sha256 for name, value in texts.items() if value is not None}
 
     @functools.cached_property
     def notes(self) -> dict[str, list[str]]:
         """What a user should know of source and target and nothing refuses; see `Model.notes`."""
-        return {name: list(checkpoint_notes(getattr(self.recipe, name))) for name in ("source", "target")}
+        return {
+            name: list(checkpoint_notes(self.recipe.place(getattr(self.recipe, name)))) for name in ("source", "target")
+        }
 
     def scorer(self, model: Model, tokenizer: TextTokenizer, texts: Texts) -> Scorer:
         """Scorer of `texts` for models of this architecture."""
@@ -136,7 +142,7 @@ class Inputs(HeldOut):
         for name in ("layout", "texts", "valid", "test", "other_texts", "target", "source", "rows"):
             getattr(self, name)
         if self.recipe.controls and self.recipe.same_size_source is not None:
-            load_tokenizer(load_model(self.recipe.same_size_source).directory)
+            load_tokenizer(load_model(self.recipe.place(self.recipe.same_size_source)).directory)
         if self.recipe.solves:
             require_shared(self.target_tokenizer, self.source_tokenizer, self.texts.texts, otherwise=WITHOUT)
         sites = sites_of(self.target, self.source, self.projections, self.recipe.alignment.structure)

@@ -54,8 +54,8 @@ def _samples(run: Path, recipe: Recipe, warn: Warn) -> list[dict[str, Any]]:
     if (run / SAMPLES).is_file():
         return read_json(run / SAMPLES)["samples"]
     try:
-        models = {"target": load_model(recipe.target), "merged": load_model(run / "merged")}
-        return sample_texts(models, read_texts(recipe.test or recipe.valid or recipe.texts), recipe.seed)
+        models = {"target": load_model(recipe.place(recipe.target)), "merged": load_model(run / "merged")}
+        return sample_texts(models, read_texts(recipe.place(recipe.test or recipe.valid or recipe.texts)), recipe.seed)
     except TmjaxError as error:
         warn(f"no samples of text in the report: {error}")
         return []

@@ -40,7 +40,7 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
             gain_sentence(manifest),
         ]
     # Where the author's run lies is nobody's business.
-    told = recipe.model_dump(mode="json", exclude={"out"})
+    told = recipe.model_dump(mode="json", exclude={"out", "places"})
     parts += [
         "## What the merge did to every tensor",
         markdown_table(*update_rows(manifest)),

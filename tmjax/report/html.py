@@ -125,7 +125,7 @@ def write_report(
     sections += [
         "<h2>Stages</h2>",
         table("stages", *stage_rows(manifest)),
-        f"<h2>Recipe</h2><pre>{escape(dump_recipe(recipe))}</pre>",
+        f"<h2>Recipe</h2><pre>{escape(dump_recipe(recipe, places=False))}</pre>",
     ]
     title = f"{Path(recipe.source).name} into {Path(recipe.target).name}"
     file.write_text(page(title, sections), encoding="utf-8")

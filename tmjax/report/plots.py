@@ -9,6 +9,8 @@ import numpy as np
 from tmjax.align.alignment import Alignment
 from tmjax.recipe import ALL_ROLES
 
+_SOFTWARE = "tmjax"
+
 
 def new_figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
     """A figure of `rows` by `columns` axes of a size in inches, and the axes [row, column]."""
@@ -24,8 +26,13 @@ def new_figure(columns: int, rows: int, width: float, height: float) -> tuple[An
 def png_bytes(figure: Any) -> bytes:
     """The figure as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": _SOFTWARE})
     return buffer.getvalue()
+
+
+def is_plot(data: bytes) -> bool:
+    """Whether PNG bytes are of `png_bytes`."""
+    return data.startswith(b"\x89PNG") and f"Software\0{_SOFTWARE}".encode() in data[:1024]
 
 
 def plot_layer_plans(alignment: Alignment) -> bytes:

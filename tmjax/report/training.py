@@ -106,7 +106,7 @@ def write_training_report(file: Path, run: Path, recipe: AdaptRecipe, manifest: 
         image("training_plot", png),
         "<h2>Stages</h2>",
         table("stages", *stage_rows(manifest)),
-        f"<h2>Recipe</h2><pre>{escape(dump_recipe(recipe))}</pre>",
+        f"<h2>Recipe</h2><pre>{escape(dump_recipe(recipe, places=False))}</pre>",
     ]
     file.write_text(page(f"Adaptation of {Path(recipe.target).name}", sections), encoding="utf-8")
 
@@ -127,7 +127,7 @@ def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any]) -> str:
         parts.append(gain_sentence(manifest))
     if manifest.get("forgetting"):
         parts += ["## Other texts", markdown_table(*forgetting_rows(manifest))]
-    told = recipe.model_dump(mode="json", exclude={"out"})
+    told = recipe.model_dump(mode="json", exclude={"out", "places"})
     parts += ["## Training", markdown_table(*training_rows(manifest)), "## Recipe"]
     parts.append(f"```yaml\n{yaml.safe_dump(told, sort_keys=False, allow_unicode=True)}```")
     return "\n\n".join(parts) + "\n"
