@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import edit_config
 from tokenizer_kinds import KINDS, write
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from tmjax import cli
 from tmjax.adapt.crossing import Crossing, few_shared, require_shared
@@ -281,6 +281,65 @@ def test_words_split_without_a_mark_are_refused(folders, tokenizers, verses, tmp
 def test_few_shared_positions_are_warned_of() -> None:
     assert few_shared(30, 100) is None
     assert few_shared(22, 1798).startswith("only 22 of the target's 1,798 positions (1.2%)")
+
+
+# Other layouts of released tokenizers.
+
+
+def _part(part) -> dict:
+    """The settings of a normaliser or pre-tokenizer, as tokenizer.json has them."""
+    return json.loads(part.__getstate__())
+
+
+LAYOUTS = {
+    # Spaces written as marks by the normaliser, none put before the text.
+    "gemma": ("llama2", {"normalizer": _part(normalizers.Replace(" ", "▁"))}, 0),
+    # Split at spaces first, every word marked.
+    "xlm-r": (
+        "unigram",
+        {
+            "normalizer": _part(normalizers.Sequence([normalizers.NFKC(), normalizers.Strip(left=False)])),
+            "pre_tokenizer": _part(
+                pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+            ),
+        },
+        1,
+    ),
+    # Split by a pattern of its own, then into bytes.
+    "llama3": (
+        "gpt2",
+        {
+            "pre_tokenizer": _part(
+                pre_tokenizers.Sequence(
+                    [
+                        pre_tokenizers.Split(Regex(r"\s?\w+|\s?[^\s\w]+|\s+"), "isolated"),
+                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                    ]
+                )
+            )
+        },
+        0,
+    ),
+    # Into bytes by the normaliser.
+    "bytes": ("gpt2", {"normalizer": _part(normalizers.ByteLevel()), "pre_tokenizer": None}, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_layouts_are_read_as_they_are(layout, folders, tokenizers, verses, tmp_path) -> None:
+    base, parts, lead = LAYOUTS[layout]
+    held = load_tokenizer(write(tmp_path, json.loads((folders[base] / "tokenizer.json").read_text()) | parts))
+    truth = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text, encoding in zip(verses[:40], held.encode(verses[:40]), strict=True):
+        assert encoding.ids == truth.encode(text, add_special_tokens=False).ids
+        reading = read(text, encoding, held)
+        assert b"".join(reading.strings) == b" " * lead + text.encode() and reading.exact
+        assert b"".join(reading.pieces(text)) == text.encode()
+    lexicon = read_lexicon(held, held, verses[:20], (SIZE, SIZE))
+    assert [list(pieces) for pieces in lexicon.pieces] == [[token] for token in lexicon.ids] and len(lexicon.ids) > 250
+    for pair in ((held, tokenizers["gpt2"]), (tokenizers["llama2"], held)):
+        shared, of = require_shared(*pair, verses, otherwise="")
+        assert shared > 0.4 * of
 
 
 # What is refused, in one line.

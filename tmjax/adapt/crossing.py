@@ -19,7 +19,7 @@ from tmjax.hub.tokenizer import Encoding, TextTokenizer
 #: Bytes of the tables that are kept: one for each string, 5 bytes for each token of the source.
 _TABLE_BYTES = 2**26
 #: Share of the common places at which two tokenizers may read other text than each other.
-_DIFFERING = 0.02
+DIFFERING = 0.02
 #: A pair that shares a lower part of the target's positions is warned of.
 FEW = 0.3
 NONE_SHARED = (
@@ -127,29 +127,24 @@ class Crossing:
         return pairs, alike, different
 
     def read(self, texts: Sequence[str]) -> tuple[list[list[Encoding]], list[list[Reading]]]:
-        """Encodings and readings of texts, by the target and by the source.
-
-        Raises InputError if the two read other texts: if they go on with different bytes at more than 2% of the places
-        where both begin a token.
-        """
+        """Encodings and readings of texts, by the target and by the source."""
         both = self.target, self.source
         encodings = [tokenizer.encode(texts) for tokenizer in both]
         readings = [
             [read(text, encoding, tokenizer) for text, encoding in zip(texts, held, strict=True)]
             for held, tokenizer in zip(encodings, both, strict=True)
         ]
+        return encodings, readings
+
+    def differing(self, texts: Sequence[str], readings: Sequence[Sequence[Reading]]) -> tuple[float, str]:
+        """Share of the places where both begin a token at which they go on with different bytes; the first such one."""
         places, differing, shown = 0, 0, ""
         for text, target, source in zip(texts, *readings, strict=True):
             pairs, _, different = self._compared(target, source)
             places, differing = places + len(pairs), differing + int(different.sum())
             if different.any() and not shown:
                 shown = self._shown(text, target, source, pairs[different][0].tolist())
-        if differing > _DIFFERING * places:
-            raise InputError(
-                f"at {differing / places:.0%} of the places where both begin a token {shown}; the source's "
-                "probabilities cannot be read as the target's"
-            )
-        return encodings, readings
+        return differing / max(places, 1), shown
 
     def _shown(self, text: str, target: Reading, source: Reading, pair: Sequence[int]) -> str:
         """Which of two tokenizers changes a text at a pair of positions, and how."""
@@ -173,13 +168,16 @@ def require_shared(
     the two read other texts or share no position.
     """
     crossing = Crossing(target, source)
-    try:
-        encodings, readings = crossing.read(texts)
-        shared = sum(len(crossing.shared_positions(*both)) for both in zip(*readings, strict=True))
-        if not shared:
-            raise InputError(NONE_SHARED)
-    except InputError as error:
-        raise InputError(f"{error}; {otherwise}") from None
+    encodings, readings = crossing.read(texts)
+    share, shown = crossing.differing(texts, readings)
+    if share > DIFFERING:
+        raise InputError(
+            f"at {share:.0%} of the places where both begin a token {shown}; the source's probabilities cannot be read "
+            f"as the target's; {otherwise}"
+        )
+    shared = sum(len(crossing.shared_positions(*both)) for both in zip(*readings, strict=True))
+    if not shared:
+        raise InputError(f"{NONE_SHARED}; {otherwise}")
     return shared, sum(len(encoding.ids) + 1 for encoding in encodings[0])
 
 

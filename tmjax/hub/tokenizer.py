@@ -187,9 +187,11 @@ def _lacking(directory: Path) -> str:
     slow = [name for name in _SLOW if (directory / name).is_file()]
     slow += [file.name for file in sorted(directory.glob("*.tiktoken"))]
     if slow:
+        # AutoTokenizer would take the class of the model's type, whatever the file holds.
+        kind = "PreTrainedTokenizerFast" if slow[0] == _SLOW[0] else "AutoTokenizer"
         return (
             f"{directory} has no usable tokenizer: {slow[0]} without {FAST_NAME}, which has to be made from it first: "
-            "pip install sentencepiece tiktoken, then in Python transformers.AutoTokenizer.from_pretrained(DIRECTORY)"
+            f"pip install sentencepiece tiktoken, then in Python transformers.{kind}.from_pretrained(DIRECTORY)"
             ".save_pretrained(DIRECTORY)"
         )
     return (

@@ -25,6 +25,14 @@ from tmjax.typing import Params
 FOREIGN = WrittenOptions().foreign
 
 
+def exchanged_tokens(vocab: int, known: np.ndarray | None, seed: int) -> np.ndarray:
+    """For every row of a vocabulary another token [vocab], at random; rows that are no tokens (not `known`) stay."""
+    tokens = np.arange(vocab) if known is None else np.nonzero(known)[0]
+    result = np.arange(vocab)
+    result[tokens] = tokens[derangement(len(tokens), seed)]
+    return result
+
+
 class Predictions:
     """The source's word on the texts of a merge, each part a stage of the run."""
 
@@ -136,11 +144,8 @@ class Predictions:
             held = held._replace(ids=held.ids[order], weight=held.weight[order])
         if control and control.permute_plan:
             vocab = inputs.target.spec.vocab
-            known = inputs.target_tokenizer.known(vocab)
-            tokens = np.arange(vocab) if known is None else np.nonzero(known)[0]
-            exchanged = np.arange(vocab)
-            exchanged[tokens] = tokens[derangement(len(tokens), seed)]
-            held = held._replace(ids=exchanged[held.ids].astype(np.int32))
+            others = exchanged_tokens(vocab, inputs.target_tokenizer.known(vocab), seed)
+            held = held._replace(ids=others[held.ids].astype(np.int32))
         return self._batches(texts, held)
 
     def _batches(self, texts: tuple[str, ...], held: Taught | None) -> list[Wanted]:

@@ -1,0 +1,116 @@
+"""Rows of an embedding that are no tokens: no probability, no part in solving and training, left as they are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SPEC
+
+from tmjax.adapt.crossing import Crossing
+from tmjax.adapt.data import Batches
+from tmjax.adapt.modes import Plain
+from tmjax.adapt.step import VOCABULARY, Objective, TrainConfig, padding_of, start, step
+from tmjax.adapt.teacher import Search, teach
+from tmjax.convert.model import load_model
+from tmjax.evaluate.controls import derangement
+from tmjax.fuse.solve import Solver, Wanted
+from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.models.decoder import init_params
+from tmjax.models.families import family_of
+from tmjax.models.generate import write
+from tmjax.models.sample import Sampling
+from tmjax.pipeline.predictions import exchanged_tokens
+from tmjax.recipe import SolveOptions
+
+EXTRA = 64
+#: Tokens at both ends and in the middle, padding between.
+KNOWN = np.isin(np.arange(SPEC.vocab), [*range(20), *range(23, 40), 45])
+
+
+@pytest.fixture(scope="module")
+def padded(llama_dir):
+    """The bundled source, and the same with rows of padding that it finds likelier than any token."""
+    model = load_model(llama_dir)
+    table = np.asarray(model.params["embed.weight"], np.float32)
+    rows = np.random.default_rng(0).normal(size=(EXTRA, table.shape[1])) * 3 * table.std()
+    spec = dataclasses.replace(model.spec, vocab=model.spec.vocab + EXTRA)
+    params = {**model.params, "embed.weight": jnp.asarray(np.concatenate([table, rows]), jnp.float32)}
+    return model, spec, params
+
+
+def test_a_source_gives_rows_of_padding_no_probability(padded, llama_dir, qwen2_dir, texts, repo) -> None:
+    model, spec, params = padded
+    target, plain = load_tokenizer(qwen2_dir), load_tokenizer(llama_dir)
+    wide = load_tokenizer(llama_dir, spec.vocab)
+    verses = ["Yesu alikuwa Bethania.", "Basi, Petro akamwambia"]
+    search, found = Search(steps=2, keep=16), []
+    for held, tokenizer, weights in ((model.spec, plain, model.params), (spec, wide, params)):
+        crossing = Crossing(target, tokenizer)
+        (_, encoded), readings = crossing.read(verses)
+        documents = [[tokenizer.prefix, *each.ids] for each in encoded]
+        pairs = [crossing.shared_positions(*both) for both in zip(*readings, strict=True)]
+        found.append(teach(held, weights, crossing, documents, pairs, search=search))
+    readings = crossing.readings(b"")
+    assert readings.token.shape == (spec.vocab,) and (readings.token[model.spec.vocab :] == -1).all()
+    # The order of equally likely tokens is nobody's business.
+    np.testing.assert_allclose(found[0].weight, found[1].weight, atol=1e-5)
+    assert found[0].weight.sum(axis=1).mean() > 0.5
+
+
+def test_no_row_of_padding_is_written(padded, llama_dir) -> None:
+    _, spec, params = padded
+    tokenizer = load_tokenizer(llama_dir, spec.vocab)
+    known = tokenizer.known(spec.vocab)
+    assert known.sum() == spec.vocab - EXTRA
+    written = [write(spec, params, [[0, 5]] * 4, 16, sampling=Sampling(1.0), known=held) for held in (None, known)]
+    assert max(max(ids) for ids in written[0]) >= spec.vocab - EXTRA  # padding is likely indeed
+    assert all(known[ids].all() for ids in written[1])
+
+
+def test_a_permuted_plan_exchanges_tokens_alone() -> None:
+    np.testing.assert_array_equal(exchanged_tokens(40, None, 3), derangement(40, 3))
+    others = exchanged_tokens(SPEC.vocab, KNOWN, 3)
+    assert sorted(others) == list(range(SPEC.vocab))
+    assert (others[KNOWN] != np.nonzero(KNOWN)[0]).all() and KNOWN[others[KNOWN]].all()
+    np.testing.assert_array_equal(others[~KNOWN], np.nonzero(~KNOWN)[0])
+
+
+def test_a_solve_leaves_rows_of_padding_as_they_are() -> None:
+    spec = dataclasses.replace(SPEC, tied_embeddings=True)
+    rows = family_of({"model_type": "llama"}).params(spec)
+    params = init_params(spec, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    ids = rng.choice(np.nonzero(KNOWN)[0], (4, 12)).astype(np.int32)
+    token = rng.choice(np.nonzero(KNOWN)[0], (4, 11, 2)).astype(np.int32)
+    batch = Wanted(ids, np.full(4, 12, np.int32), np.ones(4, np.float32), token, np.full(token.shape, 0.4, np.float32))
+    options = SolveOptions(reach="direct")
+    moved = []
+    for known in (None, KNOWN):
+        solver = Solver(spec, rows, params, options, known=known, trust=0.1)
+        directions = solver.directions(solver.sums(params, [batch]))
+        moved.append(np.asarray(solver.moved(params, directions, 1.0, (0.2, 0.1))["embed.weight"]))
+    old = np.asarray(params["embed.weight"])
+    assert (moved[0][~KNOWN] != old[~KNOWN]).any(axis=1).all()
+    assert moved[1][~KNOWN].tobytes() == old[~KNOWN].tobytes()
+    assert (moved[1][KNOWN] != old[KNOWN]).any(axis=1).all()
+
+
+def test_training_leaves_rows_of_padding_as_they_are() -> None:
+    padding = padding_of(KNOWN)
+    assert padding == ((20, 23), (40, 45), (46, 50)) and padding_of(None) == ()
+    rng = np.random.default_rng(0)
+    documents = [rng.choice(np.nonzero(KNOWN)[0], 17).tolist() for _ in range(8)]
+    data = iter(Batches(documents, tokens=64, seed=0, lengths=1))
+    config = TrainConfig(steps=4, warmup=1, lr=1e-2)
+    params = init_params(SPEC, jax.random.key(0))
+    old = {path: np.array(params[path]) for path in VOCABULARY}
+    objective = Objective(SPEC, config, Plain(), padding=padding)
+    state = start(objective, dict(params))
+    for _ in range(3):
+        state, _ = step(objective, state, {}, [next(data)], 0.01)
+    for path, before in old.items():
+        after = np.asarray(state.trained[path])
+        assert after[~KNOWN].tobytes() == before[~KNOWN].tobytes()
+        assert (after[KNOWN] != before[KNOWN]).any(axis=1).all()
