@@ -12,6 +12,7 @@ import safetensors.numpy
 import yaml
 
 from tmjax import cli, ot
+from tmjax.activations.store import Layers
 from tmjax.align import moments, plans, store
 from tmjax.align.alignment import Alignment
 from tmjax.align.plans import solve_pairs, solve_site
@@ -164,3 +165,42 @@ def test_a_run_without_kept_activations(flags, recipe_file, plain, tmp_path, cap
         recipe.write_text(yaml.safe_dump(told | {"alignment": {"solver": flag, "gain": flag == "sinkhorn"}}))
         assert cli.run(["merge", str(recipe), *flags, "--out", str(tmp_path / "other")]) == 2
         assert "activations.keep: true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_correlations_take_the_place_of_activations_that_are_larger(centred, tmp_path):
+    """The same plans, from layers that are read one at a time and never stand together."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(1, 1, (layers, 9000, units)).astype(np.float32) for layers, units in ((2, 6), (3, 10)))
+    order = rng.permutation(9000)
+    y[:, order, :6] += 2 * x[:1]
+    np.save(tmp_path / "y.npy", y)
+    how = {"centred": centred, "feature_dtype": "float32"}
+    whole = solve_site(x, y[:, order], SOLVER, memory_mib=512, **how)
+    small = solve_site(x, Layers(tmp_path / "y.npy", order), SOLVER, memory_mib=1, **how)
+    assert whole.stored == small.stored == "dense"
+    for layer, other in np.ndindex(2, 3):
+        np.testing.assert_allclose(small.plan(layer, other), whole.plan(layer, other), atol=2e-6)
+    np.testing.assert_allclose(small.layer_cost, whole.layer_cost, rtol=1e-5)
+    assert np.ptp(whole.layer_cost) > 0.01
+
+
+def test_no_more_than_a_layer_of_the_source_is_read_at_once(monkeypatch):
+    read = []
+
+    class Watched:
+        shape = (3, 9000, 10)
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, layer):
+            if layer >= 3:
+                raise IndexError
+            read.append(layer)
+            return np.random.default_rng(layer).normal(0, 1, (9000, 10)).astype(np.float32)
+
+    monkeypatch.setattr(FeatureSite, "of", lambda *told, **how: pytest.fail("all activations are held"))
+    x = np.random.default_rng(9).normal(0, 1, (2, 9000, 6)).astype(np.float32)
+    solve_site(x, Watched(), SOLVER, memory_mib=1)
+    assert read == [0, 1, 2]

@@ -1,7 +1,8 @@
 """Activations on disk: one `[layer, row, unit]` float32 array per site, with the identity of the rows."""
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,29 @@ ROWS = "rows.npz"
 
 
 @dataclass(frozen=True)
+class Layers(Sequence[np.ndarray]):
+    """The layers of a stored site, each read when asked for: [row, unit] float32, the rows in `order` if that is given.
+
+    Copies, not a mapping: pages of a mapped file count as memory of this process until it is unmapped.
+    """
+
+    file: Path
+    order: np.ndarray | None = None
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, rows, units."""
+        return np.load(self.file, mmap_mode="r").shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        held = np.load(self.file, mmap_mode="r")[layer]
+        return np.array(held) if self.order is None else held[self.order]
+
+
+@dataclass(frozen=True)
 class Activations:
     """Activations of one model: read lazily from a directory."""
 
@@ -27,9 +51,16 @@ class Activations:
 
     def site(self, name: str) -> np.ndarray:
         """The `[layer, row, unit]` float32 array of a site, mapped from disk."""
+        return np.load(self._file(name), mmap_mode="r")
+
+    def layers_of(self, name: str, order: np.ndarray | None = None) -> Layers:
+        """The same, a layer at a time, its rows in this `order`."""
+        return Layers(self._file(name), order)
+
+    def _file(self, name: str) -> Path:
         if name not in self.sites:
             raise InputError(f"{self.directory} holds no activations of site {name}; it has {', '.join(self.sites)}")
-        return np.load(self.directory / f"{name}.npy", mmap_mode="r")
+        return self.directory / f"{name}.npy"
 
 
 def create(directory: Path, rows: Rows, layers: int, sites: Mapping[str, int]) -> None:

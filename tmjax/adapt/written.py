@@ -10,14 +10,17 @@ from tmjax.activations.batches import bucket_length
 from tmjax.errors import InputError
 from tmjax.hub.texts import Texts
 from tmjax.hub.tokenizer import TextTokenizer
-from tmjax.models.generate import write
+from tmjax.models.generate import LEAST_ROWS, cache_bytes, write
 from tmjax.models.sample import Sampling
 from tmjax.models.spec import DecoderSpec
+from tmjax.sharding.memory import share_mib
 from tmjax.sharding.mesh import Layout
 from tmjax.typing import Params
 
-#: Tokens after which what is still being written is gathered into fuller batches.
-STINT = 32
+#: Prompts are padded to multiples of this.
+PROMPT_TOKENS = 16
+#: The cache of a batch takes at most this part of an accelerator's memory, on a CPU so many MiB.
+CACHE_SHARE, CACHE_CPU_MIB = 8, 1024
 
 
 @dataclass(frozen=True)
@@ -62,38 +65,30 @@ def written_texts(
     A text that does not end within `how.tokens` is cut there.
     """
     ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(openings(given, how, seed))]
-    lengths = [len(item) for item in ids]
-    waiting, done = sorted(range(len(ids)), key=lambda n: lengths[n]), 0
-    for stint in range(0, how.tokens, STINT):
-        now = min(STINT, how.tokens - stint)
-        still = []
-        for start in range(0, len(waiting), how.batch):
-            rows = waiting[start : start + how.batch]
-            longest = bucket_length(max(len(ids[n]) for n in rows))
-            # Draws depend on a text's number and length alone, so going on from here changes none of them.
-            new = write(
-                spec,
-                params,
-                [ids[n] for n in rows],
-                now,
-                ends=[tokenizer.suffix],
-                sampling=how.sampling,
-                seed=seed,
-                numbers=rows,
-                prompt_tokens=longest,
-                known=tokenizer.known(spec.vocab),
-                rows=min(how.batch, bucket_length(len(rows))),
-                dtype=dtype,
-                layout=layout,
-            )
-            for number, added in zip(rows, new, strict=True):
-                ids[number] += added
-                if len(added) == now and stint + now < how.tokens:
-                    still.append(number)
-            done = len(ids) - len(waiting) + start + len(rows)
-            progress(done - len(still), len(ids))
-        waiting = sorted(still, key=lambda n: len(ids[n]))
-    progress(len(ids), len(ids))
+    order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
+    longest = len(ids[order[-1]]) + how.tokens
+    room = share_mib(CACHE_SHARE, CACHE_CPU_MIB) * 2**20 // cache_bytes(spec, longest, dtype)
+    size = min(how.batch, max(LEAST_ROWS, 2 ** (max(room, 1).bit_length() - 1)))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        new = write(
+            spec,
+            params,
+            [ids[n] for n in rows],
+            how.tokens,
+            ends=[tokenizer.suffix],
+            sampling=how.sampling,
+            seed=seed,
+            numbers=rows,
+            known=tokenizer.known(spec.vocab),
+            prompt_tokens=-(-len(ids[rows[-1]]) // PROMPT_TOKENS) * PROMPT_TOKENS,
+            rows=min(size, bucket_length(len(rows))),
+            dtype=dtype,
+            layout=layout,
+        )
+        for number, added in zip(rows, new, strict=True):
+            ids[number] += added
+        progress(start + len(rows), len(ids))
     return [tokenizer.decode(item[1:]).strip() for item in ids]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jax.sharding import Mesh
 
-from tmjax.activations.store import Activations
+from tmjax.activations.store import Activations, Layers
 from tmjax.align.layers import LayerPlan
 from tmjax.align.pairs import by_site, choose, coarse_costs, completed, layer_plans
 from tmjax.align.plans import SitePlans, solve_site
@@ -105,9 +105,8 @@ def align(
     options = options or AlignmentOptions()
     target.rows.require_same(source.rows)
 
-    def both(site: str) -> tuple[np.ndarray, np.ndarray]:
-        x, y = target.site(site), source.site(site)
-        return x, y if source_rows is None else y[:, source_rows]
+    def both(site: str) -> tuple[Layers, Layers]:
+        return target.layers_of(site), source.layers_of(site, source_rows)
 
     def guess(site: str) -> np.ndarray:
         return coarse_costs(FeatureSite.of(*both(site), centred=options.centred), options)

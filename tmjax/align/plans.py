@@ -1,7 +1,7 @@
 """Neuron plans Q of one site for (target layer, source layer) pairs."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -335,22 +335,35 @@ def solve_pairs(
 
 
 def solve_site(
-    x_lnu: np.ndarray,
-    y_mnu: np.ndarray,
+    x_lnu: Sequence[np.ndarray],
+    y_mnu: Sequence[np.ndarray],
     solver: Solver,
     *,
     centred: bool = True,
     feature_dtype: str = "float16",
     wanted_lm: np.ndarray | None = None,
     top_k: int | None = None,
+    memory_mib: int | None = None,
+    gain: bool = False,
     **options: object,
 ) -> SitePlans:
-    """`solve_pairs` from activations [L, N, n] of the target and [M, N, k] of the source.
+    """`solve_pairs` from activations [L, N, n] of the target and [M, N, k] of the source, read layer by layer.
 
     Activations that are kept with the plans are rounded to `feature_dtype` first: the plans are those of what is kept.
+    Where they are not kept, and as float32 would take more than `memory_mib` and more than all correlations do, the
+    correlations are held in their place.
     """
-    site = FeatureSite.of(x_lnu, y_mnu, centred=centred)
-    pairs = int(np.prod(site.layers) if wanted_lm is None else wanted_lm.sum())
-    if _form(site, solver, pairs, top_k) == "potentials":
+    (layers, rows, n), (sources, _, k) = x_lnu.shape, y_mnu.shape
+    pairs = int(layers * sources if wanted_lm is None else wanted_lm.sum())
+    entries, every = rows * (layers * n + sources * k), layers * sources * n * k
+    shapes = FeatureSite(*(np.broadcast_to(np.float16(0), side.shape) for side in (x_lnu, y_mnu)))
+    form = _form(shapes, solver, pairs, top_k)
+    needed = form == "potentials" or capabilities_of(solver).needs_features or gain
+    if not needed and every < entries and 4 * entries > solver_mib(memory_mib) * 2**20:
+        site = CorrelationSite.of(x_lnu, y_mnu, centred=centred)
+    else:
+        site = FeatureSite.of(x_lnu, y_mnu, centred=centred)
+    if form == "potentials":
         site = jax.tree.map(lambda z: z.astype(feature_dtype), site)
-    return solve_pairs(site, solver, wanted_lm=wanted_lm, top_k=top_k, **options)
+    chosen = {"wanted_lm": wanted_lm, "top_k": top_k, "memory_mib": memory_mib, "gain": gain}
+    return solve_pairs(site, solver, **chosen, **options)

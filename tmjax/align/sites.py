@@ -1,13 +1,24 @@
 """The transport problems of one site, one for every pair of layers, made when they are solved."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tmjax.errors import NonFiniteError
 from tmjax.ot import FeatureCost, Problem, standardise
+from tmjax.ot.cost import correlation
 from tmjax.typing import Array, ArrayLike, pytree_dataclass
+
+
+def _standardised(x_nu: np.ndarray, centred: bool, dtype: str = "float32") -> np.ndarray:
+    """A layer's standardised activations; raises NonFiniteError for NaN and infinity."""
+    z = np.asarray(standardise(jnp.asarray(x_nu), centre=centred).astype(dtype))
+    if not np.isfinite(z).all():
+        raise NonFiniteError("activations hold NaN or infinity; transport needs finite costs")
+    return z
 
 
 @pytree_dataclass
@@ -19,21 +30,17 @@ class FeatureSite:
     zy: ArrayLike
 
     @classmethod
-    def of(cls, x_lnu: np.ndarray, y_mnu: np.ndarray, *, centred: bool, dtype: str = "float32") -> "FeatureSite":
+    def of(
+        cls, x_lnu: Sequence[np.ndarray], y_mnu: Sequence[np.ndarray], *, centred: bool, dtype: str = "float32"
+    ) -> "FeatureSite":
         """From activations; `centred` subtracts means. Raises NonFiniteError for NaN and infinity.
 
         Float16 changes a correlation by about 3e-4 / sqrt(N), where chance alone makes 1 / sqrt(N); whatever is solved
         and certified is the problem of the rounded activations.
         """
-
-        def side(x_snu: np.ndarray) -> np.ndarray:
-            # One layer at a time: the activations are mapped from disk and need never be in memory as a whole.
-            layers = [np.asarray(standardise(jnp.asarray(layer), centre=centred).astype(dtype)) for layer in x_snu]
-            if not all(np.isfinite(layer).all() for layer in layers):
-                raise NonFiniteError("activations hold NaN or infinity; transport needs finite costs")
-            return np.stack(layers)
-
-        return cls(jnp.asarray(side(x_lnu)), jnp.asarray(side(y_mnu)))
+        # One layer at a time: the activations lie on disk and need never be in memory as a whole.
+        sides = (np.stack([_standardised(layer, centred, dtype) for layer in side]) for side in (x_lnu, y_mnu))
+        return cls(*map(jnp.asarray, sides))
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -64,9 +71,21 @@ class FeatureSite:
 @pytree_dataclass
 @dataclass(frozen=True)
 class CorrelationSite:
-    """Correlations rho [L, M, n, k] of all pairs of layers, where activations were not kept (see `moments`)."""
+    """Correlations rho [L, M, n, k] of all pairs of layers, where activations were not kept (see `moments`) or are
+    larger than these."""
 
     rho: ArrayLike
+
+    @classmethod
+    def of(cls, x_lnu: Sequence[np.ndarray], y_mnu: Sequence[np.ndarray], *, centred: bool) -> "CorrelationSite":
+        """From activations, of which one layer of the source is held at a time; as `FeatureSite.of`."""
+        own = [jnp.asarray(_standardised(layer, centred)) for layer in x_lnu]
+        rho = np.empty((len(x_lnu), len(y_mnu), own[0].shape[1], y_mnu.shape[2]), np.float32)
+        for source_layer, y_nu in enumerate(y_mnu):
+            zy = jnp.asarray(_standardised(y_nu, centred))
+            for layer, zx in enumerate(own):
+                rho[layer, source_layer] = _correlation(zx, zy)
+        return cls(jnp.asarray(rho))
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -86,6 +105,9 @@ class CorrelationSite:
         """The same with at most so many units a side, evenly spaced."""
         chosen = [np.unique(np.linspace(0, units - 1, min(units, most)).round().astype(int)) for units in self.units]
         return CorrelationSite(jnp.asarray(self.rho)[:, :, chosen[0]][:, :, :, chosen[1]])
+
+
+_correlation = jax.jit(correlation)
 
 
 Site = FeatureSite | CorrelationSite

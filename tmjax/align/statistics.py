@@ -1,6 +1,7 @@
 """Per-unit statistics of activations: what turns a plan between standardised units into a map between real ones."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -39,15 +40,14 @@ def _of_units(x_nu: np.ndarray) -> tuple[np.ndarray, ...]:
     return x.mean(axis=0), np.where(std > CONSTANT * rms, std, 0.0), rms, np.abs(x).mean(axis=0)
 
 
-def statistics(x_snu: np.ndarray) -> Statistics:
-    """Statistics over rows of `[layer, row, unit]`, accumulated in float64, BLOCK units at a time on all cores.
+def statistics(x_snu: Sequence[np.ndarray]) -> Statistics:
+    """Statistics over rows of layers [row, unit], accumulated in float64, BLOCK units at a time on all cores.
 
-    A constant unit gets standard deviation 0.
+    A layer is read once and then forgotten. A constant unit gets standard deviation 0.
     """
-    layers, _, units = x_snu.shape
+    layers = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = [(layer, start) for layer in range(layers) for start in range(0, units, BLOCK)]
-        parts = list(pool.map(lambda at: _of_units(x_snu[at[0], :, at[1] : at[1] + BLOCK]), work))
-    return Statistics(
-        *(np.concatenate(values).reshape(layers, units).astype(np.float32) for values in zip(*parts, strict=True))
-    )
+        for x_nu in x_snu:
+            blocks = [x_nu[:, start : start + BLOCK] for start in range(0, x_nu.shape[1], BLOCK)]
+            layers.append([np.concatenate(values) for values in zip(*pool.map(_of_units, blocks), strict=True)])
+    return Statistics(*(np.stack(values).astype(np.float32) for values in zip(*layers, strict=True)))

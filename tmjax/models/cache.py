@@ -45,7 +45,14 @@ def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype = jn
     return Cache(held, held, positions, jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
 
-def extend(
+def grown(cache: Cache, slots: int) -> Cache:
+    """The cache with `slots` further slots, none of them filled."""
+    wide = ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))
+    positions = jnp.pad(cache.positions, ((0, 0), (0, slots)), constant_values=NOWHERE)
+    return Cache(jnp.pad(cache.keys, wide), jnp.pad(cache.values, wide), positions, cache.used, cache.length)
+
+
+def read_after(
     spec: DecoderSpec,
     params: Params,
     cache: Cache,
@@ -57,13 +64,12 @@ def extend(
     """Reads the first `count_b` tokens of each row of `ids_bt` after those in the cache; for use inside jit.
 
     `tables` are cosines and sines [rotary, B, T, planes] (or [rotary, 1, T, planes]) at the new tokens' positions.
-    Returns the final normed states [B, T, embed] and the cache with the new tokens; there must be T free slots.
+    Returns the final normed states [B, T, embed] and a cache of the new tokens alone.
     """
-    new = ids_bt.shape[1]
+    slots, new = cache.positions.shape[1], ids_bt.shape[1]
     place = cache.length[:, None] + jnp.arange(new)
-    real = jnp.arange(new) < count_b[:, None]
-    known = jax.lax.dynamic_update_slice(cache.positions, jnp.where(real, place, NOWHERE), (0, cache.used))
-    distance = place[:, :, None] - known[:, None, :]
+    fresh = jnp.where(jnp.arange(new) < count_b[:, None], place, NOWHERE)
+    distance = place[:, :, None] - jnp.concatenate([cache.positions, fresh], axis=1)[:, None, :]
 
     def mask(window: Array) -> Array:
         return ((distance >= 0) & (distance < window))[:, None, None]
@@ -72,32 +78,64 @@ def extend(
         after = [carried]
 
         def attend(q: Array, k: Array, v: Array, mask: Array, scale: Array, cap: float | None) -> Array:
-            held = []
-            for old, fresh in zip(carried, (k, v), strict=True):
-                fresh = jnp.swapaxes(fresh, 1, 2)[None]
-                held.append(jax.lax.dynamic_update_slice(old, fresh, (layer, 0, 0, cache.used, 0)))
-            after[:] = [tuple(held)]
-            return _attention(q, held[0][layer], held[1][layer], mask, scale, cap)
+            made = tuple(jnp.swapaxes(x, 1, 2) for x in (k, v))
+            after[:] = [tuple(x.at[layer].set(one) for x, one in zip(carried, made, strict=True))]
+            blocks = [(cache.keys[layer], cache.values[layer]), made] if slots else [made]
+            return _attention(q, blocks, mask, scale, cap)
 
         return attend, lambda: after[0]
 
+    # What was read before is only read here, and written to by the caller once: a loop that handed it on from layer to
+    # layer would copy all of it for every token.
+    made = jnp.zeros((spec.layers, len(ids_bt), spec.kv_heads, new, spec.head_dim), cache.keys.dtype)
+    carried = tuple(constrain(mesh, x, (None, "batch", None, None, None)) for x in (made, made))
     model = bind(spec, params)
-    carried = tuple(constrain(mesh, x, (None, "batch", None, None, None)) for x in (cache.keys, cache.values))
-    hidden, _, (keys, values) = model.carry(carried, ids_bt, place, tables, mask, enter, cache.keys.dtype, mesh=mesh)
-    return hidden, Cache(keys, values, known, cache.used + new, cache.length + count_b)
+    hidden, _, (keys, values) = model.carry(carried, ids_bt, place, tables, mask, enter, made.dtype, mesh=mesh)
+    return hidden, Cache(keys, values, fresh, jnp.int32(new), cache.length + count_b)
 
 
-def _attention(q_bthd: Array, k_bksd: Array, v_bksd: Array, mask: Array, scale: Array, cap: float | None) -> Array:
-    """`layers.attention` with keys and values laid out by head, so that a step copies none of them."""
+def extend(
+    spec: DecoderSpec,
+    params: Params,
+    cache: Cache,
+    ids_bt: Array,
+    count_b: Array,
+    tables: tuple[Array, Array],
+    mesh: Mesh | None = None,
+) -> tuple[Array, Cache]:
+    """`read_after` that returns the cache with the new tokens in it; there must be T free slots."""
+    hidden, new = read_after(spec, params, cache, ids_bt, count_b, tables, mesh)
+    place = (0, 0, 0, cache.used, 0)
+    keys, values = (
+        jax.lax.dynamic_update_slice(old, made, place)
+        for old, made in ((cache.keys, new.keys), (cache.values, new.values))
+    )
+    known = jax.lax.dynamic_update_slice(cache.positions, new.positions, (0, cache.used))
+    return hidden, Cache(keys, values, known, cache.used + new.used, new.length)
+
+
+def _attention(
+    q_bthd: Array,
+    blocks: Sequence[tuple[Array, Array]],
+    mask: Array,
+    scale: Array,
+    cap: float | None,
+) -> Array:
+    """`layers.attention` with keys and values laid out by head, [B, kv head, S, head_dim], in blocks of slots."""
     batch, tokens, heads, dim = q_bthd.shape
-    grouped = q_bthd.reshape(batch, tokens, k_bksd.shape[1], -1, dim)
-    scores = einsum("btkgd,bksd->bkgts", grouped, k_bksd).astype(jnp.float32) * scale
+    grouped = q_bthd.reshape(batch, tokens, blocks[0][0].shape[1], -1, dim)
+    scores = jnp.concatenate([einsum("btkgd,bksd->bkgts", grouped, keys) for keys, _ in blocks], axis=-1)
+    scores = scores.astype(jnp.float32) * scale
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     # Finite, unlike -inf: what padding reads may all be masked, and its NaN would reach others as 0 x NaN.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q_bthd.dtype)
-    return einsum("bkgts,bksd->btkgd", weights, v_bksd).reshape(batch, tokens, heads * dim)
+    mixed, first = 0, 0
+    for keys, values in blocks:
+        part = weights[..., first : first + keys.shape[2]]
+        mixed, first = mixed + einsum("bkgts,bksd->btkgd", part, values), first + keys.shape[2]
+    return mixed.reshape(batch, tokens, heads * dim)
 
 
 def stretches(spec: DecoderSpec) -> bool:

@@ -1,5 +1,6 @@
 """Texts that a model writes after prompts: a batch is one program for the prompts and one for the tokens after them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,16 +11,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tmjax.errors import InputError
-from tmjax.models.cache import Cache, empty_cache, extend, prompt_tables, step_tables, turning_point
+from tmjax.models.cache import Cache, empty_cache, extend, grown, prompt_tables, read_after, step_tables, turning_point
 from tmjax.models.decoder import bind, known_logits
 from tmjax.models.sample import Sampling, choose
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.hosts import to_host
-from tmjax.sharding.mesh import Layout
+from tmjax.sharding.mesh import Layout, constrain
 from tmjax.typing import Array, Params, pytree_dataclass
 
 #: Tokens between two looks of the host.
 STRETCH = 32
+#: Rows below which a batch whose texts have ended is not made smaller: another shape is another program.
+LEAST_ROWS = 32
 GREEDY = Sampling()
 
 
@@ -38,7 +41,7 @@ def _keys_at(keys_b: Array, length_b: Array) -> Array:
     return jax.vmap(jax.random.fold_in)(keys_b, length_b)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "slots", "sampling", "dtype", "mesh"))
+@functools.partial(jax.jit, static_argnames=("spec", "sampling", "dtype", "mesh"))
 def _begin(
     spec: DecoderSpec,
     params: Params,
@@ -48,14 +51,13 @@ def _begin(
     keys_b: Array,
     ends: Array,
     known_v: Array | None,
-    slots: int,
     sampling: Sampling,
     dtype: jnp.dtype,
     mesh: Mesh | None,
 ) -> Writing:
     """Reads the prompts and chooses the first token after each."""
-    cache = empty_cache(spec, ids_bt.shape[0], slots, dtype)
-    hidden, cache = extend(spec, params, cache, ids_bt, length_b, tables, mesh)
+    cache = empty_cache(spec, ids_bt.shape[0], 0, dtype)
+    hidden, cache = read_after(spec, params, cache, ids_bt, length_b, tables, mesh)
     last = jnp.take_along_axis(hidden, (length_b - 1)[:, None, None], axis=1)[:, 0]
     logits = known_logits(bind(spec, params).logits(last), known_v)
     token = choose(logits, _keys_at(keys_b, length_b), sampling)
@@ -98,6 +100,29 @@ def _go_on(
     return written, writing
 
 
+@functools.partial(jax.jit, static_argnames=("slots", "mesh"))
+def _grown(writing: Writing, slots: int, mesh: Mesh | None) -> Writing:
+    return dataclasses.replace(writing, cache=_laid_out(grown(writing.cache, slots), mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def _rows(writing: Writing, rows: Array, mesh: Mesh | None) -> Writing:
+    """Only these rows of a batch."""
+    cache = writing.cache
+    held = Cache(cache.keys[:, rows], cache.values[:, rows], cache.positions[rows], cache.used, cache.length[rows])
+    return Writing(_laid_out(held, mesh), writing.last[rows], writing.ended[rows], writing.keys[rows])
+
+
+def _laid_out(cache: Cache, mesh: Mesh | None) -> Cache:
+    keys, values = (constrain(mesh, x, (None, "batch", None, None, None)) for x in (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=keys, values=values)
+
+
+def cache_bytes(spec: DecoderSpec, tokens: int, dtype: jnp.dtype) -> int:
+    """Bytes of the keys and values of one text of so many tokens."""
+    return 2 * spec.layers * spec.kv_heads * spec.head_dim * tokens * jnp.dtype(dtype).itemsize
+
+
 def write(
     spec: DecoderSpec,
     params: Params,
@@ -120,7 +145,8 @@ def write(
     A row's draws depend on `seed` and its number (`numbers`, by default its place) alone, not on the batch it is in.
     Prompts are padded to `prompt_tokens`, the batch to `rows`: equal sizes share programs. Only `known` rows of the
     embedding [vocab] bool are written, where some are no tokens. Every `STRETCH` tokens
-    `finished(row, tokens so far)` may end a row. Raises InputError if a model with learned positions has too few.
+    `finished(row, tokens so far)` may end a row, and a batch of which half has ended goes on without those rows. Raises
+    InputError if a model with learned positions has too few.
     """
     lengths = [len(ids) for ids in prompts]
     if min(lengths) < 1 or new_tokens < 1:
@@ -187,14 +213,15 @@ class _Batch:
             ids_bt[row, : len(ids)] = ids
         number = np.zeros(size, np.uint32)
         number[: len(prompts)] = numbers
-        slots = padded + -(-new_tokens // STRETCH) * STRETCH
         result: list[list[int]] = [[] for _ in prompts]
         is_open = np.arange(size) < len(prompts)
-        for written in self._stretches(ids_bt, filled, number, slots, new_tokens, is_open):
-            for row in np.nonzero(is_open)[0].tolist():
+        for rows, written in self._stretches(ids_bt, filled, number, new_tokens, is_open):
+            for place, row in enumerate(rows.tolist()):
+                if not is_open[row]:
+                    continue
                 held = result[row]
                 ended = False
-                for token in written[row].tolist():
+                for token in written[place].tolist():
                     ended = token in self.ends or len(held) == most[row]
                     if ended:
                         break
@@ -208,25 +235,42 @@ class _Batch:
         ids_bt: np.ndarray,
         length_b: np.ndarray,
         number_b: np.ndarray,
-        slots: int,
         new_tokens: int,
         is_open: np.ndarray,
-    ) -> Iterator[np.ndarray]:
-        """Tokens [B, n] as they are written, a stretch at a time, until there are enough or no row `is_open`."""
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens [R, n] of rows [R] as they are written, a stretch at a time, until there are enough or none `is_open`.
+
+        The cache begins with room for one stretch, and there is twice as much room whenever it is full.
+        """
         spec, mesh, place = self.spec, self.layout.mesh, self.layout.place_batch
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), number_b)
         ends = jnp.asarray(list(self.ends) or [-1], jnp.int32)
-        prompt = prompt_tables(spec, length_b.tolist(), ids_bt.shape[1])
-        read = (place(ids_bt), place(length_b), prompt, keys, ends, self.known)
-        state = _begin(spec, self.params, *read, slots, self.sampling, self.dtype, mesh)
-        tables = step_tables(spec, slots)
-        yield to_host(state.last)[:, None]
-        left = new_tokens - 1
-        while left > 0 and is_open.any():
-            state = Writing(state.cache, state.last, place(~is_open), state.keys)
+        batch, prompt = ids_bt.shape
+        tables = prompt_tables(spec, length_b.tolist(), prompt)
+        read = (place(ids_bt), place(length_b), tables, keys, ends, self.known)
+        state = _begin(spec, self.params, *read, self.sampling, self.dtype, mesh)
+        stretches = -(-new_tokens // STRETCH)
+        tables = step_tables(spec, prompt + stretches * STRETCH)
+        rows, room, left = np.arange(batch), 0, new_tokens - 1
+        yield rows, to_host(state.last)[:, None]
+        while left > 0 and is_open[rows].any():
+            kept = self._kept(is_open[rows])
+            if len(kept) < len(rows):
+                state, rows = _rows(state, jnp.asarray(kept), mesh), rows[kept]
+            if room == 0:
+                fresh = min(stretches, max(1, int(state.cache.positions.shape[1] - prompt) // STRETCH + 1))
+                state, room, stretches = _grown(state, fresh * STRETCH, mesh), fresh, stretches - fresh
+            state = Writing(state.cache, state.last, place(~is_open[rows]), state.keys)
             now = min(STRETCH, left)
             written, state = _go_on(
                 spec, self.params, state, tables, ends, self.known, jnp.int32(now), STRETCH, self.sampling, mesh
             )
-            left -= now
-            yield to_host(written)[:, :now]
+            left, room = left - now, room - 1
+            yield rows, to_host(written)[:, :now]
+
+    def _kept(self, is_open: np.ndarray) -> np.ndarray:
+        """The rows to go on with: all, or half of them (a quarter, ...) if the others have ended."""
+        size = len(is_open)
+        while size // 2 >= max(LEAST_ROWS, is_open.sum()) and size % (2 * self.layout.batch_multiple) == 0:
+            size //= 2
+        return np.sort(np.argsort(~is_open, kind="stable")[:size])

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from tmjax.errors import InputError
 from tmjax.typing import Array
 
+#: Tokens whose weights are summed before a block of them is drawn.
+_BLOCK = 256
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -66,9 +69,19 @@ def choose(logits_bv: Array, keys_b: Array, sampling: Sampling) -> Array:
     """Next token [B] int32 of every row; `keys_b` are random keys, one a row (not used at temperature 0)."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
-    below = jnp.cumsum(kept_weights(logits_bv, sampling), axis=-1)
-    total = below[:, -1]
+    weights = kept_weights(logits_bv, sampling)
+    # Sums of blocks first, then those within the block that is drawn: a running sum of a whole vocabulary is slow.
+    batch, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(batch, -1, _BLOCK)
+    until = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    total = until[:, -1]
     # One uniform number a row; rounding must not put it at the total, behind every token.
     drawn = jax.vmap(jax.random.uniform)(keys_b) * total
     drawn = jnp.minimum(drawn, jnp.nextafter(total, jnp.zeros_like(total)))
-    return jnp.sum(below <= drawn[:, None], axis=-1).astype(jnp.int32)
+    block = jnp.sum(until <= drawn[:, None], axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    left = drawn - jnp.take_along_axis(until, block[:, None], axis=1)[:, 0] + jnp.sum(inside, axis=-1)
+    # Nor behind the block's last token that can be drawn, since its sum is rounded in another order.
+    last = _BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
+    place = jnp.minimum(jnp.sum(jnp.cumsum(inside, axis=-1) <= left[:, None], axis=-1), last)
+    return (block * _BLOCK + place).astype(jnp.int32)

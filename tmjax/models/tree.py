@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tmjax.models.cache import empty_cache, extend
+from tmjax.models.cache import empty_cache, read_after
 from tmjax.models.decoder import After, Carried, bind
 from tmjax.models.layers import Attend, einsum
 from tmjax.models.rotary import rotary_tables
@@ -56,7 +56,7 @@ def read_texts(
     """
     batch, tokens = ids_bt.shape
     tables = tuple(table[:, None, :tokens] for table in _tables(spec, tokens + branches))
-    hidden, cache = extend(spec, params, empty_cache(spec, batch, tokens, dtype), ids_bt, length_b, tables, mesh)
+    hidden, cache = read_after(spec, params, empty_cache(spec, batch, 0, dtype), ids_bt, length_b, tables, mesh)
     return hidden, cache.keys, cache.values
 
 
