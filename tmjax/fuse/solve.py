@@ -218,6 +218,15 @@ def _moved(
     return found
 
 
+def finite(loss: Callable[[Params], float], params: Params) -> float:
+    """The loss, infinity if it is not finite: of a step too far, worse than any other and no reason to end a merge."""
+    try:
+        found = loss(params)
+    except NonFiniteError:
+        return math.inf
+    return found if math.isfinite(found) else math.inf
+
+
 class _Trial(NamedTuple):
     """Validation bits per byte at a weight of the source's word and steps (read-out, projections)."""
 
@@ -334,11 +343,7 @@ class Solver:
         """
 
         def attempt(weight: float, step: tuple[float, float]) -> _Trial:
-            try:
-                found = loss(self.moved(params, directions, weight, step))
-            except NonFiniteError:  # a step too far: worse than any other, and no reason to end the merge
-                found = math.inf
-            return _Trial(found if math.isfinite(found) else math.inf, weight, step)
+            return _Trial(finite(loss, self.moved(params, directions, weight, step)), weight, step)
 
         if self.silent:
             tried = [attempt(0.0, (a * steps[0], a * steps[1])) for a in INSTEAD]
@@ -353,9 +358,11 @@ class Solver:
         batches: Sequence[Wanted],
         loss: Callable[[Params], float],
         progress: Callable[[int, int], None] = lambda done, total: None,
+        screen: Callable[[Params], float] | None = None,
     ) -> Solved:
         """At most `rounds` solves; every arm tries as many weights of the source's word and steps on `loss`.
 
+        With a `screen`, a cheaper loss, a round's trials are compared by that, and the best of them is held to `loss`.
         A round without a better trial halves the steps. Raises NonFiniteError if no trial of a round has a finite loss.
         """
         params = {**params, **{path: jnp.asarray(params[path], jnp.float32) for path in self.paths}}
@@ -365,13 +372,16 @@ class Solver:
             sums = self.sums(params, batches)
             positions = tuple(float(x) for x in to_host(sums.count))
             directions = self.directions(sums)
-            tried = self._tried(params, directions, steps, loss)
+            tried = self._tried(params, directions, steps, screen or loss)
             trials += len(tried)
             best = min(tried)
             if math.isinf(best.loss):
                 raise NonFiniteError("the predictions of the model that is solved for are not finite")
+            moved = self.moved(params, directions, best.weight, best.steps)
+            if screen is not None:
+                best = best._replace(loss=finite(loss, moved))
             if best.loss < losses[-1]:
-                params = self.moved(params, directions, best.weight, best.steps)
+                params = moved
                 steps, failures = best.steps, 0
                 losses.append(best.loss)
                 chosen.append({"weight": best.weight, "readout": best.steps[0], "projections": best.steps[1]})

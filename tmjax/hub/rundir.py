@@ -115,6 +115,8 @@ class RunDirectory:
         self.manifest = manifest
         self.here = dict(here or {})
         self.team: Team = Alone()
+        #: Hears of every stage that is run: (name, 0, 0) as it begins, (name, 1, 0) once it has ended.
+        self.show: Callable[[str, int, int], None] = lambda stage, done, total: None
 
     @classmethod
     def start(
@@ -225,6 +227,7 @@ class RunDirectory:
         if self.team.agree(first and self.finished(name, key)):
             return path
         started = time.perf_counter()
+        self.show(name, 0, 0)
         partial = partial_name(path)
         if first:
             remove(partial)
@@ -256,6 +259,7 @@ class RunDirectory:
             place[last] = value
         self.save()
         self.team.barrier(f"{name} recorded")
+        self.show(name, 1, 0)
         return path
 
 

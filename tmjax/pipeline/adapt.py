@@ -85,6 +85,7 @@ class Adapt:
         }
         here = {"mesh": layout.sizes, "devices": layout.devices, "platform": jax.devices()[0].platform}
         self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite, here=here)
+        self.run.show = show
         self._key = key
         self.arms = dict(arms or arms_of(recipe))
         self.schedules = schedules or dict.fromkeys(self.arms, recipe.training.schedules)
