@@ -1,21 +1,59 @@
 """What several test files share: small specs, and checkpoints as the safetensors library and `json` see them."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
 
+from tmjax.activations.batches import bucket_length
 from tmjax.convert.model import load_model
 from tmjax.errors import CheckpointError
 from tmjax.hub.tensors import SINGLE_NAME
-from tmjax.models.spec import DecoderSpec
+from tmjax.models.decoder import bind
+from tmjax.models.spec import DecoderSpec, Rotary
+from tmjax.typing import Params
 
 SPEC = DecoderSpec(vocab=50, hidden=24, layers=3, heads=6, kv_heads=2, head_dim=8, mlp=40, max_positions=64)
 QWEN2 = dataclasses.replace(SPEC, qkv_bias=True, tied_embeddings=True)
+#: One of every kind of forward pass, on few tokens.
+FORWARDS: dict[str, DecoderSpec] = {
+    "llama": SPEC,
+    "biases, tied": QWEN2,
+    "windows": dataclasses.replace(SPEC, windows=(3, 10**9, 5)),
+    "dynamic": dataclasses.replace(SPEC, rotary=Rotary(scaling="dynamic", factor=4.0, original_positions=16)),
+    "longrope": dataclasses.replace(
+        SPEC,
+        rotary=Rotary(
+            scaling="longrope", original_positions=32, short_factors=(1.0, 2.0, 3.0, 4.0), long_factors=(9.0,) * 4
+        ),
+    ),
+    "two rotaries": dataclasses.replace(
+        SPEC, rotary=Rotary(theta=10.0), local_rotary=Rotary(theta=1e6), layer_rotary=(0, 1, 0)
+    ),
+    "learned positions": dataclasses.replace(
+        SPEC, learned_positions=True, rotary=Rotary(scaling="none"), norm="layer", norm_bias=True, gated=False
+    ),
+    "caps": dataclasses.replace(SPEC, attention_cap=2.0, logit_cap=3.0, logit_scale=0.5, inverse_layer_scale=True),
+}
+
+
+def texts_that_begin_alike(spec: DecoderSpec, generator: np.random.Generator, most: int) -> list[list[int]]:
+    """Texts of all lengths up to the context, many of which begin alike, one twice."""
+    roots = [generator.integers(0, spec.vocab, most).tolist() for _ in range(3)]
+    texts = []
+    for number in range(23):
+        length = int(generator.integers(2, most + 1)) if number else most
+        shared = int(generator.integers(1, length + 1))
+        texts.append(roots[number % 3][:shared] + generator.integers(0, spec.vocab, length - shared).tolist())
+    return [*texts, texts[5], [1, 2]]
 
 
 def stored(directory: Path) -> dict[str, tuple[str, list[int], bytes]]:
@@ -48,3 +86,18 @@ def refused(directory: Path, *fragments: str, kind: type[Exception] = Checkpoint
     assert "\n" not in message
     for fragment in fragments:
         assert fragment in message
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _following_nll(spec: DecoderSpec, params: Params, ids_t: jax.Array) -> jax.Array:
+    model = bind(spec, params)
+    hidden, _ = model.hidden(ids_t[None, :-1], jnp.float32, (), lambda x: x)
+    logs = jax.nn.log_softmax(model.logits(hidden[0]))
+    return -jnp.take_along_axis(logs, ids_t[1:, None], axis=1)[:, 0]
+
+
+def alone_nll(spec: DecoderSpec, params: Params, ids: Sequence[int]) -> float:
+    """Sum of -ln p of all tokens of one text but its first: the text alone, in one row that is padded as a batch is."""
+    padded = np.zeros(bucket_length(len(ids)), np.int32)
+    padded[: len(ids)] = ids
+    return float(np.asarray(_following_nll(spec, params, padded), np.float64)[: len(ids) - 1].sum())

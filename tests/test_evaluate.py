@@ -2,15 +2,15 @@
 
 import math
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import alone_nll
 
 from tmjax.convert.model import load_model
 from tmjax.errors import InputError
-from tmjax.evaluate.bits import Scorer, Scores, sequence_nll
+from tmjax.evaluate.bits import Scorer, Scores, token_nll
 from tmjax.evaluate.bootstrap import percentile_interval, resample, source_gain
 from tmjax.hub.texts import Texts, read_texts
 from tmjax.hub.tokenizer import load_tokenizer
@@ -48,7 +48,7 @@ def test_batching_and_chunked_logits_do_not_matter(qwen2_dir, verses, monkeypatc
     one = Scorer(model.spec, tokenizer, verses, batch_tokens=8192)(model.params)
     monkeypatch.setattr("tmjax.evaluate.bits.LOGIT_ENTRIES", 1)
     monkeypatch.setattr("tmjax.evaluate.bits.LEAST_ROWS", 7)
-    sequence_nll.clear_cache()
+    token_nll.clear_cache()
     other = Scorer(model.spec, tokenizer, verses, batch_tokens=100, layout=Layout("data=3"))(model.params)
     np.testing.assert_allclose(one.nll, other.nll, rtol=1e-5)
 
@@ -60,10 +60,7 @@ def test_long_documents_are_scored_in_windows_that_score_every_token_once(qwen2_
     scores = Scorer(model.spec, tokenizer, text, max_tokens=32)(model.params)
     expected = 0.0
     for start in range(0, len(ids) - 1, 31):
-        window = jnp.asarray([ids[start : start + 32]])
-        expected += float(
-            sequence_nll(model.spec, model.params, window, jnp.asarray([window.shape[1]]), jnp.float32)[0]
-        )
+        expected += alone_nll(model.spec, model.params, ids[start : start + 32])
     assert scores.nll[0] == pytest.approx(expected, rel=1e-5)
     assert scores.tokens[0] == len(ids) - 1
 
@@ -72,10 +69,11 @@ def test_one_compilation_for_many_parameter_values(qwen2_dir, verses) -> None:
     model, tokenizer = load_model(qwen2_dir), load_tokenizer(qwen2_dir)
     scorer = Scorer(model.spec, tokenizer, verses)
     scorer(model.params)
-    before = sequence_nll._cache_size()
+    before = token_nll._cache_size()
     for scale in (0.9, 1.1):
         scorer({path: value * scale for path, value in model.params.items()})
-    assert sequence_nll._cache_size() == before
+    Scorer(model.spec, tokenizer, Texts("other", verses.ids, verses.texts[::-1]))(model.params)
+    assert token_nll._cache_size() == before
 
 
 def _scores(nll, size=None) -> Scores:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,13 @@ import safetensors.numpy
 import yaml
 
 from tmjax import cli
+from tmjax.activations import joined as joined_texts
+from tmjax.activations.joined import join
 from tmjax.adapt.recipe import build_adapt_recipe
 from tmjax.convert.model import load_model
 from tmjax.errors import NonFiniteError
 from tmjax.evaluate.controls import CONTROLS
+from tmjax.fuse import solve
 from tmjax.fuse.solve import FACTORS, WEIGHTS, Solver, Wanted
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
@@ -25,6 +29,7 @@ from tmjax.pipeline.adapt_start import Starts
 from tmjax.pipeline.merge import Merge
 from tmjax.pipeline.predictions import Predictions
 from tmjax.recipe import SolveOptions, build_recipe, read_recipe
+from tmjax.sharding.mesh import Layout
 
 TEXTS = ["Yesu akawaambia wanafunzi wake habari njema", "Basi, watu walimfuata mpaka bahari", "Amani iwe nanyi nyote"]
 OPTIONS = SolveOptions(rounds=2)
@@ -44,37 +49,60 @@ def loose(target):
     )
 
 
+class Said(NamedTuple):
+    """A text, whether its own tokens are wanted, and what is said at each of them but the last."""
+
+    ids: list[int]
+    own: bool
+    token: np.ndarray
+    weight: np.ndarray
+
+
 @pytest.fixture(scope="module")
-def batch(target, qwen2_dir) -> Wanted:
+def said(target, qwen2_dir) -> list[Said]:
     """Three texts, of which the last is not wanted itself, and something said at most of their positions."""
     tokenizer = load_tokenizer(qwen2_dir)
-    documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(TEXTS)]
     generator = np.random.default_rng(0)
-    tokens = 1 + max(map(len, documents))
-    ids, length = np.zeros((4, tokens), np.int32), np.zeros(4, np.int32)
-    weight = np.zeros((4, tokens - 1, 3), np.float32)
-    for row, document in enumerate(documents):
-        ids[row, : len(document)], length[row] = document, len(document)
-        weight[row, : len(document) - 1] = generator.dirichlet(np.ones(4), len(document) - 1)[:, :3]
-    weight[:, 2] = 0
-    token = np.stack([generator.permutation(target.spec.vocab)[:3] for _ in range(4 * (tokens - 1))])
-    return Wanted(ids, length, np.float32([1, 1, 0, 0]), token.reshape(weight.shape).astype(np.int32), weight)
+    found = []
+    for number, encoding in enumerate(tokenizer.encode(TEXTS)):
+        ids = tokenizer.document(encoding.ids)
+        places = range(len(ids) - 1)
+        token = np.stack([generator.permutation(target.spec.vocab)[:3] for _ in places]).astype(np.int32)
+        weight = generator.dirichlet(np.ones(4), len(places))[:, :3].astype(np.float32)
+        weight[2] = 0
+        found.append(Said(ids, number < 2, token, weight))
+    return found
 
 
-def losses(model, params, batch: Wanted) -> tuple[jax.Array, jax.Array]:
+def joined(spec, said: list[Said]) -> Wanted:
+    """Texts of one kind as one batch."""
+    (texts,) = join(spec, [text.ids for text in said], 4096, Layout())
+    token, weight = (np.zeros((*texts.ids.shape, 3), kind) for kind in (np.int32, np.float32))
+    for row, column in np.argwhere(texts.text >= 0):
+        text, place = said[texts.text[row, column]], texts.place[row, column]
+        token[row, column], weight[row, column] = text.token[place], text.weight[place]
+    return Wanted(texts, said[0].own, token, weight)
+
+
+@pytest.fixture(scope="module")
+def batches(target, said) -> list[Wanted]:
+    """The same, joined: two texts in one row, and the last in another batch."""
+    return [joined(target.spec, said[:2]), joined(target.spec, said[2:])]
+
+
+def losses(model, params, said: list[Said]) -> tuple[jax.Array, jax.Array]:
     """Mean loss of the true tokens and of what is said, a text at a time without padding."""
     totals, counts = [0.0, 0.0], [0.0, 0.0]
-    for row in range(3):
-        n = int(batch.length[row])
+    for text in said:
+        ids = jnp.asarray(text.ids)
         decoder = bind(model.spec, params)
-        hidden, _ = decoder.hidden(jnp.asarray(batch.ids[row : row + 1, : n - 1]), jnp.float32, (), lambda x: x)
+        hidden, _ = decoder.hidden(ids[None, :-1], jnp.float32, (), lambda x: x)
         logs = jax.nn.log_softmax(decoder.logits(hidden[0]))
-        if batch.true[row]:
-            totals[0] -= jnp.sum(jnp.take_along_axis(logs, jnp.asarray(batch.ids[row, 1:n, None]), axis=1))
-            counts[0] += n - 1
-        weight = batch.weight[row, : n - 1]
-        totals[1] -= jnp.sum(weight * jnp.take_along_axis(logs, jnp.asarray(batch.token[row, : n - 1]), axis=1))
-        counts[1] += weight.sum()
+        if text.own:
+            totals[0] -= jnp.sum(jnp.take_along_axis(logs, ids[1:, None], axis=1))
+            counts[0] += len(ids) - 1
+        totals[1] -= jnp.sum(text.weight * jnp.take_along_axis(logs, text.token, axis=1))
+        counts[1] += text.weight.sum()
     return totals[0] / counts[0], totals[1] / counts[1]
 
 
@@ -82,40 +110,60 @@ def solver(model, reach: str = "direct", **changes) -> Solver:
     return Solver(model.spec, model.rows, model.params, OPTIONS.model_copy(update={"reach": reach}), **changes)
 
 
-def mixed(model, batch: Wanted, weight: float = 1.0):
-    compiled = jax.jit(lambda params: (lambda a, b: a + weight * b)(*losses(model, params, batch)))
+def mixed(model, said: list[Said], weight: float = 1.0):
+    compiled = jax.jit(lambda params: (lambda a, b: a + weight * b)(*losses(model, params, said)))
     return lambda params: float(compiled(dict(params)))
 
 
-def test_sums_are_slopes_of_the_loss(loose, batch) -> None:
+def test_sums_are_slopes_of_the_loss(loose, said, batches) -> None:
     """Of the read-out and of what the last block writes, behind which only the norm and the read-out come."""
     rows = tuple(row for row in loose.rows if row.path != "head.weight")
-    sums = Solver(loose.spec, rows, loose.params, OPTIONS).sums(loose.params, [batch])
+    sums = Solver(loose.spec, rows, loose.params, OPTIONS).sums(loose.params, batches)
     paths = {"o": loose.projections["o"].path, "down": loose.projections["down"].path}
     for number in range(2):
-        truth = jax.jit(jax.grad(lambda params, number=number: losses(loose, params, batch)[number]))(
-            dict(loose.params)
-        )
+        truth = jax.jit(jax.grad(lambda params, number=number: losses(loose, params, said)[number]))(dict(loose.params))
         close = {"rtol": 0, "atol": 3e-5 * float(jnp.abs(truth["head.weight"]).max())}
         np.testing.assert_allclose(sums.wanted[number], -truth["head.weight"], **close)
         last = truth[paths["down"]][-1]
         np.testing.assert_allclose(sums.inner[paths["down"]][number, -1], -last, atol=1e-4 * float(jnp.abs(last).max()))
         first = truth[paths["down"]][0]
         assert not np.allclose(sums.inner[paths["down"]][number, 0], -first, atol=0.1 * float(jnp.abs(first).max()))
-    tokens = [int(batch.length[row]) - 1 for row in range(3)]
-    np.testing.assert_allclose(sums.count, [sum(tokens[:2]), batch.weight.sum(), sum(tokens)], rtol=1e-5)
+    tokens = [len(text.ids) - 1 for text in said]
+    heard = sum(text.weight.sum() for text in said)
+    np.testing.assert_allclose(sums.count, [sum(tokens[:2]), heard, sum(tokens)], rtol=1e-5)
 
 
-def test_sums_do_not_depend_on_batches(target, batch) -> None:
-    apart = [Wanted(*(part[row : row + 1] for part in batch)) for row in range(4)]
-    whole, split = (solver(target).sums(target.params, given) for given in ([batch], apart))
+def test_sums_do_not_depend_on_batches(target, said, batches, monkeypatch) -> None:
+    """Nor on how many tokens' logits are made at a time."""
+    whole = solver(target).sums(target.params, batches)
+    monkeypatch.setattr(solve, "CPU_ENTRIES", 1)
+    monkeypatch.setattr(solve, "LEAST_TOKENS", 7)
+    split = solver(target).sums(target.params, [joined(target.spec, [text]) for text in said])
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.abs(one).max()))
 
 
-def test_the_solve_is_a_ridge_regression(target, batch) -> None:
+def test_sums_of_a_large_batch_are_those_of_its_parts(target, monkeypatch) -> None:
+    """XLA's CPU backend (jaxlib 0.10.2) gives a vmapped pullback of a norm wrong values from 2^18 elements on."""
+    generator = np.random.default_rng(1)
+    said = []
+    for _ in range(20):
+        ids = generator.integers(3, target.spec.vocab, 127).tolist()
+        token = generator.integers(0, target.spec.vocab, (126, 3)).astype(np.int32)
+        said.append(Said(ids, True, token, np.full((126, 3), 0.3, np.float32)))
+    monkeypatch.setattr(joined_texts, "CPU_TOKENS", 10**6)
+    monkeypatch.setattr(solve, "LEAST_TOKENS", 10**6)
+    batch = joined(target.spec, said)
+    assert batch.texts.ids.size * target.spec.hidden > 2**18
+    whole = solver(target).sums(target.params, [batch])
+    parts = solver(target).sums(target.params, [joined(target.spec, [text]) for text in said])
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.abs(other).max()))
+
+
+def test_the_solve_is_a_ridge_regression(target, said, batches) -> None:
     held = solver(target)
-    sums = held.sums(target.params, [batch])
+    sums = held.sums(target.params, batches)
     directions = held.directions(sums)
 
     def ridged(gram) -> np.ndarray:
@@ -131,9 +179,9 @@ def test_the_solve_is_a_ridge_regression(target, batch) -> None:
     np.testing.assert_allclose(directions[held.readout][1], truth, atol=2e-3 * np.abs(truth).max())
 
 
-def test_a_step_is_in_units_of_the_norm_and_trust_caps_the_change(target, batch) -> None:
+def test_a_step_is_in_units_of_the_norm_and_trust_caps_the_change(target, said, batches) -> None:
     held = solver(target)
-    directions = held.directions(held.sums(target.params, [batch]))
+    directions = held.directions(held.sums(target.params, batches))
     path = target.projections["down"].path
     old = np.asarray(target.params[path])
     moved = held.moved(target.params, directions, 0.5, (0.0, 0.3))
@@ -152,28 +200,28 @@ def test_a_step_is_in_units_of_the_norm_and_trust_caps_the_change(target, batch)
 
 
 @pytest.mark.parametrize("reach", ["readout", "direct"])
-def test_rounds_lower_the_loss_they_are_chosen_by(target, batch, reach) -> None:
-    held, loss = solver(target, reach), mixed(target, batch)
-    found = held.solve(target.params, [batch], loss)
+def test_rounds_lower_the_loss_they_are_chosen_by(target, said, batches, reach) -> None:
+    held, loss = solver(target, reach), mixed(target, said)
+    found = held.solve(target.params, batches, loss)
     assert found.losses[0] == pytest.approx(loss(target.params)) and found.losses[-1] < 0.98 * found.losses[0]
     assert loss(found.params) == pytest.approx(found.losses[-1], rel=1e-5)
     assert found.losses == sorted(found.losses, reverse=True) and found.from_source
     assert {p for p, value in found.params.items() if not np.array_equal(value, target.params[p])} == set(held.paths)
-    alone = solver(target, reach, silent=True).solve(target.params, [batch], loss)
+    alone = solver(target, reach, silent=True).solve(target.params, batches, loss)
     assert alone.trials == found.trials == 2 * (len(WEIGHTS) + len(FACTORS)), "arms make as many trials"
     assert not alone.from_source
 
 
-def test_nothing_is_taken_that_does_not_help(target, batch) -> None:
-    found = solver(target).solve(target.params, [batch], lambda params: float(params is not target.params))
+def test_nothing_is_taken_that_does_not_help(target, said, batches) -> None:
+    found = solver(target).solve(target.params, batches, lambda params: float(params is not target.params))
     assert found.chosen == [] and not found.from_source
     for path, value in target.params.items():
         assert np.array_equal(found.params[path], value)
 
 
-def test_a_step_too_far_is_a_trial_like_any_other(target, batch) -> None:
+def test_a_step_too_far_is_a_trial_like_any_other(target, said, batches) -> None:
     """A loss that is no number, returned or raised, is never taken; if all are, the solve says so."""
-    own, calls = mixed(target, batch), []
+    own, calls = mixed(target, said), []
 
     def loss(params) -> float:
         calls.append(params)
@@ -183,11 +231,11 @@ def test_a_step_too_far_is_a_trial_like_any_other(target, batch) -> None:
             raise NonFiniteError("too far")
         return own(params)
 
-    found = solver(target).solve(target.params, [batch], loss)
+    found = solver(target).solve(target.params, batches, loss)
     assert np.isfinite(found.losses).all() and found.losses[-1] < found.losses[0]
     assert own(found.params) == pytest.approx(found.losses[-1], rel=1e-5)
     with pytest.raises(NonFiniteError, match="not finite"):
-        solver(target).solve(target.params, [batch], lambda params: float("nan"))
+        solver(target).solve(target.params, batches, lambda params: float("nan"))
 
 
 # The pipeline.
@@ -228,15 +276,15 @@ def test_what_controls_hear(solved, solving, flags) -> None:
     told = build_recipe(read_recipe(out / "recipe.yaml") | {"out": str(out)})
     said = Predictions(Merge(told, amend=True))
     plain = said.wanted(None)
-    texts = {tuple(row[row > 0]) for batch in plain for row in batch.ids}
+    texts = [batch.texts.ids.tolist() for batch in plain]
     for name, control in CONTROLS.items():
         batches = said.wanted(control)
         weight = np.concatenate([batch.weight.sum(axis=-1).ravel() for batch in batches])
-        same = {tuple(row[row > 0]) for batch in batches for row in batch.ids} == texts
+        same = [batch.texts.ids.tolist() for batch in batches] == texts
         if name == "control:shrink":
-            assert weight.sum() == 0 and sum(batch.true.sum() for batch in batches) == sum(
-                len(b.true[b.true > 0]) for b in plain
-            )
+            assert weight.sum() == 0 and [batch.texts.ids.tolist() for batch in batches] == [
+                batch.texts.ids.tolist() for batch in plain if batch.own
+            ]
             continue
         assert weight.max() <= 1 + 1e-5 and weight.sum() > 0
         assert same == (name != "control:random_source")

@@ -1,7 +1,6 @@
 """`tmjax sweep`: the same numbers as one setting after the other, one compilation, resuming, failures, the command."""
 
 import csv
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -15,23 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QWEN2, SPEC
+from helpers import FORWARDS, alone_nll, texts_that_begin_alike
 
 from tmjax import cli
 from tmjax.activations import store
-from tmjax.activations.batches import bucket_length
 from tmjax.align.alignment import align
 from tmjax.convert.model import load_model
 from tmjax.errors import InputError
 from tmjax.evaluate import packing
-from tmjax.evaluate.bits import Scorer, sequence_nll
+from tmjax.evaluate.bits import Scorer
 from tmjax.evaluate.packing import pack, packed_nll, text_lengths
 from tmjax.fuse.apply import fuse_params, transport_model
 from tmjax.hub.run_files import split
 from tmjax.hub.texts import read_texts
 from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import init_params
-from tmjax.models.spec import DecoderSpec, Rotary
 from tmjax.pipeline import sweep as pipeline_sweep
 from tmjax.recipe import build_recipe, read_recipe
 from tmjax.report.sweep import marginals, plot_sweep
@@ -167,38 +164,6 @@ def test_devices_do_not_change_scores(transported, models, texts, qwen2_dir, mes
     assert scorer.compilations == 1
 
 
-FORWARDS: dict[str, DecoderSpec] = {
-    "llama": SPEC,
-    "biases, tied": QWEN2,
-    "windows": dataclasses.replace(SPEC, windows=(3, 10**9, 5)),
-    "dynamic": dataclasses.replace(SPEC, rotary=Rotary(scaling="dynamic", factor=4.0, original_positions=16)),
-    "longrope": dataclasses.replace(
-        SPEC,
-        rotary=Rotary(
-            scaling="longrope", original_positions=32, short_factors=(1.0, 2.0, 3.0, 4.0), long_factors=(9.0,) * 4
-        ),
-    ),
-    "two rotaries": dataclasses.replace(
-        SPEC, rotary=Rotary(theta=10.0), local_rotary=Rotary(theta=1e6), layer_rotary=(0, 1, 0)
-    ),
-    "learned positions": dataclasses.replace(
-        SPEC, learned_positions=True, rotary=Rotary(scaling="none"), norm="layer", norm_bias=True, gated=False
-    ),
-    "caps": dataclasses.replace(SPEC, attention_cap=2.0, logit_cap=3.0, logit_scale=0.5, inverse_layer_scale=True),
-}
-
-
-def _documents(spec: DecoderSpec, generator: np.random.Generator, most: int) -> list[list[int]]:
-    """Texts of all lengths up to the context, many of which begin alike, one twice."""
-    roots = [generator.integers(0, spec.vocab, most).tolist() for _ in range(3)]
-    texts = []
-    for number in range(23):
-        length = int(generator.integers(2, most + 1)) if number else most
-        shared = int(generator.integers(1, length + 1))
-        texts.append(roots[number % 3][:shared] + generator.integers(0, spec.vocab, length - shared).tolist())
-    return [*texts, texts[5], [1, 2]]
-
-
 @pytest.mark.parametrize(("name", "chunk_tokens"), [("llama", 10**6), *((name, 150) for name in FORWARDS)])
 def test_packed_texts_score_as_alone(name: str, chunk_tokens: int, monkeypatch) -> None:
     spec = FORWARDS[name]
@@ -210,16 +175,13 @@ def test_packed_texts_score_as_alone(name: str, chunk_tokens: int, monkeypatch) 
         path: value + 0.3 * generator.normal(size=value.shape).astype(np.float32)
         for path, value in init_params(spec, jax.random.key(0)).items()
     }
-    texts = _documents(spec, generator, spec.max_positions)
+    texts = texts_that_begin_alike(spec, generator, spec.max_positions)
     chunks = pack(spec, texts, chunk_tokens=chunk_tokens)
     assert chunks.packed.ids.shape[0] == (1 if chunk_tokens == 10**6 else round(sum(len(t) - 1 for t in texts) / 150))
     found = jax.lax.map(lambda chunk: packed_nll(spec, params, chunk, jnp.float32), chunks.packed)
     found = chunks.sums(np.asarray(found), len(texts))
     for text, value in zip(texts, found, strict=True):
-        ids = np.zeros((1, bucket_length(len(text))), np.int32)
-        ids[0, : len(text)] = text
-        alone = sequence_nll(spec, params, ids, np.asarray([len(text)]), jnp.float32)
-        assert value == pytest.approx(float(alone[0]), rel=2e-5)
+        assert value == pytest.approx(alone_nll(spec, params, text), rel=2e-5)
     if chunk_tokens == 10**6:
         begun = {tuple(text[:n]) for text in texts for n in range(1, len(text))}
         assert chunks.packed.ids.shape[1] == -(-len(begun) // 8) * 8, "every beginning is computed once"

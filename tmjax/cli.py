@@ -551,31 +551,14 @@ def _progress() -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
 
     A stage may have a note beside its name.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from tmjax.report.progress import Bars, Lines
 
     if job.silent():
         yield interrupt.checked(lambda stage, done, total, note="": None), lambda message: None
         return
     console = _console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    tasks: dict[str, Any] = {}
-    display = Progress(*columns, console=console)
-
-    def step(stage: str, done: int, total: int, note: str = "") -> None:
-        if stage not in tasks:
-            display.start()  # not before: of a run that is refused nothing but the reason is shown
-            tasks[stage] = display.add_task(stage, total=total)
-        described = f"{stage}  {note}" if note else stage
-        display.update(tasks[stage], completed=done, total=total, description=described)
-
-    def warn(message: str) -> None:
-        display.console.print(f"tmjax: warning: {message}", markup=False, highlight=False, soft_wrap=True)
-
-    try:
-        yield interrupt.checked(step), warn
-    finally:
-        if tasks:
-            display.stop()
+    with Bars(console) if console.is_terminal else Lines(sys.stderr) as display:
+        yield interrupt.checked(display.step), lambda message: display.say(f"tmjax: warning: {message}")
 
 
 def _every_core() -> None:
@@ -594,33 +577,32 @@ def _live() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callab
     """As `_progress`, and below it a table of a sweep's rows so far, given them and the number of all settings."""
     from rich.console import Group
     from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from tmjax.report.progress import Bars, Lines
     from tmjax.report.sweep import live_table
 
     if job.silent():
         yield interrupt.checked(lambda stage, done, total: None), lambda message: None, lambda rows, total: None
         return
     console = _console(stderr=True)
-    stages = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    tasks: dict[str, Any] = {}
+    if not console.is_terminal:
+        with Lines(sys.stderr) as lines:
+            yield (
+                interrupt.checked(lines.step),
+                lambda message: lines.say(f"tmjax: warning: {message}"),
+                lambda rows, total: None,
+            )
+        return
+    bars = Bars(console)
     shown = [0.0]
-    with Live(stages, console=console, refresh_per_second=4) as display:
-
-        def step(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = stages.add_task(stage, total=total)
-            stages.update(tasks[stage], completed=done, total=total)
-
-        def warn(message: str) -> None:
-            display.console.print(f"tmjax: warning: {message}", markup=False, highlight=False, soft_wrap=True)
+    with Live(bars.display, console=console, refresh_per_second=4) as display:
 
         def show(rows: Any, total: int) -> None:
             if len(rows) == total or time.monotonic() > shown[-1] + 0.5:
-                display.update(Group(stages, live_table(rows, total)))
+                display.update(Group(bars.display, live_table(rows, total)))
                 shown[:] = [time.monotonic()]
 
-        yield interrupt.checked(step), warn, show
+        yield interrupt.checked(bars.update), lambda message: bars.say(f"tmjax: warning: {message}"), show
 
 
 def prepare() -> None:

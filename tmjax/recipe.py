@@ -211,6 +211,9 @@ class FusionOptions(Section):
     W^ - W_base are fused. `transport: regression` fuses, instead of transported weights, those that by least squares
     turn the target's inputs into the source's mapped outputs (`ridge` holds them at the target's own).
 
+    With `screen_texts` candidates are compared on so many of the validation texts, evenly spaced, and the best of them
+    is taken if it is better on all; unless given, all are compared on all.
+
     `lexical`: then the source's embeddings, mapped through the texts of tokens, are blended into the target's
     (`LexicalOptions`); `solve`: at last the target is solved for toward the source's predictions of its own tokens on
     the calibration texts (`SolveOptions`). A fixed alpha leaves both out: nothing is then chosen on validation texts.
@@ -233,6 +236,7 @@ class FusionOptions(Section):
     base: str | None = None
     transport: Literal["weights", "regression"] = "weights"
     ridge: PositiveFloat = 0.1
+    screen_texts: Positive | None = None
     lexical: LexicalOptions | None = None
     solve: SolveOptions | None = None
 
@@ -255,9 +259,10 @@ class Recipe(Placed):
     """A whole run. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`.
 
     `other_texts` are of other languages or domains: what the target and the result score on them is recorded.
-    `places` is written with a run: the absolute places of its local inputs, by their names.
-    `same_size_source` is merged too where controls are run, as a row for comparison. With a `seed` other than 0,
-    `activations.max_texts` takes a random part of the calibration texts instead of the first.
+    `places` is written with a run: the absolute places of its local inputs, by their names. Where controls are run,
+    `same_size_source` and, with `self_source`, the target itself are merged into the target too, as rows for
+    comparison. With a `seed` other than 0, `activations.max_texts` takes a random part of the calibration texts instead
+    of the first.
     """
 
     source: str
@@ -271,6 +276,7 @@ class Recipe(Placed):
     preset: Literal["predictions", "quick", "barycentric", "paper"] = "barycentric"
     alpha: Alpha | None = None
     controls: bool = False
+    self_source: bool = True
     allow_negligible: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
     mesh: str | None = None
@@ -297,10 +303,14 @@ class Recipe(Placed):
 DEFAULT_PRESET = "predictions"
 #: Defaults that a preset sets; what the recipe says itself wins. `paper` is METHOD of arXiv:2602.05495 as printed,
 #: `barycentric` transports weights alone, `predictions` goes on to blend embeddings and to solve for the source's
-#: predictions, `quick` does so with fewer written texts and rounds.
+#: predictions, `quick` does so with fewer texts and rounds.
 PRESETS: dict[str, dict[str, Any]] = {
     "predictions": {"fusion": {"lexical": {}, "solve": {}}},
-    "quick": {"fusion": {"lexical": {}, "solve": {"written": 600, "rounds": 10}}},
+    "quick": {
+        "self_source": False,
+        "activations": {"max_texts": 100},
+        "fusion": {"screen_texts": 100, "lexical": {}, "solve": {"written": 400, "rounds": 8}},
+    },
     "barycentric": {},
     "paper": {
         "alpha": 0.1,

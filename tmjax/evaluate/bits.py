@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tmjax.activations.batches import bucketed
+from tmjax.activations.joined import Joined, join, joined_hidden
 from tmjax.convert.model import Model
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.hub.texts import Texts
@@ -30,37 +30,34 @@ from tmjax.sharding.mesh import Layout
 from tmjax.typing import Array, Params
 
 #: Logits are made for about this many entries (token x vocabulary) at a time.
-LOGIT_ENTRIES = 2**23
+LOGIT_ENTRIES = 2**21
 #: But for at least so many tokens, however large the vocabulary: fewer would read the unembedding too often.
 LEAST_ROWS = 512
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "dtype", "mesh"))
-def sequence_nll(
-    spec: DecoderSpec, params: Params, ids_bt: Array, length_b: Array, dtype: jnp.dtype, mesh: Mesh | None = None
-) -> Array:
-    """Sum over each right-padded row of -ln p(token | tokens before), all but its first token: [B] float32."""
+def token_nll(spec: DecoderSpec, params: Params, batch: Joined, dtype: jnp.dtype, mesh: Mesh | None = None) -> Array:
+    """-ln p(next token | tokens before it in its text) [B, T] float32, 0 where no token follows."""
     model = bind(spec, params)
-    hidden, _ = model.hidden(ids_bt[:, :-1], dtype, (), lambda x: x, mesh)
-
-    batch, tokens, _ = hidden.shape
+    hidden, _ = joined_hidden(model, batch, dtype, mesh=mesh)
+    rows, tokens, _ = hidden.shape
     # Pieces of the token axis, not of the batch: the batch is what a mesh splits.
-    most = max(-(-LEAST_ROWS // batch), LOGIT_ENTRIES // (batch * spec.vocab))
+    most = max(-(-LEAST_ROWS // rows), LOGIT_ENTRIES // (rows * spec.vocab))
     pieces = -(-tokens // most)
     size = -(-tokens // pieces)
 
     def cut(x_bt: Array) -> Array:
         padded = jnp.pad(x_bt, [(0, 0), (0, pieces * size - tokens), *[(0, 0)] * (x_bt.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(batch, pieces, size, *x_bt.shape[2:]), 1, 0)
+        return jnp.moveaxis(padded.reshape(rows, pieces, size, *x_bt.shape[2:]), 1, 0)
 
-    def piece(item: tuple[Array, Array, Array]) -> Array:
-        states, labels, scored = item
+    def piece(item: tuple[Array, Array]) -> Array:
+        states, labels = item
         logits = model.logits(states)
-        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(scored, nll, 0.0), axis=1)
+        chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(labels >= 0, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
 
-    scored_bt = jnp.arange(tokens) < length_b[:, None] - 1
-    return jnp.sum(jax.lax.map(piece, (cut(hidden), cut(ids_bt[:, 1:]), cut(scored_bt))), axis=0)
+    found = jax.lax.map(piece, (cut(hidden), cut(jnp.asarray(batch.label))))
+    return jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :tokens]
 
 
 @dataclass(frozen=True)
@@ -154,23 +151,17 @@ class Scorer:
         self._cut = cut = windows(spec, tokenizer, texts, max_tokens)
         self.bytes, self.tokens, pieces = cut.bytes, cut.tokens, cut.pieces
         self._batches = []
-        lengths = [len(ids) for _, ids in pieces]
-        for batch in bucketed(lengths, batch_tokens=batch_tokens, multiple=layout.batch_multiple):
-            ids_bt, length_b = np.zeros((batch.size, batch.tokens), np.int32), np.ones(batch.size, np.int32)
-            for slot, piece in enumerate(batch.documents):
-                ids = pieces[piece][1]
-                ids_bt[slot, : len(ids)], length_b[slot] = ids, len(ids)
-            owner = np.asarray([pieces[piece][0] for piece in batch.documents])
-            self._batches.append((layout.place_batch(ids_bt), layout.place_batch(length_b), owner))
+        for batch in join(spec, [ids for _, ids in pieces], batch_tokens, layout):
+            real = np.nonzero(batch.text >= 0)
+            owner = np.asarray([number for number, _ in pieces])[batch.text[real]]
+            self._batches.append((Joined(*map(layout.place_batch, batch)), real, owner))
 
     def __call__(self, params: Params) -> Scores:
         """Scores of every document; raises NonFiniteError if the model gives NaN."""
-        pending = [
-            sequence_nll(self.spec, params, ids, length, self.dtype, self.mesh) for ids, length, _ in self._batches
-        ]
+        pending = [token_nll(self.spec, params, batch, self.dtype, self.mesh) for batch, _, _ in self._batches]
         nll = np.zeros(len(self.bytes))
-        for (_, _, owner), values in zip(self._batches, to_host(pending), strict=True):
-            np.add.at(nll, owner, values.astype(np.float64)[: len(owner)])
+        for (_, real, owner), values in zip(self._batches, to_host(pending), strict=True):
+            np.add.at(nll, owner, values[real].astype(np.float64))
         if not np.isfinite(nll).all():
             raise NonFiniteError("the model's log-likelihoods hold NaN or infinity")
         return self._cut.scores(nll)

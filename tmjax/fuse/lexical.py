@@ -164,12 +164,14 @@ def blend(
     options: LexicalOptions,
     loss: Callable[[Params], float],
     *,
+    screen: Callable[[Params], float] | None = None,
     zero_source: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Blended:
     """Blends the source's embeddings into `params` as `loss` (on validation text) is least; perhaps not at all.
 
-    Every arm of a comparison makes the same trials. Raises InputError as `mapped_embeddings` does.
+    With a `screen`, a cheaper loss, trials are compared by that, and the best of them is held to `loss`. Every arm of a
+    comparison makes the same trials. Raises InputError as `mapped_embeddings` does.
     """
     own = np.asarray(to_host(params[EMBEDDINGS]), np.float32)
     theirs = np.asarray(to_host(source[EMBEDDINGS]))
@@ -184,11 +186,12 @@ def blend(
     before, best = loss(params), (np.inf, -1)
     for number, values in enumerate(tried):
         moved = {**params, EMBEDDINGS: _blended(params[EMBEDDINGS], mapped, weights(**values))}
-        best = min(best, (loss(moved), number))
+        best = min(best, ((screen or loss)(moved), number))
         progress(number + 1, len(tried))
     after, number = best
-    if after >= before:
-        return Blended(params, None, (before, before), len(tried), mapped, np.zeros(len(own), np.float32))
     weight = weights(**tried[number])
     moved = {**params, EMBEDDINGS: _blended(params[EMBEDDINGS], mapped, weight)}
+    after = after if screen is None else loss(moved)
+    if after >= before:
+        return Blended(params, None, (before, before), len(tried), mapped, np.zeros(len(own), np.float32))
     return Blended(moved, tried[number], (before, after), len(tried), mapped, weight)

@@ -57,6 +57,7 @@ def fuse(
     *,
     alpha: float | None = None,
     loss: Callable[[Params], float] | None = None,
+    screen: Callable[[Params], float] | None = None,
     training: tuple[Iterable[Any], BatchLoss] | None = None,
     activations: Regressed | None = None,
     lexicon: Lexicon | None = None,
@@ -73,13 +74,14 @@ def fuse(
 
     `alpha` fixes the coefficient; without it `loss` (of fused parameters, on validation text) chooses from the options'
     grid, or, with `options.fit: learned`, stops the learning on `training` (batches, and the loss of parameters on
-    one). `activations` are for `options.transport: regression`, `lexicon` (the target's tokens as the source reads
-    them) for `options.lexical`, `wanted` (texts and what the source says follows) for `options.solve`; a fixed alpha
-    leaves the last two out. `dtype` and `layout` are those of the solve's forward passes. `known` [V] bool are the rows
-    of the target's embedding that are tokens, where some are not: those stay as they are. The other three are for
-    controls: other source weights, permuted source units, a source contribution of zero. Raises InputError if what the
-    options need is not given, or a role is missing in a model. Refusing a merge in which nothing came from the source
-    is `require_transfer`'s, on the table.
+    one). With a `screen`, a cheaper loss (on a part of that text), candidates are compared by that, and the best of
+    them is held to `loss`. `activations` are for `options.transport: regression`, `lexicon` (the target's tokens as the
+    source reads them) for `options.lexical`, `wanted` (texts and what the source says follows) for `options.solve`; a
+    fixed alpha leaves the last two out. `dtype` and `layout` are those of the solve's forward passes. `known` [V] bool
+    are the rows of the target's embedding that are tokens, where some are not: those stay as they are. The other three
+    are for controls: other source weights, permuted source units, a source contribution of zero. Raises InputError if
+    what the options need is not given, or a role is missing in a model. Refusing a merge in which nothing came from the
+    source is `require_transfer`'s, on the table.
     """
     options = options or FusionOptions()
     params = source.params if source_params is None else source_params
@@ -119,12 +121,14 @@ def fuse(
         )
         chosen = replace(chosen, coefficients=expanded(target.spec, target.projections, chosen.coefficients))
     else:
-        chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress, roles)
+        short = None if screen is None else (lambda coefficients: screen(combine(coefficients)))
+        chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress, roles, short)
     fused, blended, solved = combine(chosen.coefficients), None, None
     if options.lexical is not None and alpha is None:
         if lexicon is None or loss is None:
             raise InputError("fusion.lexical needs both tokenizers: pass lexicon to fuse, or set lexical: null")
-        blended = blend(fused, params, lexicon, options.lexical, loss, zero_source=zero_source, progress=progress)
+        how = {"screen": screen, "zero_source": zero_source, "progress": progress}
+        blended = blend(fused, params, lexicon, options.lexical, loss, **how)
         fused = blended.params
     if options.solve is not None and alpha is None:
         if not wanted or loss is None:
@@ -140,7 +144,7 @@ def fuse(
             layout=layout or Layout(),
             known=known,
         )
-        solved = solver.solve(fused, wanted, loss, progress)
+        solved = solver.solve(fused, wanted, loss, progress, screen)
         fused, before = solved.params, fused
     table = update_table(target.spec, target.rows, target.params, fused, transported, chosen.coefficients)
     table |= stream_table(target, fused, stream, chosen.coefficients)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from tmjax.activations.joined import Joined, joined_hidden
 from tmjax.errors import NonFiniteError
 from tmjax.models.decoder import bind
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
@@ -40,8 +41,9 @@ STEPS = (0.12, 0.05)
 FACTORS = ((0.5, 1.0), (1.0, 0.5), (1.5, 1.5))
 #: Projections that write the residual stream.
 WRITERS = ("o", "down")
-#: Logits are made for about this many entries (token x vocabulary) at a time, but for at least so many tokens.
-LOGIT_ENTRIES, LEAST_TOKENS = 2**26, 512
+#: Logits are made for about this many entries (token x vocabulary) at a time: of a batch on an accelerator, of a part
+#: of one on a CPU, whose caches hold about so many; but for at least so many tokens.
+LOGIT_ENTRIES, CPU_ENTRIES, LEAST_TOKENS = 2**26, 2**20, 512
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -51,18 +53,16 @@ def batch_tokens(vocab: int, most: int) -> int:
 
 
 class Wanted(NamedTuple):
-    """A batch of texts and what the source says follows.
+    """A batch of texts, joined in rows, and what the source says follows.
 
-    `ids` [B, T] int32, right-padded; `length` [B] int32, 0 for rows of padding; `true` [B] float32, 1 for texts whose
-    own tokens are wanted too; at each of the first T - 1 positions `token` [B, T - 1, K] int32 and their probabilities
-    `weight` [B, T - 1, K] float32, zero where nothing is said.
+    `own`: whether the texts' own tokens are wanted too. At every token of the rows [B, T], `token` [B, T, K] int32 and
+    their probabilities `weight` [B, T, K] float32, zero where nothing is said.
     """
 
-    ids: np.ndarray
-    length: np.ndarray
-    true: np.ndarray
-    token: np.ndarray
-    weight: np.ndarray
+    texts: Joined
+    own: bool
+    token: ArrayLike
+    weight: ArrayLike
 
 
 class Sums(NamedTuple):
@@ -81,47 +81,86 @@ class Sums(NamedTuple):
     count: Array
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "readout", "writers", "dtype", "mesh"))
+def _at_once(vocab: int, tokens: int) -> int:
+    """Tokens of a batch of `tokens` whose logits are made at the same time."""
+    return tokens if jax.default_backend() != "cpu" else min(tokens, max(LEAST_TOKENS, CPU_ENTRIES // vocab))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "own", "readout", "writers", "dtype", "mesh"))
 def _sums(
     spec: DecoderSpec,
     params: Params,
-    batch: Wanted,
+    texts: Joined,
+    token: Array,
+    weight: Array,
+    own: bool,
     readout: str,
     writers: tuple[tuple[str, str], ...],
     dtype: jnp.dtype,
     mesh: Mesh | None,
 ) -> Sums:
     """Sums over one batch; `writers` are (path, input site)."""
-    real = (jnp.arange(batch.ids.shape[1] - 1) < batch.length[:, None] - 1).astype(jnp.float32)
+    real = (texts.text >= 0).astype(jnp.float32)
     sites = ("resid", *dict.fromkeys(site for _, site in writers))
-    _, captured = bind(spec, params).hidden(batch.ids[:, :-1], dtype, sites, lambda x: x, mesh)
+    _, captured = joined_hidden(bind(spec, params), texts, dtype, sites, mesh=mesh)
     last = captured.pop("resid")[-1]
+    rows, tokens, _ = last.shape
+    # Parts of the token axis, not of the batch: the batch is what a mesh splits.
+    count = -(-tokens // max(1, _at_once(spec.vocab, rows * tokens) // rows))
+    size = -(-tokens // count)
 
     def logits(weight: Array, stream: Array) -> tuple[Array, Array]:
         decoder = bind(spec, {**params, readout: weight})
         states = decoder.norm(stream)
         return decoder.logits(states), states
 
-    found, back, states = jax.vjp(logits, jnp.asarray(params[readout], jnp.float32), last, has_aux=True)
-    p = jax.nn.softmax(found)
-    row, place = jnp.ogrid[: p.shape[0], : p.shape[1]]
-    own = real * batch.true[:, None]
-    said = jnp.sum(batch.weight, axis=-1)
-    # What is wanted of the logits: minus the slope of the loss, q - p as often as a token is wanted.
-    true = (-own[..., None] * p).at[row, place, batch.ids[:, 1:]].add(own)
-    word = (-said[..., None] * p).at[row[..., None], place[..., None], batch.token].add(batch.weight)
-    wanted, asked = jax.vmap(back)(jnp.stack([true, word]))
-    hidden = states.astype(jnp.float32) * real[..., None]
+    def cut(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, 0), (0, count * size - tokens), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(rows, count, size, *x.shape[2:]), 1, 0)
+
+    def whole(x: Array) -> Array:
+        """[pieces, B, size, ...] as [B, T, ...]."""
+        return jnp.moveaxis(x, 0, 1).reshape(rows, count * size, *x.shape[3:])[:, :tokens]
+
+    def piece(total: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        stream, label, real, token, weight = part
+        found, back, states = jax.vjp(logits, jnp.asarray(params[readout], jnp.float32), stream, has_aux=True)
+        p = jax.nn.softmax(found)
+        row, place = jnp.ogrid[: p.shape[0], : p.shape[1]]
+        said = jnp.sum(weight, axis=-1)
+        # What is wanted of the logits: minus the slope of the loss, q - p as often as a token is wanted.
+        wanted = [(-said[..., None] * p).at[row[..., None], place[..., None], token].add(weight)]
+        if own:
+            wanted.insert(0, (-real[..., None] * p).at[row, place, jnp.maximum(label, 0)].add(real))
+        moved, asked = zip(*map(back, wanted), strict=True)
+        total = total[0] + jnp.stack(moved), total[1] + jnp.sum(real[..., None] * p * (1 - p), axis=(0, 1))
+        return total, (jnp.stack(asked, axis=2).astype(jnp.float32), states.astype(jnp.float32))
+
+    kinds = 1 + own
+    start = jnp.zeros((kinds, *params[readout].shape)), jnp.zeros(spec.vocab)
+    parts = tuple(map(cut, (last, jnp.asarray(texts.label), real, token, weight)))
+    (wanted, curvature), pieces = jax.lax.scan(piece, start, parts)
+    asked, states = map(whole, pieces)
+    hidden = states * real[..., None]
     inputs = {site: x.astype(jnp.float32) * real[:, :, None] for site, x in captured.items()}
-    asked = asked.astype(jnp.float32)
+
+    def both(x: Array) -> Array:
+        """For the true tokens and for the source's word, the former zero if they are not wanted."""
+        return x if own else jnp.concatenate([jnp.zeros_like(x), x])
+
     return Sums(
-        wanted,
+        both(wanted),
         jnp.einsum("bte,btf->ef", hidden, hidden, precision=_EXACT),
-        jnp.sum(real[..., None] * p * (1 - p), axis=(0, 1)),
-        {path: jnp.einsum("sbto,lbti->sloi", asked, inputs[site], precision=_EXACT) for path, site in writers},
+        curvature,
+        {path: both(jnp.einsum("btso,lbti->sloi", asked, inputs[site], precision=_EXACT)) for path, site in writers},
         {site: jnp.einsum("lbti,lbtj->lij", x, x, precision=_EXACT) for site, x in inputs.items()},
-        jnp.stack([jnp.sum(own), jnp.sum(said), jnp.sum(real)]),
+        jnp.stack([own * jnp.sum(real), jnp.sum(weight), jnp.sum(real)]),
     )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _added(total: Sums, more: Sums) -> Sums:
+    return jax.tree.map(jnp.add, total, more)
 
 
 @jax.jit
@@ -180,6 +219,15 @@ def _moved(
     return found
 
 
+def finite(loss: Callable[[Params], float], params: Params) -> float:
+    """The loss, infinity if it is not finite: of a step too far, worse than any other and no reason to end a merge."""
+    try:
+        found = loss(params)
+    except NonFiniteError:
+        return math.inf
+    return found if math.isfinite(found) else math.inf
+
+
 class _Trial(NamedTuple):
     """Validation bits per byte at a weight of the source's word and steps (read-out, projections)."""
 
@@ -215,7 +263,8 @@ def memory(spec: DecoderSpec, rows: tuple[ParamSpec, ...], options: SolveOptions
     inputs = {site: by_path[path].shape(spec)[1] for path, site in held.writers}
     grams = spec.hidden**2 + spec.layers * sum(width**2 for width in inputs.values())
     # Two right-hand sides in both copies of the sums and in the changes, and one moved tensor.
-    return 4 * (2 * grams + 7 * sum(size.values()) + 6 * spec.vocab * batch_tokens(spec.vocab, tokens))
+    logits = spec.vocab * _at_once(spec.vocab, batch_tokens(spec.vocab, tokens))
+    return 4 * (2 * grams + 7 * sum(size.values()) + 6 * logits)
 
 
 @dataclass(frozen=True)
@@ -257,10 +306,12 @@ class Solver:
     def sums(self, params: Params, batches: Sequence[Wanted]) -> Sums:
         """What the solve needs of the texts under these parameters."""
         total: Sums | None = None
+        how = self.readout, self.writers, self.dtype, self.layout.mesh
         for batch in batches:
-            placed = Wanted(*(self.layout.place_batch(array) for array in batch))
-            found = _sums(self.spec, params, placed, self.readout, self.writers, self.dtype, self.layout.mesh)
-            total = jax.block_until_ready(found if total is None else jax.tree.map(jnp.add, total, found))
+            place = self.layout.place_batch
+            arrays = Joined(*map(place, batch.texts)), place(batch.token), place(batch.weight)
+            found = _sums(self.spec, params, *arrays, batch.own, *how)
+            total = jax.block_until_ready(found if total is None else _added(total, found))
         assert total is not None
         return jax.block_until_ready(_means(total))
 
@@ -296,11 +347,7 @@ class Solver:
         """
 
         def attempt(weight: float, step: tuple[float, float]) -> _Trial:
-            try:
-                found = loss(self.moved(params, directions, weight, step))
-            except NonFiniteError:  # a step too far: worse than any other, and no reason to end the merge
-                found = math.inf
-            return _Trial(found if math.isfinite(found) else math.inf, weight, step)
+            return _Trial(finite(loss, self.moved(params, directions, weight, step)), weight, step)
 
         if self.silent:
             tried = [attempt(0.0, (a * steps[0], a * steps[1])) for a in INSTEAD]
@@ -315,9 +362,11 @@ class Solver:
         batches: Sequence[Wanted],
         loss: Callable[[Params], float],
         progress: Callable[[int, int], None] = lambda done, total: None,
+        screen: Callable[[Params], float] | None = None,
     ) -> Solved:
         """At most `rounds` solves; every arm tries as many weights of the source's word and steps on `loss`.
 
+        With a `screen`, a cheaper loss, a round's trials are compared by that, and the best of them is held to `loss`.
         A round without a better trial halves the steps. Raises NonFiniteError if no trial of a round has a finite loss.
         """
         params = {**params, **{path: jnp.asarray(params[path], jnp.float32) for path in self.paths}}
@@ -327,13 +376,16 @@ class Solver:
             sums = self.sums(params, batches)
             positions = tuple(float(x) for x in to_host(sums.count))
             directions = self.directions(sums)
-            tried = self._tried(params, directions, steps, loss)
+            tried = self._tried(params, directions, steps, screen or loss)
             trials += len(tried)
             best = min(tried)
             if math.isinf(best.loss):
                 raise NonFiniteError("the predictions of the model that is solved for are not finite")
+            moved = self.moved(params, directions, best.weight, best.steps)
+            if screen is not None:
+                best = best._replace(loss=finite(loss, moved))
             if best.loss < losses[-1]:
-                params = self.moved(params, directions, best.weight, best.steps)
+                params = moved
                 steps, failures = best.steps, 0
                 losses.append(best.loss)
                 chosen.append({"weight": best.weight, "readout": best.steps[0], "projections": best.steps[1]})

@@ -114,6 +114,8 @@ class RunDirectory:
         self.here = dict(here or {})
         self.team: Team = Alone()
         self._unlock: Callable[[], object] = lambda: None
+        #: Hears of every stage that is run: (name, 0, 0) as it begins, (name, 1, 0) once it has ended.
+        self.show: Callable[[str, int, int], None] = lambda stage, done, total: None
 
     def close(self) -> None:
         """Releases the lock of the directory; the end of the process, and of the last use of this object, do too."""
@@ -267,6 +269,7 @@ class RunDirectory:
             return path
         refuse_foreign(path, self.team.agree(self._foreign(output) if first else []))
         started = time.perf_counter()
+        self.show(name, 0, 0)
         partial = partial_name(path)
         if first:
             self._unfinished(output, [])
@@ -300,6 +303,7 @@ class RunDirectory:
             place[last] = value
         self.save()
         self.team.barrier(f"{name} recorded")
+        self.show(name, 1, 0)
         return path
 
     def _unfinished(self, output: str, files: list[str]) -> None:

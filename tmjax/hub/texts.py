@@ -42,6 +42,11 @@ class Texts:
         """The first `count` documents (all for None)."""
         return self if count is None else Texts(self.path, self.ids[:count], self.texts[:count])
 
+    def spread(self, count: int) -> "Texts":
+        """At most `count` documents, evenly spaced from the first to the last."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
+        return Texts(self.path, tuple(self.ids[i] for i in chosen), tuple(self.texts[i] for i in chosen))
+
     def part(self, count: int | None, seed: int) -> "Texts":
         """The first `count` documents for seed 0; for another seed as many at random, in their order."""
         if count is None or count >= len(self) or seed == 0:

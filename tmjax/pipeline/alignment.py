@@ -25,6 +25,7 @@ from tmjax.recipe import Placed, Recipe, dump_recipe
 from tmjax.sharding import hosts
 
 #: (stage, steps done, steps in all) while a stage runs.
+#: Hears of a stage how much of how much is done; with a total of 0 that it begins (0 is done) or has ended (1).
 Progress = Callable[[str, int, int], None]
 Warn = Callable[[str], None]
 _INPUTS = ("source", "target", "texts", "valid", "test")
@@ -85,7 +86,16 @@ class AlignmentRun:
         hashes = hosts.together(lambda: self.inputs.hashes)
         hosts.require_same("inputs", hashes)
         # What may change without making another run of it: where things lie and are computed, whether a no-op passes.
-        without = {"out", "allow_negligible", "mesh", "other_texts", "same_size_source", "places", *_INPUTS}
+        without = {
+            "out",
+            "allow_negligible",
+            "mesh",
+            "other_texts",
+            "same_size_source",
+            "self_source",
+            "places",
+            *_INPUTS,
+        }
         told = recipe.model_dump(mode="json", exclude=without)
         key = {"recipe": digest(told)} | hashes | dict(also)
         previous = read_manifest(path)
@@ -125,6 +135,7 @@ class AlignmentRun:
         started = hosts.together(start)
         self.run = hosts.together(lambda: started or RunDirectory.follow(path, key, here))
         self.run.team = hosts
+        self.run.show = self.progress
 
     def step(self, stage: str) -> Callable[[int, int], None]:
         """Shows how far a stage is."""

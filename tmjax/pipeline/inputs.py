@@ -1,6 +1,7 @@
 """What a recipe names: models, tokenizers, texts, mesh; loaded when first asked for."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -24,6 +25,7 @@ from tmjax.pipeline.doctor_estimate import require_room, sites_of
 from tmjax.pipeline.held_out import HeldOut
 from tmjax.recipe import Recipe
 from tmjax.sharding.mesh import AUTO, Layout
+from tmjax.typing import Params
 
 #: What to do where a source's probabilities cannot be read as those of the target's tokens.
 WITHOUT = "merge without the source's predictions: preset barycentric"
@@ -129,6 +131,19 @@ class Inputs(HeldOut):
     def valid_scorer(self) -> Scorer:
         """Scorer of the validation texts under the target's architecture."""
         return self.scorer(self.target, self.target_tokenizer, self.valid)
+
+    @property
+    def validation(self) -> dict[str, Callable[[Params], float]]:
+        """What `fuse` chooses by: bits per byte on the validation texts, and on the part that screens candidates."""
+        most = self.recipe.fusion.screen_texts
+        found = {"loss": lambda params: self.valid_scorer(params).bits_per_byte}
+        if self.valid is not None and most is not None and most < len(self.valid):
+            found["screen"] = lambda params: self._screen_scorer(params).bits_per_byte
+        return found
+
+    @functools.cached_property
+    def _screen_scorer(self) -> Scorer:
+        return self.scorer(self.target, self.target_tokenizer, self.valid.spread(self.recipe.fusion.screen_texts))
 
     def check(self) -> None:
         """Loads everything, so that whatever is wrong is said before anything is written."""

@@ -54,7 +54,7 @@ class Merge(AlignmentRun):
             inputs.source,
             self.recipe.fusion,
             alpha=self.recipe.alpha,
-            loss=lambda params: inputs.valid_scorer(params).bits_per_byte,
+            **inputs.validation,
             training=self._training(),
             activations=self._regressed(control),
             lexicon=self._lexicon(control) if self.recipe.blends else None,

@@ -16,7 +16,7 @@ def other_sources(recipe: Recipe) -> dict[str, Recipe]:
     """
     if not recipe.controls:
         return {}
-    named = {SELF: recipe.target, SAME_SIZE: recipe.same_size_source}
+    named = {SELF: recipe.target if recipe.self_source else None, SAME_SIZE: recipe.same_size_source}
     plain = {"controls": False, "same_size_source": None, "allow_negligible": True, "test": None, "other_texts": ()}
     return {
         arm: recipe.model_copy(update={**plain, "source": name, "out": str(Path(recipe.out) / "sources" / arm)})

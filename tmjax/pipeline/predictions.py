@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from tmjax.activations.batches import bucketed
+from tmjax.activations.joined import Joined, join
 from tmjax.adapt.crossing import few_shared
-from tmjax.adapt.data import Piece
 from tmjax.adapt.recipe import WrittenOptions
-from tmjax.adapt.teacher import Taught, teach_texts
+from tmjax.adapt.teacher import Search, Taught, teach_texts
 from tmjax.adapt.written import Writing
 from tmjax.errors import InputError
 from tmjax.evaluate.controls import Control, derangement
@@ -149,20 +148,28 @@ class Predictions:
         return self._batches(texts, held)
 
     def _batches(self, texts: tuple[str, ...], held: Taught | None) -> list[Wanted]:
-        tokenizer, spec = self.inputs.target_tokenizer, self.inputs.target.spec
+        """Batches of the calibration texts, then of those that the source wrote, which are no truth."""
+        tokenizer, spec, given = self.inputs.target_tokenizer, self.inputs.target.spec, len(self.inputs.texts)
         documents = [tokenizer.document(e.ids)[: self._longest] for e in tokenizer.encode(texts)]
-        lengths = [len(ids) for ids in documents]
         tokens = batch_tokens(spec.vocab, self.run.recipe.evaluation.batch_tokens)
         found = []
-        for batch in bucketed(lengths, batch_tokens=tokens, multiple=self.inputs.layout.batch_multiple):
-            ids, length = np.zeros((batch.size, batch.tokens), np.int32), np.zeros(batch.size, np.int32)
-            true = np.zeros(batch.size, np.float32)
-            for slot, number in enumerate(batch.documents):
-                length[slot], true[slot] = lengths[number], number < len(self.inputs.texts)
-                ids[slot, : length[slot]] = documents[number]
-            said = np.zeros((*ids.shape, 1), np.int32), np.zeros((*ids.shape, 1), np.float32)
-            if held is not None:
-                pieces = [Piece(n, 0, np.asarray(documents[n]), np.ones(lengths[n])) for n in batch.documents]
-                said = held.teaching(pieces, batch.size, batch.tokens)[:2]
-            found.append(Wanted(ids, length, true, *(part[:, :-1] for part in said)))
+        for first, part in ((0, documents[:given]), (given, documents[given:])):
+            for batch in join(spec, part, tokens, self.inputs.layout):
+                said = _said(held, batch, first)
+                found.append(Wanted(batch, first == 0, *said))
         return found
+
+
+def _said(held: Taught | None, batch: Joined, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and probabilities [B, T, K] that are said at the tokens of a batch, whose texts count from `first`."""
+    keep = Search().keep if held is None else held.ids.shape[1]
+    ids, weight = (np.zeros((*batch.ids.shape, keep), kind) for kind in (np.int32, np.float32))
+    if held is not None:
+        # Rows of what is held are in the order of documents and of positions: found by one key for both.
+        span = 1 + int(max(held.position.max(), batch.place.max()))
+        told = held.document.astype(np.int64) * span + held.position
+        asked = (batch.text.astype(np.int64) + first) * span + batch.place
+        row = np.minimum(np.searchsorted(told, asked), len(told) - 1)
+        known = (batch.text >= 0) & (told[row] == asked)
+        ids[known], weight[known] = held.ids[row[known]], held.weight[row[known]]
+    return ids, weight

@@ -104,7 +104,7 @@ class SolverComparison(Merge):
             self.inputs.source,
             self.recipe.fusion.model_copy(update={"lexical": None, "solve": None}),
             alpha=self.recipe.alpha,
-            loss=lambda params: self.inputs.valid_scorer(params).bits_per_byte,
+            **self.inputs.validation,
         )
         scorer = self.inputs.scorer(self.inputs.target, self.inputs.target_tokenizer, self.inputs.test)
         return scorer(fused.model.params).bits_per_byte
