@@ -102,7 +102,7 @@ HIDDEN = {
 
 def wrapped(made: Tokenizer) -> TextTokenizer:
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
-    return TextTokenizer(fast, fast.eos_token_id, fast.eos_token_id, frozenset(fast.all_special_ids))
+    return TextTokenizer(fast, fast.backend_tokenizer, fast.eos_token_id, fast.eos_token_id)
 
 
 @pytest.mark.parametrize("kind", KINDS)

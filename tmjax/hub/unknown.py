@@ -8,14 +8,13 @@ Characters that a normaliser changes (lower case, NFKC) are counted, not charged
 """
 
 import functools
-import json
 import math
 import unicodedata
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from tokenizers import models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tmjax.hub.tokenizer import Encoding, TextTokenizer
 
@@ -39,32 +38,23 @@ def hidden_nats(unknown: np.ndarray) -> np.ndarray:
 
 def hidden_bytes(tokenizer: TextTokenizer, texts: Sequence[str], encodings: Sequence[Encoding]) -> Hidden:
     """Counts the UTF-8 bytes of texts that their encodings hide or change."""
-    reader = _Reader(tokenizer.fast)
+    reader = _Reader(tokenizer)
     pairs = [reader.hidden(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
     return Hidden(*np.asarray(pairs, np.int64).reshape(-1, 2).T)
-
-
-def unknown_token(fast: Any) -> tuple[int | None, str | None]:
-    """Id and text of the token that a tokenizer's model gives for what it does not know; None if it has none."""
-    model = fast.backend_tokenizer.model
-    if isinstance(model, models.Unigram):
-        number = json.loads(fast.backend_tokenizer.to_str())["model"].get("unk_id")
-        return number, None if number is None else fast.convert_ids_to_tokens(number)
-    name = getattr(model, "unk_token", None)
-    return (fast.backend_tokenizer.token_to_id(name), name) if name else (None, None)
 
 
 class _Reader:
     """What is asked of one tokenizer."""
 
-    def __init__(self, fast: Any) -> None:
-        self._fast, backend = fast, fast.backend_tokenizer
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._backend = backend = tokenizer.backend
         self._normaliser = backend.normalizer
-        self._unknown, self._name = unknown_token(fast)
+        self._unknown = tokenizer.vocabulary.unknown
+        self._name = None if self._unknown is None else backend.id_to_token(self._unknown)
         model = backend.model
         # BPE without an unknown token leaves out characters that are no tokens, and its offsets are wrong from there.
         drops = isinstance(model, models.BPE) and not model.unk_token and not model.byte_fallback
-        self._known = None if not drops or _is_byte_level(fast) else backend.get_vocab(True).keys()
+        self._known = None if not drops or _is_byte_level(backend) else backend.get_vocab(True).keys()
         self._changes = functools.cache(self._changes_uncached)
         self._dropped = functools.cache(self._dropped_uncached)
 
@@ -100,8 +90,8 @@ class _Reader:
         lost = uncovered & ~space
         between = np.nonzero(uncovered & space)[0]
         if len(between):
-            decoded = self._fast.decode(encoding.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            marks = sum(token.count(_SPACE) for token in self._fast.convert_ids_to_tokens(encoding.ids))
+            decoded = self._backend.decode(encoding.ids, skip_special_tokens=False)
+            marks = sum(self._backend.id_to_token(number).count(_SPACE) for number in encoding.ids)
             given = max(marks, sum(character.isspace() or character == _SPACE for character in decoded))
             missing = int((space & ~under).sum()) - given
             lost[between[: max(0, missing)]] = True
@@ -127,9 +117,9 @@ class _Reader:
         return "".join(self._normaliser.normalize_str(character).replace(_SPACE, " ").split())
 
 
-def _is_byte_level(fast: Any) -> bool:
+def _is_byte_level(backend: Tokenizer) -> bool:
     """Whether every byte has a token: the 256 characters that a byte-level vocabulary writes them as."""
-    return fast.backend_tokenizer.get_vocab(True).keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+    return backend.get_vocab(True).keys() >= set(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _widths(text: str) -> np.ndarray:
