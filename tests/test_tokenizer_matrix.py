@@ -126,6 +126,19 @@ def test_every_kind_with_every_kind(
     assert held == pytest.approx(arm["bits_per_byte"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_controls_of_padded_vocabularies(models, texts, recipes, tmp_path) -> None:
+    """Each control runs through, and leaves the padding as it is."""
+    target, out = models["target"]["added"], tmp_path / "run"
+    arguments = ["merge", recipes["merge"], "--source", str(models["source"]["llama2"]), "--target", str(target)]
+    arguments += ["--texts", texts["calibration"], "--valid", texts["valid"], "--test", texts["test"]]
+    assert cli.run([*arguments, "--controls", "--out", str(out)]) == 0
+    known = load_tokenizer(target, ROWS).known(ROWS)
+    arms = sorted((out / "controls").iterdir())
+    assert len(arms) == 4 and all(_padding(arm, known) == _padding(target, known) for arm in arms)
+    assert all(math.isfinite(arm["bits_per_byte"]) for arm in read_manifest(out)["evaluation"].values())
+
+
 def _tables(folder: Path) -> dict[str, np.ndarray]:
     held = {name: (shape, data) for name, (_, shape, data) in stored(folder).items()}
     return {

@@ -239,7 +239,9 @@ def test_what_a_source_reads_otherwise_is_no_shared_position(tokenizers, verses)
     assert len(pairs) > 0.8 * len(own.starts)
 
 
-@pytest.mark.parametrize(("target", "source"), [("gpt2", "wordpiece"), ("wordpiece", "llama2")])
+@pytest.mark.parametrize(
+    ("target", "source"), [("gpt2", "wordpiece"), ("wordpiece", "llama2"), ("llama2", "wordpiece")]
+)
 def test_a_tokenizer_that_changes_its_texts_is_refused(target, source, tokenizers, verses) -> None:
     with pytest.raises(InputError) as caught:
         require_shared(tokenizers[target], tokenizers[source], verses, otherwise="do otherwise")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tmjax.errors import InputError
-from tmjax.hub.reading import WITHIN, Reading, read
+from tmjax.hub.reading import BEFORE, WITHIN, Reading, read
 from tmjax.hub.tokenizer import Encoding, TextTokenizer
 
 #: Bytes of the tables that are kept: one for each string, 5 bytes for each token of the source.
@@ -148,7 +148,8 @@ class Crossing:
 
     def _shown(self, text: str, target: Reading, source: Reading, pair: Sequence[int]) -> str:
         """Which of two tokenizers changes a text at a pair of positions, and how."""
-        given = text.encode()[max(int(target.starts[pair[0]]), 0) :]
+        place = int(target.starts[pair[0]])
+        given = b" " + text.encode() if place == BEFORE else text.encode()[place:]
         held = [reading.strings[at : at + 1] for reading, at in zip((target, source), pair, strict=True)]
         pieces = [item[0] if item else b"" for item in held]
         changes = [not piece or not given.startswith(piece) for piece in pieces]
