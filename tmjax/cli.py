@@ -606,12 +606,15 @@ def _live() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callab
 
 
 def prepare() -> None:
-    """Settings of the process: quiet libraries, compiled programs kept between runs."""
+    """Settings of the process: quiet libraries, compiled programs kept between runs, freed memory within one."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
 
+    from tmjax.sharding.memory import keep_freed_memory
+
+    keep_freed_memory()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tmjax" / "xla"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -309,7 +309,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "self_source": False,
         "activations": {"max_texts": 100},
-        "fusion": {"screen_texts": 100, "lexical": {}, "solve": {"written": 400, "rounds": 8}},
+        "fusion": {"screen_texts": 60, "lexical": {}, "solve": {"written": 400, "rounds": 8}},
     },
     "barycentric": {},
     "paper": {
