@@ -350,8 +350,8 @@ def solve_site(
     """`solve_pairs` from activations [L, N, n] of the target and [M, N, k] of the source, read layer by layer.
 
     Activations that are kept with the plans are rounded to `feature_dtype` first: the plans are those of what is kept.
-    Where they are not kept, and as float32 would take more than `memory_mib` and more than all correlations do, the
-    correlations are held in their place.
+    Where they are not kept, and as float32 would take more than half of `memory_mib` and more than all correlations do,
+    the correlations are held in their place.
     """
     (layers, rows, n), (sources, _, k) = x_lnu.shape, y_mnu.shape
     pairs = int(layers * sources if wanted_lm is None else wanted_lm.sum())
@@ -359,7 +359,7 @@ def solve_site(
     shapes = FeatureSite(*(np.broadcast_to(np.float16(0), side.shape) for side in (x_lnu, y_mnu)))
     form = _form(shapes, solver, pairs, top_k)
     needed = form == "potentials" or capabilities_of(solver).needs_features or gain
-    if not needed and every < entries and 4 * entries > solver_mib(memory_mib) * 2**20:
+    if not needed and every < entries and 8 * entries > solver_mib(memory_mib) * 2**20:
         site = CorrelationSite.of(x_lnu, y_mnu, centred=centred)
     else:
         site = FeatureSite.of(x_lnu, y_mnu, centred=centred)

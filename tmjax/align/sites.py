@@ -38,9 +38,15 @@ class FeatureSite:
         Float16 changes a correlation by about 3e-4 / sqrt(N), where chance alone makes 1 / sqrt(N); whatever is solved
         and certified is the problem of the rounded activations.
         """
-        # One layer at a time: the activations lie on disk and need never be in memory as a whole.
-        sides = (np.stack([_standardised(layer, centred, dtype) for layer in side]) for side in (x_lnu, y_mnu))
-        return cls(*map(jnp.asarray, sides))
+
+        def side(x_snu: Sequence[np.ndarray]) -> Array:
+            # One layer at a time: the activations lie on disk and need never be in memory as a whole.
+            z = np.empty(x_snu.shape, dtype)
+            for number, layer in enumerate(x_snu):
+                z[number] = _standardised(layer, centred, dtype)
+            return jnp.asarray(z)
+
+        return cls(side(x_lnu), side(y_mnu))
 
     @property
     def layers(self) -> tuple[int, int]:
