@@ -19,7 +19,7 @@ $(VENV)/test.stamp: $(PROJECT) $(VENV)/core.stamp
 	touch $@
 
 demo: $(VENV)/core.stamp
-	$(BIN)/tmjax merge experiments/swahili/recipe.yaml --preset quick
+	$(BIN)/tmjax merge experiments/swahili/demo.yaml
 
 test: $(VENV)/test.stamp lint
 	$(BIN)/python -m pytest -n 2 -m 'not slow' --durations=10

@@ -25,6 +25,8 @@ from tmjax.hub.rundir import read_manifest
 from tmjax.models.decoder import forward
 from tmjax.ot.solvers.sinkhorn import Sinkhorn
 from tmjax.pipeline import merge
+from tmjax.pipeline.other_sources import other_sources
+from tmjax.recipe import build_recipe
 
 transformers.utils.logging.disable_progress_bar()
 OTHERS = {"self_source", "same_size_source"}
@@ -92,6 +94,12 @@ def test_manifest_keeps_the_contract(whole) -> None:
         assert item["seconds"] >= 0 and item["peak_rss_mib"] > 0 and item["reused"] is False
     trials = {arm: len(item["trials"]) for arm, item in manifest["controls"].items()}
     assert set(trials.values()) == {len(manifest["coefficients"]["trials"])}, "every arm gets the same budget"
+
+
+def test_the_target_as_its_own_source_can_be_left_out() -> None:
+    given = {"source": "-", "target": "-", "texts": "-", "out": "-", "controls": True}
+    assert set(other_sources(build_recipe(given))) == {"self_source"}
+    assert other_sources(build_recipe(given | {"self_source": False})) == {}
 
 
 def test_other_sources_are_runs_of_their_own(whole, qwen2_dir) -> None:

@@ -368,6 +368,25 @@ def test_coordinate_search_finds_the_minimum_of_a_separable_loss() -> None:
     assert fixed(0.4, options).coefficients["q"] == (0.4, -0.4)
 
 
+def test_a_screen_compares_candidates_and_the_best_of_a_group_is_held_to_the_loss() -> None:
+    """The screen finds a pair for both groups; the loss, asked once for each, wants that of the MLP only."""
+    options = FusionOptions(alphas=(0.1, 0.2, 0.3), betas=(-0.1, 0.0), beta="fit", groups="kind")
+    screened, asked = [], []
+
+    def screen(setting) -> float:
+        screened.append(setting)
+        return abs(setting["q"][0] - 0.2) + abs(setting["up"][0] - 0.3)
+
+    def loss(setting) -> float:
+        asked.append(setting)
+        return setting["q"][0] - setting["up"][0]
+
+    found = fit(options, loss, lambda done, total: None, screen=screen)
+    assert len(screened) == len(found.trials) == 12 and len(asked) == 3
+    assert found.coefficients["q"] == (0.1, 0.0) and found.coefficients["up"] == (0.3, 0.0)
+    assert found.loss == pytest.approx(-0.2)
+
+
 def test_alignment_store_round_trip(pair, tmp_path) -> None:
     alignment = pair[0]
     store.save(alignment, tmp_path)

@@ -158,6 +158,26 @@ def test_nothing_changes_where_no_trial_is_better(damaged) -> None:
     assert found.params is broken and found.chosen is None and not found.weight.any() and found.trials == 16
 
 
+def test_a_screen_compares_blends_and_the_best_is_held_to_the_loss(damaged) -> None:
+    _, held, broken, source, _, _ = damaged
+    screened, asked = [], []
+
+    def screen(params) -> float:
+        screened.append(params)
+        return float(abs(len(screened) - 5))  # the fifth is the best
+
+    def loss(params) -> float:
+        asked.append(params)
+        return -float(len(asked))
+
+    found = blend(broken, source, held, LexicalOptions(), loss, screen=screen)
+    assert len(screened) == found.trials == 16 and len(asked) == 2 and found.losses == (-1.0, -2.0)
+    assert found.chosen == {"alpha": 0.3, "kappa": 3.0}
+    assert np.array_equal(found.params[EMBEDDINGS], screened[4][EMBEDDINGS])
+    kept = blend(broken, source, held, LexicalOptions(), lambda params: float(params is not broken), screen=screen)
+    assert kept.params is broken and kept.chosen is None
+
+
 def test_too_little_text_is_told(solving, flags, tmp_path, capsys) -> None:
     told = yaml.safe_load(Path(solving).read_text())
     told["fusion"]["lexical"] = {"frequent": 100_000}

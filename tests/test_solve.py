@@ -1,5 +1,6 @@
 """Solving toward the source's predictions: sums against autodiff, solves against NumPy, arms, devices, what is kept."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +213,24 @@ def test_rounds_lower_the_loss_they_are_chosen_by(target, said, batches, reach) 
     assert not alone.from_source
 
 
+def test_a_screen_compares_trials_and_the_best_is_held_to_the_loss(target, said, batches) -> None:
+    """Steps that help the screen alone are not taken; the loss is asked once before and once a round."""
+    whole, calls = mixed(target, said), []
+    part = mixed(target, said[:1])
+
+    def loss(params) -> float:
+        calls.append(params)
+        return whole(params)
+
+    found = solver(target).solve(target.params, batches, loss, screen=part)
+    assert len(calls) == 1 + 2 and found.trials == 2 * (len(WEIGHTS) + len(FACTORS))
+    assert found.losses[-1] == pytest.approx(whole(found.params), rel=1e-5) and found.losses[-1] < found.losses[0]
+    worse = itertools.count()
+    misled = solver(target).solve(target.params, batches, lambda params: float(next(worse)), screen=part)
+    assert misled.chosen == [] and misled.losses == [0.0]
+    assert all(np.array_equal(misled.params[path], value) for path, value in target.params.items())
+
+
 def test_nothing_is_taken_that_does_not_help(target, said, batches) -> None:
     found = solver(target).solve(target.params, batches, lambda params: float(params is not target.params))
     assert found.chosen == [] and not found.from_source
@@ -367,3 +386,12 @@ def test_a_seed_chooses_the_calibration_texts(texts) -> None:
     assert parts[0] == parts[1] != parts[2] and len({part.sha256 for part in parts}) == 2
     for part in parts:
         assert len(set(part.ids)) == 5 and [i for i in whole.ids if i in part.ids] == list(part.ids)
+
+
+def test_texts_are_spread_from_the_first_to_the_last(texts) -> None:
+    whole = read_texts(texts["valid"])
+    part = whole.spread(5)
+    places = [whole.ids.index(name) for name in part.ids]
+    assert len(part) == 5 and places[0] == 0 and places[-1] == len(whole) - 1
+    assert max(np.diff(places)) - min(np.diff(places)) <= 1
+    assert whole.spread(len(whole) + 3).ids == whole.ids and whole.spread(1).ids == whole.ids[:1]

@@ -303,14 +303,10 @@ class Recipe(Placed):
 DEFAULT_PRESET = "predictions"
 #: Defaults that a preset sets; what the recipe says itself wins. `paper` is METHOD of arXiv:2602.05495 as printed,
 #: `barycentric` transports weights alone, `predictions` goes on to blend embeddings and to solve for the source's
-#: predictions, `quick` does so with fewer texts and rounds.
+#: predictions, `quick` does so with fewer written texts and rounds.
 PRESETS: dict[str, dict[str, Any]] = {
     "predictions": {"fusion": {"lexical": {}, "solve": {}}},
-    "quick": {
-        "self_source": False,
-        "activations": {"max_texts": 100},
-        "fusion": {"screen_texts": 60, "lexical": {}, "solve": {"written": 400, "rounds": 8}},
-    },
+    "quick": {"fusion": {"lexical": {}, "solve": {"written": 600, "rounds": 10}}},
     "barycentric": {},
     "paper": {
         "alpha": 0.1,
