@@ -104,7 +104,7 @@ class Adapt:
         }
         here = {"mesh": layout.sizes, "devices": layout.devices, "platform": jax.devices()[0].platform}
         self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite, here=here)
-        self.run.show = self.show
+        self.run.show = lambda stage, done, total: self.show(stage, done, total, "")
         return key
 
     # Training.
