@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import SPEC
 
+from tmjax.activations.joined import join
 from tmjax.adapt.crossing import Crossing
 from tmjax.adapt.data import Batches
 from tmjax.adapt.modes import Plain
@@ -23,6 +24,7 @@ from tmjax.models.generate import write
 from tmjax.models.sample import Sampling
 from tmjax.pipeline.predictions import exchanged_tokens
 from tmjax.recipe import SolveOptions
+from tmjax.sharding.mesh import Layout
 
 EXTRA = 64
 #: Tokens at both ends and in the middle, padding between.
@@ -82,9 +84,10 @@ def test_a_solve_leaves_rows_of_padding_as_they_are() -> None:
     rows = family_of({"model_type": "llama"}).params(spec)
     params = init_params(spec, jax.random.key(0))
     rng = np.random.default_rng(0)
-    ids = rng.choice(np.nonzero(KNOWN)[0], (4, 12)).astype(np.int32)
-    token = rng.choice(np.nonzero(KNOWN)[0], (4, 11, 2)).astype(np.int32)
-    batch = Wanted(ids, np.full(4, 12, np.int32), np.ones(4, np.float32), token, np.full(token.shape, 0.4, np.float32))
+    (texts,) = join(spec, rng.choice(np.nonzero(KNOWN)[0], (4, 12)).tolist(), 4096, Layout())
+    token = rng.choice(np.nonzero(KNOWN)[0], (*texts.ids.shape, 2)).astype(np.int32)
+    weight = np.where(texts.text[..., None] >= 0, 0.4, 0.0).repeat(2, axis=-1).astype(np.float32)
+    batch = Wanted(texts, True, token, weight)
     options = SolveOptions(reach="direct")
     moved = []
     for known in (None, KNOWN):

