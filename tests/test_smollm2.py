@@ -1,6 +1,7 @@
 """`tools/smollm2.py` on a small GGUF file made here; `experiments/smollm2`: recipes, and tables from runs."""
 
 import hashlib
+import importlib.util
 import json
 import sys
 import zipfile
@@ -179,10 +180,11 @@ def test_recipes_and_texts_are_there(repo, monkeypatch):
 
 
 def test_tables_hold_what_the_runs_say(repo, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(repo / "experiments/smollm2"))
-    monkeypatch.syspath_prepend(str(repo / "experiments/adaptation"))
-    import run
-
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    # By its file: other experiments have a module of this name too.
+    described = importlib.util.spec_from_file_location("smollm2_run", repo / "experiments/smollm2/run.py")
+    run = importlib.util.module_from_spec(described)
+    described.loader.exec_module(run)
     arms = ("target", "source", "adapted", "control:sft")
     rng = np.random.default_rng(0)
     size = rng.integers(50, 100, 20)

@@ -28,6 +28,7 @@ from tmjax.hub.texts import read_texts
 from tmjax.pipeline.adapt import Adapt
 from tmjax.pipeline.adapt_arms import Arm
 from tmjax.recipe import build_recipe, read_recipe
+from tools.draws import draws
 from tools.script import script
 
 TEXTS = 300
@@ -122,18 +123,6 @@ def run_seed(
     adapt.schedules = dict(adapt.schedules) | {name: took[whole] for name, whole in ABLATIONS.items()}
     adapt.evaluate(trained | {arm: adapt.train(arm) for arm in ABLATIONS})
     return {arm: took[arm] for arm in trained}
-
-
-def draws(values_sda: np.ndarray, size_d: np.ndarray, count: int = 4000) -> np.ndarray:
-    """Bits per byte [draws, arms] of bits [seed, document, arm], seeds and documents drawn with replacement."""
-    seeds, documents, _ = values_sda.shape
-    generator = np.random.default_rng(0)
-    result = []
-    for _ in range(count):
-        of_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds)) / seeds
-        of_document = generator.multinomial(documents, np.full(documents, 1 / documents))
-        result.append(np.einsum("s,d,sda->a", of_seed, of_document, values_sda, optimize=True) / (of_document @ size_d))
-    return np.stack(result)
 
 
 def first_bytes(scores: list[Any], documents: int) -> dict[str, float]:

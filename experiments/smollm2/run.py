@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "adaptation"))
-
-from study import draws
 
 from tmjax.errors import InputError
 from tmjax.evaluate.bootstrap import percentile_interval
 from tmjax.hub.atomic import write_text
+from tools.draws import draws
 from tools.script import script
 
 HERE = Path(__file__).resolve().parent
