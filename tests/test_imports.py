@@ -11,7 +11,7 @@ import pytest
 
 #: Top-level modules and folders of the package, lowest level first; those on one level do not see each other.
 LEVELS = (
-    ("typing", "errors", "interrupt"),
+    ("typing", "errors", "interrupt", "allocator"),
     ("recipe",),
     ("hub", "sharding", "ot"),
     ("models",),

@@ -612,7 +612,7 @@ def prepare() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
 
-    from tmjax.sharding.memory import keep_freed_memory
+    from tmjax.allocator import keep_freed_memory
 
     keep_freed_memory()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tmjax" / "xla"

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from tmjax.allocator import give_back_freed_memory
 from tmjax.errors import InputError
 from tmjax.hub.atomic import PARTIAL, partial_name, remove, write_json, write_text
 from tmjax.hub.checkpoint import COMPANIONS, CONFIG_NAME, extra_templates, read_json
@@ -304,6 +305,7 @@ class RunDirectory:
         self.save()
         self.team.barrier(f"{name} recorded")
         self.show(name, 1, 0)
+        give_back_freed_memory()
         return path
 
     def _unfinished(self, output: str, files: list[str]) -> None:
