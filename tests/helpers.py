@@ -13,12 +13,12 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from tmjax.activations.batches import bucket_length
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import CheckpointError
-from tmjax.hub.tensors import SINGLE_NAME
 from tmjax.models.decoder import bind
 from tmjax.models.spec import DecoderSpec, Rotary
+from tmjax.text.buckets import bucket_length
 from tmjax.typing import Params
 
 SPEC = DecoderSpec(vocab=50, hidden=24, layers=3, heads=6, kv_heads=2, head_dim=8, mlp=40, max_positions=64)

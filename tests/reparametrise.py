@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tmjax.convert.model import Model
+from tmjax.checkpoints.model import Model
 from tmjax.models.spec import DecoderSpec
 
 Params = dict[str, np.ndarray]

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tmjax.activations import store
-from tmjax.activations.batches import bucket_length, bucketed
 from tmjax.activations.capture import capture, pooled_forward
-from tmjax.activations.rows import Rows, pair_rows, spans
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError, RowMismatchError
-from tmjax.hub.texts import Texts, read_texts
-from tmjax.hub.tokenizer import Encoding, load_tokenizer
 from tmjax.models.decoder import bind
 from tmjax.models.sites import SITES
+from tmjax.text.buckets import bucket_length, bucketed
+from tmjax.text.documents import Texts, read_texts
+from tmjax.text.rows import Rows, pair_rows, spans
+from tmjax.text.tokenizer import Encoding, load_tokenizer
 
 
 class FixedTokenizer:

@@ -20,13 +20,13 @@ from helpers import stored
 
 import tmjax
 from tmjax import cli
-from tmjax.adapt.modes import Plain, Residual
-from tmjax.adapt.step import fold
-from tmjax.convert.hf import export
-from tmjax.convert.model import load_model
-from tmjax.hub.run_files import split
-from tmjax.hub.rundir import read_manifest
-from tmjax.hub.texts import read_texts
+from tmjax.checkpoints.hf import export
+from tmjax.checkpoints.load import load_model
+from tmjax.runs.directory import read_manifest
+from tmjax.runs.run_files import split
+from tmjax.text.documents import read_texts
+from tmjax.train.modes import Plain, Residual
+from tmjax.train.step import fold
 
 transformers.utils.logging.disable_progress_bar()
 #: One row length, few steps: what keeps these runs short.

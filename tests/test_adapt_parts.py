@@ -13,25 +13,26 @@ import safetensors.numpy
 from helpers import SPEC
 
 from tmjax.activations.capture import capture
-from tmjax.activations.rows import pair_rows
-from tmjax.adapt import loss
-from tmjax.adapt.checkpoints import Checkpoints
-from tmjax.adapt.data import Batch, Batches, Guide, make_batch, split
-from tmjax.adapt.guidance import SourceFeatures, by_depth, last_tokens, start_maps
-from tmjax.adapt.modes import FrozenBase, Lora, Plain, Residual, shardings_of
-from tmjax.adapt.peft import write_adapter
-from tmjax.adapt.step import Objective, TrainConfig, fold, guide_error, next_token_loss, start, train_step
-from tmjax.adapt.texts import leaked, read_training_texts
-from tmjax.adapt.train import Trainer, train
-from tmjax.convert import hf
-from tmjax.convert.model import Model, load_model
+from tmjax.checkpoints import hf
+from tmjax.checkpoints.load import load_model
+from tmjax.checkpoints.model import Model
+from tmjax.commands.adapt.arms import Arm
 from tmjax.errors import InputError, NonFiniteError
-from tmjax.hub.texts import Texts, read_texts
-from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import bind, init_params
 from tmjax.models.families import FAMILIES
-from tmjax.pipeline.adapt_arms import Arm
 from tmjax.sharding.mesh import Layout
+from tmjax.text.documents import Texts, read_texts
+from tmjax.text.rows import pair_rows
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.train import loss
+from tmjax.train.checkpoints import Checkpoints
+from tmjax.train.data import Batch, Batches, Guide, make_batch, split
+from tmjax.train.guidance import SourceFeatures, by_depth, last_tokens, start_maps
+from tmjax.train.loop import Trainer, train
+from tmjax.train.modes import FrozenBase, Lora, Plain, Residual, shardings_of
+from tmjax.train.peft import write_adapter
+from tmjax.train.step import Objective, TrainConfig, fold, guide_error, next_token_loss, start, train_step
+from tmjax.train.texts import leaked, read_training_texts
 
 #: One batch shape and one configuration for most tests here, so one compilation of a step.
 CONFIG = TrainConfig(steps=8, lr=1e-2, warmup=2)

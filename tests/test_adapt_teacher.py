@@ -10,20 +10,21 @@ import numpy as np
 import pytest
 from helpers import SPEC
 
-from tmjax.adapt import branches, loss
-from tmjax.adapt.branches import Branches, Reader
-from tmjax.adapt.crossing import Crossing
-from tmjax.adapt.data import Batches
-from tmjax.adapt.loss import Teaching
-from tmjax.adapt.modes import Plain
-from tmjax.adapt.step import Objective, TrainConfig, Weights, start, step
-from tmjax.adapt.teacher import Search, Taught, teach
-from tmjax.adapt.written import Writing, chosen_texts, familiar, openings, written_texts
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
-from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import forward, init_params
 from tmjax.sharding.mesh import Layout
+from tmjax.teacher import branches
+from tmjax.teacher.branches import Branches, Reader
+from tmjax.teacher.generation import Writing, chosen_texts, familiar, openings, written_texts
+from tmjax.teacher.probabilities import Search, Taught, teach
+from tmjax.teacher.vocabulary_map import Crossing
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.train import loss
+from tmjax.train.data import Batches
+from tmjax.train.loss import Teaching
+from tmjax.train.modes import Plain
+from tmjax.train.step import Objective, TrainConfig, Weights, start, step
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ import yaml
 
 from tmjax import cli, ot
 from tmjax.activations.store import Layers
-from tmjax.align import moments, plans, store
+from tmjax.align import moments, plans
+from tmjax.align import storage as store
 from tmjax.align.alignment import Alignment
+from tmjax.align.features import CorrelationSite, FeatureSite
 from tmjax.align.plans import solve_pairs, solve_site
-from tmjax.align.sites import CorrelationSite, FeatureSite
 from tmjax.errors import InputError
 from tmjax.ot import make_solver
 from tmjax.sharding.mesh import Layout

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tmjax.activations.rows import Rows
 from tmjax.align.alignment import solver_of
 from tmjax.align.plans import solve_site
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.models.decoder import init_params
-from tmjax.recipe import AlignmentOptions
+from tmjax.recipes.merge import AlignmentOptions
+from tmjax.text.rows import Rows
 
 BENCH = Path(__file__).resolve().parent.parent / "experiments/bench"
 

@@ -17,16 +17,16 @@ from helpers import edit_config, edit_tensors, stored
 
 from tmjax import cli
 from tmjax.activations import capture as capture_module
-from tmjax.align import store as alignment_store
-from tmjax.convert import hf
-from tmjax.convert.model import load_model
-from tmjax.hub.run_files import split
-from tmjax.hub.rundir import read_manifest
+from tmjax.align import storage as alignment_store
+from tmjax.checkpoints import hf
+from tmjax.checkpoints.load import load_model
+from tmjax.commands.merge import run as merge
+from tmjax.commands.merge.other_sources import other_sources
 from tmjax.models.decoder import forward
 from tmjax.ot.solvers.sinkhorn import Sinkhorn
-from tmjax.pipeline import merge
-from tmjax.pipeline.other_sources import other_sources
-from tmjax.recipe import build_recipe
+from tmjax.recipes.merge import build_recipe
+from tmjax.runs.directory import read_manifest
+from tmjax.runs.run_files import split
 
 transformers.utils.logging.disable_progress_bar()
 OTHERS = {"self_source", "same_size_source"}

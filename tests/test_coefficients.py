@@ -16,14 +16,14 @@ from tmjax.align.alignment import assemble, needed_sites
 from tmjax.align.plans import solve_site
 from tmjax.align.statistics import statistics
 from tmjax.errors import InputError, NonFiniteError
-from tmjax.fuse.apply import Transported, fuse_params, transport_model
-from tmjax.fuse.learned import FuseLearned, coefficient_shape, expanded, learn, start
-from tmjax.fuse.regression import least_squares, regress_projection
 from tmjax.models.families import FAMILIES
 from tmjax.models.sites import SITES
 from tmjax.models.spec import biases, projections
 from tmjax.ot import make_solver
-from tmjax.recipe import AlignmentOptions, FusionOptions, LearningOptions
+from tmjax.recipes.merge import AlignmentOptions, FusionOptions, LearningOptions
+from tmjax.transfer.apply import Transported, fuse_params, transport_model
+from tmjax.transfer.coefficients.learned import FuseLearned, coefficient_shape, expanded, learn, start
+from tmjax.transfer.operators.regression import least_squares, regress_projection
 
 SPEC_T = dataclasses.replace(SPEC, qkv_bias=True, o_bias=True)  # 3 layers, 6 heads in 2 groups, 40 MLP units
 ROWS = FAMILIES["llama"].params(SPEC_T)

@@ -12,12 +12,12 @@ import torch
 from helpers import edit_config, edit_tensors
 
 from tmjax import cli
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME
+from tmjax.checkpoints.formats.weights import weight_files
+from tmjax.checkpoints.hub import CONFIG_NAME, resolve
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
-from tmjax.hub.checkpoint import CONFIG_NAME, resolve
-from tmjax.hub.rundir import sha256_checkpoint
-from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME
-from tmjax.hub.weights import weight_files
+from tmjax.runs.directory import sha256_checkpoint
 
 
 @pytest.fixture

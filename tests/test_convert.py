@@ -20,13 +20,14 @@ from helpers import QWEN2, SPEC, edit_config, edit_tensors, read_config, refused
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tmjax import cli
-from tmjax.convert import hf, orbax
-from tmjax.convert.model import Model, load_model
-from tmjax.convert.stream import convert, stream
+from tmjax.checkpoints import hf, orbax
+from tmjax.checkpoints.copying import convert, stream
+from tmjax.checkpoints.formats.safetensors import DTYPES_BY_NAME as DTYPES
+from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME
+from tmjax.checkpoints.load import load_model
+from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError, NonFiniteError
-from tmjax.hub.owned import RECORD
-from tmjax.hub.tensors import DTYPES_BY_NAME as DTYPES
-from tmjax.hub.tensors import INDEX_NAME, SINGLE_NAME
+from tmjax.files.owned import RECORD
 from tmjax.models.decoder import init_params, parameter_shapes
 from tmjax.models.families import FAMILIES
 from tmjax.models.spec import DecoderSpec
@@ -260,7 +261,7 @@ def cast(tensors: dict, dtype: np.dtype) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("stored_as", ["float32", "bfloat16", "float16"])
 def test_casting(tmp_path, capsys, monkeypatch, dtype, stored_as):
-    monkeypatch.setattr("tmjax.hub.tensors.BLOCK_BYTES", 1000)  # several blocks per tensor
+    monkeypatch.setattr("tmjax.checkpoints.formats.safetensors.BLOCK_BYTES", 1000)  # several blocks per tensor
     directory = make_checkpoint(tmp_path / "x", "qwen2", QWEN2, dtype=stored_as)
     edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     want = cast(safetensors.numpy.load_file(directory / SINGLE_NAME), DTYPES[dtype])
@@ -347,7 +348,7 @@ def test_a_checkpoint_is_never_replaced_by_its_own_conversion(llama, tmp_path, c
 MEASURE = """
 import re, sys
 from pathlib import Path
-from tmjax.convert.stream import convert, parse_dtype
+from tmjax.checkpoints.copying import convert, parse_dtype
 import jax.numpy as jnp
 if sys.argv[4] == "bin":
     import torch
@@ -485,7 +486,7 @@ def test_orbax_reads_what_we_write(checkpoint, tmp_path, monkeypatch, parts):
     """As NumPy arrays and on to devices, whatever the chunks; they are of whole rows of one layer, the last smaller."""
     model = load_model(checkpoint)
     size = max(value.nbytes for value in model.params.values()) // parts
-    monkeypatch.setattr("tmjax.convert.orbax_arrays.CHUNK_BYTES", size)
+    monkeypatch.setattr("tmjax.checkpoints.formats.orbax_arrays.CHUNK_BYTES", size)
     convert(str(checkpoint), tmp_path / "orbax", to="orbax")
     for name, shape in chunks(tmp_path / "orbax").items():
         whole = model.params[name].shape

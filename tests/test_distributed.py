@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tmjax import cli
-from tmjax.sweep.results import read_csv
+from tmjax.commands.sweep.results import read_csv
 
 MESH = "data=2,fsdp=2,tensor=2"
 

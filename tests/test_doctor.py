@@ -10,18 +10,18 @@ import pytest
 from helpers import SPEC, edit_config
 
 from tmjax import cli
+from tmjax.align.features import FeatureSite
 from tmjax.align.plans import _form
-from tmjax.align.sites import FeatureSite
-from tmjax.convert import orbax
-from tmjax.convert.model import load_model
+from tmjax.checkpoints import orbax
+from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
+from tmjax.checkpoints.hub import CONFIG_NAME, copy_companions
+from tmjax.checkpoints.load import load_model
+from tmjax.commands.doctor.examine import examine
 from tmjax.errors import NonFiniteError
-from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions
-from tmjax.hub.tensors import SINGLE_NAME
 from tmjax.models.families import FAMILIES
 from tmjax.models.spec import Rotary
 from tmjax.ot import make_solver
-from tmjax.pipeline.doctor import examine
-from tmjax.recipe import build_recipe
+from tmjax.recipes.merge import build_recipe
 
 KEYS = {
     "mergeable",

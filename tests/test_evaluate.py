@@ -8,13 +8,13 @@ import torch
 import transformers
 from helpers import alone_nll
 
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores, token_nll
 from tmjax.evaluate.bootstrap import percentile_interval, resample, source_gain
-from tmjax.hub.texts import Texts, read_texts
-from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.sharding.mesh import Layout
+from tmjax.text.documents import Texts, read_texts
+from tmjax.text.tokenizer import load_tokenizer
 
 transformers.utils.logging.disable_progress_bar()
 

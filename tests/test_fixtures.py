@@ -5,14 +5,14 @@ import ot as pot
 import pytest
 
 from tmjax.align.alignment import Alignment
-from tmjax.align.layers import LayerPlan, layer_plan
+from tmjax.align.features import FeatureSite
+from tmjax.align.layer_plan import LayerPlan, layer_plan
 from tmjax.align.plans import solve_site
-from tmjax.align.sites import FeatureSite
 from tmjax.align.statistics import statistics
-from tmjax.fuse.transport import transport_projection
 from tmjax.models.spec import ParamSpec
 from tmjax.ot import cost_matrix, make_solver
-from tmjax.recipe import AlignmentOptions
+from tmjax.recipes.merge import AlignmentOptions
+from tmjax.transfer.operators.transport import transport_projection
 
 
 @pytest.fixture(scope="module")

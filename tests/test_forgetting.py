@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tmjax import cli
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
+from tmjax.commands.forgetting import forgetting_facts
 from tmjax.evaluate.bits import Scores, evaluate
-from tmjax.hub.texts import read_texts
-from tmjax.pipeline.forgetting import forgetting_facts
+from tmjax.text.documents import read_texts
 
 
 def test_the_change_is_paired():

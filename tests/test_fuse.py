@@ -10,26 +10,26 @@ import pytest
 from helpers import QWEN2, SPEC
 
 from tmjax import ot
-from tmjax.align import store
+from tmjax.align import storage as store
 from tmjax.align.alignment import Alignment, assemble, needed_sites, plan_site, solver_of
-from tmjax.align.layers import combine
+from tmjax.align.features import FeatureSite
+from tmjax.align.layer_plan import combine
 from tmjax.align.pairs import band, coarse_costs, most_of_the_mass
 from tmjax.align.plans import SitePlans, solve_site
-from tmjax.align.sites import FeatureSite
 from tmjax.align.statistics import statistics
 from tmjax.errors import InputError, NoTransferError
-from tmjax.evaluate.controls import derangement, plan_permutations
-from tmjax.fuse.apply import fuse_params, transport_model, without_source
-from tmjax.fuse.coefficients import candidates, fit, fixed
-from tmjax.fuse.diagnostics import require_transfer, update_table
-from tmjax.fuse.masks import top_neurons
-from tmjax.fuse.transport import transport_projection
 from tmjax.models.decoder import init_params
 from tmjax.models.families import FAMILIES
 from tmjax.models.sites import SITES
 from tmjax.models.spec import biases, projections
 from tmjax.ot import blocks, make_solver
-from tmjax.recipe import ALL_ROLES, AlignmentOptions, FusionOptions
+from tmjax.recipes.merge import ALL_ROLES, AlignmentOptions, FusionOptions
+from tmjax.transfer.apply import fuse_params, transport_model, without_source
+from tmjax.transfer.coefficients.grid import candidates, fit, fixed
+from tmjax.transfer.controls import derangement, plan_permutations
+from tmjax.transfer.masks import top_neurons
+from tmjax.transfer.operators.transport import transport_projection
+from tmjax.transfer.update_table import require_transfer, update_table
 
 TARGET = QWEN2  # 3 layers, with q, k, v biases
 SOURCE = dataclasses.replace(SPEC, layers=4, hidden=32, heads=4, head_dim=8, mlp=56, qkv_bias=True, o_bias=True)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from tests.helpers import SPEC
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
 from tmjax.models import generate
 from tmjax.models.cache import empty_cache, extend, prompt_tables, step_tables

@@ -12,16 +12,21 @@ import pytest
 #: Top-level modules and folders of the package, lowest level first; those on one level do not see each other.
 LEVELS = (
     ("typing", "errors", "interrupt", "allocator"),
-    ("recipe",),
-    ("hub", "sharding", "ot"),
+    ("files",),
+    ("sharding", "ot"),
     ("models",),
-    ("convert",),
+    ("checkpoints",),
+    ("text",),
+    ("recipes",),
+    ("runs",),
     ("activations",),
     ("align",),
-    ("fuse",),
-    ("adapt", "evaluate"),
-    ("sweep", "report"),
-    ("pipeline",),
+    ("evaluate",),
+    ("teacher",),
+    ("transfer",),
+    ("train",),
+    ("report",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
@@ -80,16 +85,16 @@ def test_imports_go_down(path):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("hub/x.py", "from tmjax.models.spec import DecoderSpec"),
-        ("hub/x.py", "def f():\n    from tmjax.ot import solve"),
-        ("models/families/x.py", "if TYPE_CHECKING:\n    import tmjax.convert.hf as hf"),
-        ("models/x.py", "from ..convert import hf"),
-        ("models/families/x.py", "from ... import convert"),
+        ("files/x.py", "from tmjax.models.spec import DecoderSpec"),
+        ("files/x.py", "def f():\n    from tmjax.ot import solve"),
+        ("models/families/x.py", "if TYPE_CHECKING:\n    import tmjax.checkpoints.hf as hf"),
+        ("models/x.py", "from ..checkpoints import hf"),
+        ("models/families/x.py", "from ... import checkpoints"),
         ("models/x.py", "from tmjax import load_model"),
-        ("pipeline.py", "from tmjax.cli import main"),
-        ("adapt/x.py", "from tmjax.evaluate.bits import score"),
+        ("commands.py", "from tmjax.cli import main"),
+        ("teacher/x.py", "from tmjax.train.step import Objective"),
         ("errors.py", "import tmjax as everything"),
-        ("errors.py", "import tmjax\nprint(tmjax.convert)"),
+        ("errors.py", "import tmjax\nprint(tmjax.checkpoints)"),
     ],
 )
 def test_the_rule_sees_violations(path, source):
@@ -100,8 +105,8 @@ def test_the_rule_sees_violations(path, source):
     ("path", "source"),
     [
         ("models/families/x.py", "from tmjax.models.spec import DecoderSpec\nfrom . import base\nfrom ..spec import x"),
-        ("cli.py", "from tmjax import __version__\nfrom tmjax.pipeline import run\nimport tmjax.hub.texts"),
-        ("hub/x.py", "import tmjax\nprint(tmjax.__version__, tmjax.errors)"),
+        ("cli.py", "from tmjax import __version__\nfrom tmjax.commands import compare\nimport tmjax.text.documents"),
+        ("files/x.py", "import tmjax\nprint(tmjax.__version__, tmjax.errors)"),
     ],
 )
 def test_the_rule_allows(path, source):

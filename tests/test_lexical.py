@@ -8,15 +8,23 @@ import pytest
 import yaml
 
 from tmjax import cli
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer
-from tmjax.evaluate.controls import derangement
-from tmjax.fuse.diagnostics import require_transfer, with_blended
-from tmjax.fuse.lexical import EMBEDDINGS, Lexicon, blend, mapped_embeddings, read_lexicon, ridge_map, source_rows
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import load_tokenizer
-from tmjax.recipe import LexicalOptions
+from tmjax.recipes.merge import LexicalOptions
+from tmjax.text.documents import read_texts
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.transfer.controls import derangement
+from tmjax.transfer.operators.embeddings import (
+    EMBEDDINGS,
+    Lexicon,
+    blend,
+    mapped_embeddings,
+    read_lexicon,
+    ridge_map,
+    source_rows,
+)
+from tmjax.transfer.update_table import require_transfer, with_blended
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
 from tmjax import cli
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.continuations import Continuation, ContinuationScorer, continuation_sums
 from tmjax.evaluate.lm_eval_model import TmjaxLM

@@ -9,8 +9,8 @@ import torch
 import transformers
 from helpers import QWEN2, SPEC, read_config, stored
 
-from tmjax.convert.model import load_model
-from tmjax.hub.tensors import INDEX_NAME
+from tmjax.checkpoints.formats.safetensors import INDEX_NAME
+from tmjax.checkpoints.load import load_model
 from tmjax.models.decoder import forward
 from tmjax.models.families import FAMILIES
 from tools import make_checkpoint as tool

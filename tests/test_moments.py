@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmjax.activations.batches import bucket_length
+from tmjax.activations.blocks import GROUP_BATCHES, _cut, paired_blocks
 from tmjax.activations.capture import capture, pooled_forward
-from tmjax.activations.rows import Rows, pair_rows
-from tmjax.activations.stream import GROUP_BATCHES, _cut, paired_blocks
 from tmjax.align.moments import Moments, correlations, merge, start, unit_statistics, update
 from tmjax.align.statistics import Statistics, statistics
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError, NonFiniteError, RowMismatchError
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.ot.cost import correlation, standardise
 from tmjax.sharding.mesh import Layout
+from tmjax.text.buckets import bucket_length
+from tmjax.text.documents import read_texts
+from tmjax.text.rows import Rows, pair_rows
+from tmjax.text.tokenizer import load_tokenizer
 
 L, M, N, K = 3, 2, 5, 7
 

@@ -12,12 +12,11 @@ import transformers
 from helpers import edit_config, edit_tensors, refused, stored
 
 from tmjax import cli
-from tmjax.convert import hf, orbax
-from tmjax.convert.headers import checkpoint_notes
-from tmjax.convert.model import load_model
-from tmjax.convert.stream import convert
+from tmjax.checkpoints import hf, orbax
+from tmjax.checkpoints.copying import convert
+from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
+from tmjax.checkpoints.load import checkpoint_notes, load_model
 from tmjax.errors import InputError
-from tmjax.hub.tensors import SINGLE_NAME
 from tools.family_cases import CASES, make_reference
 
 transformers.utils.logging.disable_progress_bar()

@@ -9,22 +9,22 @@ import pytest
 from helpers import SPEC
 
 from tmjax.activations.joined import join
-from tmjax.adapt.crossing import Crossing
-from tmjax.adapt.data import Batches
-from tmjax.adapt.modes import Plain
-from tmjax.adapt.step import VOCABULARY, Objective, TrainConfig, padding_of, start, step
-from tmjax.adapt.teacher import Search, teach
-from tmjax.convert.model import load_model
-from tmjax.evaluate.controls import derangement
-from tmjax.fuse.solve import Solver, Wanted
-from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.checkpoints.load import load_model
+from tmjax.commands.merge.teacher_data import exchanged_tokens
 from tmjax.models.decoder import init_params
 from tmjax.models.families import family_of
 from tmjax.models.generate import write
 from tmjax.models.sample import Sampling
-from tmjax.pipeline.predictions import exchanged_tokens
-from tmjax.recipe import SolveOptions
+from tmjax.recipes.merge import SolveOptions
 from tmjax.sharding.mesh import Layout
+from tmjax.teacher.probabilities import Search, teach
+from tmjax.teacher.vocabulary_map import Crossing
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.train.data import Batches
+from tmjax.train.modes import Plain
+from tmjax.train.step import VOCABULARY, Objective, TrainConfig, padding_of, start, step
+from tmjax.transfer.controls import derangement
+from tmjax.transfer.operators.predictions import Solver, Wanted
 
 EXTRA = 64
 #: Tokens at both ends and in the middle, padding between.

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tmjax.checkpoints.load import load_model
 from tmjax.cli import run as run_cli
-from tmjax.convert.model import load_model
 from tmjax.evaluate.bits import evaluate
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.text.documents import read_texts
+from tmjax.text.tokenizer import load_tokenizer
 from tools.verse_tasks import write_choice_task
 
 PAPER = Path(__file__).resolve().parent.parent / "experiments/paper"

@@ -21,9 +21,10 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from tmjax.convert import hf
-from tmjax.convert.model import Model, load_model
-from tmjax.hub.tensors import SINGLE_NAME
+from tmjax.checkpoints import hf
+from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
+from tmjax.checkpoints.load import load_model
+from tmjax.checkpoints.model import Model
 from tmjax.models.decoder import bind, forward, parameter_shapes
 from tmjax.models.families import FAMILIES
 from tmjax.models.rotary import inverse_frequencies

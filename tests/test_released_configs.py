@@ -18,13 +18,13 @@ import transformers
 from transformers.activations import ACT2FN
 
 from tmjax import cli
+from tmjax.checkpoints.hub import CONFIG_NAME, copy_companions
+from tmjax.commands.doctor.examine import examine
 from tmjax.errors import InputError
-from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions
 from tmjax.models.families import FAMILIES, family_of, unread
 from tmjax.models.families.base import ACTIVATION_NAMES
 from tmjax.models.layers import ACTIVATIONS
-from tmjax.pipeline.doctor import examine
-from tmjax.recipe import build_recipe
+from tmjax.recipes.merge import build_recipe
 from tools import config_keys
 from tools.family_cases import CASES
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from tmjax import cli
-from tmjax.align import store as alignment_store
-from tmjax.align.layers import LayerPlan
+from tmjax.align import storage as alignment_store
+from tmjax.align.layer_plan import LayerPlan
 from tmjax.align.plans import SitePlans
-from tmjax.hub.rundir import read_manifest
 from tmjax.ot import DensePlan
 from tmjax.report.maps import by_layer
 from tmjax.report.matching import concentration, head_shares, heaviest
 from tmjax.report.tables import gain_sentence
+from tmjax.runs.directory import read_manifest
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser"))), None)
 PARTS = ("gain", "evaluation", "arms", "layer_plan", "concentration", "heads", "coefficients", "coefficient_maps")

@@ -15,21 +15,21 @@ import yaml
 from helpers import SPEC, stored
 
 from tmjax import cli
+from tmjax.checkpoints.hub import copy_companions
 from tmjax.errors import InputError
-from tmjax.hub import atomic
-from tmjax.hub.atomic import atomic_directory
-from tmjax.hub.checkpoint import copy_companions
-from tmjax.hub.lock import OutputLock, command, lock_files
-from tmjax.hub.owned import RECORD
-from tmjax.hub.rundir import RunDirectory, read_manifest, sha256_checkpoint
-from tmjax.recipe import Recipe, build_recipe, dump_recipe, read_recipe
+from tmjax.files import atomic
+from tmjax.files.atomic import atomic_directory
+from tmjax.files.lock import OutputLock, command, lock_files
+from tmjax.files.owned import RECORD
+from tmjax.recipes.merge import Recipe, build_recipe, dump_recipe, read_recipe
+from tmjax.runs.directory import RunDirectory, read_manifest, sha256_checkpoint
 from tools.make_checkpoint import make_checkpoint
 
 KEY = {"recipe": "1"}
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tmjax.hub.lock import OutputLock, command
+from tmjax.files.lock import OutputLock, command
 with command(["tmjax", "merge"]), OutputLock(Path(sys.argv[1])):
     print(1, flush=True)
     time.sleep(60)
@@ -383,7 +383,7 @@ def test_a_place_that_cannot_be_written_to_is_said_in_one_line(
 
 
 def test_a_full_disk_in_the_middle_leaves_nothing_and_the_old_output(checkpoint, tmp_path, capsys, monkeypatch) -> None:
-    from tmjax.convert import stream as module
+    from tmjax.checkpoints import copying as module
 
     assert run(capsys, "convert", checkpoint, tmp_path / "out", "--to", "hf")[0] == 0
     before = tree(tmp_path / "out")
@@ -398,7 +398,7 @@ def test_a_full_disk_in_the_middle_leaves_nothing_and_the_old_output(checkpoint,
 
 
 def test_a_plot_replaces_no_file_of_the_users(tmp_path) -> None:
-    from tmjax.pipeline.compare import write_plot
+    from tmjax.commands.compare import write_plot
     from tmjax.report.plots import new_figure, png_bytes
 
     file = tmp_path / "plots/x.png"

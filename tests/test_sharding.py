@@ -9,7 +9,7 @@ import safetensors.numpy
 from jax.sharding import PartitionSpec
 
 from tmjax import cli
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
 from tmjax.sharding.mesh import Layout, parse_mesh
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 
-from tmjax.adapt.recipe import build_adapt_recipe
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
-from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import forward
-from tmjax.recipe import build_recipe, read_recipe
+from tmjax.recipes.adapt import build_adapt_recipe
+from tmjax.recipes.merge import build_recipe, read_recipe
+from tmjax.text.tokenizer import load_tokenizer
 from tools import smollm2
 
 transformers.utils.logging.disable_progress_bar()

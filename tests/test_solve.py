@@ -16,21 +16,21 @@ import yaml
 from tmjax import cli
 from tmjax.activations import joined as joined_texts
 from tmjax.activations.joined import join
-from tmjax.adapt.recipe import build_adapt_recipe
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
+from tmjax.commands.adapt.inputs import AdaptInputs
+from tmjax.commands.adapt.start import Starts
+from tmjax.commands.merge.run import Merge
+from tmjax.commands.merge.teacher_data import Predictions
 from tmjax.errors import NonFiniteError
-from tmjax.evaluate.controls import CONTROLS
-from tmjax.fuse import solve
-from tmjax.fuse.solve import FACTORS, WEIGHTS, Solver, Wanted
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import bind
-from tmjax.pipeline.adapt_inputs import AdaptInputs
-from tmjax.pipeline.adapt_start import Starts
-from tmjax.pipeline.merge import Merge
-from tmjax.pipeline.predictions import Predictions
-from tmjax.recipe import SolveOptions, build_recipe, read_recipe
+from tmjax.recipes.adapt import build_adapt_recipe
+from tmjax.recipes.merge import SolveOptions, build_recipe, read_recipe
 from tmjax.sharding.mesh import Layout
+from tmjax.text.documents import read_texts
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.transfer.controls import CONTROLS
+from tmjax.transfer.operators import predictions as solve
+from tmjax.transfer.operators.predictions import FACTORS, WEIGHTS, Solver, Wanted
 
 TEXTS = ["Yesu akawaambia wanafunzi wake habari njema", "Basi, watu walimfuata mpaka bahari", "Amani iwe nanyi nyote"]
 OPTIONS = SolveOptions(rounds=2)
@@ -372,7 +372,7 @@ def test_adaptation_of_a_run_begins_at_its_merged_model(solved, texts, tmp_path)
 def test_tokenizers_without_a_common_boundary_are_an_error(solving, flags, tmp_path, capsys, monkeypatch) -> None:
     """Neither does a tokenizer that changes its text: no position is shared, and the line says what to do."""
     monkeypatch.setattr(
-        "tmjax.adapt.crossing.Crossing.shared_positions", lambda self, own, other: np.zeros((0, 2), np.int32)
+        "tmjax.teacher.vocabulary_map.Crossing.shared_positions", lambda self, own, other: np.zeros((0, 2), np.int32)
     )
     assert cli.run(["merge", solving, *flags, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err

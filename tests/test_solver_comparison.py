@@ -9,12 +9,12 @@ import pytest
 from tmjax import cli
 from tmjax.activations import store
 from tmjax.align.plans import solve_site
+from tmjax.commands.solvers.run import parse_solver
+from tmjax.commands.solvers.variants import SolverProblem, held_out, measure_site, split_rows
 from tmjax.errors import InputError
-from tmjax.hub.run_files import split
 from tmjax.ot import make_solver, standardise
-from tmjax.pipeline.solvers import parse_solver
-from tmjax.recipe import AlignmentOptions
-from tmjax.sweep.solvers import SolverProblem, held_out, measure_site, split_rows
+from tmjax.recipes.merge import AlignmentOptions
+from tmjax.runs.run_files import split
 
 NAMES = ["sinkhorn:epsilon=0.1", "scaling:epsilon=0.1", "greedy", "ridge"]
 

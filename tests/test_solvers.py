@@ -13,10 +13,10 @@ import pytest
 from tmjax import ot
 from tmjax.align.alignment import Alignment, solver_of
 from tmjax.align.plans import solve_site
-from tmjax.align.store import load, save
+from tmjax.align.storage import load, save
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.ot.result import certify
-from tmjax.recipe import AlignmentOptions
+from tmjax.recipes.merge import AlignmentOptions
 
 UNITS, ROWS = 12, 200
 NAMES = tuple(ot.SOLVERS)

@@ -11,18 +11,19 @@ import pytest
 from reparametrise import deepened, disguised, params_of, scrambled, widened, with_spec
 
 from tmjax.activations.extract import extract_activations
-from tmjax.adapt.train import TrainConfig
-from tmjax.align import store
+from tmjax.align import storage as store
 from tmjax.align.alignment import Alignment, align, needed_sites
-from tmjax.convert.model import Model, load_model
+from tmjax.checkpoints.load import load_model
+from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import evaluate
-from tmjax.fuse.merge import fuse
-from tmjax.hub.texts import Texts, read_texts
-from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import forward
 from tmjax.models.spec import DecoderSpec, Rotary
-from tmjax.recipe import AlignmentOptions, FusionOptions
+from tmjax.recipes.merge import AlignmentOptions, FusionOptions
+from tmjax.text.documents import Texts, read_texts
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.train.loop import TrainConfig
+from tmjax.transfer.merge import fuse
 from tools.train_pair import Plan, Side, make
 
 HARD = AlignmentOptions(structure="full", solver="cover", depth="monotone", feature_dtype="float32")

@@ -10,14 +10,14 @@ from helpers import SPEC
 
 from tmjax.align.depth import monotone_matches
 from tmjax.align.heads import AttentionSide, match_heads, value_maps
-from tmjax.align.layers import combine
+from tmjax.align.layer_plan import combine
 from tmjax.align.planes import PlaneMatch, Planes, plane_map, planes_of, stretch
 from tmjax.align.statistics import Statistics
 from tmjax.errors import InputError
-from tmjax.hub.tokenizer import load_tokenizer, shared_tokens
 from tmjax.models.rotary import rotary_tables, rotate
 from tmjax.models.spec import DecoderSpec, Rotary
 from tmjax.ot import HeadMap
+from tmjax.text.tokenizer import load_tokenizer, shared_tokens
 
 RNG = np.random.default_rng(0)
 

@@ -19,24 +19,24 @@ from helpers import FORWARDS, alone_nll, texts_that_begin_alike
 from tmjax import cli
 from tmjax.activations import store
 from tmjax.align.alignment import align
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
+from tmjax.commands.sweep import run as pipeline_sweep
+from tmjax.commands.sweep import score
+from tmjax.commands.sweep.grid import coefficients_of, recipe_of
+from tmjax.commands.sweep.results import read_csv
+from tmjax.commands.sweep.score import SettingsScorer
 from tmjax.errors import InputError
 from tmjax.evaluate import packing
 from tmjax.evaluate.bits import Scorer
 from tmjax.evaluate.packing import pack, packed_nll, text_lengths
-from tmjax.fuse.apply import fuse_params, transport_model
-from tmjax.hub.run_files import split
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import init_params
-from tmjax.pipeline import sweep as pipeline_sweep
-from tmjax.recipe import build_recipe, read_recipe
-from tmjax.report.sweep import marginals, plot_sweep
+from tmjax.recipes.merge import build_recipe, read_recipe
+from tmjax.report.sweep_page import marginals, plot_sweep
+from tmjax.runs.run_files import split
 from tmjax.sharding.mesh import Layout
-from tmjax.sweep import score
-from tmjax.sweep.grid import coefficients_of, recipe_of
-from tmjax.sweep.results import read_csv
-from tmjax.sweep.score import SettingsScorer
+from tmjax.text.documents import read_texts
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.transfer.apply import fuse_params, transport_model
 
 GRID = [
     *("--grid", "alpha=0:0.1:0.05"),

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.extra.numpy import array_shapes
 
 from tmjax import cli
+from tmjax.checkpoints.formats.safetensors import BLOCK_BYTES, INDEX_NAME, SINGLE_NAME, TensorIndex, Weights, all_finite
+from tmjax.checkpoints.formats.writer import TensorMeta, parse_size, plan_shards, write_tensors
 from tmjax.errors import CheckpointError, InputError
-from tmjax.hub.tensors import BLOCK_BYTES, INDEX_NAME, SINGLE_NAME, TensorIndex, Weights, all_finite
-from tmjax.hub.writer import TensorMeta, parse_size, plan_shards, write_tensors
 from tools.make_checkpoint import make_checkpoint
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
@@ -165,7 +165,7 @@ def test_tensors_are_asked_for_in_the_order_given(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_are_the_tensor(tmp_path, monkeypatch, dtype):
     """Read in blocks and written from blocks, each of them intact while the next is made."""
-    monkeypatch.setattr("tmjax.hub.tensors.BLOCK_BYTES", 100)
+    monkeypatch.setattr("tmjax.checkpoints.formats.safetensors.BLOCK_BYTES", 100)
     tensors = random_tensors({"b": (70, 3), "a": (5,), "scalar": (), "none": (0, 4), "wide": (2, 333)}, dtype)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

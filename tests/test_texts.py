@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tmjax import cli
-from tmjax.adapt.texts import read_training_texts
 from tmjax.errors import InputError
-from tmjax.hub.texts import read_texts
+from tmjax.text.documents import read_texts
+from tmjax.train.texts import read_training_texts
 
 LINES = ['{"text": "maji"}', '{"text": "ya mto", "id": "b"}']
 

@@ -14,10 +14,10 @@ from helpers import stored
 from tokenizer_kinds import KINDS, write
 
 from tmjax import cli
-from tmjax.adapt.teacher import Taught
-from tmjax.hub.rundir import read_manifest
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.runs.directory import read_manifest
+from tmjax.teacher.probabilities import Taught
+from tmjax.text.documents import read_texts
+from tmjax.text.tokenizer import load_tokenizer
 from tools.make_checkpoint import family_spec, make_checkpoint
 
 SIZE, ROWS = 600, 640
@@ -92,7 +92,7 @@ def recipes(tmp_path_factory) -> dict[str, str]:
 def test_every_kind_with_every_kind(
     source, target, command, models, texts, recipes, tmp_path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("tmjax.adapt.crossing.FEW", 1.0)  # whatever the share, it is said
+    monkeypatch.setattr("tmjax.teacher.vocabulary_map.FEW", 1.0)  # whatever the share, it is said
     pair = {"source": models["source"][source], "target": models["target"][target]}
     out = tmp_path / "run"
     arguments = [command, recipes[command], *(part for name, path in pair.items() for part in (f"--{name}", str(path)))]

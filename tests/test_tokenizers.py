@@ -11,13 +11,13 @@ from tokenizer_kinds import KINDS, write
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from tmjax import cli
-from tmjax.adapt.crossing import Crossing, few_shared, require_shared
 from tmjax.errors import InputError
-from tmjax.fuse.lexical import read_lexicon
-from tmjax.hub.reading import BEFORE, WITHIN, read
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer, shared_tokens
-from tmjax.hub.writing import write_within
+from tmjax.teacher.vocabulary_map import Crossing, few_shared, require_shared
+from tmjax.text.documents import read_texts
+from tmjax.text.reading import BEFORE, WITHIN, read
+from tmjax.text.tokenizer import TextTokenizer, load_tokenizer, shared_tokens
+from tmjax.text.writing import write_within
+from tmjax.transfer.operators.embeddings import read_lexicon
 
 SIZE = 600
 #: What tokenizers stumble over: other scripts, parts of characters, forms that are normalised, spaces, added tokens.

@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file
 
 from tmjax import cli
-from tmjax.convert import hf
-from tmjax.convert.model import load_model
+from tmjax.checkpoints import hf
+from tmjax.checkpoints.formats.safetensors import INDEX_NAME, TensorIndex
+from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME, TorchIndex
+from tmjax.checkpoints.formats.weights import open_weights
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import CheckpointError, InputError
-from tmjax.hub.rundir import sha256_checkpoint
-from tmjax.hub.tensors import INDEX_NAME, TensorIndex
-from tmjax.hub.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME, TorchIndex
-from tmjax.hub.weights import open_weights
+from tmjax.runs.directory import sha256_checkpoint
 from tools.make_checkpoint import make_checkpoint
 
 

@@ -13,14 +13,14 @@ import torch
 import transformers
 from helpers import SPEC, read_config
 
-from tmjax.adapt.data import ROW_STEP, Batches, make_batch, row_lengths, split
-from tmjax.adapt.step import TrainConfig, decayed, next_token_loss, train_step
-from tmjax.adapt.train import train
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError, NonFiniteError
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import load_tokenizer
 from tmjax.models.decoder import init_params
+from tmjax.text.documents import read_texts
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.train.data import ROW_STEP, Batches, make_batch, row_lengths, split
+from tmjax.train.loop import train
+from tmjax.train.step import TrainConfig, decayed, next_token_loss, train_step
 from tools import train_pair as tool
 
 transformers.utils.logging.disable_progress_bar()

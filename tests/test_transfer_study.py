@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tmjax.recipe import build_recipe, read_recipe
+from tmjax.recipes.merge import build_recipe, read_recipe
 from tools.script import script
 
 TEXT = """# Study

@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from tmjax import cli
-from tmjax.convert.model import load_model
+from tmjax.checkpoints.load import load_model
+from tmjax.commands.sweep.score import SettingsScorer
 from tmjax.evaluate.bits import Scorer, windows
-from tmjax.hub.texts import Texts, read_texts
-from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.hub.unknown import hidden_bytes
-from tmjax.sweep.score import SettingsScorer
+from tmjax.text.documents import Texts, read_texts
+from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.text.unknown import hidden_bytes
 from tools.make_checkpoint import make_checkpoint
 
 CORPUS = ["maji ya mto na bahari", "habari za asubuhi, rafiki.", "neno la kwanza; neno la pili"] * 20

@@ -11,15 +11,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load_model": "tmjax.convert.model",
-    "export": "tmjax.convert.hf",
-    "read_texts": "tmjax.hub.texts",
+    "load_model": "tmjax.checkpoints.load",
+    "export": "tmjax.checkpoints.hf",
+    "read_texts": "tmjax.text.documents",
     "extract_activations": "tmjax.activations.extract",
     "align": "tmjax.align.alignment",
-    "fuse": "tmjax.fuse.merge",
-    "require_transfer": "tmjax.fuse.diagnostics",
+    "fuse": "tmjax.transfer.merge",
+    "require_transfer": "tmjax.transfer.update_table",
     "evaluate": "tmjax.evaluate.bits",
-    "adapt": "tmjax.pipeline.adapt",
+    "adapt": "tmjax.commands.adapt.run",
 }
 __all__ = ["CallablePackage", "__version__", *_HOMES]
 

@@ -15,7 +15,7 @@ import typer
 
 from tmjax import interrupt
 from tmjax.errors import InputError, TmjaxError, summarise
-from tmjax.hub import lock
+from tmjax.files import lock
 from tmjax.sharding import job
 
 app = typer.Typer(
@@ -91,7 +91,7 @@ def _stages(*, everything: bool) -> Callable[..., None]:
     ) -> None:
         told = _recipe(recipe, locals())
         with _job(locals()), _progress() as (progress, warn):
-            from tmjax.pipeline import Merge
+            from tmjax.commands.merge.run import Merge
 
             merge = Merge(told, overwrite=overwrite, progress=progress, warn=warn)
             if everything:
@@ -130,7 +130,7 @@ def fuse(
     as_json: Json = False,
 ) -> None:
     """Fuse, evaluate and report from an existing alignment, perhaps with another alpha."""
-    from tmjax.pipeline import Merge, open_run
+    from tmjax.commands.merge.run import Merge, open_run
 
     changes = _given(locals(), ("alpha", "controls", "valid", "test", "other_texts", "allow_negligible"))
     told = open_run(run, changes | _given(locals(), ("mesh",)))
@@ -171,8 +171,8 @@ def adapt(
     as_json: Json = False,
 ) -> None:
     """Train a target on texts, guided by a source or on top of a merge, beside controls of the same budget."""
-    from tmjax.adapt.recipe import build_adapt_recipe
-    from tmjax.recipe import read_recipe
+    from tmjax.recipes.adapt import build_adapt_recipe
+    from tmjax.recipes.merge import read_recipe
 
     values = read_recipe(recipe) if recipe else {}
     given = _given(locals(), ("source", "target", "texts", "valid", "test", "out", "mode", "init", "alpha"))
@@ -186,7 +186,7 @@ def adapt(
     training = dict(values.get("training") or {}) | listed
     told = build_adapt_recipe(values | given | {"training": training}, base=recipe.parent if recipe else None)
     with _progress() as (progress, warn):
-        from tmjax.pipeline.adapt import Adapt
+        from tmjax.commands.adapt.run import Adapt
 
         manifest = Adapt(told, overwrite=overwrite, show=progress, warn=warn).all()
     if as_json:
@@ -219,7 +219,7 @@ def solvers(
     told = _recipe(recipe, locals())
     names = list(dict.fromkeys(name.strip() for name in solvers.split(",") if name.strip()))
     with _progress() as (progress, warn):
-        from tmjax.pipeline.solvers import SolverComparison, parse_solver
+        from tmjax.commands.solvers.run import SolverComparison, parse_solver
 
         for name in names:
             parse_solver(name, told.alignment)
@@ -227,7 +227,7 @@ def solvers(
     if as_json:
         _print_json(manifest)
         return
-    from tmjax.report.solvers import solver_rows
+    from tmjax.report.solver_page import solver_rows
     from tmjax.report.tables import rich_table
 
     _console().print(rich_table("Solvers on the same problems", *solver_rows(manifest)))
@@ -276,7 +276,7 @@ def sweep(
     if told.mesh is None:
         _every_core()
     with _job(locals()), _live() as (progress, warn, show):
-        from tmjax.pipeline.sweep import Sweep
+        from tmjax.commands.sweep.run import Sweep
 
         run = Sweep(
             told,
@@ -292,7 +292,7 @@ def sweep(
     if as_json or job.silent():
         _print_json(manifest)
         return
-    from tmjax.report.sweep import sweep_summary
+    from tmjax.report.sweep_page import sweep_summary
 
     _console().print(sweep_summary(manifest, run.rows()), highlight=False)
     done = [
@@ -334,7 +334,7 @@ def evaluate(
     if texts is None and not names:
         raise InputError("give --texts FILE, --tasks NAMES or both")
     with _job(locals()), _progress() as (progress, warn):
-        from tmjax.pipeline.evaluation import TaskOptions, evaluate_models
+        from tmjax.commands.evaluate import TaskOptions, evaluate_models
 
         result = evaluate_models(
             models,
@@ -368,7 +368,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a merge's report.html again from its run directory: one page that needs no network."""
-    from tmjax.pipeline.report import rebuild_report
+    from tmjax.commands.report import rebuild_report
 
     with _progress() as (_, warn):
         page = rebuild_report(run, warn)
@@ -391,7 +391,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Results on the same documents, pair by pair: differences with 95% intervals over documents."""
-    from tmjax.pipeline.compare import compare_results, write_plot
+    from tmjax.commands.compare import compare_results, write_plot
 
     with write_plot(plot, overwrite=overwrite) as write:
         result = compare_results(results, draws=draws, seed=seed)
@@ -399,7 +399,7 @@ def compare(
     if as_json:
         _print_json(result)
         return
-    from tmjax.report.compare import compare_rows
+    from tmjax.report.comparison import compare_rows
     from tmjax.report.tables import rich_table
 
     _console().print(rich_table("Pair by pair on the same documents", *compare_rows(result["compare"])))
@@ -418,7 +418,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint between Hugging Face and orbax, bit for bit unless --dtype asks for another."""
-    from tmjax.convert.stream import convert, parse_dtype
+    from tmjax.checkpoints.copying import convert, parse_dtype
 
     if to not in ("hf", "orbax"):
         raise InputError(f"--to {to!r} is not known; write hf or orbax")
@@ -443,8 +443,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Before any weight is read: can these two be merged, what is mapped, what memory and time will it take."""
-    from tmjax.pipeline.doctor import examine
-    from tmjax.pipeline.doctor_tables import doctor_summary
+    from tmjax.commands.doctor.examine import examine
+    from tmjax.commands.doctor.summary import doctor_summary
 
     told, has_texts = _pair(recipe, locals())
     report = examine(told, texts=has_texts)
@@ -480,7 +480,7 @@ def _given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _recipe(file: Path | None, options: dict[str, Any]) -> Any:
-    from tmjax.recipe import build_recipe, read_recipe
+    from tmjax.recipes.merge import build_recipe, read_recipe
 
     values = read_recipe(file) if file else {}
     given = _given(options, _FLAGS)
@@ -492,7 +492,7 @@ def _recipe(file: Path | None, options: dict[str, Any]) -> Any:
 
 def _pair(file: Path | None, options: dict[str, Any]) -> tuple[Any, bool]:
     """A recipe of which only the two models must be known, and whether it names texts."""
-    from tmjax.recipe import build_recipe, read_recipe
+    from tmjax.recipes.merge import build_recipe, read_recipe
 
     values = (read_recipe(file) if file else {}) | _given(options, ("source", "target", "texts", "mesh"))
     missing = [name for name in ("source", "target") if name not in values]
@@ -579,7 +579,7 @@ def _live() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callab
     from rich.live import Live
 
     from tmjax.report.progress import Bars, Lines
-    from tmjax.report.sweep import live_table
+    from tmjax.report.sweep_page import live_table
 
     if job.silent():
         yield interrupt.checked(lambda stage, done, total: None), lambda message: None, lambda rows, total: None

@@ -23,11 +23,11 @@ import jax
 import numpy as np
 import typer
 
+from tmjax.checkpoints import hf
+from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
+from tmjax.checkpoints.load import load_model
 from tmjax.cli import run
-from tmjax.convert import hf
-from tmjax.convert.model import load_model
 from tmjax.errors import InputError
-from tmjax.hub.tensors import SINGLE_NAME
 from tmjax.models import families
 from tmjax.models.decoder import forward
 from tmjax.models.families import FAMILIES

@@ -30,7 +30,7 @@ import yaml
 
 from tmjax import cli
 from tmjax.errors import InputError
-from tmjax.hub.atomic import write_json
+from tmjax.files.atomic import write_json
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 SWAHILI, WOLOF = EXPERIMENTS / "swahili", EXPERIMENTS / "wolof"

@@ -17,15 +17,15 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from tmjax.checkpoints.formats.safetensors import DTYPES_BY_NAME as DTYPES
+from tmjax.checkpoints.formats.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors
+from tmjax.checkpoints.hub import CONFIG_NAME, copy_companions, read_config
 from tmjax.cli import run
 from tmjax.errors import InputError
-from tmjax.hub.atomic import atomic_directory
-from tmjax.hub.checkpoint import CONFIG_NAME, copy_companions, read_config
-from tmjax.hub.tensors import DTYPES_BY_NAME as DTYPES
-from tmjax.hub.tokenizer import load_tokenizer
-from tmjax.hub.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors
+from tmjax.files.atomic import atomic_directory
 from tmjax.models.families import FAMILIES, family_of
 from tmjax.models.spec import DecoderSpec, Rotary
+from tmjax.text.tokenizer import load_tokenizer
 
 ROTARY = {
     "default": Rotary(),

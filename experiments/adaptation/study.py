@@ -21,13 +21,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tmjax.adapt.recipe import build_adapt_recipe
+from tmjax.commands.adapt.arms import Arm
+from tmjax.commands.adapt.run import Adapt
 from tmjax.evaluate.bootstrap import percentile_interval
-from tmjax.hub.atomic import write_text
-from tmjax.hub.texts import read_texts
-from tmjax.pipeline.adapt import Adapt
-from tmjax.pipeline.adapt_arms import Arm
-from tmjax.recipe import build_recipe, read_recipe
+from tmjax.files.atomic import write_text
+from tmjax.recipes.adapt import build_adapt_recipe
+from tmjax.recipes.merge import build_recipe, read_recipe
+from tmjax.text.documents import read_texts
 from tools.draws import draws
 from tools.script import script
 

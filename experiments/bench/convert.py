@@ -21,7 +21,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
-from tmjax.hub.tensors import DTYPES_BY_NAME  # noqa: E402
+from tmjax.checkpoints.formats.safetensors import DTYPES_BY_NAME  # noqa: E402
 from tmjax.models.spec import DecoderSpec  # noqa: E402
 from tools.make_checkpoint import make_checkpoint  # noqa: E402
 
@@ -36,7 +36,7 @@ peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read
 source, out, dtype, shard = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 """
 _CONVERT = """
-from tmjax.convert.stream import convert, parse_dtype
+from tmjax.checkpoints.copying import convert, parse_dtype
 base, start = peak(), time.perf_counter()
 convert(str(source), out, to="{to}", dtype=parse_dtype(dtype or None), max_shard_size=shard)
 """

@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 from tmjax.align import plans
-from tmjax.align.sites import FeatureSite
+from tmjax.align.features import FeatureSite
 from tmjax.ot import cost_matrix, make_solver, standardise
 from tmjax.ot.solvers.log_domain import Potentials
 from tmjax.ot.solvers.scaling import Scaling

@@ -41,13 +41,13 @@ from stages import Clock, Setting
 from synthetic import FAMILY, SHAPES, random_model, random_texts, shape_of
 
 import tmjax
+from tmjax.checkpoints.model import Model
 from tmjax.cli import run
-from tmjax.convert.model import Model
+from tmjax.commands.doctor.estimate import Reading, memory, sites_of
 from tmjax.errors import InputError
-from tmjax.hub.atomic import write_json
+from tmjax.files.atomic import write_json
 from tmjax.models.spec import shared_projections
-from tmjax.pipeline.doctor_estimate import Reading, memory, sites_of
-from tmjax.recipe import ActivationOptions, AlignmentOptions, Recipe
+from tmjax.recipes.merge import ActivationOptions, AlignmentOptions, Recipe
 from tmjax.sharding.mesh import Layout
 
 #: Dense bfloat16 TFLOP/s of one device, without sparsity, by a part of its name (makers' data sheets); first hit wins.

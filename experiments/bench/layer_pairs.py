@@ -14,8 +14,8 @@ import typer
 
 from tmjax.activations import store
 from tmjax.align.alignment import align
-from tmjax.convert.model import load_model
-from tmjax.recipe import AlignmentOptions
+from tmjax.checkpoints.load import load_model
+from tmjax.recipes.merge import AlignmentOptions
 
 SETTINGS = (
     {"layer_pairs": "coarse", "layer_mass": 0.95},

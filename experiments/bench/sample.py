@@ -18,10 +18,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tmjax.convert.model import load_model
-from tmjax.hub.texts import read_texts
+from tmjax.checkpoints.load import load_model
 from tmjax.models.generate import write
 from tmjax.models.sample import Sampling
+from tmjax.text.documents import read_texts
 from tools.script import script
 
 TEXTS = Path(__file__).resolve().parents[1] / "swahili/texts/swahili.valid.jsonl"

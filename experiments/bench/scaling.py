@@ -49,16 +49,16 @@ sys.path.insert(0, str(REPO))
 
 import tmjax  # noqa: E402
 from tmjax.activations import store  # noqa: E402
-from tmjax.activations.rows import pair_rows  # noqa: E402
 from tmjax.align.alignment import plan_site  # noqa: E402
-from tmjax.align.sites import FeatureSite  # noqa: E402
+from tmjax.align.features import FeatureSite  # noqa: E402
 from tmjax.align.statistics import statistics  # noqa: E402
-from tmjax.convert.model import Model  # noqa: E402
-from tmjax.hub.texts import Texts  # noqa: E402
-from tmjax.hub.tokenizer import load_tokenizer  # noqa: E402
+from tmjax.checkpoints.model import Model  # noqa: E402
 from tmjax.models.sites import SITES  # noqa: E402
 from tmjax.models.spec import DecoderSpec  # noqa: E402
-from tmjax.recipe import AlignmentOptions  # noqa: E402
+from tmjax.recipes.merge import AlignmentOptions  # noqa: E402
+from tmjax.text.documents import Texts  # noqa: E402
+from tmjax.text.rows import pair_rows  # noqa: E402
+from tmjax.text.tokenizer import load_tokenizer  # noqa: E402
 from tools.make_checkpoint import family_spec, make_checkpoint  # noqa: E402
 
 PAIR = REPO / "experiments/swahili"

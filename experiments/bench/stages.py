@@ -15,20 +15,20 @@ import numpy as np
 from flops import forward_flops
 
 import tmjax
-from tmjax.activations.batches import bucket_length
+from tmjax.activations.blocks import paired_blocks
 from tmjax.activations.capture import batch_limit, capture, pooled_forward
-from tmjax.activations.rows import Rows, TokenisedDocument
-from tmjax.activations.stream import paired_blocks
 from tmjax.align.alignment import Alignment, needed_sites
 from tmjax.align.streaming import align_moments, gather
-from tmjax.convert.model import Model
-from tmjax.fuse.merge import Fused
-from tmjax.hub.rundir import peak_rss_mib
+from tmjax.checkpoints.model import Model
 from tmjax.models.decoder import bind
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec
-from tmjax.recipe import AlignmentOptions
+from tmjax.recipes.merge import AlignmentOptions
+from tmjax.runs.directory import peak_rss_mib
 from tmjax.sharding.mesh import Layout
+from tmjax.text.buckets import bucket_length
+from tmjax.text.rows import Rows, TokenisedDocument
+from tmjax.transfer.merge import Fused
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 

@@ -29,11 +29,11 @@ def main(
 ) -> None:
     """Prints seconds per setting of all three, ratios, compilations, and the largest difference in bits per byte."""
     jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
-    from tmjax.fuse.apply import fuse_params, transport_model
-    from tmjax.pipeline import Merge
-    from tmjax.recipe import build_recipe, read_recipe
+    from tmjax.commands.merge.run import Merge
+    from tmjax.commands.sweep.score import SettingsScorer
+    from tmjax.recipes.merge import build_recipe, read_recipe
     from tmjax.sharding.mesh import Layout
-    from tmjax.sweep.score import SettingsScorer
+    from tmjax.transfer.apply import fuse_params, transport_model
 
     with tempfile.TemporaryDirectory() as folder:
         told = build_recipe(

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmjax.activations.rows import Rows, TokenisedDocument
-from tmjax.convert.model import Model
+from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
 from tmjax.models.families import FAMILIES
 from tmjax.models.spec import DecoderSpec, Rotary
 from tmjax.sharding.mesh import Layout
+from tmjax.text.rows import Rows, TokenisedDocument
 
 FAMILY = FAMILIES["llama"]
 _LLAMA3 = Rotary(

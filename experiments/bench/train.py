@@ -23,12 +23,13 @@ import optax
 import torch
 import transformers
 
-from tmjax.adapt.data import Batch, Batches
-from tmjax.adapt.step import Objective, State, TrainConfig, start, step
-from tmjax.convert.model import Model, load_model
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.checkpoints.load import load_model
+from tmjax.checkpoints.model import Model
 from tmjax.models.decoder import forward
+from tmjax.text.documents import read_texts
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.train.data import Batch, Batches
+from tmjax.train.step import Objective, State, TrainConfig, start, step
 
 SWAHILI = Path(__file__).resolve().parents[1] / "swahili"
 RATE = 1e-4

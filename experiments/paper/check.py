@@ -6,14 +6,14 @@ from typing import Any
 
 from schema import HERE, PaperRecipe
 
+from tmjax.checkpoints.hub import CONFIG_NAME, read_config
+from tmjax.commands.doctor.estimate import Reading, memory, sites_of
+from tmjax.commands.doctor.examine import Side
 from tmjax.errors import InputError, summarise
 from tmjax.evaluate.tasks import task_manager
-from tmjax.hub.checkpoint import CONFIG_NAME, read_config
 from tmjax.models.families import family_of
 from tmjax.models.spec import shared_projections
-from tmjax.pipeline.doctor import Side
-from tmjax.pipeline.doctor_estimate import Reading, memory, sites_of
-from tmjax.recipe import Recipe, build_recipe, read_recipe
+from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
 
 #: What is known of models and data sets on the hub, so that a recipe can be checked without it.
 MODELS, DATASETS = HERE / "recorded_models.yaml", HERE / "recorded_datasets.yaml"

@@ -7,10 +7,10 @@ from typing import Any
 
 from schema import Data, PaperRecipe
 
-from tmjax.convert.model import config_directory
+from tmjax.checkpoints.load import config_directory
 from tmjax.errors import InputError
-from tmjax.hub.atomic import write_text
-from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.files.atomic import write_text
+from tmjax.text.tokenizer import load_tokenizer
 
 PARTS = ("calibration", "valid", "test")
 

@@ -12,18 +12,18 @@ from check import merge_recipe
 from data import prepare
 from schema import PaperRecipe
 
-from tmjax.adapt.recipe import TrainingOptions, build_adapt_recipe
-from tmjax.convert import hf
-from tmjax.convert.model import config_directory
+from tmjax.checkpoints import hf
+from tmjax.checkpoints.load import config_directory
+from tmjax.commands.adapt.run import Adapt
+from tmjax.commands.evaluate import RESULTS, TaskOptions, evaluate_models
+from tmjax.commands.merge.run import Merge
 from tmjax.errors import InputError
 from tmjax.evaluate.tasks import load_tasks, task_manager
-from tmjax.fuse.merge import fuse
-from tmjax.hub.rundir import read_manifest
-from tmjax.hub.texts import read_texts
-from tmjax.hub.tokenizer import load_tokenizer
-from tmjax.pipeline import Merge
-from tmjax.pipeline.adapt import Adapt
-from tmjax.pipeline.evaluation import RESULTS, TaskOptions, evaluate_models
+from tmjax.recipes.adapt import TrainingOptions, build_adapt_recipe
+from tmjax.runs.directory import read_manifest
+from tmjax.text.documents import read_texts
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.transfer.merge import fuse
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from schema import load_recipe, recipe_file, recipe_names
 from tables import paper_tables, plot_curve
 
 from tmjax import cli
-from tmjax.hub.atomic import write_bytes, write_json, write_text
+from tmjax.files.atomic import write_bytes, write_json, write_text
 
 #: Kinds of arms, the most telling first.
 ORDER = ("target", "source", "fused", "adapted", "curve", "control")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tmjax.errors import InputError
 from tmjax.evaluate.bootstrap import percentile_interval
-from tmjax.hub.atomic import write_text
+from tmjax.files.atomic import write_text
 from tools.draws import draws
 from tools.script import script
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tmjax.errors import InputError
-from tmjax.hub.atomic import write_bytes
+from tmjax.files.atomic import write_bytes
 from tmjax.report.plots import new_figure, png_bytes
 from tools.script import script
 

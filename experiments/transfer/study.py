@@ -24,13 +24,14 @@ import numpy as np
 import transplant
 from figures import HEADER, figure, tables
 
+from tmjax.commands.merge.inputs import Inputs
+from tmjax.commands.merge.run import Merge
 from tmjax.errors import TmjaxError
 from tmjax.evaluate.bits import Scores
 from tmjax.evaluate.bootstrap import Draws, source_gain
-from tmjax.hub.atomic import write_bytes, write_json, write_text
-from tmjax.pipeline.inputs import Inputs
-from tmjax.pipeline.merge import Merge, evaluation_facts
-from tmjax.recipe import PRESETS, Recipe, build_recipe, read_recipe
+from tmjax.evaluate.facts import evaluation_facts
+from tmjax.files.atomic import write_bytes, write_json, write_text
+from tmjax.recipes.merge import PRESETS, Recipe, build_recipe, read_recipe
 from tools.script import script
 
 #: What remains of a finished setting's run directory.

@@ -28,17 +28,17 @@ from trials import Fused, compare
 
 from tmjax.activations import store
 from tmjax.activations.capture import capture
-from tmjax.activations.rows import TokenisedDocument, pair_rows
-from tmjax.adapt.guidance import by_depth, last_tokens, read_out_metric
-from tmjax.convert.model import Model
+from tmjax.checkpoints.model import Model
+from tmjax.commands.merge.inputs import Inputs
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scores
-from tmjax.evaluate.controls import derangement
 from tmjax.models.decoder import bind, init_params
 from tmjax.models.layers import ACTIVATIONS
 from tmjax.models.spec import DecoderSpec, projections
-from tmjax.pipeline.inputs import Inputs
-from tmjax.recipe import Recipe
+from tmjax.recipes.merge import Recipe
+from tmjax.text.rows import TokenisedDocument, pair_rows
+from tmjax.train.guidance import by_depth, last_tokens, read_out_metric
+from tmjax.transfer.controls import derangement
 from tmjax.typing import Array, Params
 
 ARMS = ("merged", "control:shrink", "control:random_source", "control:shuffled_rows")

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tmjax.commands.merge.inputs import Inputs
 from tmjax.evaluate.bits import Scores
-from tmjax.pipeline.inputs import Inputs
 from tmjax.typing import Params
 
 #: From what is tried (values by name) to parameters.

@@ -10,8 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tmjax.activations import store
-from tmjax.activations.batches import Batch, bucket_length, bucketed
-from tmjax.activations.rows import Rows, TokenisedDocument
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.decoder import bind
 from tmjax.models.sites import SITES
@@ -19,6 +17,8 @@ from tmjax.models.spec import DecoderSpec
 from tmjax.sharding import hosts
 from tmjax.sharding.memory import share_mib
 from tmjax.sharding.mesh import Layout, constrain
+from tmjax.text.buckets import Batch, bucket_length, bucketed
+from tmjax.text.rows import Rows, TokenisedDocument
 from tmjax.typing import Array, Params
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from tmjax.activations.capture import capture
-from tmjax.activations.rows import Pooling, pair_rows
 from tmjax.activations.store import Activations
-from tmjax.convert.model import Model
-from tmjax.hub.atomic import atomic_directory
-from tmjax.hub.texts import Texts
-from tmjax.hub.tokenizer import load_tokenizer
+from tmjax.checkpoints.model import Model
+from tmjax.files.atomic import atomic_directory
 from tmjax.models.sites import SITES
+from tmjax.text.documents import Texts
+from tmjax.text.rows import Pooling, pair_rows
+from tmjax.text.tokenizer import load_tokenizer
 
 
 def extract_activations(

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tmjax.activations.batches import bucket_length
 from tmjax.models.decoder import Collect, Decoder
 from tmjax.models.layers import attention
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import Layout
+from tmjax.text.buckets import bucket_length
 from tmjax.typing import Array, ArrayLike
 
 #: Rows are at least so many tokens long: texts up to this length all have one shape.

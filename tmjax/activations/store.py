@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tmjax.activations.rows import Rows
+from tmjax.checkpoints.hub import read_json
 from tmjax.errors import InputError
-from tmjax.hub.atomic import write_json
-from tmjax.hub.checkpoint import read_json
+from tmjax.files.atomic import write_json
+from tmjax.text.rows import Rows
 
 META = "meta.json"
 ROWS = "rows.npz"

@@ -8,16 +8,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tmjax.activations.store import Activations, Layers
-from tmjax.align.layers import LayerPlan
+from tmjax.align.features import FeatureSite, Site
+from tmjax.align.layer_plan import LayerPlan
 from tmjax.align.pairs import by_site, choose, coarse_costs, completed, layer_plans
 from tmjax.align.plans import SitePlans, solve_site
-from tmjax.align.sites import FeatureSite, Site
 from tmjax.align.statistics import Statistics, statistics
 from tmjax.align.structure import Described, Solve, Structure, require_structure, structured_sites
 from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
 from tmjax.ot import Solver, make_solver, solver_options
-from tmjax.recipe import AlignmentOptions
+from tmjax.recipes.merge import AlignmentOptions
 
 #: gate and up write what down reads, unit by unit: the three share the plan of `mlp_hidden`, each with its own scales.
 SHARED_PLAN: Mapping[str, str] = {"gate": "mlp_hidden", "up": "mlp_hidden"}

@@ -5,12 +5,12 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from tmjax.align.depth import monotone_matches
-from tmjax.align.layers import LayerPlan, combine, layer_plan
+from tmjax.align.features import Site
+from tmjax.align.layer_plan import LayerPlan, combine, layer_plan
 from tmjax.align.plans import solve_pairs
-from tmjax.align.sites import Site
 from tmjax.errors import InputError
 from tmjax.ot import make_solver
-from tmjax.recipe import AlignmentOptions
+from tmjax.recipes.merge import AlignmentOptions
 
 
 def coarse_costs(site: Site, options: AlignmentOptions) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from tmjax.align.sites import CorrelationSite, FeatureSite, Site
+from tmjax.align.features import CorrelationSite, FeatureSite, Site
 from tmjax.errors import InputError
 from tmjax.ot import (
     DensePlan,

@@ -9,19 +9,19 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
-from tmjax.activations.stream import Block
+from tmjax.activations.blocks import Block
 from tmjax.align import moments
 from tmjax.align.alignment import Alignment, assemble, needed_sites, plan_site, solver_of, structured
+from tmjax.align.features import CorrelationSite
 from tmjax.align.moments import Moments, Sum, UnitMoments
 from tmjax.align.pairs import coarse_costs
 from tmjax.align.plans import SitePlans, solve_pairs
-from tmjax.align.sites import CorrelationSite
 from tmjax.align.statistics import Statistics
 from tmjax.align.structure import Described, require_structure
 from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
 from tmjax.ot import capabilities_of
-from tmjax.recipe import AlignmentOptions
+from tmjax.recipes.merge import AlignmentOptions
 
 
 def require_streamable(options: AlignmentOptions) -> None:

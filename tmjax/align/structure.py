@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tmjax.align.features import CorrelationSite, Site
 from tmjax.align.heads import ATTENTION_SITES, AttentionSide, match_heads, value_maps
 from tmjax.align.pairs import couple
 from tmjax.align.plans import SitePlans, solve_pairs
-from tmjax.align.sites import CorrelationSite, Site
 from tmjax.align.statistics import Statistics
 from tmjax.errors import InputError
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
 from tmjax.ot import Problem, Solver, capabilities_of, cost_matrix, solve
-from tmjax.recipe import AlignmentOptions
+from tmjax.recipes.merge import AlignmentOptions
 from tmjax.typing import Params
 
 #: Sites in the residual stream's units. Those of the first group hold the stream itself, or what is added to it.

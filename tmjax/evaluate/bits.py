@@ -18,15 +18,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tmjax.activations.joined import Joined, join, joined_hidden
-from tmjax.convert.model import Model
+from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError, NonFiniteError
-from tmjax.hub.texts import Texts
-from tmjax.hub.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.hub.unknown import Hidden, hidden_bytes, hidden_nats
 from tmjax.models.decoder import bind
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
+from tmjax.text.documents import Texts
+from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.text.unknown import Hidden, hidden_bytes, hidden_nats
 from tmjax.typing import Array, Params
 
 #: Logits are made for about this many entries (token x vocabulary) at a time.

@@ -17,17 +17,18 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from tmjax.activations.batches import bucketed
-from tmjax.convert.described import describe
-from tmjax.convert.model import Model, config_directory, load_model
+from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.hub import read_json
+from tmjax.checkpoints.load import config_directory, load_model
+from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
 from tmjax.evaluate.continuations import Continuation, ContinuationScorer
-from tmjax.hub.checkpoint import read_json
-from tmjax.hub.tokenizer import load_tokenizer
-from tmjax.hub.unknown import hidden_bytes, hidden_nats
 from tmjax.models.generate import write
 from tmjax.models.sample import Sampling
 from tmjax.sharding.mesh import AUTO, Layout
+from tmjax.text.buckets import bucketed
+from tmjax.text.tokenizer import load_tokenizer
+from tmjax.text.unknown import hidden_bytes, hidden_nats
 
 #: Settings of generation that mean nothing beside those read here, with the values that they may have.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {

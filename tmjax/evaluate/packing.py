@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmjax.activations.batches import bucket_length
 from tmjax.models.decoder import bind
 from tmjax.models.packed import Packed, packed_hidden
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.spec import DecoderSpec
+from tmjax.text.buckets import bucket_length
 from tmjax.typing import Array, Params
 
 #: Most lengths that attention is compiled for.

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from tmjax.recipe import Recipe
+from tmjax.recipes.merge import Recipe
 from tmjax.report.tables import evaluation_rows, gain_sentence, markdown_table, update_rows
 
 

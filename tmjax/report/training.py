@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from rich.console import Group
 
-from tmjax.adapt.recipe import AdaptRecipe
-from tmjax.recipe import dump_recipe
+from tmjax.recipes.adapt import AdaptRecipe
+from tmjax.recipes.merge import dump_recipe
 from tmjax.report.html import image, page, table
 from tmjax.report.plots import new_figure, png_bytes
 from tmjax.report.tables import (

@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face and orbax directories, both ways, derived from the families' ParamSpec tables."""

@@ -1,0 +1,1 @@
+"""Containers of tensors: safetensors, PyTorch files, orbax arrays, and the names in them."""

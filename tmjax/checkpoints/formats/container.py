@@ -1,0 +1,123 @@
+"""What a directory holds that is no Hugging Face checkpoint, or more than one: named, with what to do."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME
+from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME
+from tmjax.errors import InputError
+from tmjax.files.jsonfile import read_json
+
+ADAPTER_NAME = "adapter_config.json"
+#: Files beside `config.json` in which quantisation tools say what they did.
+_PACKED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_ADVICE = "give the Hugging Face checkpoint that it was made from"
+#: How files begin that a trainer leaves beside a checkpoint and that hold no weights.
+_TRAINING = ("optimizer", "scheduler", "rng_state", "scaler")
+#: Files of formats that are not read, the first that is found being named: pattern, what it is, what to do.
+_OTHERS = (
+    ("zero_to_fp32.py", "a sign of a DeepSpeed checkpoint", "run it and give the directory that it writes"),
+    ("*/*.distcp", "a part of a sharded FSDP checkpoint", "put it together with accelerate merge-weights"),
+    ("*.gguf", "a GGUF file, whose weights are packed", _ADVICE),
+    ("consolidated*.safetensors", "Mistral's own format", "give the checkpoint in Hugging Face's format"),
+    ("consolidated*.pth", "Meta's own format", "give the checkpoint in Hugging Face's format"),
+    ("*.pth", "a PyTorch file that is not in Hugging Face's format", "save it with save_pretrained"),
+    ("*.pt", "a PyTorch file that is not in Hugging Face's format", "save it with save_pretrained"),
+    ("*.onnx", "an ONNX model", _ADVICE),
+    ("onnx/*.onnx", "an ONNX model", _ADVICE),
+    ("tf_model*.h5", "TensorFlow's weights", "save it with save_pretrained of the PyTorch class, from_tf=True"),
+    ("flax_model*.msgpack", "Flax weights", "save it with save_pretrained of the PyTorch class, from_flax=True"),
+    ("rust_model.ot", "rust-bert's weights", _ADVICE),
+    ("model_index.json", "a diffusion pipeline", "give a language model"),
+    ("model*.safetensors", f"a shard without {INDEX_NAME}", "fetch the index or save it again"),
+    ("pytorch_model*.bin", f"a shard without {BIN_INDEX_NAME}", "fetch the index or save it again"),
+    (
+        "*.safetensors",
+        f"a safetensors file that is not named {SINGLE_NAME}",
+        "rename the file if it is the whole model",
+    ),
+)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _first(directory: Path, pattern: str) -> Path | None:
+    return min((file for file in directory.glob(pattern) if not file.name.startswith(_TRAINING)), default=None)
+
+
+def explain(directory: Path, wrong: str) -> str:
+    """One line on a directory that lacks a file: what it is instead, what to do.
+
+    Args:
+        directory: An existing directory.
+        wrong: What is wrong, such as `DIR/config.json does not exist`.
+    """
+    if (directory / ADAPTER_NAME).is_file():
+        base = _json(directory / ADAPTER_NAME).get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        return (
+            f"{wrong}: it holds an adapter (LoRA){of}, not a model; fold it into its base model with peft's"
+            " merge_and_unload and give what save_pretrained writes"
+        )
+    for pattern, what, advice in _OTHERS:
+        found = _first(directory, pattern)
+        if found is not None:
+            return f"{wrong}: {found.relative_to(directory)} is {what}; {advice}"
+    if not any(directory.iterdir()):
+        return f"{wrong}: it is empty; give the directory of a Hugging Face checkpoint"
+    nested = _first(directory, "*/config.json")
+    if nested is not None:
+        return f"{wrong}: there is one in {nested.parent}, give that directory"
+    return f"{wrong}; give the directory of a Hugging Face checkpoint"
+
+
+def any_weights(directory: Path) -> bool:
+    """Whether a directory holds weights in some format that is not read, or an adapter."""
+    return (directory / ADAPTER_NAME).is_file() or any(_first(directory, pattern) for pattern, *_ in _OTHERS)
+
+
+def no_weights(directory: Path) -> InputError:
+    """The error for a directory without a file of weights that is read."""
+    return InputError(
+        explain(directory, f"{directory} has neither {SINGLE_NAME} nor {BIN_SINGLE_NAME} nor an index of shards")
+    )
+
+
+def refuse_packed(directory: Path) -> None:
+    """Raises InputError if a file beside the config says that the weights are quantised."""
+    for name in _PACKED:
+        if (directory / name).is_file():
+            held = _json(directory / name)
+            held = held.get("quantization", held)
+            held = held if isinstance(held, dict) else {}
+            told = [str(held[key]) for key in ("quant_algo", "quant_method") if held.get(key)]
+            told += [f"{held['bits']} bits"] if held.get("bits") else []
+            if not told and "kv_cache_quant_algo" in held:
+                continue  # the cache of whoever generates with it, not the weights
+            raise InputError(
+                f"{directory}: the checkpoint is quantised ({', '.join((name, *told))}); dequantise it first or give"
+                " the checkpoint that it was made from"
+            )
+
+
+def container_notes(directory: Path) -> tuple[str, ...]:
+    """What lies in a checkpoint directory and is not read, where that could surprise."""
+    return tuple(_notes(directory))
+
+
+def _notes(directory: Path) -> Iterator[str]:
+    single, index = directory / SINGLE_NAME, directory / INDEX_NAME
+    torch_files = [name for name in (BIN_SINGLE_NAME, BIN_INDEX_NAME) if (directory / name).is_file()]
+    if single.is_file() and index.is_file():
+        yield f"{SINGLE_NAME} is read, {INDEX_NAME} beside it and its shards are not"
+    if (single.is_file() or index.is_file()) and torch_files:
+        yield f"the safetensors are read, {torch_files[0]} beside them is not"
+    for pattern in ("consolidated*.safetensors", "original/*", "*.gguf"):
+        found = _first(directory, pattern)
+        if found is not None:
+            yield f"{found.relative_to(directory)} is another copy of the weights, which is not read"
+    if (directory / ADAPTER_NAME).is_file():
+        yield f"{ADAPTER_NAME} belongs to an adapter, which is not applied; the model is read as it is stored"

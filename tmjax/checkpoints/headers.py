@@ -1,0 +1,72 @@
+"""The tensors of a Hugging Face directory, matched with its config by headers alone: no number is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tmjax.checkpoints.described import Described
+from tmjax.checkpoints.formats.names import matched
+from tmjax.checkpoints.formats.safetensors import Weights
+from tmjax.checkpoints.formats.weights import open_weights
+from tmjax.errors import CheckpointError, summarise
+from tmjax.models.families.base import BUFFERS, Family
+from tmjax.models.spec import DecoderSpec, ParamSpec
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A Hugging Face directory whose tensors were found to be what its config says; nothing but headers was read.
+
+    `ties` are the tied copies that are on disk, `notes` what a user should know and nothing refuses.
+    """
+
+    config: Mapping[str, Any]
+    family: Family
+    spec: DecoderSpec
+    index: Weights
+    ties: Mapping[str, ParamSpec]
+    notes: tuple[str, ...]
+
+
+def open_headers(described: Described) -> Opened:
+    """Matches the tensors of a directory with its config, reading headers alone.
+
+    Raises InputError and CheckpointError as `load_model` does, but for what only the numbers show.
+    """
+    rows, spec = described.rows, described.spec
+    index, renamed = matched(open_weights(described.directory, BUFFERS), rows, spec)
+    ties = check_tensors(index, rows, spec)
+    return Opened(described.config, described.family, spec, index, ties, (*described.notes, *renamed))
+
+
+def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> dict[str, ParamSpec]:
+    """Compares names, shapes and dtypes with the table; returns the tied copies that are on disk.
+
+    Raises CheckpointError listing every difference.
+    """
+    wanted = {name: row for row in rows for name in row.names(spec)}  # of rows in one tensor any will do
+    missing = [name for name, row in wanted.items() if name not in index and row.tied_to is None]
+    extra = [name for name in index if name not in wanted]
+    held = {name: row for name, row in wanted.items() if name in index}
+    shapes = [
+        f"{name} has shape {list(index[name].shape)}, expected {list(row.disk_shape(spec))}"
+        for name, row in held.items()
+        if index[name].shape != row.disk_shape(spec)
+    ]
+    first = {row.path: index[row.names(spec)[0]].dtype for row in rows if row.names(spec)[0] in index}
+    dtypes = [
+        f"{name} is {index[name].dtype}, other layers are {first[row.path]}"
+        for name, row in held.items()
+        if row.path in first and index[name].dtype != first[row.path]
+    ]
+    kinds = [f"missing tensor {n}" for n in missing], [f"unexpected tensor {n}" for n in extra], shapes, dtypes
+    heads = [name for row in rows if row.path == "head.weight" for name in row.names(spec)]
+    if missing == heads and not any(kinds[1:]):
+        raise CheckpointError(
+            f"{index.directory} holds a base model: it lacks the output head {heads[0]}, which its config.json does not"
+            " tie to the embeddings; give the checkpoint of the language model"
+        )
+    if any(kinds):
+        problems = "; ".join(summarise(kind) for kind in kinds if kind)
+        raise CheckpointError(f"{index.directory} does not match its config.json: {problems}")
+    return {name: row for name, row in held.items() if row.tied_to is not None}

@@ -1,0 +1,145 @@
+"""Hugging Face checkpoint <-> Flax parameters, both ways derived from the family's ParamSpec table."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.formats.safetensors import Weights, all_finite
+from tmjax.checkpoints.formats.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors
+from tmjax.checkpoints.headers import Opened, open_headers
+from tmjax.checkpoints.hub import CONFIG_NAME, copy_companions
+from tmjax.checkpoints.lazy import OnDisk, in_memory
+from tmjax.checkpoints.model import Model, Placement, default_placement
+from tmjax.errors import CheckpointError, NonFiniteError
+from tmjax.files.atomic import atomic_directory
+from tmjax.models.spec import DecoderSpec, ParamSpec
+from tmjax.sharding import hosts
+
+
+def open_checkpoint(directory: Path) -> Opened:
+    """Opens a Hugging Face directory; raises InputError and CheckpointError as `load_model` does."""
+    opened = open_headers(describe(directory))
+    rows, index = opened.family.params(opened.spec), opened.index
+    originals = {row.path: row.names(opened.spec)[0] for row in rows if not row.stacked}
+    for name, row in opened.ties.items():
+        held = (index.blocks(each) for each in (name, originals[row.tied_to]))
+        if not all(np.array_equal(*(block.view(np.uint8) for block in pair)) for pair in zip(*held, strict=True)):
+            raise CheckpointError(
+                f"{directory}: config says that {name} is tied, but it differs from what it is tied to"
+            )
+    return opened
+
+
+def open_model(directory: Path) -> Model:
+    """A Hugging Face directory as a model whose parameters are `OnDisk`; raises as `load_model` does."""
+    opened = open_checkpoint(directory)
+    rows = opened.family.params(opened.spec)
+    params = {row.path: _on_disk(opened.index, row, opened.spec) for row in rows if row.tied_to is None}
+    return Model(opened.family, opened.spec, params, opened.config, directory, tuple(opened.ties), notes=opened.notes)
+
+
+def load(directory: Path, *, placement: Placement = default_placement) -> Model:
+    """Reads a Hugging Face directory; see `load_model`."""
+    return in_memory(open_model(directory), placement)
+
+
+def _on_disk(index: Weights, row: ParamSpec, spec: DecoderSpec) -> OnDisk:
+    names, shape = row.layer_names(spec), row.stacked_shape(spec)
+
+    def one(names: list[str], slices: tuple[slice, ...]) -> np.ndarray:
+        """One layer's parameter, or the slices of it that are asked for."""
+        if row.per_head:
+            return np.stack([read_finite(index, name) for name in names])[slices]
+        if row.part is None:
+            return read_finite(index, names[0], slices)
+        own, part = row.shape(spec), row.part
+        if part.of == 1 and not part.transposed:
+            first, stop, _ = slices[0].indices(own[0])
+            return read_finite(index, names[0], (slice(part.start + first, part.start + stop), *slices[1:]))
+        return part.view(read_finite(index, names[0]), own).reshape(own)[slices]
+
+    def read(slices: tuple[slice, ...]) -> np.ndarray:
+        if not row.stacked:
+            return one(names[0], slices)
+        parts = [one(layer, tuple(slices[1:])) for layer in names[slices[0]]]
+        return np.stack(parts) if len(parts) > 1 else parts[0][None]
+
+    return OnDisk(row.path, shape, index[names[0][0]].dtype, read)
+
+
+def read_finite(index: Weights, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray:
+    """Reads a tensor or slices of it; raises NonFiniteError for NaN and infinity."""
+    return _finite(index.read(name, slices), index, name)
+
+
+def finite_blocks(index: Weights, name: str) -> Iterator[np.ndarray]:
+    """The numbers of a tensor in small flat blocks (see `Weights.blocks`); raises as `read_finite` does."""
+    return (_finite(block, index, name) for block in index.blocks(name))
+
+
+def _finite(array: np.ndarray, index: Weights, name: str) -> np.ndarray:
+    if not all_finite(array):
+        raise NonFiniteError(f"{index[name].file}: tensor {name} holds NaN or infinity")
+    return array
+
+
+def tensors(model: Model) -> tuple[list[TensorMeta], Callable[[str], np.ndarray]]:
+    """All tensors of the model under their Hugging Face names, in table order, and a function that makes one."""
+    metas: dict[str, TensorMeta] = {}
+    where: dict[str, list[tuple[ParamSpec, tuple[int, ...]]]] = {}
+    for row in model.rows:
+        dtype = np.dtype(model.params[row.tied_to or row.path].dtype)
+        for layer, names in enumerate(row.layer_names(model.spec)):
+            for head, name in enumerate(names):
+                if row.tied_to is not None and name not in model.written_ties:
+                    continue
+                at = ((layer,) if row.stacked else ()) + ((head,) if row.per_head else ())
+                metas.setdefault(name, TensorMeta(name, dtype, row.disk_shape(model.spec)))
+                where.setdefault(name, []).append((row, at))
+
+    def read(name: str) -> np.ndarray:
+        held = [(row, hosts.to_host(model.params[row.tied_to or row.path][at])) for row, at in where[name]]
+        if held[0][0].part is None:
+            return held[0][1]
+        tensor = np.empty(metas[name].shape, metas[name].dtype)
+        for row, value in held:
+            view = row.part.view(tensor, value.shape)
+            view[...] = value.reshape(view.shape)
+        return tensor
+
+    return list(metas.values()), read
+
+
+def write_config(config: Mapping[str, Any], directory: Path) -> None:
+    """Writes `config.json` into an existing directory."""
+    text = json.dumps(dict(config), indent=2, ensure_ascii=False)
+    (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def write(model: Model, directory: Path, *, max_shard_size: str = DEFAULT_SHARD_SIZE) -> None:
+    """Writes a Hugging Face checkpoint into an existing, empty directory: weights, config, tokenizer and companions.
+
+    Of several processes all must call it: tensor by tensor is gathered from them, and the first one writes.
+    """
+    metas, read = tensors(model)
+    if not hosts.is_first():
+        for meta in metas:  # in the order in which `write_tensors` asks for them
+            read(meta.name)
+        return
+    write_config(model.config, directory)
+    copy_companions(model.directory, directory)
+    write_tensors(directory, metas, read, max_shard_size=max_shard_size)
+
+
+def export(model: Model, path: Path, *, max_shard_size: str = DEFAULT_SHARD_SIZE, overwrite: bool = False) -> Path:
+    """Writes a Hugging Face checkpoint directory atomically; bit-exact inverse of `load`. Returns its path."""
+    path = Path(path)
+    with atomic_directory(path, overwrite=overwrite) if hosts.is_first() else contextlib.nullcontext(path) as partial:
+        write(model, partial, max_shard_size=max_shard_size)
+    hosts.barrier(f"export {path}")
+    return path

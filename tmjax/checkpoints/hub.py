@@ -1,0 +1,111 @@
+"""Finding a checkpoint: a local directory or a hub id; its config, tokenizer and companion files."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tmjax.checkpoints.formats.container import explain
+from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME
+from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME
+from tmjax.checkpoints.formats.weights import shard_names
+from tmjax.errors import InputError
+from tmjax.files.jsonfile import read_json
+
+CONFIG_NAME = "config.json"
+#: Everything a checkpoint directory may hold beside weights and config that belongs to the model and is copied along.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+#: Further chat templates, by name, which belong to the model like the main one.
+TEMPLATES = "additional_chat_templates"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+_GGUF_ADVICE = "a GGUF file, whose weights are packed; give the Hugging Face checkpoint that it was made from"
+
+
+def resolve(model: str, *, weights: bool = True) -> Path:
+    """The local directory of `model`, a path or a hub id (downloaded through the shared cache; offline works).
+
+    Of the hub's weights only files that are read are fetched: safetensors, PyTorch's files where there are none, and of
+    several shards those that their index names; `weights` false fetches none. Raises InputError if it is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        if is_gguf(path):
+            raise InputError(f"{model} is {_GGUF_ADVICE}")
+        raise InputError(f"{model} is a file; give the checkpoint's directory")
+    if not _HUB_ID.fullmatch(model):
+        raise InputError(f"no checkpoint at {model}: the directory does not exist")
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    def fetch(names: list[str]) -> Path:
+        wanted = [*names, CONFIG_NAME, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
+
+    try:
+        if not weights:
+            return fetch([])
+        for single, index in ((SINGLE_NAME, INDEX_NAME), (BIN_SINGLE_NAME, BIN_INDEX_NAME)):
+            found = fetch([single, index])
+            if (found / single).is_file():
+                return found
+            if (found / index).is_file():
+                return fetch([index, *shard_names(found / index)])
+        return found
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"no directory {model}, and the hub did not give it: {reason}") from None
+    except Exception as error:  # network libraries raise their own types, which huggingface_hub does not wrap
+        raise InputError(f"no directory {model}, and the hub could not be reached: {type(error).__name__}") from None
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether a file is a llama.cpp model."""
+    if file.suffix == ".gguf":
+        return True
+    with file.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint directory; raises InputError that says what is there instead, if it is not."""
+    directory = Path(directory)
+    if directory.is_dir() and not (directory / CONFIG_NAME).is_file():
+        raise InputError(explain(directory, f"{directory / CONFIG_NAME} does not exist"))
+    return read_json(directory / CONFIG_NAME)
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copies tokenizer, generation config, processor and chat template files, as they are."""
+    for name in [*COMPANIONS, *(f"{TEMPLATES}/{file.name}" for file in extra_templates(source))]:
+        file = Path(source) / name
+        if file.is_file():
+            (Path(destination) / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, Path(destination) / name)
+
+
+def extra_templates(directory: Path) -> list[Path]:
+    """Chat templates of a checkpoint beside its main one."""
+    return sorted((Path(directory) / TEMPLATES).glob("*.jinja"))

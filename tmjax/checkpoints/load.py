@@ -1,0 +1,39 @@
+"""Loading a checkpoint of any kind: a Hugging Face directory, a hub id or an orbax directory of ours."""
+
+from pathlib import Path
+
+from tmjax.checkpoints import hf, orbax
+from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.formats.weights import weight_files
+from tmjax.checkpoints.headers import open_headers
+from tmjax.checkpoints.hub import resolve
+from tmjax.checkpoints.model import Model, Placement, default_placement
+
+
+def config_directory(path: str | Path) -> Path:
+    """Where config and tokenizer of a checkpoint lie (directory, hub id or orbax directory of ours)."""
+
+    directory = resolve(str(path))
+    return directory / "hf" if orbax.is_orbax(directory) else directory
+
+
+def load_model(path: str | Path, *, placement: Placement = default_placement) -> Model:
+    """Loads a checkpoint directory, hub id or orbax directory written by `tmjax convert`; dtypes are kept.
+
+    Raises InputError if there is no such checkpoint or its family is not supported, CheckpointError listing all
+    missing, unexpected and mis-shaped tensors, NonFiniteError for NaN or infinity.
+    """
+
+    directory = resolve(str(path))
+    reader = orbax if orbax.is_orbax(directory) else hf
+    return reader.load(directory, placement=placement)
+
+
+def checkpoint_notes(path: str | Path) -> tuple[str, ...]:
+    """Notes on a checkpoint (directory, hub id or orbax directory of ours): settings and files without effect.
+
+    Raises InputError and CheckpointError as `load_model` does, but for what only the numbers show.
+    """
+    directory = config_directory(path)
+    described = describe(directory)
+    return open_headers(described).notes if weight_files(directory) else described.notes

@@ -1,0 +1,1 @@
+"""The commands: stages of a run, each with its input hash."""

@@ -1,0 +1,1 @@
+"""`tmjax adapt`."""

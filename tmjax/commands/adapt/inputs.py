@@ -1,0 +1,187 @@
+"""What an adaptation names: models, a merge to begin from, training texts, scorers; loaded when first asked for."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from tmjax.align import storage as alignment_store
+from tmjax.align.alignment import Alignment
+from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.hub import resolve
+from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model
+from tmjax.checkpoints.model import Model
+from tmjax.commands.held_out import HeldOut
+from tmjax.commands.merge.aligned import Warn
+from tmjax.errors import InputError, summarise
+from tmjax.evaluate.bits import Scorer
+from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
+from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
+from tmjax.runs.directory import RECIPE, read_manifest, sha256_checkpoint
+from tmjax.sharding.mesh import AUTO, Layout
+from tmjax.teacher.vocabulary_map import require_shared
+from tmjax.text.documents import Texts
+from tmjax.text.rows import Rows, TokenisedDocument, pair_rows
+from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.train.texts import TrainingTexts, leaked, read_training_texts
+from tmjax.transfer.apply import Coefficients
+
+
+class AdaptInputs(HeldOut):
+    """What an adaptation names, loaded when first asked for."""
+
+    def __init__(self, recipe: AdaptRecipe) -> None:
+        self.recipe = recipe
+        target = Path(recipe.place(recipe.target))
+        self.run = target if read_manifest(target) is not None else None
+        if self.run is not None and not (self.run / "alignment").is_dir():
+            raise InputError(f"{self.run} is a run without an alignment; give a run of tmjax merge, or a checkpoint")
+
+    @functools.cached_property
+    def run_recipe(self) -> Recipe | None:
+        """The recipe of the merge that is adapted, if it is a run."""
+        return None if self.run is None else build_recipe(read_recipe(self.run / RECIPE) | {"out": str(self.run)})
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """Where source and target lie: of a run those that were merged, unless the recipe names a source."""
+        run, recipe = self.run_recipe, self.recipe
+        if run is None:
+            return {"source": recipe.source, "target": recipe.target}
+        return {"source": recipe.source or run.source, "target": run.target}
+
+    @functools.cached_property
+    def located(self) -> dict[str, str | None]:
+        """Where source and target are now."""
+        own, run = self.recipe, self.run_recipe
+        of_run = {name for name in ("source", "target") if run and (name == "target" or not own.source)}
+        return {name: given and (run if name in of_run else own).place(given) for name, given in self.names.items()}
+
+    def merge_recipe(self) -> Recipe:
+        """The merge that has to be done for this adaptation, in a folder of its run.
+
+        Residual-frozen training is of transported weights, so weights alone are merged unless told otherwise.
+        """
+        own, plain = self.recipe, {"preset": "barycentric"}
+        told = self.run_recipe.model_dump(mode="json") if self.run_recipe is not None else plain | own.merge
+        shared = {name: getattr(own, name) for name in ("texts", "valid", "alpha", "mesh", "dtype", "seed")}
+        given = {name: value for name, value in shared.items() if value is not None}
+        if own.max_texts is not None:
+            given["activations"] = told.get("activations", {}) | {"max_texts": own.max_texts}
+        known = {} if self.run_recipe is None else self.run_recipe.places
+        given["places"] = known | own.places
+        out = {"out": str(Path(own.out) / "merge"), "test": None, "controls": False}
+        return build_recipe(told | given | self.names | out)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The device mesh; chosen over all devices unless the recipe says otherwise."""
+        named = [name for name in self.located.values() if name]
+        return Layout(self.recipe.mesh or AUTO, [describe(config_directory(name)).spec.hidden for name in named])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype that forward passes compute in."""
+        return jnp.dtype(self.recipe.dtype)
+
+    def load(self, path: str | Path) -> Model:
+        """A checkpoint, on the mesh."""
+        return load_model(path, placement=self.layout.place)
+
+    @functools.cached_property
+    def target(self) -> Model:
+        """The target model."""
+        return self.load(self.located["target"])
+
+    @functools.cached_property
+    def source(self) -> Model:
+        """The source model."""
+        return self.load(self.located["source"])
+
+    @functools.cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The target's tokenizer."""
+        return load_tokenizer(self.target.directory, self.target.spec.vocab)
+
+    @functools.cached_property
+    def texts(self) -> TrainingTexts:
+        """What is trained on."""
+        return read_training_texts(self.recipe.place(self.recipe.texts)).first(self.recipe.max_texts)
+
+    def rows_of(self, texts: Texts) -> tuple[Rows, list[list[TokenisedDocument]]]:
+        """Spans of texts that both models read; documents of the target, then of the source."""
+        tokenizers = [self.tokenizer, load_tokenizer(self.source.directory, self.source.spec.vocab)]
+        return pair_rows(texts, tokenizers, pooling="span", max_tokens=self.recipe.max_tokens)
+
+    @functools.cached_property
+    def alignment(self) -> Alignment:
+        """The alignment of the run that is adapted."""
+        return alignment_store.load(self.run / "alignment")
+
+    @functools.cached_property
+    def coefficients(self) -> Coefficients:
+        """The alpha and beta of every projection in the run that is adapted."""
+        told = read_manifest(self.run).get("coefficients")
+        if told is None:
+            raise InputError(f"{self.run} has an alignment and no merge; run tmjax fuse {self.run} first")
+        return {role: (item["alpha"], item["beta"]) for role, item in told["by_role"].items()}
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every input."""
+        models = {name: sha256_checkpoint(resolve(path)) for name, path in self.located.items() if path}
+        texts = {"texts": self.texts.texts, "valid": self.valid, "test": self.test}
+        return models | {name: value.sha256 for name, value in texts.items() if value is not None}
+
+    @functools.cached_property
+    def notes(self) -> dict[str, list[str]]:
+        """What a user should know of source and target and nothing refuses; see `Model.notes`."""
+        return {name: list(checkpoint_notes(path)) for name, path in self.located.items() if path}
+
+    def scorer(self, model: Model, texts: Texts) -> Scorer:
+        """Scorer of `texts` for models of this architecture."""
+        options = self.recipe.evaluation
+        how: dict[str, Any] = {"batch_tokens": options.batch_tokens, "max_tokens": options.max_tokens}
+        tokenizer = load_tokenizer(model.directory, model.spec.vocab)
+        return Scorer(model.spec, tokenizer, texts, dtype=self.dtype, layout=self.layout, **how)
+
+    @functools.cached_property
+    def valid_scorer(self) -> Scorer:
+        """Scorer of the validation texts under the target's architecture."""
+        return self.scorer(self.target, self.valid)
+
+    def check(self, warn: Warn) -> None:
+        """Loads everything, so that whatever is wrong is said before anything is written; warns of leaks."""
+        recipe = self.recipe
+        training = recipe.training
+        if (recipe.terms or recipe.mode in WITH_SOURCE) and not self.names["source"]:
+            raise InputError(f"mode {recipe.mode} takes a source: give --source")
+        if recipe.merges and self.run is None and not self.names["source"]:
+            raise InputError("init merged takes a source to merge: give --source, or a run of tmjax merge as --target")
+        if recipe.guidance.layers == "plan" and "guidance" in recipe.terms and self.run is None:
+            raise InputError("guidance.layers plan takes a run of tmjax merge as --target")
+        if self.valid is None and (len(training.schedules) > 1 or training.patience is not None):
+            raise InputError("steps, learning rates and early stop are chosen on validation texts: give --valid FILE")
+        for steps in training.steps:
+            training.config(steps, training.lr[0], recipe.dtype)
+        if recipe.terms and self.texts.dialogues is not None:
+            raise InputError(f"{recipe.texts} holds dialogues; mode {recipe.mode} reads plain documents (a text field)")
+        spec = self.target.spec
+        if spec.learned_positions and recipe.max_tokens > spec.max_positions:
+            raise InputError(f"max_tokens is {recipe.max_tokens}, the model learned {spec.max_positions} positions")
+        for name, heldout in (("test", self.test), ("validation", self.valid)):
+            found = [] if heldout is None else leaked(self.texts.texts, heldout)
+            if found:
+                warn(
+                    f"{len(found)} of {len(heldout)} {name} documents are inside the training texts {recipe.texts}; "
+                    f"what is measured on them is memory: {summarise(found)}"
+                )
+        _ = self.other_texts
+        if "guidance" in recipe.terms:
+            self.rows_of(self.texts.texts)
+        if "distillation" in recipe.terms:
+            source = load_tokenizer(self.source.directory, self.source.spec.vocab)
+            advice = "adapt without them: mode guided"
+            require_shared(self.tokenizer, source, self.texts.texts.texts, otherwise=advice)
+        self.texts.documents(self.tokenizer)

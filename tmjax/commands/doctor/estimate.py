@@ -1,0 +1,237 @@
+"""Memory and time of a run, estimated from sizes alone. Coarse on purpose, and said to be so."""
+
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+
+from tmjax.align.alignment import needed_sites, plan_site, solver_of
+from tmjax.align.pairs import band
+from tmjax.models.sites import SITES
+from tmjax.models.spec import DecoderSpec, ParamSpec, projections
+from tmjax.ot import capabilities_of
+from tmjax.recipes.merge import Recipe
+from tmjax.sharding.memory import solver_mib
+from tmjax.transfer.operators import embeddings as lexical
+from tmjax.transfer.operators import predictions as solve
+
+#: Iterations of the solver that times assume; easy sites take fewer, small epsilons more.
+ITERATIONS = 300
+#: What a device is taken to do: float32 products per second, bytes moved per second. The first is measured on two
+#: cores and taken to grow with them; the second is a round number for one data-centre accelerator at full float32.
+RATES: Mapping[str, tuple[float, float]] = {"cpu core": (75e9, 6e9), "accelerator": (30e12, 1.5e12)}
+#: The share of those products that a forward pass reaches; seconds to compile a model's forward pass, a site's solver.
+FORWARD_SHARE = 1 / 3
+COMPILE = (5.0, 1.0)
+#: What Python and its libraries take before anything is loaded.
+LIBRARIES = 2**29
+
+
+class Tabled(Protocol):
+    """A model's architecture and its tensor table."""
+
+    spec: DecoderSpec
+    rows: tuple[ParamSpec, ...]
+
+
+class Sized(Tabled, Protocol):
+    """The same, and how large it is; weights need not be there."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the models will read: rows, tokens of each; `assumed` if no texts were given."""
+
+    rows: int
+    target_tokens: int
+    source_tokens: int
+    assumed: bool
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Units (target, source) of every site whose activations are needed, and which of them have plans."""
+
+    units: Mapping[str, tuple[int, int]]
+    plans: tuple[str, ...]
+
+
+def sites_of(target: Tabled, source: Tabled, chosen: Mapping[str, ParamSpec], structure: str = "none") -> Sites:
+    """The sites that the transport of these projections needs, for this `alignment.structure`."""
+    theirs = projections(source.rows)
+    units: dict[str, tuple[int, int]] = {}
+    for role, row in chosen.items():
+        shapes = row.shape(target.spec), theirs[role].shape(source.spec)
+        units[row.output_site], units[row.input_site] = (tuple(shape[end] for shape in shapes) for end in (0, 1))
+        units.setdefault(plan_site(row.output_site), units[row.output_site])
+    sites = needed_sites(chosen.values(), structure)
+    for site in sites:
+        units.setdefault(site, tuple(side.spec.axis_size(SITES[site]) for side in (target, source)))
+    return Sites({site: units[site] for site in sites}, tuple(dict.fromkeys(plan_site(site) for site in sites)))
+
+
+def _pairs(target: Sized, source: Sized, recipe: Recipe) -> int:
+    """Most pairs of layers that are solved at a site."""
+    layers = target.spec.layers, source.spec.layers
+    if recipe.alignment.layer_pairs == "band":
+        return int(band(*layers, recipe.alignment.layer_band).sum())
+    return math.prod(layers)
+
+
+def _kept(target: Sized, source: Sized, recipe: Recipe) -> int:
+    """Most pairs of layers whose plans are kept."""
+    top = recipe.alignment.layer_top_k
+    pairs = _pairs(target, source, recipe)
+    return pairs if top is None else min(pairs, target.spec.layers * top)
+
+
+def require_room(sites: Sites, rows: int, recipe: Recipe) -> None:
+    """Raises InputError if `alignment.memory_mib` is too little for the solver to work on a pair of some site."""
+    solver = solver_of(recipe.alignment)
+    if hasattr(solver, "form"):
+        solver = replace(solver, memory_mib=solver_mib(recipe.alignment.memory_mib))
+        for site in sites.plans:
+            solver.form(sites.units[site], 1, rows if recipe.activations.keep else 0)
+
+
+def memory(
+    target: Sized,
+    source: Sized,
+    sites: Sites,
+    chosen: Mapping[str, ParamSpec],
+    reading: Reading,
+    recipe: Recipe,
+    shards: int,
+) -> dict[str, Any]:
+    """Bytes by stage and site, their peak, and what this machine has; of the host unless it says otherwise.
+
+    `shards` are the devices that a parameter is split over: those of the mesh's `data` axis repeat it.
+    Per plan site: `features` and `potentials` against `dense`, and which of the two is the smaller and thus kept.
+    """
+    layers = target.spec.layers, source.spec.layers
+    kept, options = _kept(target, source, recipe), recipe.alignment
+    width = 2 if options.feature_dtype == "float16" else 4
+    potentials_possible = capabilities_of(solver_of(options)).potentials and recipe.activations.keep
+    by_site = {}
+    for site in sites.plans:
+        n, k = sites.units[site]
+        held = reading.rows * (layers[0] * n + layers[1] * k)
+        features, potentials, dense = width * held, 4 * kept * (n + k), 4 * kept * n * k
+        rebuilt = potentials_possible and 2 * held + potentials < dense  # as `plans` chooses, whatever is stored
+        by_site[site] = {
+            "units": [n, k],
+            "pairs": kept,
+            "activations": 4 * held,
+            "moments": 8 * math.prod(layers) * n * k,
+            "features": features,
+            "potentials": potentials,
+            "dense": dense,
+            "kept_as": "potentials, features" if rebuilt else "dense",
+            "kept": features + potentials if rebuilt else dense,
+        }
+    weights = target.bytes + source.bytes
+    store = sum(4 * reading.rows * (layers[0] * units[0] + layers[1] * units[1]) for units in sites.units.values())
+    solver = solver_mib(options.memory_mib) * 2**20
+    stored = sum(item["kept"] for item in by_site.values())
+    # Activations of a site are mapped from disk, standardised on the host, put on the device: a CPU holds all three.
+    largest = max(3 * item["activations"] + item["kept"] for item in by_site.values())
+    if not recipe.activations.keep:
+        store = sum(8 * math.prod(layers) * n * k for n, k in sites.units.values())
+        largest = max(item["moments"] + item["kept"] for item in by_site.values())
+    transported = sum(4 * math.prod(row.stacked_shape(target.spec)) for row in chosen.values())
+    stages = {
+        "libraries": LIBRARIES,
+        "weights of both models": weights,
+        "activations (on disk)" if recipe.activations.keep else "moments": store,
+        "alignment: largest site, solver": LIBRARIES + weights + largest + solver + stored,
+        "alignment (on disk)": stored,
+        "fusion": LIBRARIES + weights + stored + transported + 4 * target.parameters,
+    }
+    if recipe.blends:
+        blending = lexical.memory(target.spec, source.spec)
+        stages["blending embeddings"] = LIBRARIES + weights + 4 * target.parameters + blending
+    if recipe.solves:
+        solving = solve.memory(target.spec, target.rows, recipe.fusion.solve, recipe.evaluation.batch_tokens)
+        stages["solving for predictions"] = LIBRARIES + weights + 4 * target.parameters + solving
+    in_memory = [value for name, value in stages.items() if "on disk" not in name]
+    return {
+        "stages": stages,
+        "sites": by_site,
+        "solver": solver,
+        "weights_per_device": math.ceil(weights / shards),
+        "peak": max(in_memory),
+        "available": available(),
+    }
+
+
+def available() -> int | None:
+    """Memory of the first device, or of the machine if that is a CPU; None if it does not say."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (ValueError, OSError):
+            return None
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def time(
+    target: Sized,
+    source: Sized,
+    sites: Sites,
+    chosen: Mapping[str, ParamSpec],
+    reading: Reading,
+    recipe: Recipe,
+    devices: int,
+    rebuilt: Collection[str],
+) -> dict[str, Any]:
+    """A rough estimate of seconds by stage, for the CPU here and for accelerators, with what it assumes.
+
+    `rebuilt` are the sites whose plans are kept as potentials and made anew from activations where they are used.
+    """
+    pairs, kept = _pairs(target, source, recipe), _kept(target, source, recipe)
+    forward = 2 * (target.parameters * reading.target_tokens + source.parameters * reading.source_tokens)
+    costs = sum(2 * pairs * reading.rows * n * k for n, k in (sites.units[site] for site in sites.plans))
+    traffic = sum(4 * pairs * ITERATIONS * n * k for n, k in (sites.units[site] for site in sites.plans))
+    theirs = projections(source.rows)
+    fusion = 0
+    for role, row in chosen.items():
+        (out, into), (out_s, in_s) = row.shape(target.spec), theirs[role].shape(source.spec)
+        fusion += 2 * kept * (out * out_s * in_s + out * in_s * into)
+        for site, plan in ((row.output_site, out * out_s), (row.input_site, into * in_s)):
+            fusion += 2 * kept * reading.rows * plan * (plan_site(site) in rebuilt)
+    cores = os.cpu_count() or 1
+    found = {}
+    for name, (products, moved) in RATES.items():
+        number = cores if name == "cpu core" else devices
+        stages = {
+            "compiling": 2 * COMPILE[0] + len(sites.plans) * COMPILE[1],
+            "activations": forward / (products * number * FORWARD_SHARE),
+            "alignment": costs / (products * number) + traffic / (moved * number),
+            "fusion": fusion / (products * number),
+        }
+        label = f"CPU, {cores} cores" if name == "cpu core" else f"{devices} accelerator{'s' * (devices > 1)}"
+        found[label] = {"stages": stages, "total": sum(stages.values())}
+    told = "assumed, as no texts were given" if reading.assumed else "as the texts give"
+    return {
+        "estimate": True,
+        "devices": found,
+        "assumption": (
+            f"{reading.rows} rows ({told}); {ITERATIONS} iterations of a solver bound by memory; a CPU core does"
+            f" {RATES['cpu core'][0] / 1e9:g} GFLOP/s and moves {RATES['cpu core'][1] / 1e9:g} GB/s, an accelerator"
+            f" {RATES['accelerator'][0] / 1e12:g} TFLOP/s in float32 and {RATES['accelerator'][1] / 1e12:g} TB/s;"
+            f" a forward pass reaches {FORWARD_SHARE:.0%} of that; without reading files, fitting coefficients,"
+            " solving for predictions, controls and evaluation, which can take longer"
+        ),
+    }

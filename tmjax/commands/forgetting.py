@@ -1,0 +1,68 @@
+"""What a run costs elsewhere: texts of other languages or domains before and after (`--other-texts`)."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmjax.evaluate.bits import Scorer, Scores
+from tmjax.evaluate.bootstrap import percentile_interval, resample
+from tmjax.recipes.merge import EvaluationOptions
+from tmjax.runs.directory import RunDirectory
+from tmjax.sharding import hosts
+from tmjax.text.documents import Texts
+from tmjax.typing import Params
+
+
+def forgetting_facts(before: Scores, after: Scores, *, arm: str, draws: int, seed: int) -> dict[str, Any]:
+    """Bits per byte of the target and of `arm` on the same texts, and the change with its paired 95% interval."""
+    drawn = resample({"target": before, arm: after}, draws=draws, seed=seed)
+    change = drawn.samples[arm] - drawn.samples["target"]
+    return {
+        "target": drawn.point["target"],
+        arm: drawn.point[arm],
+        "change": {
+            "bits_per_byte": drawn.point[arm] - drawn.point["target"],
+            "ci95": list(percentile_interval(change)),
+        },
+        "documents": len(before.nll),
+    }
+
+
+def measure_forgetting(
+    run: RunDirectory,
+    others: Mapping[str, Texts],
+    scorer: Callable[[Texts], Scorer],
+    models: Callable[[], tuple[Params, Params]],
+    *,
+    arm: str,
+    key: object,
+    options: EvaluationOptions,
+    seed: int,
+) -> None:
+    """The stage `forgetting`: manifest entry by the name of each other text file, per-document scores on disk.
+
+    `models` loads the target's parameters and those of `arm`, a model of its architecture that `scorer` scores too;
+    `key` is the input hash of the stage that made it. Does nothing without other texts.
+    """
+    if not others:
+        return
+
+    def work(partial: Path) -> Mapping[Any, Any]:
+        target, params = models()
+        found: dict[str, Any] = {}
+        arrays: dict[str, np.ndarray] = {}
+        for number, (name, texts) in enumerate(others.items()):
+            score = scorer(texts)
+            before, after = score(target), score(params)
+            facts = forgetting_facts(before, after, arm=arm, draws=options.draws, seed=seed)
+            found[name] = facts | {"sha256": texts.sha256}
+            arrays |= {f"bytes_{number}": before.bytes, f"target_{number}": before.nll, f"{arm}_{number}": after.nll}
+        if hosts.is_first():
+            with partial.open("wb") as stream:
+                np.savez(stream, **arrays)
+        return {"forgetting": found}
+
+    hashes = {name: texts.sha256 for name, texts in others.items()}
+    run.stage("forgetting", [key, hashes, options.model_dump(), seed], "forgetting.npz", work)

@@ -1,0 +1,28 @@
+"""The texts that nothing is fitted on, of a merge and of an adaptation alike; read when first asked for."""
+
+import functools
+
+from tmjax.recipes.adapt import AdaptRecipe
+from tmjax.recipes.merge import Recipe
+from tmjax.text.documents import Texts, read_texts
+
+
+class HeldOut:
+    """Mixed into what has a `recipe`."""
+
+    recipe: Recipe | AdaptRecipe
+
+    @functools.cached_property
+    def valid(self) -> Texts | None:
+        """The texts on which choices are made: coefficients, steps, learning rates."""
+        return read_texts(self.recipe.place(self.recipe.valid)) if self.recipe.valid else None
+
+    @functools.cached_property
+    def test(self) -> Texts | None:
+        """The texts on which the result is measured, once."""
+        return read_texts(self.recipe.place(self.recipe.test)) if self.recipe.test else None
+
+    @functools.cached_property
+    def other_texts(self) -> dict[str, Texts]:
+        """Texts of other languages or domains, by the name that they were given by."""
+        return {name: read_texts(self.recipe.place(name)) for name in self.recipe.other_texts}

@@ -1,0 +1,1 @@
+"""`tmjax merge`, `align` and `fuse`."""

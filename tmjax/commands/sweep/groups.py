@@ -1,0 +1,44 @@
+"""Which settings share what: activations, then plans, then transported weights; the rest of a setting is numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tmjax.commands.sweep.grid import Setting, is_part, recipe_of
+from tmjax.recipes.merge import Recipe
+
+#: Keys that change nothing but the coefficients of a fusion (and `seed`, which draws the settings, not the merge).
+NUMBERS = frozenset({"alpha", "beta", "fusion.beta", "seed"})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings, by number, that differ in coefficients only, and the recipe they share."""
+
+    recipe: Recipe
+    members: tuple[int, ...]
+
+
+def make_groups(recipe: Recipe, settings: Sequence[Setting]) -> list[Group]:
+    """Groups such that what is dearest changes least often from one to the next: activations, alignment, transport."""
+    recipes: dict[tuple[str, ...], Recipe] = {}
+    members: dict[tuple[str, ...], list[int]] = {}
+    for number, setting in enumerate(settings):
+        shared = {key: value for key, value in setting.items() if key not in NUMBERS and not is_part(key)}
+        name = tuple(map(repr, shared.items()))
+        if name not in recipes:
+            recipes[name] = recipe_of(recipe, shared)
+        members.setdefault(name, []).append(number)
+    groups = [Group(recipes[name], tuple(numbers)) for name, numbers in members.items()]
+
+    def first(part: list[str]) -> int:
+        return seen.setdefault(str(part), len(seen))
+
+    seen: dict[str, int] = {}
+    keyed = []
+    for group in groups:
+        told = group.recipe.model_dump(mode="json")
+        activations = [told["dtype"], told["activations"], told["fusion"]["roles"]]
+        alignment = [*activations, told["alignment"]]
+        transport = [*alignment, {key: value for key, value in told["fusion"].items() if key != "mask_top_k"}]
+        keyed.append(tuple(first(part) for part in (activations, alignment, transport)))
+    return [group for _, group in sorted(zip(keyed, groups, strict=True), key=lambda item: item[0])]

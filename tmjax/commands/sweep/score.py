@@ -1,0 +1,167 @@
+"""Scoring of many coefficients at once: one compiled program fuses and scores a batch of settings.
+
+Settings are split over devices; each device takes its own one after the other (or a few at a time, where memory and
+hardware are made for it) and scores the packed texts chunk by chunk.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tmjax.checkpoints.model import Model
+from tmjax.evaluate.bits import Scores, windows
+from tmjax.evaluate.packing import LOGIT_NODES, pack, packed_nll
+from tmjax.models.packed import Packed
+from tmjax.sharding.hosts import to_host
+from tmjax.sharding.mesh import AXES, Layout
+from tmjax.text.documents import Texts
+from tmjax.text.tokenizer import TextTokenizer
+from tmjax.text.unknown import hidden_nats
+from tmjax.transfer.apply import Coefficients, Transported, fuse_params
+from tmjax.typing import Array, Params
+
+#: Nodes per chunk on a CPU, whose caches hold the activations of about so many.
+CPU_TOKENS = 1536
+#: Memory that settings scored at once by one accelerator may take, beyond the first.
+ACCELERATOR_BYTES = 2**32
+#: A batch is about this many floating-point operations per device: seconds, after which results are kept and shown.
+BATCH_OPERATIONS = 2e11
+MOST_AT_ONCE = 16
+
+
+class SettingsScorer:
+    """Texts packed and placed once, to be scored under many coefficients of one transport after the other.
+
+    Settings are split over the data axis of `layout`; its other axes split the parameters, as they do elsewhere.
+    `stored`: fused parameters are rounded to the target's dtypes first, as the written checkpoint is.
+    """
+
+    def __init__(
+        self,
+        target: Model,
+        tokenizer: TextTokenizer,
+        texts: Texts,
+        *,
+        most: int,
+        batch_tokens: int = 4096,
+        max_tokens: int | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        layout: Layout | None = None,
+        stored: bool = False,
+    ) -> None:
+        self.target, self.dtype, self.stored = target, dtype, stored
+        mesh = (layout or Layout()).mesh
+        if mesh is None:
+            mesh = Mesh(np.asarray(jax.local_devices()[:1]), AXES[:1], axis_types=(AxisType.Auto,))
+        self._mesh, self._axis = mesh, AXES[0]
+        self._cut = windows(target.spec, tokenizer, texts, max_tokens)
+        cpu = mesh.devices.flat[0].platform == "cpu"
+        tokens = min(batch_tokens, CPU_TOKENS) if cpu else batch_tokens
+        self._chunks = pack(target.spec, [ids for _, ids in self._cut.pieces], chunk_tokens=tokens)
+        self._placed = self._everywhere(self._chunks.packed)
+        self._params = {
+            path: value if getattr(value.sharding, "mesh", None) == mesh else self._everywhere(value)
+            for path, value in target.params.items()
+        }
+        self._at_once = 1 if cpu else self._settings_in_memory()
+        operations = 2 * target.size * self._chunks.packed.ids.size
+        #: Devices that settings are split over.
+        self.devices = mesh.shape[self._axis]
+        limit = min(MOST_AT_ONCE, max(self._at_once, 1, round(BATCH_OPERATIONS / operations)))
+        #: Settings per call. Smaller batches are filled up, so that there is one shape: the one that `most` fill best.
+        self.batch = self.devices * min(
+            range(-(-limit // 2), limit + 1),
+            key=lambda each: (-(-most // (each * self.devices)) * each, -each),
+        )
+        self._programs: dict[Any, Callable[..., Array]] = {}
+        self.compile_seconds = 0.0
+
+    def _settings_in_memory(self) -> int:
+        spec, nodes = self.target.spec, self._chunks.packed.ids.shape[-1]
+        size = 4 * (self.target.size + nodes * (3 * spec.mlp + 8 * spec.hidden) + 2 * LOGIT_NODES * spec.vocab)
+        return int(min(MOST_AT_ONCE, max(1, ACCELERATOR_BYTES // size)))
+
+    def _everywhere(self, tree: object) -> object:
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+    def place(self, transported: Mapping[str, Transported]) -> dict[str, Transported]:
+        """The transport on every device that scores."""
+        return self._everywhere(dict(transported))
+
+    def _program(self, bias_rule: str, arguments: tuple[Any, ...]) -> Callable[..., Array]:
+        leaves, structure = jax.tree.flatten(arguments)
+        shape = (bias_rule, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if shape not in self._programs:
+            started = time.perf_counter()
+            whole, split = PartitionSpec(), PartitionSpec(self._axis)
+            # Where parameters are split too (fsdp, tensor), those axes stay the compiler's.
+            program = jax.shard_map(
+                functools.partial(self._score, bias_rule=bias_rule),
+                mesh=self._mesh,
+                in_specs=(whole, whole, whole, split),
+                out_specs=split,
+                axis_names={self._axis},
+                check_vma=False,
+            )
+            self._programs[shape] = jax.jit(program).lower(*arguments).compile()
+            self.compile_seconds += time.perf_counter() - started
+        return self._programs[shape]
+
+    @property
+    def compilations(self) -> int:
+        """How many programs were compiled: one for every kind of transport (its roles, with or without biases)."""
+        return len(self._programs)
+
+    def _score(
+        self,
+        params: Params,
+        transported: Mapping[str, Transported],
+        packed: Packed,
+        pairs_sr2: Array,
+        *,
+        bias_rule: str,
+    ) -> Array:
+        """Sums [S, C, B] of the texts in all chunks under every setting."""
+
+        def one(pairs_r2: Array) -> Array:
+            pairs = {
+                role: (pairs_r2[number, 0], pairs_r2[number, 1]) for number, role in enumerate(sorted(transported))
+            }
+            fused = fuse_params(self.target.rows, params, transported, pairs, bias_rule=bias_rule)
+            if self.stored:
+                fused = {path: value.astype(params[path].dtype) for path, value in fused.items()}
+            return jax.lax.map(lambda chunk: packed_nll(self.target.spec, fused, chunk, self.dtype), packed)
+
+        return jax.lax.map(one, pairs_sr2, batch_size=self._at_once if self._at_once > 1 else None)
+
+    def __call__(
+        self, transported: Mapping[str, Transported], settings: Sequence[Coefficients], *, bias_rule: str
+    ) -> np.ndarray:
+        """Negative log-likelihood [S, D] in nats of every document under every setting, hidden bytes charged, float64.
+
+        `settings` are at most `batch`, each with the coefficients of every role of `transported` (see `place`).
+        """
+        told = np.asarray([[pairs[role] for role in sorted(transported)] for pairs in settings], np.float32)
+        filled = np.concatenate([told, np.repeat(told[-1:], self.batch - len(told), axis=0)])
+        placed = jax.device_put(filled, NamedSharding(self._mesh, PartitionSpec(self._axis)))
+        arguments = (self._params, transported, self._placed, placed)
+        sums = self._program(bias_rule, arguments)(*arguments)
+        values = self._chunks.sums(to_host(sums).astype(np.float64), len(self._cut.pieces))[: len(told)]
+        nll = np.zeros((len(told), len(self._cut.bytes)))
+        np.add.at(nll, (slice(None), [document for document, _ in self._cut.pieces]), values)
+        return nll + hidden_nats(self._cut.hidden.unknown)
+
+    def scores(self, nll: np.ndarray) -> Scores:
+        """Scores of one setting's `nll` [D]."""
+        return Scores(nll, self._cut.bytes, self._cut.tokens, self._cut.hidden)
+
+    def bits_per_byte(self, nll: np.ndarray) -> np.ndarray:
+        """Bits per byte [S] of `nll` [S, D]."""
+        return nll.sum(axis=-1) / math.log(2) / self._cut.bytes.sum()

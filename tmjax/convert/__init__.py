@@ -1,1 +1,0 @@
-"""Hugging Face, orbax and Flax, both ways, all derived from the ParamSpec tables."""

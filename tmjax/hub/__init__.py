@@ -1,1 +1,0 @@
-"""Files: checkpoints, tokenizers, texts, atomic writes. No model code."""

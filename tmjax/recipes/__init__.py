@@ -1,0 +1,1 @@
+"""Recipes: the settings of a run as frozen, checked objects."""

@@ -1,0 +1,81 @@
+"""Which files of a run directory are the run's own: those that its manifest names, and a few others."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tmjax.files.owned import RECORD, recorded, walk
+from tmjax.files.paths import PARTIAL
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
+#: Files that are no stage's output, by their names below the run.
+_BESIDE = re.compile(
+    rf"{MANIFEST}|{RECIPE}|adapter|results\.parquet|solvers\.html"
+    r"|plots/(arms|coefficients|coefficient_maps|heads|layer_plan|solvers|sweep|training)\.png"
+    r"|settings/[0-9a-f]{64}\.json"
+    r"|training/[^/]+/[^/]+/(log\.csv|log\.csv\.new|checkpoints/.+)"
+)
+#: Ends the names of outputs that are written for people, who may go on writing.
+EDITED = ".md"
+#: Runs of their own below a run.
+_NESTED = re.compile(r"merge|sources/[^/]+")
+
+
+def split(path: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of all files below a run directory: the run's own, and others."""
+    own, others = [], []
+    nested = {
+        name: told
+        for name in (place.relative_to(path).as_posix() for place in (path / "merge", *path.glob("sources/*")))
+        if _NESTED.fullmatch(name) and (told := _manifest(path / name)) is not None
+    }
+    below = {name: set(split(path / name, told)[0]) for name, told in nested.items()}
+    held = listed(path, manifest)
+    records = {"adapter": set(recorded(path / "adapter")) | {RECORD}}
+    for name in walk(path):
+        inside = next((top for top in (*below, *records) if name.startswith(f"{top}/")), None)
+        nested_own = inside is not None and name.removeprefix(f"{inside}/") in (below | records)[inside]
+        (own if nested_own or is_own(name, held) else others).append(name)
+    return own, sorted(others)
+
+
+def is_own(name: str, listed: set[str]) -> bool:
+    """Whether a file below a run is one of these, or written beside them, or a part of what was being written."""
+    if name in listed or _BESIDE.fullmatch(name):
+        return True
+    final = partial_of(name)
+    return final is not None and (final in listed or _BESIDE.fullmatch(final) is not None)
+
+
+def partial_of(name: str) -> str | None:
+    """The output as whose unfinished form a file below a run is there, or lies in it; None if it is not."""
+    parts = name.split("/")
+    at = next((number for number, part in enumerate(parts) if part.endswith(PARTIAL)), None)
+    return None if at is None else "/".join([*parts[:at], parts[at].removesuffix(PARTIAL)])
+
+
+def listed(path: Path, manifest: Mapping[str, Any]) -> set[str]:
+    """Files that the stages of a run have written, and what was being written when it ended.
+
+    A text for people that has another size now is its user's.
+    """
+    written = [pair for entry in manifest.get("outputs", {}).values() for pair in entry["files"].items()]
+    names = {name for name, size in written if not (name.endswith(EDITED) and is_edited(path / name, size))}
+    unfinished = manifest.get("unfinished")
+    return names if not unfinished else names | {unfinished["output"], *unfinished["files"]}
+
+
+def is_edited(file: Path, size: int) -> bool:
+    """Whether a file is there in another size."""
+    return file.is_file() and file.stat().st_size != size
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        told = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) and "tmjax" in told and "stages" in told else None

@@ -1,1 +1,0 @@
-"""Grids of settings and comparison of solvers."""

@@ -1,0 +1,192 @@
+"""How a source's next tokens read as a target's: two vocabularies over the same bytes.
+
+A text that goes on with the bytes S has as its next target token the longest one that S begins with (which is what
+byte-pair encoding picks nearly always). While S could still become a longer token it is open, and only further source
+tokens tell.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from tmjax.errors import InputError
+from tmjax.text.reading import BEFORE, WITHIN, Reading, read
+from tmjax.text.tokenizer import Encoding, TextTokenizer
+
+#: Bytes of the tables that are kept: one for each string, 5 bytes for each token of the source.
+_TABLE_BYTES = 2**26
+#: Share of the common places at which two tokenizers may read other text than each other.
+DIFFERING = 0.02
+#: A pair that shares a lower part of the target's positions is warned of.
+FEW = 0.3
+NONE_SHARED = (
+    "no position of the texts is a token's beginning for both tokenizers; these two models cannot be distilled"
+)
+
+
+class Readings(NamedTuple):
+    """What each source token, written after some bytes, makes of them.
+
+    `token` [source vocab] int32: the target token that the whole begins with, -1 if none does; `is_open` [source vocab]
+    bool: whether the whole is the beginning of a longer one.
+    """
+
+    token: np.ndarray
+    is_open: np.ndarray
+
+
+def _after(prefix: bytes) -> bytes | None:
+    """The least byte string above all that begin with `prefix`; None if there is none."""
+    cut = prefix.rstrip(b"\xff")
+    return cut[:-1] + bytes([cut[-1] + 1]) if cut else None
+
+
+class Crossing:
+    """From the next tokens of a source to those of a target."""
+
+    def __init__(self, target: TextTokenizer, source: TextTokenizer) -> None:
+        self.target, self.source = target, source
+        rows = target.size if target.rows is None else target.rows
+        self._tokens = {piece: number for piece, number in target.vocabulary.written().items() if number < rows}
+        self._sorted = sorted(self._tokens)
+        # Several source tokens may have the same bytes.
+        self._pieces = source.vocabulary.text
+        order = sorted((piece, number) for number, piece in self._pieces.items() if piece)
+        self._order = [piece for piece, _ in order]
+        self._numbers = np.asarray([number for _, number in order])
+        # A source may give probability to rows that are no tokens.
+        self._size = max(source.size, source.rows or 0)
+        self._longest = max(map(len, self._tokens))
+        self.readings = lru_cache(max(16, _TABLE_BYTES // (5 * self._size)))(self._readings)
+
+    def piece(self, source_token: int) -> bytes:
+        """The bytes of a source token."""
+        return self._pieces[source_token]
+
+    def token_of(self, text: bytes) -> int:
+        """The longest target token that `text` begins with, or -1."""
+        lengths = range(min(len(text), self._longest), 0, -1)
+        return next((self._tokens[text[:n]] for n in lengths if text[:n] in self._tokens), -1)
+
+    def _within(self, pieces: Sequence[bytes], prefix: bytes) -> slice:
+        after = _after(prefix)
+        return slice(bisect_left(pieces, prefix), len(pieces) if after is None else bisect_left(pieces, after))
+
+    def _readings(self, held: bytes) -> Readings:
+        """What every source token makes of `held`, bytes that are open (none at the start)."""
+        here = self.token_of(held)
+        token, is_open = np.full(self._size, -1, np.int32), np.zeros(self._size, bool)
+        token[self._numbers] = here
+        token[self.source.suffix] = here if held else self.target.suffix
+        longer = [piece for piece in self._sorted[self._within(self._sorted, held)] if len(piece) > len(held)]
+        for piece in sorted(longer, key=len):
+            rest = piece[len(held) :]
+            token[self._numbers[self._within(self._order, rest)]] = self._tokens[piece]
+            for length in range(1, len(rest)):
+                for number in self.source.vocabulary.ids.get(rest[:length], ()):
+                    is_open[number] = True
+        return Readings(token, is_open)
+
+    def shared_positions(self, target: Reading, source: Reading) -> np.ndarray:
+        """Pairs (target, source) [n, 2] of positions in a text, prefix included, that both go on from alike.
+
+        Where a text was cut for one of them, pairs go as far as both. There is no pair where one of them has a special
+        token next, or text that it changed.
+        """
+        pairs, alike, _ = self._compared(target, source)
+        return pairs[alike]
+
+    def _compared(self, target: Reading, source: Reading) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pairs of positions at the same place of the text [n, 2], whether both go on with the same bytes [n], and
+        whether with different ones [n]; neither where a special token is next."""
+        places, first, second = np.intersect1d(target.starts, source.starts, return_indices=True)
+        kept = places != WITHIN
+        pairs = np.stack([first[kept], second[kept]], axis=1).astype(np.int32)
+        alike, different = np.ones(len(pairs), bool), np.zeros(len(pairs), bool)
+        if target.exact and source.exact and None not in target.strings and None not in source.strings:
+            return pairs, alike, different
+        both = target.strings, source.strings
+        whole = [b"".join(piece or b"" for piece in strings) for strings in both]
+        begin = [np.cumsum([0, *(len(piece or b"") for piece in strings)]) for strings in both]
+        for number, pair in enumerate(pairs.tolist()):
+            ended = [at == len(strings) for at, strings in zip(pair, both, strict=True)]
+            if any(ended):
+                alike[number], different[number] = all(ended), not all(ended)
+                continue
+            following = [strings[at] for at, strings in zip(pair, both, strict=True)]
+            if None in following:
+                alike[number] = False
+                continue
+            size = max(map(len, following)) if all(following) else 0
+            shown = [text[starts[at] :][:size] for at, text, starts in zip(pair, whole, begin, strict=True)]
+            alike[number] = size > 0 and shown[0] == shown[1]
+            different[number] = not alike[number]
+        return pairs, alike, different
+
+    def read(self, texts: Sequence[str]) -> tuple[list[list[Encoding]], list[list[Reading]]]:
+        """Encodings and readings of texts, by the target and by the source."""
+        both = self.target, self.source
+        encodings = [tokenizer.encode(texts) for tokenizer in both]
+        readings = [
+            [read(text, encoding, tokenizer) for text, encoding in zip(texts, held, strict=True)]
+            for held, tokenizer in zip(encodings, both, strict=True)
+        ]
+        return encodings, readings
+
+    def differing(self, texts: Sequence[str], readings: Sequence[Sequence[Reading]]) -> tuple[float, str]:
+        """Share of the places where both begin a token at which they go on with different bytes; the first such one."""
+        places, differing, shown = 0, 0, ""
+        for text, target, source in zip(texts, *readings, strict=True):
+            pairs, _, different = self._compared(target, source)
+            places, differing = places + len(pairs), differing + int(different.sum())
+            if different.any() and not shown:
+                shown = self._shown(text, target, source, pairs[different][0].tolist())
+        return differing / max(places, 1), shown
+
+    def _shown(self, text: str, target: Reading, source: Reading, pair: Sequence[int]) -> str:
+        """Which of two tokenizers changes a text at a pair of positions, and how."""
+        place = int(target.starts[pair[0]])
+        given = b" " + text.encode() if place == BEFORE else text.encode()[place:]
+        held = [reading.strings[at : at + 1] for reading, at in zip((target, source), pair, strict=True)]
+        pieces = [item[0] if item else b"" for item in held]
+        changes = [not piece or not given.startswith(piece) for piece in pieces]
+        which = changes.index(True) if True in changes else 1
+        piece, name = pieces[which], (self.target, self.source)[which].name
+        reads = repr(piece.decode(errors="replace")) if piece else "an unknown token or nothing"
+        there = repr(given[: max(len(piece), 12)].decode(errors="ignore"))
+        return f"the tokenizer of {name} reads {reads} where the text has {there}"
+
+
+def require_shared(
+    target: TextTokenizer, source: TextTokenizer, texts: Sequence[str], *, otherwise: str
+) -> tuple[int, int]:
+    """The target's positions in texts that the source shares, and all of them.
+
+    Raises InputError, with `otherwise` as what to do, if the source's next tokens cannot be read as the target's: if
+    the two read other texts or share no position.
+    """
+    crossing = Crossing(target, source)
+    encodings, readings = crossing.read(texts)
+    share, shown = crossing.differing(texts, readings)
+    if share > DIFFERING:
+        raise InputError(
+            f"at {share:.0%} of the places where both begin a token {shown}; the source's probabilities cannot be read "
+            f"as the target's; {otherwise}"
+        )
+    shared = sum(len(crossing.shared_positions(*both)) for both in zip(*readings, strict=True))
+    if not shared:
+        raise InputError(f"{NONE_SHARED}; {otherwise}")
+    return shared, sum(len(encoding.ids) + 1 for encoding in encodings[0])
+
+
+def few_shared(positions: float, of: float) -> str | None:
+    """A warning where the source says something at few of the target's positions."""
+    if positions >= FEW * of:
+        return None
+    return (
+        f"only {positions:,} of the target's {of:,} positions ({positions / of:.1%}) are a token's beginning for both "
+        "tokenizers: the source is heard at few places"
+    )

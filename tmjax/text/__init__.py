@@ -1,0 +1,1 @@
+"""Texts and tokenizers: documents, vocabularies as bytes, spans paired between two tokenizers."""

@@ -1,0 +1,259 @@
+"""The training loop: steps, validation with selection and early stop, checkpoints, and what to do about a NaN."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmjax.errors import InputError, NonFiniteError
+from tmjax.models.spec import DecoderSpec
+from tmjax.sharding.hosts import to_host
+from tmjax.sharding.mesh import Layout
+from tmjax.train.data import Batch, Batches
+from tmjax.train.modes import Frozen, Mode, Plain
+from tmjax.train.step import Losses, Objective, State, TrainConfig, Weights, fold, learning_rate, start, step
+from tmjax.typing import Array, Params
+
+__all__ = ["Facts", "Progress", "Selection", "TrainConfig", "TrainResult", "Trainer", "train"]
+
+
+class Facts(NamedTuple):
+    """What is told of a step: losses before its update (`text` in nats per token), validation loss after it (or None).
+
+    `tokens` are those predicted and `seconds` the time since training (re)started.
+    """
+
+    step: int
+    loss: float
+    text: float
+    guide: float
+    taught: float
+    norm: float
+    lr: float
+    tokens: int
+    seconds: float
+    valid: float | None = None
+
+
+#: Told the facts of every step done.
+Progress = Callable[[Facts], None]
+
+
+@dataclass
+class Selection:
+    """The best validation loss so far, the trained arrays that gave it (on the host) and the steps before them."""
+
+    loss: float = float("inf")
+    step: int = 0
+    worse: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+    trained: dict[str, np.ndarray] | None = None
+
+    def see(self, count: int, loss: float, trained: dict[str, Array]) -> None:
+        """Takes the loss after `count` steps into account."""
+        self.history.append((count, loss))
+        if loss < self.loss:
+            self.loss, self.step, self.worse = loss, count, 0
+            self.trained = {path: np.array(value) for path, value in to_host(trained).items()}
+        else:
+            self.worse += 1
+
+
+class Keeper(Protocol):
+    """Where states are kept (see `adapt.checkpoints`)."""
+
+    def latest(self, like: State) -> tuple[int, State, Selection] | None:
+        """Steps, state and selection of the newest checkpoint; None if there is none."""
+
+    def save(self, count: int, state: State, selection: Selection) -> None:
+        """Keeps a state; need not wait until it is written."""
+
+    def wait(self) -> None:
+        """Waits until everything is written."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Parameters of the model (the best on validation text, else the last), losses of the steps made in this process.
+
+    `trained` are the arrays that were trained, of the same step.
+    """
+
+    params: dict[str, Array]
+    trained: dict[str, Array]
+    losses: np.ndarray
+    steps: int
+    selection: Selection | None
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How training goes on beside its steps.
+
+    `validate` gives the loss of a model's parameters on validation text: before the first step, every `validate_every`
+    steps and after the last; the best parameters are the result, and `patience` such losses in a row without a better
+    one end the training. `keeper` holds checkpoints, one every `keep_every` steps and at the end, from the newest of
+    which training goes on: all later numbers are those of a training that was not interrupted.
+    """
+
+    objective: Objective
+    layout: Layout = field(default_factory=Layout)
+    validate: Callable[[Params], float] | None = None
+    validate_every: int = 50
+    patience: int | None = None
+    keeper: Keeper | None = None
+    keep_every: int = 100
+    progress: Progress | None = None
+
+    def run(self, trained: Params, frozen: Frozen, data: Iterable[Batch]) -> TrainResult:
+        """Trains `trained` (float32, already in place; donated) for `config.steps` steps.
+
+        Raises InputError if `data` ends early or is only an iterator though there is a checkpoint to go on from, and
+        NonFiniteError, after keeping the last good state, if a loss or gradient stops being a number.
+        """
+        config = self.objective.config
+        state, selection, done = start(self.objective, dict(trained)), Selection(), 0
+        held = self.keeper.latest(state) if self.keeper else None
+        if held is not None:
+            done, state, selection = held
+        elif self.validate is not None:
+            selection.see(0, self.validate(fold(self.objective.mode, state.trained, frozen)), state.trained)
+        facts = _Reporter(config, self.progress, done)
+        batches = self._batches(data, done)
+        stopped = self._exhausted(selection)
+        while done < config.steps and not stopped:
+            group = list(itertools.islice(batches, config.accumulate))
+            if len(group) < config.accumulate:
+                raise InputError(f"the training data ended after {done} of {config.steps} steps")
+            tokens = sum(int(np.count_nonzero(batch.mask_bt)) for batch in group)
+            placed = [self._place(batch) for batch in group]
+            state, losses = step(self.objective, state, frozen, placed, facts.rates[done], Weights.at(config, done))
+            done += 1
+            measured = None
+            if self.validate is not None and (done % self.validate_every == 0 or done == config.steps):
+                self._require_healthy(state, facts, losses, done, selection)
+                measured = self.validate(fold(self.objective.mode, state.trained, frozen))
+                selection.see(done, measured, state.trained)
+                stopped = self._exhausted(selection)
+            bad = facts.add(done, losses, tokens, measured)
+            if bad or done == config.steps:
+                self._require_healthy(state, facts, losses, done, selection)
+            if self.keeper and (done % self.keep_every == 0 or done == config.steps or stopped):
+                self._require_healthy(state, facts, losses, done, selection)
+                self.keeper.save(done, state, selection)
+        facts.flush()
+        if self.keeper:
+            self.keeper.wait()
+        best = state.trained
+        if selection.trained is not None:
+            best = {path: jax.device_put(x, state.trained[path].sharding) for path, x in selection.trained.items()}
+        folded = fold(self.objective.mode, best, frozen)
+        losses = np.asarray([fact.loss for fact in facts.all])
+        return TrainResult(folded, best, losses, done, selection if self.validate else None, stopped)
+
+    def _batches(self, data: Iterable[Batch], done: int) -> Iterator[Batch]:
+        skipped = done * self.objective.config.accumulate
+        if isinstance(data, Batches):
+            return data.after(skipped)
+        return itertools.islice(iter(data), skipped, None)
+
+    def _exhausted(self, selection: Selection) -> bool:
+        return self.patience is not None and selection.worse >= self.patience
+
+    def _place(self, batch: Batch) -> Batch:
+        guide = batch.guide
+        if guide is not None and self.layout.mesh is not None:
+            source = self.layout.place_batch(np.moveaxis(np.asarray(guide.source_lbrk), 1, 0))
+            rest = (self.layout.place_batch(np.asarray(x)) for x in (guide.position_br, guide.mask_br))
+            guide = type(guide)(*rest, jnp.moveaxis(source, 0, 1))
+        parts = (batch.ids_bt, batch.targets_bt, batch.mask_bt)
+        teaching = batch.teaching
+        if teaching is not None:
+            teaching = type(teaching)(*(self.layout.place_batch(np.asarray(part)) for part in teaching))
+        return Batch(*(self.layout.place_batch(np.asarray(part)) for part in parts), guide, teaching)
+
+    def _require_healthy(
+        self, state: State, facts: "_Reporter", losses: Losses, done: int, selection: Selection
+    ) -> None:
+        if bool(state.healthy):
+            return
+        facts.flush()
+        last = next((i for i, fact in enumerate(facts.all) if not np.isfinite([fact.loss, fact.norm]).all()), None)
+        if last is not None:
+            done, loss, norm = facts.all[last].step, facts.all[last].loss, facts.all[last].norm
+        else:
+            loss, norm = _total(self.objective.config, done, losses), float(losses.norm)
+        kept = ""
+        if self.keeper:
+            good = state._replace(healthy=jnp.ones_like(state.healthy))
+            self.keeper.save(done - 1, good, selection)
+            self.keeper.wait()
+            kept = f"; the state after step {done - 1} is kept"
+        what = f"the loss became {loss}" if not np.isfinite(loss) else f"the gradient's norm became {norm}"
+        raise NonFiniteError(f"{what} at step {done}{kept}; lower the learning rate")
+
+
+def _total(config: TrainConfig, count: int, losses: Losses) -> float:
+    """What step `count` minimised."""
+    weights = Weights.at(config, count - 1)
+    return float(losses.text + weights.guide * losses.guide + weights.taught * losses.taught)
+
+
+class _Reporter:
+    """Reads losses one step late, so that the host prepares a batch while the device computes."""
+
+    def __init__(self, config: TrainConfig, progress: Progress | None, done: int) -> None:
+        self.config, self.progress, self.all = config, progress, []
+        self.rates = np.asarray(learning_rate(config)(jnp.arange(config.steps)))
+        self._begin, self._tokens = time.perf_counter(), 0
+        self._waiting: tuple[int, Losses, int, float | None] | None = None
+
+    def add(self, count: int, losses: Losses, tokens: int, measured: float | None) -> bool:
+        """Takes a step's losses; returns whether those of the one before are no numbers."""
+        bad = self.flush()
+        self._tokens += tokens
+        self._waiting = (count, losses, self._tokens, measured)
+        return bad or (measured is not None and self.flush())
+
+    def flush(self) -> bool:
+        """Reports what waits; returns whether it is no number."""
+        if self._waiting is None:
+            return False
+        count, losses, tokens, measured = self._waiting
+        self._waiting = None
+        seconds = time.perf_counter() - self._begin
+        loss = _total(self.config, count, losses)
+        fact = Facts(count, loss, *(float(x) for x in losses), float(self.rates[count - 1]), tokens, seconds, measured)
+        self.all.append(fact)
+        if self.progress is not None:
+            self.progress(fact)
+        return not np.isfinite([loss, fact.norm]).all()
+
+
+def train(
+    spec: DecoderSpec,
+    params: Params,
+    data: Iterable[Batch],
+    config: TrainConfig,
+    *,
+    mode: Mode | None = None,
+    frozen: Frozen | None = None,
+    progress: Progress | None = None,
+    layout: Layout | None = None,
+    **options: object,
+) -> TrainResult:
+    """Trains a float32 copy of `params` for `config.steps` steps of `data`; `options` are those of `Trainer`.
+
+    With a `mode`, `params` are the arrays that it trains beside the `frozen` ones. The result depends only on the
+    arguments: the same ones give the same bits on the same machine. Raises what `Trainer.run` does.
+    """
+    layout = layout or Layout()
+    trained = {path: jnp.array(value, jnp.float32, copy=True) for path, value in params.items()}
+    objective = Objective(spec, config, mode or Plain(), layout.mesh)
+    return Trainer(objective, layout, progress=progress, **options).run(trained, frozen or {}, data)

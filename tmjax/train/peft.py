@@ -1,0 +1,88 @@
+"""LoRA matrices as a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`, names from the family tables.
+
+Where several of our projections lie in one tensor on disk (fused q, k, v), the adapter of that module holds their A
+matrices below each other and their B matrices side by side, each in the rows of its own part: the same product, of the
+rank of all parts together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmjax.checkpoints.formats.writer import TensorMeta, write_tensors
+from tmjax.files.atomic import write_json
+from tmjax.models.spec import DecoderSpec, ParamSpec
+from tmjax.sharding.hosts import to_host
+from tmjax.train.modes import Lora
+from tmjax.typing import Params
+
+_PREFIX = "base_model.model."
+
+
+def write_adapter(
+    mode: Lora, spec: DecoderSpec, rows: tuple[ParamSpec, ...], trained: Params, directory: Path, *, base: str
+) -> None:
+    """Writes the adapter into an existing directory; `base` is the name of the model that it belongs to."""
+    modules: dict[str, list[ParamSpec]] = {}
+    for row in rows:
+        if row.path in mode.paths:
+            modules.setdefault(row.hf, []).append(row)
+    tensors: dict[str, np.ndarray] = {}
+    pattern = {}
+    for hf, parts in modules.items():
+        held = [
+            tuple(np.asarray(x) for x in to_host([trained[f"lora_{side}.{row.path}"] for side in "ab"]))
+            for row in parts
+        ]
+        rank = mode.rank * len(parts)
+        for layer in range(spec.layers):
+            name = hf.format(layer=layer).removesuffix(".weight")
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.concatenate([a[layer] for a, _ in held])
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = _placed(parts, spec, [b[layer] for _, b in held])
+        if len(parts) > 1:
+            pattern[_module(hf)] = rank
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "bias": "none",
+        "r": mode.rank,
+        "lora_alpha": mode.alpha,
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": any(
+            row.part is not None and row.part.transposed for part in modules.values() for row in part
+        ),
+        "target_modules": [_module(hf) for hf in modules],
+        # The factor alpha / rank stays that of one part.
+        "rank_pattern": pattern,
+        "alpha_pattern": {name: mode.alpha * rank / mode.rank for name, rank in pattern.items()},
+    }
+    write_json(directory / "adapter_config.json", config)
+    metas = [TensorMeta(name, np.dtype(np.float32), value.shape) for name, value in tensors.items()]
+    write_tensors(directory, metas, lambda name: np.asarray(tensors[name], np.float32), max_shard_size="1000GB")
+    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+
+
+def _module(hf: str) -> str:
+    """What follows the layer's number in a weight's name: the modules of all layers end in it."""
+    return hf.split("{layer}.")[1].removesuffix(".weight")
+
+
+def _placed(parts: list[ParamSpec], spec: DecoderSpec, values: list[np.ndarray]) -> np.ndarray:
+    """B of a module [rows on disk, rank]: each part's [out, rank] in its own rows and its own columns."""
+    ranks: Mapping[int, int] = {i: value.shape[1] for i, value in enumerate(values)}
+    if parts[0].part is None:
+        return values[0]
+    total = replace(parts[0].part, transposed=False).disk_shape((parts[0].shape(spec)[0], sum(ranks.values())))
+    result = np.zeros(total, np.float32)
+    start = 0
+    for row, value in zip(parts, values, strict=True):
+        columns = result[:, start : start + value.shape[1]]
+        view = replace(row.part, transposed=False).view(columns, value.shape)
+        view[...] = value.reshape(view.shape)
+        start += value.shape[1]
+    return result

@@ -1,0 +1,1 @@
+"""Transfer operators: from an alignment and a source to new target parameters, and the table of changes."""

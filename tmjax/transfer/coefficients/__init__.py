@@ -1,0 +1,1 @@
+"""Choosing alpha and beta of transported tensors on validation text."""

@@ -1,0 +1,1 @@
+"""Transfer operators, one per file."""
