@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jax.sharding import Mesh
@@ -39,6 +39,8 @@ class Alignment:
     """Everything `fuse` needs once the activations are gone.
 
     `plans` by plan site; statistics by site; `layer_plans` by role. `centred` says whether means are subtracted.
+    `source_order` [L, M, k] by plan site is the order in which the plans' columns take the source's units, where that
+    is not the units' own.
     """
 
     centred: bool
@@ -48,6 +50,7 @@ class Alignment:
     source: Mapping[str, Statistics]
     layer_plans: Mapping[str, LayerPlan]
     layer_certificates: Mapping[str, float]
+    source_order: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def certificates(self) -> dict[str, dict[str, float | int | str | None]]:
         """Per plan site: problems solved, how many converged, largest L1 marginal error (None for maps), iterations."""

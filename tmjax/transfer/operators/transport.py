@@ -24,57 +24,6 @@ from tmjax.typing import Array, ArrayLike, pytree_dataclass
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-@pytree_dataclass
-@dataclass(frozen=True)
-class Side:
-    """What the transport knows of one side (input or output) of a projection.
-
-    Means and scales [layer, unit] of target and source; `permutation` [L, M, k] of the source units, the identity but
-    for the control `permuted_plan`.
-    """
-
-    plans: SitePlans
-    mean: ArrayLike
-    scale: ArrayLike
-    source_mean: ArrayLike
-    source_scale: ArrayLike
-    permutation: ArrayLike | None = None
-
-
-def side(alignment: Alignment, site: str, permutation: np.ndarray | None = None) -> Side:
-    """The side of a projection that lies at `site`.
-
-    Plans between real units need no scales; and queries and keys keep no means: what the logits see is q and k whole.
-    """
-    target, source = alignment.target[site], alignment.source[site]
-    plans, centred = alignment.plans[plan_site(site)], alignment.centred
-    means = [both.centre(centred and not (plans.real_units and site in ("q", "k"))) for both in (target, source)]
-    scales = [both.scale(centred) for both in (target, source)]
-    if plans.real_units:
-        scales = [scale * 0 + 1 for scale in scales]
-    return Side(plans, means[0], scales[0], means[1], scales[1], permutation)
-
-
-def _inverse(x: Array) -> Array:
-    """1 / x, 0 for dead units."""
-    return jnp.where(x > 0, 1.0 / jnp.where(x > 0, x, 1.0), 0.0)
-
-
-def _scales(end: Side, layer: Array, source: Array) -> tuple[Plan, Array, Array, Array, Array]:
-    """The plan of a pair of layers; what M multiplies rows of Q by [n] and its columns [k]; the same of N, Q^T."""
-    plan, weight_target, weight_source = end.plans.pair(layer, source)
-    s, s_source = jnp.asarray(end.scale)[layer], jnp.asarray(end.source_scale)[source]
-    weight_target = s.shape[0] if weight_target is None else weight_target
-    weight_source = s_source.shape[0] if weight_source is None else weight_source
-    return plan, s * weight_target, _inverse(s_source), s_source * weight_source, _inverse(s)
-
-
-def _permuted(x: Array, end: Side, layer: Array, source: Array, axis: int) -> Array:
-    if end.permutation is None:
-        return x
-    return jnp.take(x, jnp.asarray(end.permutation)[layer, source], axis=axis)
-
-
 @functools.partial(jax.jit, static_argnames=("kind", "sharding"))
 def transport(
     into: Side,
@@ -93,20 +42,20 @@ def transport(
     """
 
     def pair(layer: Array, source: Array) -> tuple[Array, Array]:
-        w = _permuted(w_moi[source].astype(jnp.float32), out, layer, source, 0)
-        w = _permuted(w, into, layer, source, 1)
-        b = _permuted(b_mo[source].astype(jnp.float32), out, layer, source, 0)
-        q_out, m_rows, m_columns, _, _ = _scales(out, layer, source)
-        q_in, _, _, n_rows, n_columns = _scales(into, layer, source)
+        w = reordered(w_moi[source].astype(jnp.float32), out, layer, source, 0)
+        w = reordered(w, into, layer, source, 1)
+        b = reordered(b_mo[source].astype(jnp.float32), out, layer, source, 0)
+        q_out, m_rows, m_columns, _, _ = scaled_plan(out, layer, source)
+        q_in, _, _, n_rows, n_columns = scaled_plan(into, layer, source)
         if kind == "paper":
             moved = q_in.apply(w.T).T
             both = q_out.apply(jnp.concatenate([moved, b[:, None]], axis=1))
             return both[:, :-1], both[:, -1]
         # W N = (N^T W^T)^T with N^T = diag(1/s) Q diag(1/b) diag(s').
         moved = (n_columns[:, None] * q_in.reversed().apply(n_rows[:, None] * w.T)).T
-        source_in = _permuted(jnp.asarray(into.source_mean)[source], into, layer, source, 0)
-        source_out = _permuted(jnp.asarray(out.source_mean)[source], out, layer, source, 0)
-        inner = b - source_out + _dot(w, source_in) - _dot(moved, jnp.asarray(into.mean)[layer])
+        source_in = reordered(jnp.asarray(into.source_mean)[source], into, layer, source, 0)
+        source_out = reordered(jnp.asarray(out.source_mean)[source], out, layer, source, 0)
+        inner = b - source_out + dot(w, source_in) - dot(moved, jnp.asarray(into.mean)[layer])
         both = m_rows[:, None] * q_out.apply(m_columns[:, None] * jnp.concatenate([moved, inner[:, None]], axis=1))
         return both[:, :-1], jnp.asarray(out.mean)[layer] + both[:, -1]
 
@@ -125,14 +74,6 @@ def transport(
 
     weight, bias = jax.lax.map(target_layer, jnp.arange(weights_lm.shape[0]))
     return weight if sharding is None else jax.lax.with_sharding_constraint(weight, sharding), bias
-
-
-def mapped_outputs(end: Side, layer: int, source_layer: int, y_rk: Array) -> Array:
-    """M (y - mean) [N, n] for the source's activations y [N, k] of a site: what they mean in the target's units."""
-    _, rows, columns, _, _ = _scales(end, layer, source_layer)
-    plan = end.plans.pair(layer, source_layer)[0]
-    y = _permuted(y_rk - jnp.asarray(jnp.mean(y_rk, axis=0)), end, layer, source_layer, 1)
-    return (rows[:, None] * plan.apply(columns[:, None] * y.T)).T
 
 
 def transport_projection(

@@ -1,0 +1,70 @@
+"""The source as an arm of a merge sees it: everything that an operator may know of the source, and nothing else."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+
+from tmjax.activations.store import Activations
+from tmjax.align.alignment import Alignment
+from tmjax.checkpoints.model import Model
+from tmjax.errors import InputError
+from tmjax.teacher.probabilities import TeacherProbabilities
+from tmjax.text.token_map import TokenMap
+
+#: From a number of rows to the order in which they are taken.
+RowOrder = Callable[[int], np.ndarray]
+
+
+class PairedActivations(NamedTuple):
+    """Activations of both models at the same rows."""
+
+    target: Activations
+    source: Activations
+
+
+class TeacherData(NamedTuple):
+    """Texts as the target reads them, and the source's probabilities of its tokens.
+
+    `documents` are token ids; the first `given` of them are calibration texts, the others generated. `probabilities`
+    is None where the source has no say.
+    """
+
+    documents: tuple[list[int], ...]
+    given: int
+    probabilities: TeacherProbabilities | None
+
+
+def _missing(name: str) -> NoReturn:
+    raise InputError(f"an operator of this merge needs the {name} of the source, which was not given")
+
+
+@dataclass(frozen=True)
+class SourceView:
+    """All that an arm of a merge may know of the source.
+
+    Everything but the model is made when first asked for, so that an operator list which does not need it costs
+    nothing. A control is a function from view to view (`transfer.controls`); operators do not see which arm they serve.
+
+    Attributes:
+        model: Architecture and parameters.
+        alignment: Makes the alignment with the target.
+        activations: Makes the activations of both models at paired rows.
+        token_map: Makes the map between the two vocabularies.
+        teacher: Makes texts and the source's probabilities of the target's tokens.
+        contribution: Factor on everything that operators compute from the source.
+        reordered: Makes the view whose rows are taken in another order before they are aligned.
+        reinitialised: Makes the view of the same architecture with fresh random weights, from a seed and a name for
+            what is made from them.
+    """
+
+    model: Model
+    alignment: Callable[[], Alignment] = functools.partial(_missing, "alignment")
+    activations: Callable[[], PairedActivations] = functools.partial(_missing, "activations")
+    token_map: Callable[[], TokenMap] = functools.partial(_missing, "token map")
+    teacher: Callable[[], TeacherData] = functools.partial(_missing, "teacher data")
+    contribution: float = 1.0
+    reordered: Callable[[RowOrder, str], "SourceView"] = lambda order, name: _missing("rows")
+    reinitialised: Callable[[int, str], "SourceView"] = lambda seed, name: _missing("architecture")
