@@ -23,7 +23,8 @@ from tmjax.models.families import FAMILIES
 from tmjax.models.sites import SITES
 from tmjax.models.spec import biases, projections
 from tmjax.ot import blocks, make_solver
-from tmjax.recipes.merge import ALL_ROLES, AlignmentOptions, FusionOptions
+from tmjax.recipes.base import ALL_ROLES
+from tmjax.recipes.merge import AlignmentOptions, FusionOptions
 from tmjax.transfer.apply import fuse_params, transport_model, without_source
 from tmjax.transfer.coefficients.grid import candidates, fit, fixed
 from tmjax.transfer.controls import derangement, plan_permutations

@@ -21,7 +21,8 @@ from tmjax.files import atomic
 from tmjax.files.atomic import atomic_directory
 from tmjax.files.lock import OutputLock, command, lock_files
 from tmjax.files.owned import RECORD
-from tmjax.recipes.merge import Recipe, build_recipe, dump_recipe, read_recipe
+from tmjax.recipes.base import dump_recipe, read_recipe
+from tmjax.recipes.merge import Recipe, build_recipe
 from tmjax.runs.directory import RunDirectory, read_manifest, sha256_checkpoint
 from tools.make_checkpoint import make_checkpoint
 

@@ -16,7 +16,8 @@ from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
 from tmjax.models.decoder import forward
 from tmjax.recipes.adapt import build_adapt_recipe
-from tmjax.recipes.merge import build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
+from tmjax.recipes.merge import build_recipe
 from tmjax.text.tokenizer import load_tokenizer
 from tools import smollm2
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tmjax.commands.sweep.grid import Range, coefficients_of, make_settings, parse_axes, parse_axis, recipe_of
 from tmjax.commands.sweep.groups import make_groups
 from tmjax.errors import InputError
-from tmjax.recipes.merge import ALL_ROLES, build_recipe
+from tmjax.recipes.base import ALL_ROLES
+from tmjax.recipes.merge import build_recipe
 
 RECIPE = build_recipe({"source": "s", "target": "t", "texts": "x", "valid": "v", "out": "o", "alpha": 0.1})
 NO_ALPHA = RECIPE.model_copy(update={"alpha": None})

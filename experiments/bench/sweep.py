@@ -31,7 +31,8 @@ def main(
     jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
     from tmjax.commands.merge.run import Merge
     from tmjax.commands.sweep.score import SettingsScorer
-    from tmjax.recipes.merge import build_recipe, read_recipe
+    from tmjax.recipes.base import read_recipe
+    from tmjax.recipes.merge import build_recipe
     from tmjax.sharding.mesh import Layout
     from tmjax.transfer.apply import fuse_params, transport_model
 

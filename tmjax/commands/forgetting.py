@@ -8,7 +8,7 @@ import numpy as np
 
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.bootstrap import percentile_interval, resample
-from tmjax.recipes.merge import EvaluationOptions
+from tmjax.recipes.base import EvaluationOptions
 from tmjax.runs.directory import RunDirectory
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts

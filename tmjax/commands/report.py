@@ -12,7 +12,8 @@ from tmjax.commands.merge.samples import sample_texts
 from tmjax.errors import InputError, TmjaxError
 from tmjax.files.atomic import partial_name, remove
 from tmjax.files.lock import OutputLock
-from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
+from tmjax.recipes.merge import Recipe, build_recipe
 from tmjax.report.html import write_report
 from tmjax.runs.directory import RECIPE, read_manifest
 from tmjax.text.documents import read_texts

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tmjax.recipes.merge import (
+from tmjax.recipes.base import (
     Alpha,
     EvaluationOptions,
     ExportOptions,

@@ -1,77 +1,24 @@
 """The recipe: everything a run is told, as one frozen, checked object. Files hold the same keys as the command line."""
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import pydantic
-import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from tmjax.errors import InputError, summarise
-
-Alpha = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-ALL_ROLES: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-ATTENTION_ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
-
-
-class Section(BaseModel):
-    """A frozen part of a recipe; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
-
-
-class Placed(Section):
-    """A recipe that names inputs, of whose local ones `places` says where they lay when it was stored."""
-
-    if TYPE_CHECKING:
-        out: str
-        places: dict[str, str]
-
-    def inputs(self) -> dict[str, str]:
-        """Names of all inputs, by their keys."""
-        found: dict[str, str | None] = {key: getattr(self, key, None) for key in _PATHS}
-        found |= {f"other_texts.{number}": name for number, name in enumerate(getattr(self, "other_texts", ()))}
-        found["fusion.base"] = getattr(getattr(self, "fusion", None), "base", None)
-        return {key: name for key, name in found.items() if name is not None}
-
-    def place(self, name: str) -> str:
-        """Where the input of a name is: where it was when the recipe was stored, else where the name says.
-
-        Relative names are meant from here, then from a folder above the run, which may have been moved with its inputs.
-        """
-        here, stored = Path(name).expanduser(), self.places.get(name)
-        if stored is None or (here.exists() and (not Path(stored).exists() or here.samefile(stored))):
-            return name
-        if Path(stored).exists() or here.is_absolute():
-            return stored
-        above = (folder / name for folder in Path(self.out).absolute().parents)
-        return next((str(place) for place in above if place.exists()), name)
-
-    def moved(self) -> list[str]:
-        """A line for every input that is not where it was; raises InputError for one that is nowhere."""
-        lines = []
-        for key, name in self.inputs().items():
-            stored, place = self.places.get(name), self.place(name)
-            if stored is None or Path(stored).exists():
-                continue
-            if not Path(place).expanduser().exists():
-                raise InputError(f"{key} {name} is neither here nor where it was ({stored}); put it back to either")
-            lines.append(f"{key} {name} is no longer at {stored}: {Path(place).absolute()} is taken")
-        return lines
-
-    def placed(self: "P") -> "P":
-        """The recipe with the places that its local inputs have now."""
-        now = {name: Path(self.place(name)).expanduser() for name in self.inputs().values()}
-        return self.model_copy(update={"places": {n: os.path.abspath(p) for n, p in now.items() if p.exists()}})
-
-
-_PATHS = ("source", "target", "texts", "valid", "test", "same_size_source")
-R = TypeVar("R", bound=Section)
-P = TypeVar("P", bound=Placed)
+from tmjax.errors import InputError
+from tmjax.recipes.base import (
+    ATTENTION_ROLES,
+    Alpha,
+    EvaluationOptions,
+    ExportOptions,
+    Placed,
+    Positive,
+    PositiveFloat,
+    Role,
+    Section,
+    checked,
+    found_near,
+)
 
 
 class ActivationOptions(Section):
@@ -113,7 +60,7 @@ class AlignmentOptions(Section):
 
     cost: Literal["correlation", "cosine"] = "correlation"
     solver: str = "scaling"
-    solver_options: dict[str, str | bool | int | float] = {}
+    solver_options: Annotated[dict[str, str | bool | int | float], Field(default_factory=dict)]
     epsilon: PositiveFloat = 0.02
     max_iterations: Positive = 2000
     threshold: PositiveFloat = 1e-5
@@ -241,20 +188,6 @@ class FusionOptions(Section):
     solve: SolveOptions | None = None
 
 
-class EvaluationOptions(Section):
-    """How bits per byte and their intervals are computed."""
-
-    draws: Positive = 10000
-    batch_tokens: Positive = 4096
-    max_tokens: Positive | None = None
-
-
-class ExportOptions(Section):
-    """How the merged checkpoint is written."""
-
-    max_shard_size: str = "5GB"
-
-
 class Recipe(Placed):
     """A whole run. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`.
 
@@ -286,7 +219,7 @@ class Recipe(Placed):
     fusion: FusionOptions = FusionOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     export: ExportOptions = ExportOptions()
-    places: dict[str, str] = {}
+    places: Annotated[dict[str, str], Field(default_factory=dict)]
 
     @property
     def solves(self) -> bool:
@@ -346,80 +279,9 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
     return recipe if base is None else found_near(recipe, base)
 
 
-def checked(kind: type[R], values: dict[str, Any]) -> R:
-    """A recipe of this kind from plain values; raises InputError listing all faults."""
-    try:
-        return kind.model_validate(values)
-    except pydantic.ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {_plain(fault)}" for fault in error.errors()]
-        raise InputError(f"recipe: {summarise(faults)}") from None
-
-
-class _TwiceError(Exception):
-    """A key that a mapping has twice, with its lines."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without the silence about a key that is there twice, of which the last would count."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node; raises if a key is there twice."""
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
-                continue
-            name, line = self.construct_object(key), key.start_mark.line + 1
-            if name in lines:
-                raise _TwiceError(f"{name} twice (lines {lines[name]} and {line})")
-            lines[name] = line
-        return super().construct_mapping(node, deep)
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML recipe file holds, unchecked."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from None
-    except _TwiceError as error:
-        raise InputError(f"recipe {path} has the key {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"recipe {path} does not hold a mapping")
-    return values
-
-
-def dump_recipe(recipe: Section, *, places: bool = True) -> str:
-    """The recipe as YAML, every default spelled out; without `places` it does not tell where local inputs lie."""
-    told = recipe.model_dump(mode="json")
-    if not (places and told.get("places")):
-        told.pop("places", None)
-    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
-
-
 def _over(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     result = dict(defaults)
     for key, value in values.items():
         nested = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = _over(result[key], value) if nested else value
     return result
-
-
-def _plain(fault: Any) -> str:
-    return "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"]
-
-
-def found_near(recipe: P, base: Path) -> P:
-    """The recipe with local files that are not here but in the folder `base`."""
-
-    def near(name: str | None) -> str | None:
-        if name is None or Path(recipe.place(name)).exists():
-            return name
-        return str(base / name) if (base / name).exists() else name
-
-    found: dict[str, Any] = {key: near(getattr(recipe, key)) for key in ("source", "target", "texts", "valid", "test")}
-    found["other_texts"] = tuple(near(name) for name in recipe.other_texts)
-    if isinstance(recipe, Recipe):
-        found["same_size_source"] = near(recipe.same_size_source)
-    return recipe.model_copy(update=found)

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Group
 
 from tmjax.recipes.adapt import AdaptRecipe
-from tmjax.recipes.merge import dump_recipe
+from tmjax.recipes.base import dump_recipe
 from tmjax.report.html import image, page, table
 from tmjax.report.plots import new_figure, png_bytes
 from tmjax.report.tables import (

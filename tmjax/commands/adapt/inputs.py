@@ -17,7 +17,8 @@ from tmjax.commands.merge.aligned import Warn
 from tmjax.errors import InputError, summarise
 from tmjax.evaluate.bits import Scorer
 from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
-from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
+from tmjax.recipes.merge import Recipe, build_recipe
 from tmjax.runs.directory import RECIPE, read_manifest, sha256_checkpoint
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.teacher.vocabulary_map import require_shared

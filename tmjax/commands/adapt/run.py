@@ -23,7 +23,7 @@ from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import atomic_directory, remove
 from tmjax.files.lock import OutputLock
 from tmjax.recipes.adapt import AdaptRecipe, TrainingOptions, build_adapt_recipe
-from tmjax.recipes.merge import dump_recipe
+from tmjax.recipes.base import dump_recipe
 from tmjax.report.training import adapted_card, write_training_report
 from tmjax.runs.directory import RunDirectory, digest, read_manifest
 from tmjax.train.checkpoints import Checkpoints

@@ -19,7 +19,8 @@ from tmjax.commands.notes import note_blank
 from tmjax.files.lock import OutputLock
 from tmjax.files.paths import refuse_overlap
 from tmjax.models.decoder import init_params
-from tmjax.recipes.merge import Placed, Recipe, dump_recipe
+from tmjax.recipes.base import Placed, dump_recipe
+from tmjax.recipes.merge import Recipe
 from tmjax.runs.directory import RunDirectory, digest, read_manifest
 from tmjax.sharding import hosts
 from tmjax.transfer.controls import Control, derangement

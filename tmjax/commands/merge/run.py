@@ -23,7 +23,8 @@ from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_json
 from tmjax.models.spec import DecoderSpec
-from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
+from tmjax.recipes.merge import Recipe, build_recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
 from tmjax.runs.directory import RECIPE, read_manifest

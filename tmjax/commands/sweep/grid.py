@@ -11,7 +11,8 @@ import numpy as np
 import yaml
 
 from tmjax.errors import InputError
-from tmjax.recipes.merge import ALL_ROLES, ATTENTION_ROLES, Recipe, build_recipe
+from tmjax.recipes.base import ALL_ROLES, ATTENTION_ROLES
+from tmjax.recipes.merge import Recipe, build_recipe
 
 Value: TypeAlias = str | bool | int | float | None
 #: One value per swept key.

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tmjax.recipes.merge import ALL_ROLES, FusionOptions
+from tmjax.recipes.base import ALL_ROLES
+from tmjax.recipes.merge import FusionOptions
 from tmjax.transfer.apply import Coefficients
 
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
