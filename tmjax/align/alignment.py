@@ -93,23 +93,21 @@ def align(
     options: AlignmentOptions | None = None,
     *,
     models: tuple[Described, Described] | None = None,
-    source_rows: np.ndarray | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Alignment:
     """Aligns two models from their activations: plans of the pairs of layers of every plan site, layer plans.
 
     `projections` are the ParamSpec rows to be transported, by role. Every pair is solved, or those that a cheap guess
-    at P keeps (`options.layer_pairs`); held are those with a weight in P. `source_rows` reorders the source's rows (a
-    control). `mesh`: pairs are split over its devices. `models`, the specs and parameters of target and source, are
-    for `options.structure`. Raises RowMismatchError if the rows of the two do not pair the same text, InputError if a
+    at P keeps (`options.layer_pairs`); held are those with a weight in P. `mesh`: pairs are split over its devices.
+    `models`, the specs and parameters of target and source, are for `options.structure`. Raises RowMismatchError if the rows of the two do not pair the same text, InputError if a
     structure is asked for without the models.
     """
     options = options or AlignmentOptions()
     target.rows.require_same(source.rows)
 
     def both(site: str) -> tuple[Layers, Layers]:
-        return target.layers_of(site), source.layers_of(site, source_rows)
+        return target.layers_of(site), source.layers_of(site)
 
     def guess(site: str) -> np.ndarray:
         return coarse_costs(FeatureSite.of(*both(site), centred=options.centred), options)

@@ -34,9 +34,13 @@ class Placed(Section):
     def inputs(self) -> dict[str, str]:
         """Names of all inputs, by their keys."""
         names: dict[str, str | None] = {key: getattr(self, key, None) for key in _PATHS}
+        names |= self.bases()
         names |= {f"other_texts.{number}": name for number, name in enumerate(getattr(self, "other_texts", ()))}
-        names["fusion.base"] = getattr(getattr(self, "fusion", None), "base", None)
         return {key: name for key, name in names.items() if name is not None}
+
+    def bases(self) -> dict[str, str]:
+        """Returns further checkpoints that settings name, by their keys."""
+        return {}
 
     def place(self, name: str) -> str:
         """Returns the path of a named input: its stored place if that exists, else the name itself.
@@ -89,12 +93,13 @@ class ExportOptions(Section):
     max_shard_size: str = "5GB"
 
 
-def checked(kind: type[R], values: dict[str, Any]) -> R:
-    """Builds a recipe of a kind from plain values; raises InputError listing all faults."""
+def checked(kind: type[R], values: dict[str, Any], *, place: str = "") -> R:
+    """Builds a section of a kind from plain values; raises InputError listing all faults, each behind `place`."""
     try:
         return kind.model_validate(values)
     except pydantic.ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {_plain(fault)}" for fault in error.errors()]
+        lead = (place,) if place else ()
+        faults = [f"{'.'.join(map(str, (*lead, *fault['loc'])))}: {_plain(fault)}" for fault in error.errors()]
         raise InputError(f"recipe: {summarise(faults)}") from None
 
 

@@ -1,189 +1,199 @@
-"""`fuse`: an alignment and two models in, a merged model and the table of what happened out."""
+"""Running an operator list: contributions get their coefficients jointly, every other operator is applied by itself."""
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from tmjax.activations.store import Activations
-from tmjax.align.alignment import Alignment
-from tmjax.checkpoints.load import load_model
 from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
-from tmjax.models.spec import ParamSpec
-from tmjax.recipes.merge import FusionOptions
-from tmjax.sharding.mesh import Layout
-from tmjax.transfer.apply import Coefficients, fuse_params, transport_model, without_source
+from tmjax.models.spec import ParamSpec, shared_projections
+from tmjax.recipes.merge import Recipe
 from tmjax.transfer.coefficients.grid import Fit, fit, fixed
-from tmjax.transfer.coefficients.learned import BatchLoss, FuseLearned, expanded, learn, start
-from tmjax.transfer.operators.embeddings import Blended, Lexicon, blend
-from tmjax.transfer.operators.predictions import Solved, Solver, Wanted
-from tmjax.transfer.operators.regression import regress_projection
-from tmjax.transfer.operators.residual_stream import fuse_stream, stream_table, stream_without_source, transport_stream
-from tmjax.transfer.update_table import update_table, with_blended, with_solved
-from tmjax.typing import Array, Params
+from tmjax.transfer.coefficients.learned import FuseLearned, expanded, learn, start
+from tmjax.transfer.contribution import Coefficients, Context, Contribution
+from tmjax.transfer.operator import Chain, Step, read_chain
+from tmjax.transfer.source_view import SourceView
+from tmjax.transfer.update_table import Table, changes, joined_table
+from tmjax.typing import ArrayLike, Params
 
 
 @dataclass(frozen=True)
-class Fused:
-    """The merged model (in the target's dtypes), the chosen coefficients, the per-tensor table of `update_table`.
+class Merged:
+    """The result of an operator list.
 
-    `blended`: what blending the source's embeddings came to, `solved`: what solving for its predictions did, where the
-    options have it.
+    Attributes:
+        model: The merged model, in the target's dtypes.
+        fit: Coefficients of everything that was transported; None where nothing was.
+        facts: Manifest entries by operator.
+        table: The update table: Hugging Face name of a tensor -> column -> value.
     """
 
     model: Model
-    fit: Fit
-    table: dict[str, dict[str, float]]
-    blended: Blended | None = None
-    solved: Solved | None = None
+    fit: Fit | None
+    facts: Mapping[str, Any]
+    table: Table
 
 
-@dataclass(frozen=True)
-class Regressed:
-    """What `transport: regression` needs: activations of target and source, and the order of the source's rows."""
-
-    target: Activations
-    source: Activations
-    source_rows: np.ndarray | None = None
+def chain_of(recipe: Recipe) -> Chain:
+    """Reads the operators of a recipe that run: at a fixed alpha those that choose on validation texts are left out."""
+    chain = read_chain(recipe.operators)
+    return chain if recipe.alpha is None else tuple(step for step in chain if not step.operator.chooses)
 
 
-def fuse(
-    alignment: Alignment,
-    target: Model,
-    source: Model,
-    options: FusionOptions | None = None,
-    *,
-    alpha: float | None = None,
-    loss: Callable[[Params], float] | None = None,
-    screen: Callable[[Params], float] | None = None,
-    training: tuple[Iterable[Any], BatchLoss] | None = None,
-    activations: Regressed | None = None,
-    lexicon: Lexicon | None = None,
-    wanted: Sequence[Wanted] | None = None,
-    source_params: Params | None = None,
-    permutations: dict[str, np.ndarray] | None = None,
-    zero_source: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    dtype: jnp.dtype = jnp.float32,
-    layout: Layout | None = None,
-    known: np.ndarray | None = None,
-) -> Fused:
-    """Transports the source's projections through the alignment and fuses them into the target.
+def needs_of(chain: Chain) -> frozenset[str]:
+    """Returns what the operators of a chain ask of the source."""
+    return frozenset().union(*(step.operator.needs for step in chain))
 
-    `alpha` fixes the coefficient; without it `loss` (of fused parameters, on validation text) chooses from the options'
-    grid, or, with `options.fit: learned`, stops the learning on `training` (batches, and the loss of parameters on
-    one). With a `screen`, a cheaper loss (on a part of that text), candidates are compared by that, and the best of
-    them is held to `loss`. `activations` are for `options.transport: regression`, `lexicon` (the target's tokens as the
-    source reads them) for `options.lexical`, `wanted` (texts and what the source says follows) for `options.solve`; a
-    fixed alpha leaves the last two out. `dtype` and `layout` are those of the solve's forward passes. `known` [V] bool
-    are the rows of the target's embedding that are tokens, where some are not: those stay as they are. The other three
-    are for controls: other source weights, permuted source units, a source contribution of zero. Raises InputError if
-    what the options need is not given, or a role is missing in a model. Refusing a merge in which nothing came from the
-    source is `require_transfer`'s, on the table.
+
+def chain_projections(
+    chain: Chain, target_specs: tuple[ParamSpec, ...], source_specs: tuple[ParamSpec, ...]
+) -> dict[str, ParamSpec]:
+    """Returns the target's rows of the projections whose sites are aligned, by role.
+
+    Those are the roles that the operators' options name (`roles`), or all that both models have.
     """
-    options = options or FusionOptions()
-    params = source.params if source_params is None else source_params
-    transported = transport_model(
-        alignment,
-        target.rows,
-        target.params,
-        source.rows,
-        params,
-        options,
-        permutations=permutations,
-        base=_base(options, target),
-        instead=_regression(alignment, target, options, activations, permutations),
-    )
-    stream = transport_stream(alignment, target, source, options, source_params=params, permutations=permutations)
-    if zero_source:
-        transported, stream = without_source(transported), stream_without_source(stream)
+    asked = [getattr(step.options, "roles", None) for step in chain if "alignment" in step.operator.needs]
+    named = None if not asked or None in asked else tuple(dict.fromkeys(role for roles in asked for role in roles))
+    return shared_projections(target_specs, source_specs, named)
 
-    def combine(coefficients: Coefficients) -> Params:
-        fused = fuse_params(
-            target.rows, target.params, transported, coefficients, bias_rule=options.bias, trust=options.trust
-        )
-        return fuse_stream(fused, stream, coefficients)
 
-    roles = (*transported, *stream)
-    if alpha is not None:
-        chosen = fixed(alpha, options, roles)
-    elif loss is None:
-        raise InputError("fuse needs alpha or a loss to choose it by")
+def apply_chain(chain: Chain, source: SourceView, context: Context) -> Merged:
+    """Applies operators in order.
+
+    Args:
+        chain: The operators and their options.
+        source: The source, as this arm may know it.
+        context: Target, validation loss, devices, seed.
+
+    Returns:
+        The merged model, coefficients, manifest entries and update table.
+
+    Raises:
+        InputError: Coefficients or steps are to be chosen and there is no validation loss, two neighbours contribute
+            to the same role, or an operator lacks what it needs.
+    """
+    target = context.target
+    params: Params = target.params
+    fits: list[Fit] = []
+    facts: dict[str, Any] = {}
+    rows: list[Callable[[Params], Table]] = []
+    for together in _grouped(chain):
+        if together[0].contributes:
+            params, chosen, of_group = _contributed(together, params, source, context)
+            fits.append(chosen)
+            rows.append(of_group)
+            continue
+        (step,) = together
+        operator = step.operator
+        if operator.chooses and context.loss is None:
+            raise InputError(f"the operator {operator.name} chooses on validation texts: give some, or fix alpha")
+        applied = operator.apply(params, source, step.options, context)
+        measured = _measured(context, params, applied.params, operator.name)
+        rows += [lambda final, table=measured: table, applied.rows]
+        params = applied.params
+        facts[_free(operator.name, facts)] = dict(applied.facts)
+    table = joined_table(part(params) for part in rows)
+    return Merged(target.with_params(params), _joined(fits), facts, table)
+
+
+def _grouped(chain: Chain) -> Iterator[tuple[Step, ...]]:
+    """Neighbours that contribute together, every other operator alone."""
+    for contributes, steps in itertools.groupby(chain, key=lambda step: step.contributes):
+        if contributes:
+            yield tuple(steps)
+        else:
+            yield from ((step,) for step in steps)
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """The name, with a number if an operator of that name came before."""
+    return next(n for n in (name, *(f"{name}-{k}" for k in itertools.count(2))) if n not in taken)
+
+
+def _measured(context: Context, before: Params, after: Params, name: str) -> Table:
+    """Rows of all tensors that an operator changed, with the size of its change in a column of its name."""
+    target = context.target
+    measured = changes(target.spec, target.rows, target.params, before, after)
+    return {tensor: {"effective_update": whole, name: step} for tensor, (step, whole) in measured.items()}
+
+
+def _contributed(
+    together: tuple[Step, ...], params: Params, source: SourceView, context: Context
+) -> tuple[dict[str, ArrayLike], Fit, Callable[[Params], Table]]:
+    """Parameters with the contributions of neighbours, their coefficients, and rows of the update table."""
+    target, options = context.target, context.coefficients
+    contributions = [step.operator.contribute(params, source, step.options, context) for step in together]
+    roles = tuple(role for each in contributions for role in each.items)
+    twice = sorted({role for role in roles if roles.count(role) > 1})
+    if twice:
+        names = " and ".join(step.operator.name for step in together)
+        raise InputError(f"operators {names} both contribute to {', '.join(twice)}; set roles, or part them")
+    if source.contribution != 1:
+        contributions = [
+            replace(each, items=each.rule.scaled(each.items, source.contribution)) for each in contributions
+        ]
+
+    def combine(coefficients: Coefficients) -> dict[str, ArrayLike]:
+        fused = dict(params)
+        for each in contributions:
+            fused = each.rule(fused, each.items, coefficients)
+        return fused
+
+    if context.alpha is not None:
+        chosen = fixed(context.alpha, options, roles)
+    elif context.loss is None:
+        raise InputError("a merge needs alpha or a validation loss to choose it by")
     elif options.fit == "learned":
-        if training is None:
-            raise InputError("fusion.fit: learned needs calibration batches: pass training to fuse")
-        begin = start(target.spec, target.projections, roles, options.learning.granularity)
-        how = FuseLearned(target.spec, target.rows, options.bias, options.trust)
-        chosen = learn(
-            how, (dict(target.params), transported, stream), begin, *training, loss, options.learning, progress
-        )
-        chosen = replace(chosen, coefficients=expanded(target.spec, target.projections, chosen.coefficients))
+        chosen = _learned(contributions, params, roles, context)
     else:
+        loss, screen = context.loss, context.screen
         short = None if screen is None else (lambda coefficients: screen(combine(coefficients)))
-        chosen = fit(options, lambda coefficients: loss(combine(coefficients)), progress, roles, short)
-    fused, blended, solved = combine(chosen.coefficients), None, None
-    if options.lexical is not None and alpha is None:
-        if lexicon is None or loss is None:
-            raise InputError("fusion.lexical needs both tokenizers: pass lexicon to fuse, or set lexical: null")
-        how = {"screen": screen, "zero_source": zero_source, "progress": progress}
-        blended = blend(fused, params, lexicon, options.lexical, loss, **how)
-        fused = blended.params
-    if options.solve is not None and alpha is None:
-        if not wanted or loss is None:
-            raise InputError("fusion.solve needs what the source says follows: pass wanted to fuse, or set solve: null")
-        solver = Solver(
-            target.spec,
-            target.rows,
-            target.params,
-            options.solve,
-            silent=zero_source,
-            trust=options.trust,
-            dtype=jnp.dtype(dtype),
-            layout=layout or Layout(),
-            known=known,
-        )
-        solved = solver.solve(fused, wanted, loss, progress, screen)
-        fused, before = solved.params, fused
-    table = update_table(target.spec, target.rows, target.params, fused, transported, chosen.coefficients)
-    table |= stream_table(target, fused, stream, chosen.coefficients)
-    if blended is not None and not zero_source:
-        table = with_blended(table, target, blended)
-    if solved is not None:
-        table = with_solved(table, target, before, solved, solver.paths)
-    return Fused(target.with_params(fused), chosen, table, blended, solved)
+        chosen = fit(options, lambda coefficients: loss(combine(coefficients)), context.progress, roles, short)
+
+    def rows(final: Params) -> Table:
+        parts = [each.rule.rows(target.params, final, each.items, chosen.coefficients) for each in contributions]
+        return functools.reduce(lambda table, part: {**table, **part}, parts, {})
+
+    return combine(chosen.coefficients), chosen, rows
 
 
-def _base(options: FusionOptions, target: Model) -> Params | None:
-    """The parameters of the common base; raises InputError if it is not of the target's architecture."""
-    if options.base is None:
+def _learned(contributions: list[Contribution], params: Params, roles: tuple[str, ...], context: Context) -> Fit:
+    target, options = context.target, context.coefficients
+    if context.training is None:
+        raise InputError("coefficients.fit: learned needs calibration batches: pass training")
+    assert context.loss is not None
+    begin = start(target.spec, target.projections, roles, options.learning.granularity)
+    combine = FuseLearned(target.spec, target.rows, tuple(each.rule for each in contributions))
+    arrays = dict(params), tuple(each.items for each in contributions)
+    chosen = learn(combine, arrays, begin, *context.training, context.loss, options.learning, context.progress)
+    return replace(chosen, coefficients=expanded(target.spec, target.projections, chosen.coefficients))
+
+
+def _joined(fits: list[Fit]) -> Fit | None:
+    """One record of all coefficients that were chosen, in order."""
+    if not fits:
         return None
-    base = load_model(options.base)
-    if base.spec != target.spec:
-        raise InputError(f"fusion.base {options.base} is not of the target's architecture")
-    return base.params
+    coefficients = functools.reduce(lambda all_, one: {**all_, **one.coefficients}, fits, {})
+    return Fit(coefficients, fits[-1].loss, [trial for one in fits for trial in one.trials])
 
 
-def _regression(
-    alignment: Alignment,
-    target: Model,
-    options: FusionOptions,
-    held: Regressed | None,
-    permutations: dict[str, np.ndarray] | None,
-) -> Callable[[ParamSpec], tuple[Array, Array]] | None:
-    if options.transport == "weights":
-        return None
-    if held is None:
-        raise InputError("fusion.transport: regression needs the activations; set activations.keep: true")
-    return lambda row: regress_projection(
-        alignment,
-        row,
-        target.params[row.path],
-        held.target,
-        held.source,
-        ridge=options.ridge,
-        source_rows=held.source_rows,
-        permutations=permutations,
-    )
+def _mean(value: ArrayLike | float) -> float:
+    return float(np.mean(np.asarray(value, np.float64)))
+
+
+def fit_facts(chosen: Fit) -> dict[str, Any]:
+    """Returns coefficients by role (means, if learned: by layer they are in the update table), and all trials."""
+    return {
+        "by_role": {
+            role: {"alpha": _mean(alpha), "beta": _mean(beta)} for role, (alpha, beta) in chosen.coefficients.items()
+        },
+        "valid_bits_per_byte": chosen.loss,
+        "trials": [
+            {"loss": trial.loss, "coefficients": {role: list(pair) for role, pair in trial.coefficients.items()}}
+            for trial in chosen.trials
+        ],
+    }

@@ -110,7 +110,7 @@ def shuffled_rows(view: SourceView, draw: "Draw") -> SourceView:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a control draws from: a seed, and the target's vocabulary, of whose rows `known_v` are tokens (None: all)."""
+    """Seed of a control, and size of the target's vocabulary, of whose rows `known_v` are tokens (None: all)."""
 
     seed: int
     vocab: int

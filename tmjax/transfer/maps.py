@@ -63,6 +63,7 @@ def scaled_plan(end: Side, layer: Array, source: Array) -> tuple[Plan, Array, Ar
 
 
 def reordered(x: Array, end: Side, layer: Array, source: Array, axis: int) -> Array:
+    """Takes the source's units along an axis in the order of the plans of a pair of layers."""
     if end.order is None:
         return x
     return jnp.take(x, jnp.asarray(end.order)[layer, source], axis=axis)

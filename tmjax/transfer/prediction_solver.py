@@ -16,18 +16,19 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from pydantic import Field
 
 from tmjax.activations.joined import Joined, joined_hidden
 from tmjax.errors import NonFiniteError
 from tmjax.models.decoder import bind
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
-from tmjax.recipes.merge import SolveOptions
+from tmjax.recipes.base import Positive, PositiveFloat, Section
 from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
 from tmjax.typing import Array, ArrayLike, Params
@@ -35,7 +36,7 @@ from tmjax.typing import Array, ArrayLike, Params
 #: What the source's word weighs beside the true tokens, position for position.
 WEIGHTS = (0.0, 0.3, 1.0, 3.0)
 #: What an arm without a source multiplies its steps by where others try weights: as many trials for all.
-INSTEAD = (1.0, 0.25, 0.7, 2.0)
+STEPS_FOR_WEIGHTS = (1.0, 0.25, 0.7, 2.0)
 #: First steps (read-out, projections), and what later trials of a round multiply them by.
 STEPS = (0.12, 0.05)
 FACTORS = ((0.5, 1.0), (1.0, 0.5), (1.5, 1.5))
@@ -52,11 +53,11 @@ def batch_tokens(vocab: int, most: int) -> int:
     return max(LEAST_TOKENS, min(most, LOGIT_ENTRIES // vocab))
 
 
-class Wanted(NamedTuple):
-    """A batch of texts, joined in rows, and what the source says follows.
+class PredictionTargets(NamedTuple):
+    """A batch of texts, joined in rows, and the source's probabilities of their next tokens.
 
-    `own`: whether the texts' own tokens are wanted too. At every token of the rows [B, T], `token` [B, T, K] int32 and
-    their probabilities `weight` [B, T, K] float32, zero where nothing is said.
+    `own`: whether the texts' own next tokens are targets too. At every token of the rows [B, T], `token` [B, T, K]
+    int32 and their probabilities `weight` [B, T, K] float32, zero where the source has no say.
     """
 
     texts: Joined
@@ -81,7 +82,7 @@ class Sums(NamedTuple):
     count: Array
 
 
-def _at_once(vocab: int, tokens: int) -> int:
+def logits_at_once(vocab: int, tokens: int) -> int:
     """Tokens of a batch of `tokens` whose logits are made at the same time."""
     return tokens if jax.default_backend() != "cpu" else min(tokens, max(LEAST_TOKENS, CPU_ENTRIES // vocab))
 
@@ -106,7 +107,7 @@ def _sums(
     last = captured.pop("resid")[-1]
     rows, tokens, _ = last.shape
     # Parts of the token axis, not of the batch: the batch is what a mesh splits.
-    count = -(-tokens // max(1, _at_once(spec.vocab, rows * tokens) // rows))
+    count = -(-tokens // max(1, logits_at_once(spec.vocab, rows * tokens) // rows))
     size = -(-tokens // count)
 
     def logits(weight: Array, stream: Array) -> tuple[Array, Array]:
@@ -255,33 +256,45 @@ class Solved:
         return any(item["weight"] > 0 for item in self.chosen)
 
 
-def memory(spec: DecoderSpec, rows: tuple[ParamSpec, ...], options: SolveOptions, tokens: int) -> int:
-    """Bytes that a round holds beside the parameters, with batches of so many tokens: sums, changes, moved tensors."""
-    by_path = {row.path: row for row in rows}
-    held = Solver(spec, rows, {}, options)
-    size = {path: math.prod(by_path[path].stacked_shape(spec)) for path in held.paths}
-    inputs = {site: by_path[path].shape(spec)[1] for path, site in held.writers}
-    grams = spec.hidden**2 + spec.layers * sum(width**2 for width in inputs.values())
-    # Two right-hand sides in both copies of the sums and in the changes, and one moved tensor.
-    logits = spec.vocab * _at_once(spec.vocab, batch_tokens(spec.vocab, tokens))
-    return 4 * (2 * grams + 7 * sum(size.values()) + 6 * logits)
+class PredictionOptions(Section):
+    """Options of the operator `predictions`."""
+
+    scope: Annotated[
+        Literal["readout", "direct"],
+        Field(
+            description="`readout` solves for the read-out alone, `direct` also for the output projections of "
+            "attention and MLP of every layer, each as if nothing came after it."
+        ),
+    ] = "direct"
+    rounds: Annotated[Positive, Field(description="Largest number of rounds, in each of which all is solved.")] = 20
+    ridge: Annotated[PositiveFloat, Field(description="Penalty, in units of the inputs' mean square.")] = 0.1
+    prior_tokens: Annotated[
+        PositiveFloat, Field(description="Tokens that each token of the vocabulary counts as seen before any text.")
+    ] = 30.0
+    patience: Annotated[Positive, Field(description="Rounds without a better trial that end the solve.")] = 2
+    generated_texts: Annotated[
+        int,
+        Field(ge=0, description="Texts that the source generates, read beside the calibration texts; 0: none."),
+    ] = 3000
+    tokens: Annotated[Positive, Field(description="Longest generated text, in tokens of the source.")] = 96
+    trust: Annotated[
+        PositiveFloat | None,
+        Field(description="Largest change of a tensor from where the solve began, as a part of its norm."),
+    ] = None
 
 
 @dataclass(frozen=True)
 class Solver:
-    """Solves a model's read-out, and with `reach: direct` what writes its residual stream.
+    """Solves a model's read-out, and with `scope: direct` what writes its residual stream.
 
-    `start` are the parameters that the trust cap is about; `silent`: the source says nothing (the control `shrink`),
-    and other steps are tried in place of weights. `known` [V] bool are the rows of the read-out that are tokens, where
-    some are not: those stay as they are.
+    `start` are the parameters that the trust cap is about. `known` [V] bool are the rows of the read-out that are
+    tokens, where some are not: those stay as they are.
     """
 
     spec: DecoderSpec
     rows: tuple[ParamSpec, ...]
     start: Params
-    options: SolveOptions
-    silent: bool = False
-    trust: float | None = None
+    options: PredictionOptions
     dtype: jnp.dtype = jnp.float32
     layout: Layout = field(default_factory=Layout)
     known: np.ndarray | None = None
@@ -295,7 +308,7 @@ class Solver:
     def writers(self) -> tuple[tuple[str, str], ...]:
         """(path, input site) of the projections that move."""
         rows = projections(self.rows)
-        roles = WRITERS if self.options.reach == "direct" else ()
+        roles = WRITERS if self.options.scope == "direct" else ()
         return tuple((rows[role].path, rows[role].input_site) for role in roles if role in rows)
 
     @property
@@ -303,7 +316,7 @@ class Solver:
         """Paths of everything that moves."""
         return (self.readout, *(path for path, _ in self.writers))
 
-    def sums(self, params: Params, batches: Sequence[Wanted]) -> Sums:
+    def sums(self, params: Params, batches: Sequence[PredictionTargets]) -> Sums:
         """What the solve needs of the texts under these parameters."""
         total: Sums | None = None
         how = self.readout, self.writers, self.dtype, self.layout.mesh
@@ -332,7 +345,7 @@ class Solver:
         """The parameters after steps of these sizes (read-out, projections)."""
         sizes = {path: jnp.float32(steps[path != self.readout]) for path in self.paths}
         now, first = ({path: held[path] for path in self.paths} for held in (params, self.start))
-        return {**params, **_moved(now, first, directions, sizes, jnp.float32(weight), self.trust)}
+        return {**params, **_moved(now, first, directions, sizes, jnp.float32(weight), self.options.trust)}
 
     def _tried(
         self,
@@ -340,8 +353,10 @@ class Solver:
         directions: dict[str, Array],
         steps: tuple[float, float],
         loss: Callable[[Params], float],
+        *,
+        with_source: bool,
     ) -> list[_Trial]:
-        """All weights at these steps, then other steps at the best weight.
+        """All weights at these steps, then other steps at the best weight; without a source, steps for weights.
 
         In every round: the first ones often take the true tokens alone, and hear the source once these are learnt.
         """
@@ -349,17 +364,17 @@ class Solver:
         def attempt(weight: float, step: tuple[float, float]) -> _Trial:
             return _Trial(finite(loss, self.moved(params, directions, weight, step)), weight, step)
 
-        if self.silent:
-            tried = [attempt(0.0, (a * steps[0], a * steps[1])) for a in INSTEAD]
-        else:
+        if with_source:
             tried = [attempt(other, steps) for other in WEIGHTS]
+        else:
+            tried = [attempt(0.0, (a * steps[0], a * steps[1])) for a in STEPS_FOR_WEIGHTS]
         _, weight, taken = min(tried)
         return tried + [attempt(weight, (a * taken[0], b * taken[1])) for a, b in FACTORS]
 
     def solve(
         self,
         params: Params,
-        batches: Sequence[Wanted],
+        batches: Sequence[PredictionTargets],
         loss: Callable[[Params], float],
         progress: Callable[[int, int], None] = lambda done, total: None,
         screen: Callable[[Params], float] | None = None,
@@ -370,13 +385,14 @@ class Solver:
         A round without a better trial halves the steps. Raises NonFiniteError if no trial of a round has a finite loss.
         """
         params = {**params, **{path: jnp.asarray(params[path], jnp.float32) for path in self.paths}}
+        with_source = any(np.any(batch.weight) for batch in batches)
         steps, failures, trials = STEPS, 0, 0
         losses, chosen, positions = [loss(params)], [], ()
         for number in range(self.options.rounds):
             sums = self.sums(params, batches)
             positions = tuple(float(x) for x in to_host(sums.count))
             directions = self.directions(sums)
-            tried = self._tried(params, directions, steps, screen or loss)
+            tried = self._tried(params, directions, steps, screen or loss, with_source=with_source)
             trials += len(tried)
             best = min(tried)
             if math.isinf(best.loss):

@@ -1,10 +1,13 @@
-"""Fusion of transported projections into the target: W = W_T + Mask (alpha W^ + beta W_T); beta = -alpha blends the two.
+"""Fusion of transported projections into the target: W = W_T + Mask (alpha W^ + beta W_T).
+
+beta = -alpha blends the two.
 
 Operators that make a W^ for every projection (`transport`, `regression`) share this file: their common options, the
 masks, and the coefficients' place in the formula.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -16,16 +19,16 @@ from jax.sharding import NamedSharding
 from pydantic import Field
 
 from tmjax.align.alignment import Alignment
+from tmjax.checkpoints.model import Model
+from tmjax.errors import InputError
 from tmjax.models.spec import DecoderSpec, ParamSpec, biases, projections, shared_projections
-from tmjax.recipes.merge import Positive, PositiveFloat, Role, Section
+from tmjax.recipes.base import Positive, PositiveFloat, Role, Section
 from tmjax.sharding.hosts import to_host
-from tmjax.transfer.masks import masks
+from tmjax.transfer.contribution import Coefficients, Context, Contribution, Shape
 from tmjax.transfer.maps import side
+from tmjax.transfer.masks import masks
 from tmjax.transfer.update_table import COLUMNS, Table, of_layer
 from tmjax.typing import Array, ArrayLike, Params, pytree_dataclass
-
-#: alpha and beta of each role: numbers, or arrays that broadcast to the stacked weight (see `coefficients.learned`).
-Coefficients = Mapping[str, tuple[ArrayLike | float, ArrayLike | float]]
 
 
 class ProjectionOptions(Section):
@@ -212,9 +215,7 @@ class FuseProjections:
         self, params: Params, items: Mapping[str, Transported], coefficients: Coefficients
     ) -> dict[str, ArrayLike]:
         """Returns the parameters with the items fused in."""
-        return fuse_params(
-            self.param_specs, params, items, coefficients, bias_rule=self.bias_rule, trust=self.trust
-        )
+        return fuse_params(self.param_specs, params, items, coefficients, bias_rule=self.bias_rule, trust=self.trust)
 
     def scaled(self, items: Mapping[str, Transported], factor: float) -> dict[str, Transported]:
         """Returns the items with the source's contribution multiplied by a factor."""
@@ -228,6 +229,42 @@ class FuseProjections:
     ) -> Table:
         """Returns the rows of the update table of what was fused."""
         return projection_rows(self.spec, self.param_specs, target, fused, items, coefficients)
+
+
+def projection_contribution(
+    target: Model, options: ProjectionOptions, items: Mapping[str, Transported]
+) -> Contribution:
+    """Returns fused projections as a contribution with the options' rule."""
+    rule = FuseProjections(target.spec, target.rows, options.bias, options.trust)
+    return Contribution(items, rule, {role: target.projections[role] for role in items})
+
+
+def with_masks(contribution: Contribution, alignment: Alignment, top_k: int | None) -> Contribution:
+    """Returns fused projections with masks of the `top_k` most active target units."""
+    rows = contribution.projections
+    pairs = {role: masks(alignment, rows[role], top_k) for role in contribution.items}
+    items = {
+        role: replace(item, weight_mask=pairs[role][0], bias_mask=pairs[role][1])
+        for role, item in contribution.items.items()
+    }
+    return replace(contribution, items=items)
+
+
+def base_params(options: ProjectionOptions, context: Context) -> Params | None:
+    """Loads the common base that options name; raises InputError if it is not of the target's architecture."""
+    if options.base is None:
+        return None
+    assert context.load_model is not None
+    base = context.load_model(options.base)
+    if base.spec != context.target.spec:
+        raise InputError(f"base {options.base} is not of the target's architecture")
+    return base.params
+
+
+def projections_memory(target: Shape, source: Shape, options: ProjectionOptions) -> int:
+    """Estimates the bytes of transported weights of all layers, in float32."""
+    shared = shared_projections(target.param_specs, source.param_specs, options.roles)
+    return sum(4 * math.prod(row.stacked_shape(target.spec)) for row in shared.values())
 
 
 @jax.jit

@@ -1,6 +1,5 @@
 """The source as an arm of a merge sees it: everything that an operator may know of the source, and nothing else."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
@@ -11,7 +10,7 @@ from tmjax.activations.store import Activations
 from tmjax.align.alignment import Alignment
 from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
-from tmjax.teacher.probabilities import TeacherProbabilities
+from tmjax.teacher.probabilities import Taught as TeacherProbabilities
 from tmjax.text.token_map import TokenMap
 
 #: From a number of rows to the order in which they are taken.
@@ -41,6 +40,22 @@ def _missing(name: str) -> NoReturn:
     raise InputError(f"an operator of this merge needs the {name} of the source, which was not given")
 
 
+def _no_alignment() -> Alignment:
+    return _missing("alignment")
+
+
+def _no_activations() -> PairedActivations:
+    return _missing("activations")
+
+
+def _no_token_map() -> TokenMap:
+    return _missing("token map")
+
+
+def _no_teacher() -> TeacherData:
+    return _missing("teacher data")
+
+
 @dataclass(frozen=True)
 class SourceView:
     """All that an arm of a merge may know of the source.
@@ -61,10 +76,10 @@ class SourceView:
     """
 
     model: Model
-    alignment: Callable[[], Alignment] = functools.partial(_missing, "alignment")
-    activations: Callable[[], PairedActivations] = functools.partial(_missing, "activations")
-    token_map: Callable[[], TokenMap] = functools.partial(_missing, "token map")
-    teacher: Callable[[], TeacherData] = functools.partial(_missing, "teacher data")
+    alignment: Callable[[], Alignment] = _no_alignment
+    activations: Callable[[], PairedActivations] = _no_activations
+    token_map: Callable[[], TokenMap] = _no_token_map
+    teacher: Callable[[], TeacherData] = _no_teacher
     contribution: float = 1.0
     reordered: Callable[[RowOrder, str], "SourceView"] = lambda order, name: _missing("rows")
     reinitialised: Callable[[int, str], "SourceView"] = lambda seed, name: _missing("architecture")

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tmjax.errors import NoTransferError
 from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.sharding.hosts import to_host
-from tmjax.typing import ArrayLike, Params
+from tmjax.typing import Array, ArrayLike, Params
 
 #: Hugging Face name of a tensor -> column -> value.
 Table = Mapping[str, Mapping[str, float]]
@@ -33,12 +35,16 @@ def of_layer(value: ArrayLike | float, layer: int) -> float:
     return float(value) if np.ndim(value) == 0 else float(np.asarray(value)[layer].mean())
 
 
+@jax.jit
+def _change(old: Array, before: Array, after: Array) -> Array:
+    """Norms [3, S] over layers: of the target's tensor, of the change from `before`, of that from the target."""
+    old, before, after = (x.astype(jnp.float32) for x in (old, before, after))
+    parts = (old, after - before, after - old)
+    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))) for x in parts])
+
+
 def changes(
-    spec: DecoderSpec,
-    param_specs: tuple[ParamSpec, ...],
-    target: Params,
-    before: Params,
-    after: Params,
+    spec: DecoderSpec, param_specs: tuple[ParamSpec, ...], target: Params, before: Params, after: Params
 ) -> dict[str, tuple[float, float]]:
     """Measures the change of every tensor from `before` to `after`, and from the target to `after`.
 
@@ -49,12 +55,12 @@ def changes(
     for row in param_specs:
         if row.tied_to is not None or after[row.path] is before[row.path]:
             continue
-        names = row.names(spec)
-        arrays = (np.asarray(to_host(params[row.path]), np.float64) for params in (target, before, after))
-        old, previous, new = (x.reshape(len(names), -1) for x in arrays)
-        size = np.maximum(np.linalg.norm(old, axis=1), 1e-30)
-        step, whole = (np.linalg.norm(new - x, axis=1) / size for x in (previous, old))
-        result |= {name: (float(a), float(b)) for name, a, b in zip(names, step, whole, strict=True)}
+        arrays = (jnp.asarray(params[row.path]) for params in (target, before, after))
+        norms = _change(*(x if row.stacked else x[None] for x in arrays))
+        size, step, whole = to_host(norms).astype(np.float64)
+        size = np.maximum(size, 1e-30)
+        ratios = zip(step / size, whole / size, strict=True)
+        result |= {name: (float(a), float(b)) for name, (a, b) in zip(row.names(spec), ratios, strict=True)}
     return result
 
 

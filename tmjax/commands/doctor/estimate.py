@@ -30,13 +30,6 @@ COMPILE = (5.0, 1.0)
 LIBRARIES = 2**29
 
 
-class Tabled(Protocol):
-    """A model's architecture and its tensor table."""
-
-    spec: DecoderSpec
-    rows: tuple[ParamSpec, ...]
-
-
 class Sized(Tabled, Protocol):
     """The same, and how large it is; weights need not be there."""
 
@@ -59,28 +52,6 @@ class Reading:
     assumed: bool
 
 
-@dataclass(frozen=True)
-class Sites:
-    """Units (target, source) of every site whose activations are needed, and which of them have plans."""
-
-    units: Mapping[str, tuple[int, int]]
-    plans: tuple[str, ...]
-
-
-def sites_of(target: Tabled, source: Tabled, chosen: Mapping[str, ParamSpec], structure: str = "none") -> Sites:
-    """The sites that the transport of these projections needs, for this `alignment.structure`."""
-    theirs = projections(source.rows)
-    units: dict[str, tuple[int, int]] = {}
-    for role, row in chosen.items():
-        shapes = row.shape(target.spec), theirs[role].shape(source.spec)
-        units[row.output_site], units[row.input_site] = (tuple(shape[end] for shape in shapes) for end in (0, 1))
-        units.setdefault(plan_site(row.output_site), units[row.output_site])
-    sites = needed_sites(chosen.values(), structure)
-    for site in sites:
-        units.setdefault(site, tuple(side.spec.axis_size(SITES[site]) for side in (target, source)))
-    return Sites({site: units[site] for site in sites}, tuple(dict.fromkeys(plan_site(site) for site in sites)))
-
-
 def _pairs(target: Sized, source: Sized, recipe: Recipe) -> int:
     """Most pairs of layers that are solved at a site."""
     layers = target.spec.layers, source.spec.layers
@@ -94,15 +65,6 @@ def _kept(target: Sized, source: Sized, recipe: Recipe) -> int:
     top = recipe.alignment.layer_top_k
     pairs = _pairs(target, source, recipe)
     return pairs if top is None else min(pairs, target.spec.layers * top)
-
-
-def require_room(sites: Sites, rows: int, recipe: Recipe) -> None:
-    """Raises InputError if `alignment.memory_mib` is too little for the solver to work on a pair of some site."""
-    solver = solver_of(recipe.alignment)
-    if hasattr(solver, "form"):
-        solver = replace(solver, memory_mib=solver_mib(recipe.alignment.memory_mib))
-        for site in sites.plans:
-            solver.form(sites.units[site], 1, rows if recipe.activations.keep else 0)
 
 
 def memory(

@@ -1,27 +1,45 @@
-"""Transport of one projection: source weights seen through the plans, for every target layer at once.
+"""Transport of weights: the source's projections seen through the plans, for every target layer at once.
 
-`paper` (METHOD section 1.5): W^_l = sum_m P_eff[l, m] Q_out W_m Q_in^T, b^_l = sum_m P_eff[l, m] Q_out b_m.
-`barycentric` (DESIGN section 4): W^_l = sum_m p_lm M_out W_m N_in with M = diag(s) diag(1/a) Q diag(1/s') from source
-to target and N = diag(s') diag(1/b) Q^T diag(1/s) back, and b^_l = sum_m p_lm (mu_out + M_out (b_m - mu'_out + W_m
-(mu'_in - N_in mu_in))).
+`paper` (arXiv:2602.05495): W^_l = sum_m P_eff[l, m] Q_out W_m Q_in^T, b^_l = sum_m P_eff[l, m] Q_out b_m.
+`barycentric`: W^_l = sum_m p_lm M_out W_m N_in with M = diag(s) diag(1/a) Q diag(1/s') from source to target and
+N = diag(s') diag(1/b) Q^T diag(1/s) back, and b^_l = sum_m p_lm (mu_out + M_out (b_m - mu'_out + W_m (mu'_in - N_in
+mu_in))).
 """
 
 import functools
-from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
+from pydantic import Field
 
-from tmjax.align.alignment import Alignment, plan_site
-from tmjax.align.plans import SitePlans
+from tmjax.align.alignment import Alignment
 from tmjax.errors import InputError
-from tmjax.models.spec import ParamSpec
-from tmjax.ot import Plan
-from tmjax.typing import Array, ArrayLike, pytree_dataclass
+from tmjax.models.spec import ParamSpec, biases, projections
+from tmjax.recipes.base import Section
+from tmjax.transfer.contribution import Context, Contribution, Shape
+from tmjax.transfer.maps import Side, dot, reordered, scaled_plan, side
+from tmjax.transfer.projections import (
+    ProjectionOptions,
+    Transported,
+    base_params,
+    projection_contribution,
+    projections_memory,
+    sharding_of,
+    transport_projections,
+)
+from tmjax.transfer.source_view import SourceView
+from tmjax.typing import Array, ArrayLike, Params
 
-_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+class TransportOptions(ProjectionOptions):
+    """Options of the operator `transport`."""
+
+    map: Annotated[
+        Literal["paper", "barycentric"],
+        Field(description="How plans become maps: as the paper prints it, or barycentric with unit scales and means."),
+    ] = "barycentric"
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "sharding"))
@@ -83,16 +101,87 @@ def transport_projection(
     bias: ArrayLike | None,
     *,
     kind: str,
-    permutations: dict[str, np.ndarray] | None = None,
     sharding: NamedSharding | None = None,
 ) -> tuple[Array, Array]:
-    """Transports one projection of the source (stacked weight and bias) for all target layers; see the module."""
-    permutations = permutations or {}
+    """Transports one projection of the source for all target layers.
+
+    Args:
+        alignment: Alignment of the two models.
+        row: The target's row of the projection.
+        weight: The source's stacked weights [M, out', in'].
+        bias: Its stacked biases [M, out'], if it has any.
+        kind: `paper` or `barycentric`; see the module.
+        sharding: Where W^ lies.
+
+    Returns:
+        W^ [L, out, in] and b^ [L, out], float32.
+
+    Raises:
+        InputError: `paper` with plans between groups of units.
+    """
     if kind == "paper" and any(plans.real_units for plans in alignment.plans.values()):
-        raise InputError("fusion.map: paper takes plans of single units; set alignment.structure: none")
-    into, out = (side(alignment, site, permutations.get(plan_site(site))) for site in (row.input_site, row.output_site))
+        raise InputError("transport.map: paper takes plans of single units; set alignment.structure: none")
+    into, out = (side(alignment, site) for site in (row.input_site, row.output_site))
     plan = alignment.layer_plans[row.role]
     weights = jnp.asarray(plan.effective if kind == "paper" else plan.weights)
     zero = jnp.zeros(weight.shape[:2], jnp.float32)
     bias = zero if bias is None else jnp.asarray(bias)
     return transport(into, out, weights, jnp.asarray(weight), bias, kind=kind, sharding=sharding)
+
+
+def transport_model(
+    alignment: Alignment,
+    param_specs: tuple[ParamSpec, ...],
+    target: Params,
+    source_specs: tuple[ParamSpec, ...],
+    source: Params,
+    options: TransportOptions,
+    *,
+    base: Params | None = None,
+) -> dict[str, Transported]:
+    """Transports every projection that the options name, by role; raises InputError for a role that a model lacks."""
+    weights, offsets = projections(source_specs), biases(source_specs)
+
+    def make(row: ParamSpec) -> tuple[Array, Array]:
+        return transport_projection(
+            alignment,
+            row,
+            source[weights[row.role].path],
+            source[offsets[row.role].path] if row.role in offsets else None,
+            kind=options.map,
+            sharding=sharding_of(target[row.path]),
+        )
+
+    return transport_projections(alignment, param_specs, target, source_specs, options, make, base)
+
+
+class Transport:
+    """Transported weights of the source, fused with coefficients alpha and beta."""
+
+    name: ClassVar[str] = "transport"
+    options: ClassVar[type[Section]] = TransportOptions
+    needs: ClassVar[frozenset[str]] = frozenset({"alignment"})
+    chooses: ClassVar[bool] = False
+
+    def contribute(
+        self, params: Params, source: SourceView, options: TransportOptions, context: Context
+    ) -> Contribution:
+        """Transports the source's projections; see `operator.Contributor`."""
+        target, model = context.target, source.model
+        items = transport_model(
+            source.alignment(),
+            target.rows,
+            params,
+            model.rows,
+            model.params,
+            options,
+            base=base_params(options, context),
+        )
+        return projection_contribution(target, options, items)
+
+    def memory(self, target: Shape, source: Shape, options: TransportOptions, batch_tokens: int) -> int:
+        """Estimates the bytes of the transported weights."""
+        return projections_memory(target, source, options)
+
+
+OPERATOR = Transport()
