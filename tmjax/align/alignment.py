@@ -99,9 +99,9 @@ def align(
     """Aligns two models from their activations: plans of the pairs of layers of every plan site, layer plans.
 
     `projections` are the ParamSpec rows to be transported, by role. Every pair is solved, or those that a cheap guess
-    at P keeps (`options.layer_pairs`); held are those with a weight in P. `mesh`: pairs are split over its devices.
-    `models`, the specs and parameters of target and source, are for `options.structure`. Raises RowMismatchError if the rows of the two do not pair the same text, InputError if a
-    structure is asked for without the models.
+    at P keeps (`options.layer_pairs`); those with a weight in P are kept. `mesh`: pairs are split over its devices.
+    `models`, the specs and parameters of target and source, are for `options.structure`. Raises RowMismatchError if the
+    rows of the two do not pair the same text, InputError if a structure is asked for without the models.
     """
     options = options or AlignmentOptions()
     target.rows.require_same(source.rows)

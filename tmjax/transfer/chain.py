@@ -92,8 +92,8 @@ def apply_chain(chain: Chain, source: SourceView, context: Context) -> Merged:
         if operator.chooses and context.loss is None:
             raise InputError(f"the operator {operator.name} chooses on validation texts: give some, or fix alpha")
         applied = operator.apply(params, source, step.options, context)
-        measured = _measured(context, params, applied.params, operator.name)
-        rows += [lambda final, table=measured: table, applied.rows]
+        measured = {} if applied.rows else _measured(context, params, applied.params, operator.name)
+        rows.append(applied.rows or (lambda final, table=measured: table))
         params = applied.params
         facts[_free(operator.name, facts)] = dict(applied.facts)
     table = joined_table(part(params) for part in rows)

@@ -72,12 +72,13 @@ class Applied:
         facts: Entries of the manifest, under the operator's name.
         rows: From the parameters after the last operator, the rows of the update table that this operator knows:
             Hugging Face name of a tensor -> column -> value. Columns of its own are allowed. `source_part`, the norm
-            of the source's contribution over the target's, decides whether a merge counts as a transfer.
+            of the source's contribution over the target's, decides whether a merge counts as a transfer. None: the
+            size of the operator's change of every tensor, in a column of its name.
     """
 
     params: Params
     facts: Mapping[str, Any] = field(default_factory=dict)
-    rows: Callable[[Params], Table] = lambda params: {}
+    rows: Callable[[Params], Table] | None = None
 
 
 class Rule(Protocol):

@@ -33,9 +33,7 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
     recipe = checked(Recipe, merged)
     names = [next(iter(entry)) for entry in recipe.operators]
     steps = read_chain(recipe.operators)
-    operators = tuple(
-        {name: step.options.model_dump(mode="json")} for name, step in zip(names, steps, strict=True)
-    )
+    operators = tuple({name: step.options.model_dump(mode="json")} for name, step in zip(names, steps, strict=True))
     recipe = recipe.model_copy(update={"operators": operators})
     return recipe if base is None else found_near(recipe, base)
 

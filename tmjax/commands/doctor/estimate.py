@@ -3,20 +3,20 @@
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 
-from tmjax.align.alignment import needed_sites, plan_site, solver_of
+from tmjax.align.alignment import plan_site, solver_of
 from tmjax.align.pairs import band
-from tmjax.models.sites import SITES
-from tmjax.models.spec import DecoderSpec, ParamSpec, projections
+from tmjax.align.sizes import Sites, Tabled
+from tmjax.models.spec import ParamSpec, projections
 from tmjax.ot import capabilities_of
 from tmjax.recipes.merge import Recipe
 from tmjax.sharding.memory import solver_mib
-from tmjax.transfer.operators import embeddings as lexical
-from tmjax.transfer.operators import predictions as solve
+from tmjax.transfer.chain import chain_of
+from tmjax.transfer.contribution import Shape
 
 #: Iterations of the solver that times assume; easy sites take fewer, small epsilons more.
 ITERATIONS = 300
@@ -71,7 +71,6 @@ def memory(
     target: Sized,
     source: Sized,
     sites: Sites,
-    chosen: Mapping[str, ParamSpec],
     reading: Reading,
     recipe: Recipe,
     shards: int,
@@ -111,21 +110,21 @@ def memory(
     if not recipe.activations.keep:
         store = sum(8 * math.prod(layers) * n * k for n, k in sites.units.values())
         largest = max(item["moments"] + item["kept"] for item in by_site.values())
-    transported = sum(4 * math.prod(row.stacked_shape(target.spec)) for row in chosen.values())
+    shapes = Shape(target.spec, target.rows), Shape(source.spec, source.rows)
+    tokens = recipe.evaluation.batch_tokens
+    extra = [(step, step.operator.memory(*shapes, step.options, tokens)) for step in chain_of(recipe)]
+    contributed = sum(size for step, size in extra if step.contributes)
     stages = {
         "libraries": LIBRARIES,
         "weights of both models": weights,
         "activations (on disk)" if recipe.activations.keep else "moments": store,
         "alignment: largest site, solver": LIBRARIES + weights + largest + solver + stored,
         "alignment (on disk)": stored,
-        "fusion": LIBRARIES + weights + stored + transported + 4 * target.parameters,
+        "fusion": LIBRARIES + weights + stored + contributed + 4 * target.parameters,
     }
-    if recipe.blends:
-        blending = lexical.memory(target.spec, source.spec)
-        stages["blending embeddings"] = LIBRARIES + weights + 4 * target.parameters + blending
-    if recipe.solves:
-        solving = solve.memory(target.spec, target.rows, recipe.fusion.solve, recipe.evaluation.batch_tokens)
-        stages["solving for predictions"] = LIBRARIES + weights + 4 * target.parameters + solving
+    for step, size in extra:
+        if not step.contributes:
+            stages[f"operator {step.operator.name}"] = LIBRARIES + weights + 4 * target.parameters + size
     in_memory = [value for name, value in stages.items() if "on disk" not in name]
     return {
         "stages": stages,

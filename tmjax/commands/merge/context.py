@@ -7,9 +7,9 @@ from typing import Any
 from tmjax.checkpoints.load import load_model
 from tmjax.commands.merge.session import Session
 from tmjax.models.spec import DecoderSpec
-from tmjax.transfer.contribution import BatchLoss, Context
 from tmjax.train.data import Batches
 from tmjax.train.step import next_token_loss
+from tmjax.transfer.contribution import BatchLoss, Context
 
 
 def merge_context(session: Session, stage: str) -> Context:

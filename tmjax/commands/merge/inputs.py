@@ -77,16 +77,12 @@ class Inputs(HeldOut):
     @functools.cached_property
     def source(self) -> Model:
         """The source model."""
-        return self._same("source") or load_model(
-            self.recipe.place(self.recipe.source), placement=self.layout.place
-        )
+        return self._same("source") or load_model(self.recipe.place(self.recipe.source), placement=self.layout.place)
 
     @functools.cached_property
     def target(self) -> Model:
         """The target model."""
-        return self._same("target") or load_model(
-            self.recipe.place(self.recipe.target), placement=self.layout.place
-        )
+        return self._same("target") or load_model(self.recipe.place(self.recipe.target), placement=self.layout.place)
 
     @functools.cached_property
     def source_tokenizer(self) -> TextTokenizer:

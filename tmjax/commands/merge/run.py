@@ -1,6 +1,5 @@
 """The stages of a merge, each with its input hash: alignment, fusion, controls, evaluation, report."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tmjax.commands.forgetting import measure_forgetting
 from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.other_sources import other_sources
 from tmjax.commands.merge.samples import sample_texts
-from tmjax.commands.merge.session import Session, open_session
+from tmjax.commands.merge.session import open_session
 from tmjax.commands.merge.source_stages import SourceStages
 from tmjax.commands.notes import note_hidden
 from tmjax.commands.progress import Progress, Warn, quiet, silent

@@ -155,7 +155,9 @@ class SourceStages:
         """Returns activations of the target and of a source at paired rows."""
         target = self.activations("target", self.inputs.target.params)
         source = self.activations(origin.model, origin.params(), origin.seed)
-        return PairedActivations(target, source if origin.order is None else source.reordered(origin.order(len(source.rows))))
+        return PairedActivations(
+            target, source if origin.order is None else source.reordered(origin.order(len(source.rows)))
+        )
 
     def _row_record(self, facts: AlignmentFacts) -> None:
         rows, _ = self.inputs.rows

@@ -86,7 +86,9 @@ def contributing(recipe: Recipe) -> Chain:
     if others:
         raise InputError(f"a sweep fuses contributions by given coefficients: leave the operator {others[0]} out")
     if not steps:
-        raise InputError("a sweep fuses contributions by given coefficients: add an operator that has some, as transport")
+        raise InputError(
+            "a sweep fuses contributions by given coefficients: add an operator that has some, as transport"
+        )
     return tuple(steps)
 
 
