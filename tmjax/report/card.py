@@ -32,8 +32,8 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         parts.append(
             f"Its read-out{' and the projections that write its residual stream' * (options['scope'] == 'direct')} "
             "were then solved for, by ridge regression toward the true next tokens of the calibration texts and the "
-            f"source's probabilities on these and {generated} texts that it generated ({len(facts['predictions']['rounds'])} "
-            "rounds)."
+            f"source's probabilities on these and {generated} texts that it generated "
+            f"({len(facts['predictions']['rounds'])} rounds)."
         )
     others = [name for name in facts if name not in ("embeddings", "predictions")]
     parts += [f"The operator `{name}` was applied." for name in others]
