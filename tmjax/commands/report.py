@@ -15,7 +15,8 @@ from tmjax.files.lock import OutputLock
 from tmjax.recipes.base import read_recipe
 from tmjax.recipes.merge import Recipe, build_recipe
 from tmjax.report.html import write_report
-from tmjax.runs.directory import RECIPE, read_manifest
+from tmjax.runs.manifest import read_manifest
+from tmjax.runs.run_files import RECIPE
 from tmjax.text.documents import read_texts
 
 REPORT = "report.html"

@@ -110,7 +110,7 @@ class _TwiceError(Exception):
 class _Loader(yaml.SafeLoader):
     """A YAML loader that refuses duplicate keys; PyYAML silently keeps the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         """The mapping of a node; raises if a key is there twice."""
         lines: dict[Any, int] = {}
         for key, _ in node.value:
