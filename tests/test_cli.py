@@ -24,7 +24,7 @@ from tmjax.commands.merge import run as merge
 from tmjax.commands.merge.other_sources import other_sources
 from tmjax.models.decoder import forward
 from tmjax.ot.solvers.sinkhorn import Sinkhorn
-from tmjax.recipes.merge import build_recipe
+from tmjax.transfer.recipe import build_recipe
 from tmjax.runs.manifest import read_manifest
 from tmjax.runs.run_files import split
 

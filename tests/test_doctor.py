@@ -21,7 +21,7 @@ from tmjax.errors import NonFiniteError
 from tmjax.models.families import FAMILIES
 from tmjax.models.spec import Rotary
 from tmjax.ot import make_solver
-from tmjax.recipes.merge import build_recipe
+from tmjax.transfer.recipe import build_recipe
 
 KEYS = {
     "mergeable",

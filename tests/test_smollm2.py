@@ -17,7 +17,7 @@ from tmjax.errors import InputError
 from tmjax.models.decoder import forward
 from tmjax.recipes.adapt import build_adapt_recipe
 from tmjax.recipes.base import read_recipe
-from tmjax.recipes.merge import build_recipe
+from tmjax.transfer.recipe import build_recipe
 from tmjax.text.tokenizer import load_tokenizer
 from tools import smollm2
 

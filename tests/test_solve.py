@@ -25,7 +25,8 @@ from tmjax.errors import NonFiniteError
 from tmjax.models.decoder import bind
 from tmjax.recipes.adapt import build_adapt_recipe
 from tmjax.recipes.base import read_recipe
-from tmjax.recipes.merge import SolveOptions, build_recipe
+from tmjax.recipes.merge import SolveOptions
+from tmjax.transfer.recipe import build_recipe
 from tmjax.sharding.mesh import Layout
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer

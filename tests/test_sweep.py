@@ -31,7 +31,7 @@ from tmjax.evaluate.bits import Scorer
 from tmjax.evaluate.packing import pack, packed_nll, text_lengths
 from tmjax.models.decoder import init_params
 from tmjax.recipes.base import read_recipe
-from tmjax.recipes.merge import build_recipe
+from tmjax.transfer.recipe import build_recipe
 from tmjax.report.sweep_page import marginals, plot_sweep
 from tmjax.runs.run_files import split
 from tmjax.sharding.mesh import Layout

@@ -11,7 +11,7 @@ from tmjax.commands.sweep.grid import Range, coefficients_of, make_settings, par
 from tmjax.commands.sweep.groups import make_groups
 from tmjax.errors import InputError
 from tmjax.recipes.base import ALL_ROLES
-from tmjax.recipes.merge import build_recipe
+from tmjax.transfer.recipe import build_recipe
 
 RECIPE = build_recipe({"source": "s", "target": "t", "texts": "x", "valid": "v", "out": "o", "alpha": 0.1})
 NO_ALPHA = RECIPE.model_copy(update={"alpha": None})

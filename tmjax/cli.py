@@ -481,7 +481,7 @@ def _given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def _recipe(file: Path | None, options: dict[str, Any]) -> Any:
     from tmjax.recipes.base import read_recipe
-    from tmjax.recipes.merge import build_recipe
+    from tmjax.transfer.recipe import build_recipe
 
     values = read_recipe(file) if file else {}
     given = _given(options, _FLAGS)
@@ -494,7 +494,7 @@ def _recipe(file: Path | None, options: dict[str, Any]) -> Any:
 def _pair(file: Path | None, options: dict[str, Any]) -> tuple[Any, bool]:
     """A recipe of which only the two models must be known, and whether it names texts."""
     from tmjax.recipes.base import read_recipe
-    from tmjax.recipes.merge import build_recipe
+    from tmjax.transfer.recipe import build_recipe
 
     values = (read_recipe(file) if file else {}) | _given(options, ("source", "target", "texts", "mesh"))
     missing = [name for name in ("source", "target") if name not in values]

@@ -32,7 +32,7 @@ def main(
     from tmjax.commands.merge.run import Merge
     from tmjax.commands.sweep.score import SettingsScorer
     from tmjax.recipes.base import read_recipe
-    from tmjax.recipes.merge import build_recipe
+    from tmjax.transfer.recipe import build_recipe
     from tmjax.sharding.mesh import Layout
     from tmjax.transfer.apply import fuse_params, transport_model
 

@@ -32,7 +32,9 @@ from tmjax.evaluate.bootstrap import Draws, source_gain
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_bytes, write_json, write_text
 from tmjax.recipes.base import read_recipe
-from tmjax.recipes.merge import PRESETS, Recipe, build_recipe
+from tmjax.recipes.merge import Recipe
+from tmjax.recipes.presets import PRESETS
+from tmjax.transfer.recipe import build_recipe
 from tools.script import script
 
 #: What remains of a finished setting's run directory.

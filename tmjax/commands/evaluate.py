@@ -13,8 +13,8 @@ import tmjax
 from tmjax.checkpoints.described import describe
 from tmjax.checkpoints.load import config_directory, load_model
 from tmjax.checkpoints.model import Model
-from tmjax.commands.merge.aligned import Progress, Warn, quiet
 from tmjax.commands.notes import note_blank, note_hidden
+from tmjax.commands.progress import Progress, Warn, quiet
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.facts import evaluation_facts

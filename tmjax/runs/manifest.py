@@ -30,6 +30,8 @@ Number: TypeAlias = int | float
 Cell: TypeAlias = str | bool | int | float | None
 #: By tensor (its Hugging Face name), the columns of what a merge did to it.
 UpdateTable: TypeAlias = dict[str, dict[str, float]]
+#: By operator, the facts that it records.
+OperatorFacts: TypeAlias = dict[str, dict[str, Any]]
 
 
 def versions() -> dict[str, str]:
@@ -180,29 +182,14 @@ class CoefficientFacts(Facts):
     trials: list[TrialFacts]
 
 
-class BlendFacts(Facts):
-    """Chosen settings of blended embeddings (None: none was better), validation bits per byte without and with them."""
-
-    chosen: dict[str, Number] | None
-    valid_bits_per_byte: list[float]
-    trials: int
-
-
-class SolveFacts(Facts):
-    """Rounds of a solve: validation bits per byte before and after each, choices, trials, positions that were used."""
-
-    valid_bits_per_byte: list[float]
-    rounds: list[dict[str, Number]]
-    trials: int
-    positions: dict[str, Number]
-
-
 class ControlFacts(CoefficientFacts):
     """Facts of the merge of one control arm."""
 
+    by_role: dict[str, Coefficient] = Field(default_factory=dict)
+    valid_bits_per_byte: float | None = None
+    trials: list[TrialFacts] = Field(default_factory=list)
     update: UpdateTable
-    lexical: Recorded[BlendFacts] = None
-    solve: Recorded[SolveFacts] = None
+    operators: OperatorFacts = Field(default_factory=dict)
 
 
 class GeneratedFacts(Facts):
@@ -303,8 +290,7 @@ class Manifest(AlignmentFacts):
     outputs: dict[str, Output] = Field(default_factory=dict)
     unfinished: Recorded[Unfinished] = None
     coefficients: Recorded[CoefficientFacts] = None
-    lexical: Recorded[BlendFacts] = None
-    solve: Recorded[SolveFacts] = None
+    operators: Recorded[OperatorFacts] = None
     controls: Recorded[dict[str, ControlFacts]] = None
     forgetting: Recorded[dict[str, ForgettingFacts]] = None
     generated: Recorded[dict[str, GeneratedFacts]] = Field(None, alias="written")

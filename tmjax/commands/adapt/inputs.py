@@ -13,7 +13,7 @@ from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model
 from tmjax.checkpoints.model import Model
 from tmjax.commands.held_out import HeldOut
-from tmjax.commands.merge.aligned import Warn
+from tmjax.commands.progress import Warn
 from tmjax.errors import InputError, summarise
 from tmjax.evaluate.bits import Scorer
 from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
@@ -22,7 +22,6 @@ from tmjax.recipes.merge import Recipe
 from tmjax.runs.directory import sha256_checkpoint
 from tmjax.runs.manifest import load_manifest
 from tmjax.runs.run_files import RECIPE
-from tmjax.transfer.recipe import build_recipe
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.teacher.vocabulary_map import require_shared
 from tmjax.text.documents import Texts
@@ -30,6 +29,7 @@ from tmjax.text.rows import Rows, TokenisedDocument, pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
 from tmjax.train.texts import TrainingTexts, leaked, read_training_texts
 from tmjax.transfer.apply import Coefficients
+from tmjax.transfer.recipe import build_recipe
 
 
 class AdaptInputs(HeldOut):

@@ -17,8 +17,9 @@ from tmjax.commands.adapt.material import Material
 from tmjax.commands.adapt.start import Show, Starts
 from tmjax.commands.adapt.training_log import StepLog
 from tmjax.commands.forgetting import measure_forgetting
-from tmjax.commands.merge.aligned import Warn, refuse_nested, tell_notes
+from tmjax.commands.merge.session import refuse_nested
 from tmjax.commands.notes import note_blank, note_hidden
+from tmjax.commands.progress import Warn, tell_notes
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import atomic_directory, remove
 from tmjax.files.lock import OutputLock

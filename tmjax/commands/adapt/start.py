@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from tmjax.align.alignment import Alignment
 from tmjax.commands.adapt.inputs import AdaptInputs
-from tmjax.commands.merge.aligned import Warn
 from tmjax.commands.merge.run import Merge
+from tmjax.commands.progress import Warn
 from tmjax.models.spec import projections
 from tmjax.train.modes import FrozenBase, Lora, Mode, Plain, residuals, shardings_of
 from tmjax.transfer.apply import Coefficients, fuse_params, transport_model

@@ -27,7 +27,6 @@ from tmjax.recipes.base import read_recipe
 from tmjax.recipes.merge import Recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
-from tmjax.runs.directory import RECIPE
 from tmjax.runs.manifest import (
     CoefficientFacts,
     ControlFacts,
@@ -38,6 +37,7 @@ from tmjax.runs.manifest import (
     find_manifest,
     read_manifest,
 )
+from tmjax.runs.run_files import RECIPE
 from tmjax.sharding import hosts
 from tmjax.transfer.chain import Merged, apply_chain, fit_facts, needs_of
 from tmjax.transfer.controls import CONTROLS, Control, Draw
