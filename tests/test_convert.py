@@ -21,11 +21,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tmjax import cli
 from tmjax.checkpoints import hf, orbax
-from tmjax.checkpoints.copying import convert, stream
+from tmjax.checkpoints.copying import copy_out_of_core
 from tmjax.checkpoints.formats.safetensors import DTYPES_BY_NAME as DTYPES
 from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from tmjax.checkpoints.load import load_model
 from tmjax.checkpoints.model import Model
+from tmjax.commands.convert import convert
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.files.owned import RECORD
 from tmjax.models.decoder import init_params, parameter_shapes
@@ -249,7 +250,7 @@ def files(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("size", ["5GB", "100KB"])
 def test_streaming_writes_the_files_that_export_writes(checkpoint, tmp_path, size):
     hf.export(load_model(checkpoint), tmp_path / "exported", max_shard_size=size)
-    done = stream(checkpoint, tmp_path / "streamed", max_shard_size=size)
+    done = copy_out_of_core(checkpoint, tmp_path / "streamed", max_shard_size=size)
     assert files(tmp_path / "streamed") == files(tmp_path / "exported")
     assert done.parameters == load_model(checkpoint).size
 
@@ -282,12 +283,12 @@ def test_casting(tmp_path, capsys, monkeypatch, dtype, stored_as):
 
 def test_the_config_says_what_was_cast(llama, tmp_path):
     edit_config(llama, torch_dtype="float32", dtype=...)
-    stream(llama, tmp_path / "old", dtype=DTYPES["bfloat16"])
+    copy_out_of_core(llama, tmp_path / "old", dtype=DTYPES["bfloat16"])
     assert read_config(tmp_path / "old") == read_config(llama) | {"torch_dtype": "bfloat16"}
     edit_config(llama, torch_dtype=...)
-    stream(llama, tmp_path / "none", dtype=DTYPES["bfloat16"])
+    copy_out_of_core(llama, tmp_path / "none", dtype=DTYPES["bfloat16"])
     assert read_config(tmp_path / "none")["torch_dtype"] == "bfloat16"
-    stream(llama, tmp_path / "kept")
+    copy_out_of_core(llama, tmp_path / "kept")
     assert read_config(tmp_path / "kept") == read_config(llama)
 
 
@@ -317,7 +318,7 @@ def test_options_of_convert(llama, tmp_path, capsys, options, message):
 def test_streaming_refuses_what_loading_refuses(llama, tmp_path):
     def same_error() -> None:
         messages = []
-        for work in (lambda: load_model(llama), lambda: stream(llama, tmp_path / "out")):
+        for work in (lambda: load_model(llama), lambda: copy_out_of_core(llama, tmp_path / "out")):
             with pytest.raises(InputError) as caught:
                 work()
             messages.append(str(caught.value))
@@ -348,7 +349,7 @@ def test_a_checkpoint_is_never_replaced_by_its_own_conversion(llama, tmp_path, c
 MEASURE = """
 import re, sys
 from pathlib import Path
-from tmjax.checkpoints.copying import convert, parse_dtype
+from tmjax.commands.convert import convert, parse_dtype
 import jax.numpy as jnp
 if sys.argv[4] == "bin":
     import torch

@@ -1,6 +1,7 @@
 """Who may import whom: every module only from levels below its own, and PyTorch never unasked."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -82,6 +83,23 @@ def test_imports_go_down(path):
     assert not violations(path, MODULES[path].read_text())
 
 
+def module_name(path: str) -> str:
+    return ".".join(("tmjax", *Path(path).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_no_module_needs_itself():
+    """Imports within functions count as well: none of them hides a circle."""
+    names = {module_name(path) for path in MODULES} - {"tmjax"}
+    needs: dict[str, set[str]] = {}
+    for path, file in MODULES.items():
+        needs[module_name(path)] = set()
+        for name in imports(path, ast.parse(file.read_text())):
+            while name and name not in names:
+                name = name.rpartition(".")[0]
+            needs[module_name(path)] |= {name} - {"", module_name(path)}
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError, which names the modules
+
+
 @pytest.mark.parametrize(
     ("path", "source"),
     [
@@ -146,7 +164,7 @@ assert "torch" not in sys.modules
 
 def test_every_module_imports_without_torch():
     """In an interpreter that does not find PyTorch (`sys.modules["torch"] = None` would upset scipy)."""
-    names = [".".join(("tmjax", *Path(path).with_suffix("").parts)).removesuffix(".__init__") for path in MODULES]
+    names = [module_name(path) for path in MODULES]
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -13,9 +13,9 @@ from helpers import edit_config, edit_tensors, refused, stored
 
 from tmjax import cli
 from tmjax.checkpoints import hf, orbax
-from tmjax.checkpoints.copying import convert
 from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
 from tmjax.checkpoints.load import checkpoint_notes, load_model
+from tmjax.commands.convert import convert
 from tmjax.errors import InputError
 from tools.family_cases import CASES, make_reference
 

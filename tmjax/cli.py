@@ -418,7 +418,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint between Hugging Face and orbax, bit for bit unless --dtype asks for another."""
-    from tmjax.checkpoints.copying import convert, parse_dtype
+    from tmjax.commands.convert import convert, parse_dtype
 
     if to not in ("hf", "orbax"):
         raise InputError(f"--to {to!r} is not known; write hf or orbax")

@@ -36,7 +36,7 @@ peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read
 source, out, dtype, shard = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 """
 _CONVERT = """
-from tmjax.checkpoints.copying import convert, parse_dtype
+from tmjax.commands.convert import convert, parse_dtype
 base, start = peak(), time.perf_counter()
 convert(str(source), out, to="{to}", dtype=parse_dtype(dtype or None), max_shard_size=shard)
 """

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tmjax.checkpoints.described import Described
+from tmjax.checkpoints.description import CheckpointDescription
 from tmjax.checkpoints.formats.names import matched
 from tmjax.checkpoints.formats.safetensors import Weights
 from tmjax.checkpoints.formats.weights import open_weights
@@ -14,7 +14,7 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 
 
 @dataclass(frozen=True)
-class Opened:
+class CheckpointHeaders:
     """A Hugging Face directory whose tensors were found to be what its config says; nothing but headers was read.
 
     `ties` are the tied copies that are on disk, `notes` what a user should know and nothing refuses.
@@ -28,7 +28,7 @@ class Opened:
     notes: tuple[str, ...]
 
 
-def open_headers(described: Described) -> Opened:
+def open_headers(described: CheckpointDescription) -> CheckpointHeaders:
     """Matches the tensors of a directory with its config, reading headers alone.
 
     Raises InputError and CheckpointError as `load_model` does, but for what only the numbers show.
@@ -36,7 +36,7 @@ def open_headers(described: Described) -> Opened:
     rows, spec = described.rows, described.spec
     index, renamed = matched(open_weights(described.directory, BUFFERS), rows, spec)
     ties = check_tensors(index, rows, spec)
-    return Opened(described.config, described.family, spec, index, ties, (*described.notes, *renamed))
+    return CheckpointHeaders(described.config, described.family, spec, index, ties, (*described.notes, *renamed))
 
 
 def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> dict[str, ParamSpec]:

@@ -1,19 +1,17 @@
 """Hugging Face checkpoint <-> Flax parameters, both ways derived from the family's ParamSpec table."""
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.formats.safetensors import Weights, all_finite
 from tmjax.checkpoints.formats.writer import DEFAULT_SHARD_SIZE, TensorMeta, write_tensors
-from tmjax.checkpoints.headers import Opened, open_headers
-from tmjax.checkpoints.hub import CONFIG_NAME, copy_companions
-from tmjax.checkpoints.lazy import OnDisk, in_memory
+from tmjax.checkpoints.headers import CheckpointHeaders, open_headers
+from tmjax.checkpoints.hub import copy_companions, write_config
+from tmjax.checkpoints.lazy import LazyArray, in_memory
 from tmjax.checkpoints.model import Model, Placement, default_placement
 from tmjax.errors import CheckpointError, NonFiniteError
 from tmjax.files.atomic import atomic_directory
@@ -21,7 +19,7 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.sharding import hosts
 
 
-def open_checkpoint(directory: Path) -> Opened:
+def open_checkpoint(directory: Path) -> CheckpointHeaders:
     """Opens a Hugging Face directory; raises InputError and CheckpointError as `load_model` does."""
     opened = open_headers(describe(directory))
     rows, index = opened.family.params(opened.spec), opened.index
@@ -36,10 +34,10 @@ def open_checkpoint(directory: Path) -> Opened:
 
 
 def open_model(directory: Path) -> Model:
-    """A Hugging Face directory as a model whose parameters are `OnDisk`; raises as `load_model` does."""
+    """A Hugging Face directory as a model whose parameters are `LazyArray`; raises as `load_model` does."""
     opened = open_checkpoint(directory)
     rows = opened.family.params(opened.spec)
-    params = {row.path: _on_disk(opened.index, row, opened.spec) for row in rows if row.tied_to is None}
+    params = {row.path: _lazy(opened.index, row, opened.spec) for row in rows if row.tied_to is None}
     return Model(opened.family, opened.spec, params, opened.config, directory, tuple(opened.ties), notes=opened.notes)
 
 
@@ -48,7 +46,7 @@ def load(directory: Path, *, placement: Placement = default_placement) -> Model:
     return in_memory(open_model(directory), placement)
 
 
-def _on_disk(index: Weights, row: ParamSpec, spec: DecoderSpec) -> OnDisk:
+def _lazy(index: Weights, row: ParamSpec, spec: DecoderSpec) -> LazyArray:
     names, shape = row.layer_names(spec), row.stacked_shape(spec)
 
     def one(names: list[str], slices: tuple[slice, ...]) -> np.ndarray:
@@ -69,7 +67,7 @@ def _on_disk(index: Weights, row: ParamSpec, spec: DecoderSpec) -> OnDisk:
         parts = [one(layer, tuple(slices[1:])) for layer in names[slices[0]]]
         return np.stack(parts) if len(parts) > 1 else parts[0][None]
 
-    return OnDisk(row.path, shape, index[names[0][0]].dtype, read)
+    return LazyArray(row.path, shape, index[names[0][0]].dtype, read)
 
 
 def read_finite(index: Weights, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray:
@@ -113,12 +111,6 @@ def tensors(model: Model) -> tuple[list[TensorMeta], Callable[[str], np.ndarray]
         return tensor
 
     return list(metas.values()), read
-
-
-def write_config(config: Mapping[str, Any], directory: Path) -> None:
-    """Writes `config.json` into an existing directory."""
-    text = json.dumps(dict(config), indent=2, ensure_ascii=False)
-    (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def write(model: Model, directory: Path, *, max_shard_size: str = DEFAULT_SHARD_SIZE) -> None:

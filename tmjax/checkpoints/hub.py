@@ -1,7 +1,9 @@
 """Finding a checkpoint: a local directory or a hub id; its config, tokenizer and companion files."""
 
+import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     if directory.is_dir() and not (directory / CONFIG_NAME).is_file():
         raise InputError(explain(directory, f"{directory / CONFIG_NAME} does not exist"))
     return read_json(directory / CONFIG_NAME)
+
+
+def write_config(config: Mapping[str, Any], directory: Path) -> None:
+    """Writes `config.json` into an existing directory."""
+    text = json.dumps(dict(config), indent=2, ensure_ascii=False)
+    (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, destination: Path) -> None:

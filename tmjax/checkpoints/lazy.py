@@ -17,7 +17,7 @@ Reader = Callable[[tuple[slice, ...]], np.ndarray]
 
 
 @dataclass(frozen=True)
-class OnDisk:
+class LazyArray:
     """Stands for an array in the parameters of a model until it is needed: `value[layer, rows]` reads those alone."""
 
     path: str
@@ -41,7 +41,7 @@ class OnDisk:
         array = self.read((*slices, *map(slice, self.shape[len(at) :])))
         return array[tuple(0 if isinstance(part, int) else slice(None) for part in at)]
 
-    def cast(self, dtype: np.dtype, where: object) -> "OnDisk":
+    def cast(self, dtype: np.dtype, where: object) -> "LazyArray":
         """The same in another dtype; reading then raises NonFiniteError, naming `where`, if a value is too large."""
         if dtype == self.dtype:
             return self

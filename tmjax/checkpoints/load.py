@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tmjax.checkpoints import hf, orbax
-from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.formats.weights import weight_files
 from tmjax.checkpoints.headers import open_headers
 from tmjax.checkpoints.hub import resolve

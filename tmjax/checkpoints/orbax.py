@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.formats.orbax_arrays import open_arrays, save_arrays
 from tmjax.checkpoints.formats.safetensors import DTYPES_BY_NAME, all_finite
-from tmjax.checkpoints.hf import write_config
-from tmjax.checkpoints.hub import copy_companions, read_json
-from tmjax.checkpoints.lazy import OnDisk, in_memory
+from tmjax.checkpoints.hub import copy_companions, write_config
+from tmjax.checkpoints.lazy import LazyArray, in_memory
 from tmjax.checkpoints.model import Model, Placement, default_placement
 from tmjax.errors import CheckpointError, InputError, NonFiniteError
 from tmjax.files.atomic import atomic_directory
+from tmjax.files.jsonfile import read_json
 
 MARKER = "tmjax.json"
 FORMAT = 1
@@ -48,7 +48,7 @@ def save(model: Model, path: Path, *, overwrite: bool = False) -> Path:
 
 
 def open_model(directory: Path) -> Model:
-    """A directory written by `save` as a model whose parameters are `OnDisk`; raises as `load_model` does."""
+    """A directory written by `save` as a model whose parameters are `LazyArray`; raises as `load_model` does."""
     directory = Path(directory)
     marker = read_json(directory / MARKER)
     if marker.get("format") != FORMAT:
@@ -60,7 +60,7 @@ def open_model(directory: Path) -> Model:
     rows = {row.path: row for row in family.params(spec) if row.tied_to is None}
     held = _described(directory, marker, {path: row.stacked_shape(spec) for path, row in rows.items()})
     readers = open_arrays(directory / "params", held, {path: row.hf for path, row in rows.items() if row.stacked})
-    params = {path: OnDisk(path, *held[path], _checked(directory, path, readers[path])) for path in rows}
+    params = {path: LazyArray(path, *held[path], _checked(directory, path, readers[path])) for path in rows}
     return Model(family, spec, params, config, directory / "hf", tuple(marker.get("written_ties", ())), described.notes)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import tmjax
-from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.load import config_directory, load_model
 from tmjax.checkpoints.model import Model
 from tmjax.commands.notes import note_blank, note_hidden

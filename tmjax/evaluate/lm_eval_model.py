@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.hub import read_json
 from tmjax.checkpoints.load import config_directory, load_model
 from tmjax.checkpoints.model import Model

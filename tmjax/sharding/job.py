@@ -33,7 +33,7 @@ def silent() -> bool:
     """Whether another process shows progress and results."""
     if not _joined:
         return False
-    from tmjax.sharding import hosts
+    from tmjax.sharding import hosts  # not above: it imports JAX, which a process must not do before it joins
 
     return not hosts.is_first()
 

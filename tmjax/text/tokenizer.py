@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from tmjax.errors import InputError
 from tmjax.text.vocabulary import Vocabulary, read_vocabulary
@@ -155,7 +156,6 @@ def load_tokenizer(directory: Path, rows: int | None = None) -> TextTokenizer:
 
 def _loaded(directory: Path) -> tuple[Any, Any]:
     """The Hugging Face tokenizer and the one of the `tokenizers` library, which truncates and pads nothing."""
-    import tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     has_fast = (directory / FAST_NAME).is_file()
@@ -210,8 +210,6 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _add(directory: Path, backend: Any) -> None:
     """Adds tokens that `tokenizer.json` lacks and the files beside it give an id; raises InputError for another id."""
-    from tokenizers import AddedToken
-
     told: dict[int, dict[str, Any]] = {
         number: {"content": content, "special": False} for content, number in _read(directory / ADDED_NAME).items()
     }
@@ -223,7 +221,7 @@ def _add(directory: Path, backend: Any) -> None:
             flags = {key: value for key, value in token.items() if key in ("lstrip", "rstrip", "single_word")}
             special = bool(token.get("special"))
             flags |= {"normalized": bool(token.get("normalized", not special)), "special": special}
-            backend.add_tokens([AddedToken(content, **flags)])
+            backend.add_tokens([tokenizers.AddedToken(content, **flags)])
         if backend.token_to_id(content) != number:
             raise InputError(
                 f"the tokenizer of {directory} gives {content!r} the id {backend.token_to_id(content)}, "

@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import tokenizers
+
 from tmjax.text.tokenizer import TextTokenizer
 from tmjax.text.vocabulary import components
 
@@ -15,8 +17,6 @@ def write_within(tokenizer: TextTokenizer, strings: Sequence[bytes]) -> list[tup
     A string that is a token of its own is that token, so a vocabulary reads itself as it is. A leading space begins a
     word, in whatever way the tokenizer says so.
     """
-    import tokenizers
-
     vocabulary = tokenizer.vocabulary
     found: list[tuple[int, ...] | None] = [None] * len(strings)
     inner = tokenizers.Tokenizer.from_str(json.dumps(prefixless(tokenizer.state)))

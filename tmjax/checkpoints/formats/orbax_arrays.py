@@ -106,7 +106,7 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def save_arrays(directory: Path, arrays: Mapping[str, Any], stacked: Collection[str]) -> None:
-    """Writes an orbax checkpoint of arrays (JAX's, NumPy's or `OnDisk`) by name; `directory` must not exist.
+    """Writes an orbax checkpoint of arrays (JAX's, NumPy's or `LazyArray`) by name; `directory` must not exist.
 
     They are read and written in chunks of whole rows, of `CHUNK_BYTES` at most unless a row is larger. In arrays named
     in `stacked`, whose first axis is the layer, a chunk lies in one layer.

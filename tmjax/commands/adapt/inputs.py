@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from tmjax.align import storage as alignment_store
 from tmjax.align.alignment import Alignment
-from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model
 from tmjax.checkpoints.model import Model

@@ -12,7 +12,7 @@ from typing import Any
 from tmjax.align.alignment import solver_of
 from tmjax.align.sizes import require_room, sites_of
 from tmjax.align.streaming import require_streamable
-from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.formats.container import any_weights, no_weights
 from tmjax.checkpoints.formats.weights import has_safetensors, weight_files
 from tmjax.checkpoints.headers import open_headers

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tmjax.align.alignment import solver_of
 from tmjax.align.sizes import require_room, sites_of
 from tmjax.align.streaming import require_streamable
-from tmjax.checkpoints.described import describe
+from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model
 from tmjax.checkpoints.model import Model

@@ -14,7 +14,7 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 
 
 @dataclass(frozen=True)
-class Described:
+class CheckpointDescription:
     """One checkpoint as its `config.json` describes it.
 
     `notes` are what a user should know and nothing refuses: settings without effect, files that are not read.
@@ -32,7 +32,7 @@ class Described:
         return self.family.params(self.spec)
 
 
-def describe(directory: Path) -> Described:
+def describe(directory: Path) -> CheckpointDescription:
     """Reads the config of a Hugging Face directory.
 
     Raises:
@@ -47,4 +47,4 @@ def describe(directory: Path) -> Described:
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
     refuse_packed(directory)
-    return Described(directory, config, family, spec, (*notes, *container_notes(directory)))
+    return CheckpointDescription(directory, config, family, spec, (*notes, *container_notes(directory)))

@@ -1,0 +1,72 @@
+"""`tmjax convert`: a checkpoint from Hugging Face's form to orbax's and back, larger than memory if need be."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from tmjax.checkpoints import hf, orbax
+from tmjax.checkpoints.copying import Converted, cast_config, copy_out_of_core
+from tmjax.checkpoints.formats.safetensors import DTYPES_BY_NAME
+from tmjax.checkpoints.formats.writer import DEFAULT_SHARD_SIZE, parse_size
+from tmjax.checkpoints.hub import resolve
+from tmjax.errors import InputError
+from tmjax.files.lock import OutputLock
+from tmjax.files.owned import refuse_existing
+from tmjax.files.paths import refuse_overlap
+
+
+def parse_dtype(name: str | None) -> np.dtype | None:
+    """Looks up the dtype of a name; None stays None (keep the stored dtypes). Raises InputError."""
+    if name is not None and name not in DTYPES_BY_NAME:
+        raise InputError(f"--dtype {name!r} is not known; write {', '.join(DTYPES_BY_NAME)}")
+    return None if name is None else DTYPES_BY_NAME[name]
+
+
+def convert(
+    model: str,
+    out: Path,
+    *,
+    to: Literal["hf", "orbax"],
+    dtype: np.dtype | None = None,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+) -> Converted:
+    """Converts a checkpoint to a Hugging Face or an orbax directory.
+
+    From Hugging Face to Hugging Face a block of a tensor is in memory at a time, otherwise a layer of a parameter.
+
+    Args:
+        model: Hugging Face directory, hub id or orbax directory of ours.
+        out: Output directory.
+        to: Form of the output.
+        dtype: Dtype of all parameters; None keeps the stored ones.
+        max_shard_size: Largest safetensors file, for example "5GB".
+        overwrite: Whether an existing output of tmjax may be replaced.
+
+    Returns:
+        Family, architecture, number of parameters and notes.
+
+    Raises:
+        InputError: `out` holds anything or overlaps with `model`, or as `load_model` raises it.
+        CheckpointError: As `load_model` raises it.
+        NonFiniteError: A value is NaN, infinite or too large for `dtype`.
+    """
+    refuse_overlap(out, [("the checkpoint", model)])
+    refuse_existing(out, overwrite=overwrite)
+    directory = resolve(model)
+    with OutputLock(out):
+        is_orbax = orbax.is_orbax(directory)
+        if to == "hf" and not is_orbax:
+            return copy_out_of_core(directory, out, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+        parse_size(max_shard_size)
+        opened = (orbax if is_orbax else hf).open_model(directory)
+        if dtype is not None:
+            params = {path: value.cast(dtype, opened.directory) for path, value in opened.params.items()}
+            opened = replace(opened, params=params, config=cast_config(opened.config, dtype))
+        if to == "hf":
+            hf.export(opened, out, max_shard_size=max_shard_size, overwrite=overwrite)
+        else:
+            orbax.save(opened, out, overwrite=overwrite)
+        return Converted(opened.family, opened.spec, opened.size, opened.notes)
