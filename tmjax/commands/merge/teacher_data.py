@@ -1,27 +1,19 @@
 """What a merge solves toward: the source's probabilities of the target's next tokens, on given and on written texts."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from tmjax.activations.joined import Joined, join
-from tmjax.commands.generated_texts import write_texts
 from tmjax.commands.merge.aligned import AlignmentRun
 from tmjax.commands.merge.inputs import WITHOUT
-from tmjax.errors import InputError
-from tmjax.recipes.adapt import WrittenOptions
-from tmjax.sharding import hosts
-from tmjax.teacher.generation import Writing
-from tmjax.teacher.probabilities import Search, Taught, teach_texts
-from tmjax.teacher.vocabulary_map import few_shared
-from tmjax.text.documents import read_texts
+from tmjax.recipes.base import FOREIGN
+from tmjax.teacher.generation import Generation, TextFilter
+from tmjax.teacher.model import Teacher
+from tmjax.teacher.probabilities import Search, TeacherProbabilities
+from tmjax.teacher.stages import TeacherStages
+from tmjax.text.documents import Texts
 from tmjax.transfer.controls import Control, derangement
 from tmjax.transfer.operators.predictions import Wanted, batch_tokens
 from tmjax.typing import Params
-
-#: Written texts that the target finds more foreign than so many times the given ones are left out, as in adaptation.
-FOREIGN = WrittenOptions().foreign
 
 
 def exchanged_tokens(vocab: int, known: np.ndarray | None, seed: int) -> np.ndarray:
@@ -40,6 +32,7 @@ class Predictions:
         options = run.recipe.fusion.solve
         assert options is not None
         self.options = options
+        self._stages = TeacherStages(run.run, run.step, run.warn)
 
     @property
     def _longest(self) -> int:
@@ -67,63 +60,45 @@ class Predictions:
         if by_source == ():
             return ()
 
-        def work(partial: Path) -> dict[Any, Any]:
-            judge = (lambda texts: inputs.scorer(inputs.target, inputs.target_tokenizer, texts)), inputs.target.params
-            facts = write_texts(
-                partial,
-                (inputs.source, self._params(which)),
-                inputs.texts,
-                Writing(self.options.written, tokens=self.options.tokens),
-                name=which,
-                seed=self.run.recipe.seed,
-                dtype=inputs.dtype,
-                layout=inputs.layout,
-                progress=self.run.step(f"written:{which}"),
-                familiar_to=judge if by_source is None else None,
+        texts = self._stages.generated_texts(
+            which,
+            self._key(which),
+            lambda: self._teacher(which),
+            inputs.texts,
+            Generation(self.options.written, tokens=self.options.tokens),
+            seed=self.run.recipe.seed,
+            settings=TextFilter(
+                judge=self._bits_per_byte if by_source is None else None,
                 foreign=FOREIGN,
-                first=None if by_source is None else len(by_source),
-                most_bytes=None if by_source is None else sum(len(text.encode()) for text in by_source),
-                required=False,
-            )
-            told = facts["written", which]
-            if not told["kept"]:
-                self.run.warn(
-                    f"of {told['asked']} texts by {which} {told['foreign']} are foreign to the target and none is of "
-                    "use; predictions are solved for on the calibration texts alone"
-                )
-            return facts
+                max_texts=None if by_source is None else len(by_source),
+                max_bytes=None if by_source is None else sum(len(text.encode()) for text in by_source),
+                without="predictions are solved for on the calibration texts alone",
+            ),
+        )
+        return texts.texts
 
-        path = self.run.run.stage(f"written:{which}", self._key(which), f"written/{which}.jsonl", work)
-        kept = self.run.run.manifest["written"][which]["kept"]
-        return read_texts(str(path)).texts if kept else ()
+    def _bits_per_byte(self, texts: Texts) -> np.ndarray:
+        inputs = self.inputs
+        scores = inputs.scorer(inputs.target, inputs.target_tokenizer, texts)(inputs.target.params)
+        return scores.nll / np.log(2) / scores.bytes
 
-    def _taught(self, which: str, texts: tuple[str, ...]) -> Taught:
-        inputs, name = self.inputs, f"predictions:{which}"
+    def _teacher(self, which: str) -> Teacher:
+        inputs = self.inputs
+        return Teacher.of(inputs.source, self._params(which), dtype=inputs.dtype, layout=inputs.layout)
 
-        def work(partial: Path) -> dict[Any, Any]:
-            try:
-                found, facts = teach_texts(
-                    inputs.source,
-                    self._params(which),
-                    inputs.target_tokenizer,
-                    texts,
-                    most=min(self._longest, inputs.source.spec.max_positions),
-                    dtype=inputs.dtype,
-                    layout=inputs.layout,
-                    progress=self.run.step(name),
-                )
-            except InputError as error:
-                raise InputError(f"{error}; {WITHOUT}") from None
-            if hosts.is_first():
-                found.save(partial)
-            return {("predictions", which): facts}
-
-        path = self.run.run.stage(name, self._key(which), f"predictions/{which}.npz", work)
-        facts = self.run.run.manifest["predictions"][which]
-        warning = few_shared(facts["positions"], facts["of"])
-        if warning and which == "source":
-            self.run.warn(warning)
-        return Taught.load(path)
+    def _probabilities(self, which: str, texts: tuple[str, ...]) -> TeacherProbabilities:
+        result = self._stages.probabilities(
+            which,
+            self._key(which),
+            lambda: self._teacher(which),
+            self.inputs.target_tokenizer,
+            texts,
+            max_tokens=min(self._longest, self.inputs.source.spec.max_positions),
+            advice=WITHOUT,
+        )
+        if which == "source":
+            self._stages.warn_few_shared(which)
+        return result
 
     def wanted(self, control: Control | None) -> list[Wanted]:
         """Calibration and written texts in batches with what the source says, or what a control puts in its place.
@@ -137,7 +112,7 @@ class Predictions:
             return self._batches(inputs.texts.texts, None)
         which = "random_source" if control and control.random_source else "source"
         texts = (*inputs.texts.texts, *self.written(which))
-        held = self._taught(which, texts)
+        held = self._probabilities(which, texts)
         if control and control.shuffle_rows:
             order = derangement(len(held.document), seed)
             held = held._replace(ids=held.ids[order], weight=held.weight[order])
@@ -147,7 +122,7 @@ class Predictions:
             held = held._replace(ids=others[held.ids].astype(np.int32))
         return self._batches(texts, held)
 
-    def _batches(self, texts: tuple[str, ...], held: Taught | None) -> list[Wanted]:
+    def _batches(self, texts: tuple[str, ...], held: TeacherProbabilities | None) -> list[Wanted]:
         """Batches of the calibration texts, then of those that the source wrote, which are no truth."""
         tokenizer, spec, given = self.inputs.target_tokenizer, self.inputs.target.spec, len(self.inputs.texts)
         documents = [tokenizer.document(e.ids)[: self._longest] for e in tokenizer.encode(texts)]
@@ -160,7 +135,7 @@ class Predictions:
         return found
 
 
-def _said(held: Taught | None, batch: Joined, first: int) -> tuple[np.ndarray, np.ndarray]:
+def _said(held: TeacherProbabilities | None, batch: Joined, first: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and probabilities [B, T, K] that are said at the tokens of a batch, whose texts count from `first`."""
     keep = Search().keep if held is None else held.ids.shape[1]
     ids, weight = (np.zeros((*batch.ids.shape, keep), kind) for kind in (np.int32, np.float32))
