@@ -1,6 +1,7 @@
 """Common parts of all recipes: frozen sections, places of inputs, validation of plain values, YAML files."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -16,6 +17,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 ALL_ROLES: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION_ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
+#: Generated texts with more bits per byte under the target than this many times the given ones are left out.
+FOREIGN = 1.5
 
 
 class Section(BaseModel):
@@ -29,6 +32,9 @@ class Placed(Section):
 
     if TYPE_CHECKING:
         out: str
+        valid: str | None
+        test: str | None
+        other_texts: tuple[str, ...]
         places: dict[str, str]
 
     def inputs(self) -> dict[str, str]:
@@ -93,13 +99,27 @@ class ExportOptions(Section):
     max_shard_size: str = "5GB"
 
 
-def checked(kind: type[R], values: dict[str, Any], *, place: str = "") -> R:
-    """Builds a section of a kind from plain values; raises InputError listing all faults, each behind `place`."""
+def checked(kind: type[R], values: dict[str, Any], renamed: Mapping[str, str] | None = None, *, place: str = "") -> R:
+    """Builds a recipe of a kind from plain values.
+
+    Args:
+        kind: The class of the recipe.
+        values: Its values, nested as in a recipe file.
+        renamed: Former keys (dotted) and their present names, for the error.
+        place: Key under which the section stands in its recipe, for the error.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: Values are wrong or keys unknown; all faults are listed.
+    """
     try:
         return kind.model_validate(values)
     except pydantic.ValidationError as error:
         lead = (place,) if place else ()
-        faults = [f"{'.'.join(map(str, (*lead, *fault['loc'])))}: {_plain(fault)}" for fault in error.errors()]
+        keys = [(".".join(map(str, (*lead, *fault["loc"]))), fault) for fault in error.errors()]
+        faults = [f"{key}: {_plain(fault, (renamed or {}).get(key))}" for key, fault in keys]
         raise InputError(f"recipe: {summarise(faults)}") from None
 
 
@@ -146,8 +166,10 @@ def dump_recipe(recipe: Section, *, places: bool = True) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _plain(fault: Any) -> str:
-    return "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"]
+def _plain(fault: Any, renamed: str | None) -> str:
+    if fault["type"] != "extra_forbidden":
+        return fault["msg"]
+    return "unknown key" if renamed is None else f"this key is called {renamed} now"
 
 
 def found_near(recipe: P, base: Path) -> P:

@@ -226,7 +226,7 @@ class ScheduleFacts(Facts):
     texts: int
     source_layers: Recorded[list[int]] = None
     explained_at_start: Recorded[list[float]] = None
-    teacher_positions: Recorded[int] = Field(None, alias="taught_positions")
+    teacher_positions: Recorded[int] = None
 
 
 class TrainingFacts(ScheduleFacts):
@@ -234,7 +234,7 @@ class TrainingFacts(ScheduleFacts):
 
     mode: str
     terms: list[str]
-    writer: str | None
+    texts_by: str | None
     init: str
     tried: list[ScheduleFacts]
 
@@ -293,9 +293,8 @@ class Manifest(AlignmentFacts):
     operators: Recorded[OperatorFacts] = None
     controls: Recorded[dict[str, ControlFacts]] = None
     forgetting: Recorded[dict[str, ForgettingFacts]] = None
-    generated: Recorded[dict[str, GeneratedFacts]] = Field(None, alias="written")
-    predictions: Recorded[dict[str, TeacherFacts]] = None
-    teacher: Recorded[dict[str, TeacherFacts]] = Field(None, alias="taught")
+    generated: Recorded[dict[str, GeneratedFacts]] = None
+    teacher: Recorded[dict[str, TeacherFacts]] = None
     training: Recorded[dict[str, TrainingFacts]] = None
     sweep: Recorded[SweepFacts] = None
     shared: Recorded[dict[str, AlignmentFacts]] = None

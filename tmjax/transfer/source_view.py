@@ -10,7 +10,7 @@ from tmjax.activations.store import Activations
 from tmjax.align.alignment import Alignment
 from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
-from tmjax.teacher.probabilities import Taught as TeacherProbabilities
+from tmjax.teacher.probabilities import TeacherProbabilities
 from tmjax.text.token_map import TokenMap
 
 #: From a number of rows to the order in which they are taken.

@@ -1,7 +1,7 @@
 """What a recipe names: models, tokenizers, texts, mesh; loaded when first asked for."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -34,7 +34,7 @@ WITHOUT = "merge without the source's predictions: preset barycentric"
 
 
 @dataclass(frozen=True)
-class Inputs(HeldOut):
+class Inputs:
     """Inputs that a recipe names, loaded when first asked for.
 
     `like` are inputs of a recipe that names the same files: what both have in common is loaded once.
@@ -42,6 +42,26 @@ class Inputs(HeldOut):
 
     recipe: Recipe
     like: "Inputs | None" = None
+
+    @functools.cached_property
+    def held_out(self) -> HeldOut:
+        """Texts that nothing is fitted on."""
+        return HeldOut(self.recipe)
+
+    @property
+    def valid(self) -> Texts | None:
+        """The validation texts."""
+        return self.held_out.valid
+
+    @property
+    def test(self) -> Texts | None:
+        """The test texts."""
+        return self.held_out.test
+
+    @property
+    def other_texts(self) -> Mapping[str, Texts]:
+        """Texts of other languages or domains, by the names that they were given by."""
+        return self.held_out.other_texts
 
     @functools.cached_property
     def chain(self) -> Chain:

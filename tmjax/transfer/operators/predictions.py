@@ -18,8 +18,7 @@ from tmjax.models.spec import DecoderSpec
 from tmjax.recipes.base import Section
 from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
-from tmjax.teacher.probabilities import Search
-from tmjax.teacher.probabilities import Taught as TeacherProbabilities
+from tmjax.teacher.probabilities import Search, TeacherProbabilities
 from tmjax.transfer.contribution import Applied, Context, Shape
 from tmjax.transfer.prediction_solver import (
     PredictionOptions,
