@@ -17,10 +17,10 @@ from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Show, Starts
 from tmjax.commands.adapt.training_log import StepLog
 from tmjax.commands.forgetting import measure_forgetting
-from tmjax.commands.merge.run import evaluation_record
 from tmjax.commands.merge.session import refuse_nested
 from tmjax.commands.notes import note_blank, note_hidden
 from tmjax.commands.progress import Warn, silent, tell_notes
+from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import atomic_directory, remove
 from tmjax.files.lock import OutputLock
 from tmjax.recipes.adapt import AdaptRecipe, TrainingOptions, build_adapt_recipe
@@ -290,7 +290,7 @@ class Adapt:
                 np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             note_hidden(scores, self.warn)
             options = self.recipe.evaluation
-            return evaluation_record(scores, draws=options.draws, seed=self.recipe.seed, merged=ADAPTED)
+            return evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed, merged=ADAPTED).record
 
         key = [self._key, list(checkpoints), self.recipe.evaluation.model_dump()]
         self.run.stage("evaluate", key, "scores.npz", work)

@@ -30,10 +30,8 @@ from tmjax.report.html import write_report
 from tmjax.runs.manifest import (
     CoefficientFacts,
     ControlFacts,
-    EvaluationFacts,
     Manifest,
     Record,
-    SourceGain,
     find_manifest,
     read_manifest,
 )
@@ -170,7 +168,7 @@ class Merge:
                 with partial.open("wb") as stream:
                     np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             note_hidden(scores, session.warn)
-            return evaluation_record(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed)
+            return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed).record
 
         keys = [*(self.fuse_key(arm) for arm in checkpoints), *other_keys]
         options = self.recipe.evaluation.model_dump()
@@ -237,17 +235,6 @@ def fuse_key(source: SourceStages, arm: str) -> object:
     sections = {"operators", "coefficients", "screen_texts", "alpha", "evaluation", "export", "seed"}
     options = source.recipe.model_dump(mode="json", include=sections)
     return [arm, source.alignment_key(), options, source.inputs.hashes.get("valid")]
-
-
-def evaluation_record(scores: Mapping[str, Scores], *, draws: int, seed: int, merged: str = MERGED) -> Record:
-    """Returns the record of scored arms, `merged` being the one that controls are for."""
-    facts = evaluation_facts(scores, draws=draws, seed=seed, merged=merged)
-
-    def record(manifest: Manifest) -> None:
-        manifest.evaluation = {arm: EvaluationFacts(**item) for arm, item in facts["evaluation"].items()}
-        manifest.source_gain = None if facts["source_gain"] is None else SourceGain(**facts["source_gain"])
-
-    return record
 
 
 def open_run(path: Path, changes: Mapping[str, Any]) -> Recipe:

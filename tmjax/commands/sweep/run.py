@@ -17,7 +17,6 @@ from tmjax.align.streaming import require_streamable
 from tmjax.checkpoints import hf
 from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.inputs import Inputs
-from tmjax.commands.merge.run import evaluation_record
 from tmjax.commands.merge.session import Session, open_session
 from tmjax.commands.merge.source_stages import SourceStages
 from tmjax.commands.notes import note_hidden
@@ -27,6 +26,7 @@ from tmjax.commands.sweep.groups import Group, make_groups
 from tmjax.commands.sweep.results import Result, best_of, has_parquet, read_csv, write_csv, write_parquet
 from tmjax.commands.sweep.score import SettingsScorer
 from tmjax.errors import InputError
+from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_json
 from tmjax.recipes.merge import CoefficientOptions, Recipe
 from tmjax.report.sweep_page import write_sweep_report
@@ -337,10 +337,10 @@ class Sweep:
                     np.savez(stream, bytes=scores["best"].bytes, **{arm: value.nll for arm, value in scores.items()})
             options = self.recipe.evaluation
             note_hidden(scores, self.session.warn)
-            evaluated = evaluation_record(scores, draws=options.draws, seed=self.recipe.seed)
+            evaluated = evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed)
 
             def record(manifest: Manifest) -> None:
-                evaluated(manifest)
+                evaluated.record(manifest)
                 manifest.sweep.test_compilations = scorer.compilations
 
             return record
