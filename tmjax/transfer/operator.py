@@ -26,7 +26,7 @@ from tmjax.typing import Params
 #: Group of entry points under which packages offer operators.
 ENTRY_POINTS = "tmjax.operators"
 #: What an operator may ask of the source, by the names of the fields of `SourceView`.
-NEEDS = ("alignment", "activations", "token_map", "teacher")
+NEEDS = ("alignment", "activations", "features", "token_map", "teacher")
 
 
 class Described(Protocol):

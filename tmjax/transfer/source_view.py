@@ -1,6 +1,6 @@
 """The source as an arm of a merge sees it: everything that an operator may know of the source, and nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -11,6 +11,7 @@ from tmjax.align.alignment import Alignment
 from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
 from tmjax.teacher.probabilities import TeacherProbabilities
+from tmjax.text.rows import TokenisedDocument
 from tmjax.text.token_map import TokenMap
 
 #: From a number of rows to the order in which they are taken.
@@ -22,6 +23,17 @@ class PairedActivations(NamedTuple):
 
     target: Activations
     source: Activations
+
+
+class PairedFeatures(NamedTuple):
+    """Activations of both models at the last token of every row, and the texts in the target's tokens.
+
+    `documents` give the rows of the target: where each ends, and the token after it.
+    """
+
+    target: Activations
+    source: Activations
+    documents: list[TokenisedDocument]
 
 
 class TeacherData(NamedTuple):
@@ -48,6 +60,10 @@ def _no_activations() -> PairedActivations:
     return _missing("activations")
 
 
+def _no_features(sites: Sequence[str]) -> PairedFeatures:
+    return _missing("features")
+
+
 def _no_token_map() -> TokenMap:
     return _missing("token map")
 
@@ -67,6 +83,7 @@ class SourceView:
         model: Architecture and parameters.
         alignment: Makes the alignment with the target.
         activations: Makes the activations of both models at paired rows.
+        features: Makes activations of some sites of both models at the last tokens of rows.
         token_map: Makes the map between the two vocabularies.
         teacher: Makes texts and the source's probabilities of the target's tokens.
         contribution: Factor on everything that operators compute from the source.
@@ -78,6 +95,7 @@ class SourceView:
     model: Model
     alignment: Callable[[], Alignment] = _no_alignment
     activations: Callable[[], PairedActivations] = _no_activations
+    features: Callable[[Sequence[str]], PairedFeatures] = _no_features
     token_map: Callable[[], TokenMap] = _no_token_map
     teacher: Callable[[], TeacherData] = _no_teacher
     contribution: float = 1.0

@@ -20,12 +20,15 @@ from tmjax.commands.merge.inputs import Inputs
 from tmjax.commands.merge.teacher_data import MergeTeacher
 from tmjax.commands.progress import Warn
 from tmjax.models.decoder import init_params
+from tmjax.models.spec import DecoderSpec
 from tmjax.recipes.merge import Recipe
 from tmjax.runs.directory import RunDirectory
 from tmjax.runs.manifest import AlignmentFacts, AlignmentRecord, HeadCounts, LayerPlanFacts, PlanFacts, RowFacts
 from tmjax.sharding import hosts
+from tmjax.teacher.features import last_tokens
+from tmjax.text.rows import TokenisedDocument
 from tmjax.text.token_map import TokenMap, read_token_map
-from tmjax.transfer.source_view import PairedActivations, RowOrder, SourceView
+from tmjax.transfer.source_view import PairedActivations, PairedFeatures, RowOrder, SourceView
 from tmjax.typing import Params
 
 #: Name of the true source in stages and folders.
@@ -107,6 +110,7 @@ class SourceStages:
             model,
             alignment=functools.cache(lambda: self.align() if origin.is_source else self._aligner(origin)()),
             activations=functools.cache(lambda: self.paired(origin)),
+            features=lambda sites: self.features(origin, tuple(sites)),
             token_map=functools.cache(self._token_map),
             teacher=functools.cache(lambda: self.teacher.data(origin.model, model)),
             reordered=lambda order, name: self._view(replace(origin, order=order, rows=name)),
@@ -158,6 +162,36 @@ class SourceStages:
         return PairedActivations(
             target, source if origin.order is None else source.reordered(origin.order(len(source.rows)))
         )
+
+    def features(self, origin: Origin, sites: tuple[str, ...]) -> PairedFeatures:
+        """Captures some sites of the target and of a source at the last token of every row."""
+        inputs = self.inputs
+        rows, (target_documents, source_documents) = inputs.rows
+
+        def captured(name: str, spec: DecoderSpec, params: Params, documents: list[TokenisedDocument]) -> Activations:
+            stage = f"features:{name}"
+
+            def work(partial: Path) -> None:
+                capture(
+                    spec,
+                    params,
+                    rows,
+                    last_tokens(documents),
+                    partial,
+                    sites=sites,
+                    dtype=inputs.dtype,
+                    layout=inputs.layout,
+                    progress=self.session.step(stage),
+                )
+
+            key = [self.activation_key(name), sites, origin.seed if name == origin.model else None]
+            return activation_store.read(self.session.stage(stage, key, f"features/{name}", work))
+
+        target = captured("target", inputs.target.spec, inputs.target.params, target_documents)
+        source = captured(origin.model, inputs.source.spec, origin.params(), source_documents)
+        if origin.order is not None:
+            source = source.reordered(origin.order(len(source.rows)))
+        return PairedFeatures(target, source, target_documents)
 
     def _row_record(self, facts: AlignmentFacts) -> None:
         rows, _ = self.inputs.rows
