@@ -425,7 +425,7 @@ def test_a_key_given_twice_is_refused_with_its_lines(tmp_path, capsys) -> None:
     file = tmp_path / "recipe.yaml"
     for text, said in (
         ("seed: 1\nalpha: 0.1\nseed: 2\n", "seed twice (lines 1 and 3)"),
-        ("fusion:\n  ridge: 1\n  map: paper\n  ridge: 2\n", "ridge twice (lines 2 and 4)"),
+        ("alignment:\n  epsilon: 1\n  cost: cosine\n  epsilon: 2\n", "epsilon twice (lines 2 and 4)"),
         ("{seed: 1, seed: 1}\n", "seed twice (lines 1 and 1)"),
     ):
         file.write_text(text)
@@ -479,7 +479,7 @@ def project(llama_dir, tmp_path_factory) -> Path:
         make_checkpoint(folder / "models" / name, "llama", spec, tokenizer=llama_dir, seed=seed)
     (folder / "texts.txt").write_text("\n".join(f"neno {number} maji ya mto" for number in range(6)))
     told = {"source": "models/source", "target": "models/target", "texts": "texts.txt", "out": "runs/one"}
-    told |= {"preset": "barycentric", "alpha": 0.1, "fusion": {"roles": ["o"]}}
+    told |= {"preset": "barycentric", "alpha": 0.1, "operators": [{"transport": {"roles": ["o"]}}]}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(told))
     before = Path.cwd()
     os.chdir(folder)

@@ -17,8 +17,8 @@ from tmjax.errors import InputError
 from tmjax.models.decoder import forward
 from tmjax.recipes.adapt import build_adapt_recipe
 from tmjax.recipes.base import read_recipe
-from tmjax.transfer.recipe import build_recipe
 from tmjax.text.tokenizer import load_tokenizer
+from tmjax.transfer.recipe import build_recipe
 from tools import smollm2
 
 transformers.utils.logging.disable_progress_bar()

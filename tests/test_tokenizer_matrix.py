@@ -72,12 +72,12 @@ def recipes(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("recipes")
     short = {
         "mesh": "data=1",
-        "fusion": {
-            "alphas": [0.1],
-            "betas": [0.0],
-            "lexical": {"alphas": [0.3], "kappas": [30.0]},
-            "solve": {"rounds": 1, "written": 4, "tokens": 8},
-        },
+        "coefficients": {"alphas": [0.1], "betas": [0.0]},
+        "operators": [
+            {"transport": {}},
+            {"embeddings": {"alphas": [0.3], "kappas": [30.0]}},
+            {"predictions": {"rounds": 1, "generated_texts": 4, "tokens": 8}},
+        ],
         "evaluation": {"draws": 100},
     }
     training = {"steps": [3], "lr": [0.003], "warmup": 1, "tokens_per_step": 256, "row_lengths": 1, "validate_every": 3}
