@@ -22,7 +22,7 @@ import tmjax
 from tmjax import cli
 from tmjax.checkpoints.hf import export
 from tmjax.checkpoints.load import load_model
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 from tmjax.runs.run_files import split
 from tmjax.text.documents import read_texts
 from tmjax.train.modes import Plain, Residual

@@ -25,7 +25,7 @@ from tmjax.commands.merge.other_sources import other_sources
 from tmjax.models.decoder import forward
 from tmjax.ot.solvers.sinkhorn import Sinkhorn
 from tmjax.recipes.merge import build_recipe
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 from tmjax.runs.run_files import split
 
 transformers.utils.logging.disable_progress_bar()

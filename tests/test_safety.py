@@ -22,7 +22,8 @@ from tmjax.files.atomic import atomic_directory
 from tmjax.files.lock import OutputLock, command, lock_files
 from tmjax.files.owned import RECORD
 from tmjax.recipes.merge import Recipe, build_recipe, dump_recipe, read_recipe
-from tmjax.runs.directory import RunDirectory, read_manifest, sha256_checkpoint
+from tmjax.runs.directory import RunDirectory, sha256_checkpoint
+from tmjax.runs.manifest import Manifest, read_manifest
 from tools.make_checkpoint import make_checkpoint
 
 KEY = {"recipe": "1"}
@@ -176,7 +177,8 @@ def test_the_users_directory_survives_every_command(checkpoint, texts, tmp_path,
 
 
 def small_run(path: Path, key: dict[str, str] = KEY, *, overwrite: bool = False, content: str = "x") -> RunDirectory:
-    started = RunDirectory.start(path, "a: 1\n", {"tmjax": "0", "inputs": {}}, key=key, overwrite=overwrite)
+    header = Manifest(tmjax="0", seed=0, inputs={}, key=key, mesh={}, devices=1, platform="cpu")
+    started = RunDirectory.start(path, "a: 1\n", header, overwrite=overwrite)
 
     def write(partial: Path) -> None:
         (partial / "sub").mkdir()

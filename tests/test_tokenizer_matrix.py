@@ -14,7 +14,7 @@ from helpers import stored
 from tokenizer_kinds import KINDS, write
 
 from tmjax import cli
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 from tmjax.teacher.probabilities import Taught
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer

@@ -16,7 +16,7 @@ import yaml
 from helpers import SPEC, stored
 
 from tmjax import cli
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 from tools.make_checkpoint import make_checkpoint
 
 OFFSET_S = 2.5

@@ -98,7 +98,7 @@ def _stages(*, everything: bool) -> Callable[..., None]:
                 merge.all()
             else:
                 merge.align()
-            manifest = merge.run.manifest
+            manifest = merge.run.manifest.to_json()
         _show_run(told.out, manifest, as_json)
 
     return command

@@ -20,7 +20,7 @@ from tmjax.commands.merge.run import Merge
 from tmjax.errors import InputError
 from tmjax.evaluate.tasks import load_tasks, task_manager
 from tmjax.recipes.adapt import TrainingOptions, build_adapt_recipe
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.transfer.merge import fuse

@@ -113,7 +113,7 @@ def measure(name: str, recipe: Path, out: Path, seed: int, texts: int) -> dict[s
     try:
         if callable(setting):
             scores, chosen = setting(told, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
-            facts = evaluation_facts(scores, draws=told.evaluation.draws, seed=seed) | {"chosen": chosen}
+            facts = evaluation_facts(scores, draws=told.evaluation.draws, seed=seed).to_json() | {"chosen": chosen}
             out.mkdir(exist_ok=True)
             each = {arm: held.nll for arm, held in scores.items()}
             np.savez(out / "scores.npz", bytes=scores["target"].bytes, **each)

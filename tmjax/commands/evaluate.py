@@ -101,7 +101,7 @@ def _evaluate(
     result: dict[str, Any] = {"notes": notes} if notes else {}
     if documents is not None:
         note_hidden(scores, warn)
-        result["evaluation"] = evaluation_facts(scores, draws=draws, seed=seed)["evaluation"]
+        result["evaluation"] = evaluation_facts(scores, draws=draws, seed=seed).to_json()["evaluation"]
     if tasks is not None:
         result["lm_eval"] = require_lm_eval()
         result["tasks"] = {name: _task_facts(held, tasks) for name, held in asked.items()}

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from tmjax.checkpoints.model import Model
 from tmjax.evaluate.bits import Scorer
+from tmjax.runs.manifest import GeneratedFacts
 from tmjax.sharding import hosts
 from tmjax.sharding.mesh import Layout
 from tmjax.teacher.generation import Writing, chosen_texts, familiar, written_texts
@@ -34,7 +34,7 @@ def write_texts(
     first: int | None = None,
     most_bytes: int | None = None,
     required: bool = True,
-) -> dict[Any, Any]:
+) -> GeneratedFacts:
     """Writes `.jsonl` of texts to `partial`; returns manifest facts.
 
     With `familiar_to` (what scores texts, and a model's parameters) and `foreign` texts in another language are left
@@ -67,4 +67,4 @@ def write_texts(
         with partial.open("w", encoding="utf-8") as stream:
             for number, text in zip(texts.ids, texts.texts, strict=True):
                 stream.write(json.dumps({"id": number, "text": text}, ensure_ascii=False) + "\n")
-    return {("written", name): {"asked": len(found), "foreign": int(np.sum(~kept)), "kept": len(texts)}}
+    return GeneratedFacts(asked=len(found), foreign=int(np.sum(~kept)), kept=len(texts))

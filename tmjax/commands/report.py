@@ -14,7 +14,8 @@ from tmjax.files.atomic import partial_name, remove
 from tmjax.files.lock import OutputLock
 from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
 from tmjax.report.html import write_report
-from tmjax.runs.directory import RECIPE, read_manifest
+from tmjax.runs.manifest import read_manifest
+from tmjax.runs.run_files import RECIPE
 from tmjax.text.documents import read_texts
 
 REPORT = "report.html"

@@ -362,9 +362,9 @@ class _TwiceError(Exception):
 class _Loader(yaml.SafeLoader):
     """YAML without the silence about a key that is there twice, of which the last would count."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         """The mapping of a node; raises if a key is there twice."""
-        lines: dict[Any, int] = {}
+        lines: dict[object, int] = {}
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
                 continue

@@ -18,7 +18,9 @@ from tmjax.errors import InputError, summarise
 from tmjax.evaluate.bits import Scorer
 from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
 from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
-from tmjax.runs.directory import RECIPE, read_manifest, sha256_checkpoint
+from tmjax.runs.directory import sha256_checkpoint
+from tmjax.runs.manifest import load_manifest
+from tmjax.runs.run_files import RECIPE
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.teacher.vocabulary_map import require_shared
 from tmjax.text.documents import Texts
@@ -34,7 +36,7 @@ class AdaptInputs(HeldOut):
     def __init__(self, recipe: AdaptRecipe) -> None:
         self.recipe = recipe
         target = Path(recipe.place(recipe.target))
-        self.run = target if read_manifest(target) is not None else None
+        self.run = target if load_manifest(target) is not None else None
         if self.run is not None and not (self.run / "alignment").is_dir():
             raise InputError(f"{self.run} is a run without an alignment; give a run of tmjax merge, or a checkpoint")
 
@@ -122,10 +124,10 @@ class AdaptInputs(HeldOut):
     @functools.cached_property
     def coefficients(self) -> Coefficients:
         """The alpha and beta of every projection in the run that is adapted."""
-        told = read_manifest(self.run).get("coefficients")
-        if told is None:
+        facts = load_manifest(self.run).coefficients
+        if facts is None:
             raise InputError(f"{self.run} has an alignment and no merge; run tmjax fuse {self.run} first")
-        return {role: (item["alpha"], item["beta"]) for role, item in told["by_role"].items()}
+        return {role: (item.alpha, item.beta) for role, item in facts.by_role.items()}
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -15,6 +14,7 @@ from tmjax.commands.adapt.start import Show, Starts
 from tmjax.commands.generated_texts import write_texts
 from tmjax.models.decoder import init_params
 from tmjax.runs.directory import RunDirectory
+from tmjax.runs.manifest import Record, TeacherFacts
 from tmjax.teacher.probabilities import Taught, teach_texts
 from tmjax.teacher.vocabulary_map import few_shared
 from tmjax.text.documents import Texts, read_texts
@@ -50,10 +50,10 @@ class Material:
         inputs, how = self.inputs, self.recipe.written
         limit = None if writer == "source" else len(self.written("source"))
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             model, params = self._model(writer)
             judge = (lambda texts: inputs.scorer(inputs.target, texts)), inputs.target.params
-            return write_texts(
+            facts = write_texts(
                 partial,
                 (model, params),
                 inputs.texts.texts,
@@ -67,6 +67,7 @@ class Material:
                 layout=inputs.layout,
                 progress=lambda done, total: self.show(f"written:{writer}", done, total, "texts"),
             )
+            return lambda manifest: manifest.record("generated", writer, facts)
 
         key = [self.key, writer, how.model_dump()]
         path = self.run.stage(f"written:{writer}", key, f"written/{writer}.jsonl", work)
@@ -133,7 +134,7 @@ class Material:
         inputs, options = self.inputs, self.recipe.distillation
         name = f"{arm.teacher}-on-{arm.writer}" if arm.writer else arm.teacher
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             model, params = self._model(arm.teacher)
             found, facts = teach_texts(
                 model,
@@ -147,12 +148,12 @@ class Material:
                 progress=lambda done, total: self.show(f"taught:{name}", done, total, ""),
             )
             found.save(partial)
-            return {("taught", name): facts}
+            return lambda manifest: manifest.record("teacher", name, TeacherFacts(**facts))
 
         key = [self.key, arm.teacher, arm.writer, options.model_dump()]
         found = Taught.load(self.run.stage(f"taught:{name}", key, f"taught/{name}.npz", work))
-        facts = self.run.manifest["taught"][name]
-        warning = few_shared(facts["positions"], facts["of"])
+        facts = self.run.manifest.teacher[name]
+        warning = few_shared(facts.positions, facts.of)
         if warning and arm.teacher == "source":
             self.starts.warn(warning)
         if arm.shuffled:

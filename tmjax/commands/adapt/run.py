@@ -25,7 +25,8 @@ from tmjax.files.lock import OutputLock
 from tmjax.recipes.adapt import AdaptRecipe, TrainingOptions, build_adapt_recipe
 from tmjax.recipes.merge import dump_recipe
 from tmjax.report.training import adapted_card, write_training_report
-from tmjax.runs.directory import RunDirectory, digest, read_manifest
+from tmjax.runs.directory import RunDirectory, digest, resumes
+from tmjax.runs.manifest import InputFacts, Manifest, Record, ScheduleFacts, TrainingFacts, load_manifest
 from tmjax.train.checkpoints import Checkpoints
 from tmjax.train.data import Batches
 from tmjax.train.loop import Facts, Trainer, TrainResult
@@ -80,31 +81,34 @@ class Adapt:
         told = recipe.model_dump(mode="json", exclude={"out", "mesh", "other_texts", "places", *_INPUTS})
         key = {"recipe": digest(told)} | hashes
         if self.inputs.run is not None:
-            key["run"] = digest(read_manifest(self.inputs.run)["outputs"])
-        previous = read_manifest(path)
-        if previous is None or previous.get("key") != key:
+            key["run"] = digest(load_manifest(self.inputs.run).to_json({"outputs"})["outputs"])
+        if not resumes(path, key):
             self.inputs.check(warn)
             tell_notes(self.inputs.notes, warn)
         inputs = self.inputs
         note_blank([inputs.texts.texts, inputs.valid, inputs.test, *inputs.other_texts.values()], warn)
         layout = self.inputs.layout
         named = self.inputs.names | {name: getattr(recipe, name) for name in ("texts", "valid", "test")}
-        header = {
-            "tmjax": tmjax.__version__,
-            "seed": recipe.seed,
-            "inputs": {name: {"path": named[name], "sha256": value} for name, value in hashes.items()},
-            "notes": self.inputs.notes,
-            "evaluation": {},
-            "source_gain": None,
-            "update": {},
-            "alignment": {},
-            "training": {},
-            "written": {},
-            "taught": {},
-        }
-        here = {"mesh": layout.sizes, "devices": layout.devices, "platform": jax.devices()[0].platform}
-        self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite, here=here)
-        self.run.show = lambda stage, done, total: self.show(stage, done, total, "")
+        header = Manifest(
+            tmjax=tmjax.__version__,
+            seed=recipe.seed,
+            inputs={name: InputFacts(path=named[name], sha256=value) for name, value in hashes.items()},
+            notes=self.inputs.notes,
+            training={},
+            generated={},
+            teacher={},
+            key=key,
+            mesh=layout.sizes,
+            devices=layout.devices,
+            platform=jax.devices()[0].platform,
+        )
+        self.run = RunDirectory.start(
+            path,
+            dump_recipe(recipe),
+            header,
+            overwrite=overwrite,
+            show=lambda stage, done, total: self.show(stage, done, total, ""),
+        )
         return key
 
     # Training.
@@ -122,7 +126,7 @@ class Adapt:
             trained = trained | maps
         if "distillation" in arm.terms:
             lessons = self.material.taught(arm)
-            facts["taught_positions"] = len(lessons.document)
+            facts["teacher_positions"] = len(lessons.document)
         documents, counts = self.material.texts(arm.writer).documents(inputs.tokenizer)
         facts["texts"] = len(documents)
         data = Batches(
@@ -196,7 +200,7 @@ class Adapt:
         """The checkpoint of one arm: trained with every schedule, the best on validation text folded and kept."""
         arm = self.arms[name]
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             tried, best = [], None
             for steps, lr in self.schedules[name]:
                 result, objective, facts = self._train(name, arm, steps, lr)
@@ -211,11 +215,17 @@ class Adapt:
                     base = self.inputs.names["target"]
                     write_adapter(objective.mode, target.spec, target.rows, result.trained, adapter, base=base)
             what = {"mode": arm.mode, "terms": sorted(arm.terms), "writer": arm.writer, "init": arm.start}
-            told = {("training", name): facts | what | {"tried": tried}}
+            trained = TrainingFacts(**facts, **what, tried=[ScheduleFacts(**item) for item in tried])
+            merge = None
             if self.recipe.merges and name == ADAPTED:
-                merge = read_manifest(self.inputs.run) if self.inputs.run else self.starts.merge().run.manifest
-                told |= {name: merge[name] for name in ("update", "alignment")}
-            return told
+                merge = load_manifest(self.inputs.run) if self.inputs.run else self.starts.merge().run.manifest
+
+            def record(manifest: Manifest) -> None:
+                manifest.record("training", name, trained)
+                if merge is not None:
+                    manifest.update, manifest.alignment = merge.update, merge.alignment
+
+            return record
 
         output = "merged" if name == ADAPTED else f"controls/{name}"
         path = self.run.stage(f"train:{name}", [self._key, name, *self._told(name)], output, work)
@@ -231,7 +241,7 @@ class Adapt:
         if inputs.test is None:
             return
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             scorer = inputs.scorer(inputs.target, inputs.test)
             scores = {"target": scorer(inputs.target.params)}
             if inputs.names["source"]:
@@ -242,7 +252,8 @@ class Adapt:
             with partial.open("wb") as stream:
                 np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             note_hidden(scores, self.warn)
-            return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed, merged=ADAPTED)
+            options = self.recipe.evaluation
+            return evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed, merged=ADAPTED).record
 
         key = [self._key, list(checkpoints), self.recipe.evaluation.model_dump()]
         self.run.stage("evaluate", key, "scores.npz", work)
@@ -264,16 +275,15 @@ class Adapt:
         )
 
         def card(partial: Path) -> None:
-            partial.write_text(adapted_card(self.recipe, self.run.manifest), encoding="utf-8")
+            partial.write_text(adapted_card(self.recipe, self.run.manifest.to_json()), encoding="utf-8")
 
         def report(partial: Path) -> None:
-            write_training_report(partial, self.run.path, self.recipe, self.run.manifest)
+            write_training_report(partial, self.run.path, self.recipe, self.run.manifest.to_json())
 
-        facts = {name: self.run.manifest.get(name) for name in ("evaluation", "source_gain", "training")}
-        facts |= {"forgetting": self.run.manifest["forgetting"]} if "forgetting" in self.run.manifest else {}
+        facts = self.run.manifest.to_json({"evaluation", "source_gain", "training", "forgetting"})
         self.run.stage("card", facts, "merged/README.md", card)
         self.run.stage("report", facts, "report.html", report)
-        return self.run.manifest
+        return self.run.manifest.to_json()
 
 
 def adapt(*, overwrite: bool = False, **recipe: Any) -> tuple[Model, dict[str, Any]]:

@@ -58,13 +58,13 @@ class Starts:
         if arm in PLACEBOS:
             control = CONTROLS[arm]
             path = merge.control(control)
-            facts = merge.run.manifest["controls"][arm]
+            facts = merge.run.manifest.controls[arm]
             alignment = merge.control_alignment(control)
             params = merge.random_source() if control.random_source else inputs.source.params
         else:
             path = merge.fuse()
-            facts, alignment, params = merge.run.manifest["coefficients"], merge.align(), inputs.source.params
-        pairs = {r: (item["alpha"], item["beta"]) for r, item in facts["by_role"].items()}
+            facts, alignment, params = merge.run.manifest.coefficients, merge.align(), inputs.source.params
+        pairs = {r: (item.alpha, item.beta) for r, item in facts.by_role.items()}
         return alignment, pairs, params, path if merge.recipe.solves or merge.recipe.blends else None
 
     def of(self, arm: str, mode: str, start: str) -> tuple[Mode, dict[str, Array], dict[str, Any]]:

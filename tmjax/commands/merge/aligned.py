@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -20,8 +19,19 @@ from tmjax.files.lock import OutputLock
 from tmjax.files.paths import refuse_overlap
 from tmjax.models.decoder import init_params
 from tmjax.recipes.merge import Placed, Recipe, dump_recipe
-from tmjax.runs.directory import RunDirectory, digest, read_manifest
+from tmjax.runs.directory import RunDirectory, digest, resumes
+from tmjax.runs.manifest import (
+    AlignmentFacts,
+    AlignmentRecord,
+    HeadCounts,
+    InputFacts,
+    LayerPlanFacts,
+    Manifest,
+    PlanFacts,
+    RowFacts,
+)
 from tmjax.sharding import hosts
+from tmjax.text.rows import Rows
 from tmjax.transfer.controls import Control, derangement
 
 #: (stage, steps done, steps in all) while a stage runs.
@@ -98,44 +108,37 @@ class AlignmentRun:
         }
         told = recipe.model_dump(mode="json", exclude=without)
         key = {"recipe": digest(told)} | hashes | dict(also)
-        previous = read_manifest(path)
-        if hosts.agree(previous is None or previous.get("key") != key):
+        if hosts.agree(not resumes(path, key)):
             hosts.together(self.inputs.check)
             tell_notes(self.inputs.notes, self.warn)
         read = self.inputs
         note_blank([read.all_texts, read.valid, read.test, *read.other_texts.values()], self.warn)
         layout = self.inputs.layout
-        header = {
-            "tmjax": tmjax.__version__,
-            "seed": recipe.seed,
-            "inputs": {
-                name: {"path": recipe.fusion.base if name == "base" else getattr(recipe, name), "sha256": value}
+        header = Manifest(
+            tmjax=tmjax.__version__,
+            seed=recipe.seed,
+            inputs={
+                name: InputFacts(path=recipe.fusion.base if name == "base" else getattr(recipe, name), sha256=value)
                 for name, value in hashes.items()
             },
-            "notes": self.inputs.notes,
-            "evaluation": {},
-            "source_gain": None,
-            "update": {},
-            "alignment": {},
-        }
-        here = {
-            "mesh": layout.sizes,
-            "devices": layout.devices,
-            "processes": hosts.count(),
-            "platform": jax.devices()[0].platform,
-        }
+            notes=self.inputs.notes,
+            key=key,
+            mesh=layout.sizes,
+            devices=layout.devices,
+            processes=hosts.count(),
+            platform=jax.devices()[0].platform,
+        )
+        process = {"team": hosts, "show": self.progress}
 
         def start() -> RunDirectory | None:
             if not hosts.is_first():
                 return None
             if amend:
-                return RunDirectory.amend(path, dump_recipe(recipe), header, key=key, here=here)
-            return RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite, here=here)
+                return RunDirectory.amend(path, dump_recipe(recipe), header, **process)
+            return RunDirectory.start(path, dump_recipe(recipe), header, overwrite=overwrite, **process)
 
         started = hosts.together(start)
-        self.run = hosts.together(lambda: started or RunDirectory.follow(path, key, here))
-        self.run.team = hosts
-        self.run.show = self.progress
+        self.run = hosts.together(lambda: started or RunDirectory.follow(path, header, **process))
 
     def step(self, stage: str) -> Callable[[int, int], None]:
         """Shows how far a stage is."""
@@ -161,7 +164,7 @@ class AlignmentRun:
         """Captures the activations of `target`, `source` or `random_source`."""
         name = f"activations:{which}"
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> AlignmentRecord:
             rows, (target_documents, source_documents) = self.inputs.rows
             model = self.inputs.target if which == "target" else self.inputs.source
             params = self.random_source() if which == "random_source" else model.params
@@ -178,7 +181,7 @@ class AlignmentRun:
                 layout=self.inputs.layout,
                 progress=self.step(name),
             )
-            return {("rows",): {"documents": len(self.inputs.texts), "rows": len(rows), "pooling": rows.pooling}}
+            return self._record_rows(rows)
 
         key = [self._activation_key(which), self.recipe.seed if which == "random_source" else None]
         return activation_store.read(self.run.stage(name, key, f"activations/{which}", work))
@@ -187,7 +190,7 @@ class AlignmentRun:
         """Sums over the rows of `target` and `source` (or of a control's source), where activations are not kept."""
         name = f"moments:{which}"
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> AlignmentRecord:
             rows, (target_documents, source_documents) = self.inputs.rows
             target, source = self.inputs.target, self.inputs.source
             params = self.random_source() if control and control.random_source else source.params
@@ -215,10 +218,18 @@ class AlignmentRun:
             )
             if hosts.is_first():
                 save_moments(found, partial)
-            return {("rows",): {"documents": len(self.inputs.texts), "rows": len(rows), "pooling": rows.pooling}}
+            return self._record_rows(rows)
 
         key = [self._activation_key(which), self.recipe.seed if control else None]
         return load_moments(self.run.stage(name, key, f"moments/{which}.safetensors", work))
+
+    def _record_rows(self, rows: Rows) -> AlignmentRecord:
+        """Records how many rows were paired."""
+
+        def record(facts: AlignmentFacts) -> None:
+            facts.rows = RowFacts(documents=len(self.inputs.texts), rows=len(rows), pooling=rows.pooling)
+
+        return record
 
     def random_source(self) -> dict[str, jax.Array]:
         """Fresh random weights of the source's architecture."""
@@ -231,13 +242,20 @@ class AlignmentRun:
             return self._alignment
         find = self._aligned("source", None, "alignment")
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> AlignmentRecord:
             found = find()
             if hosts.is_first():
                 alignment_store.save(found, partial)
             models = {"target": self.inputs.target.spec, "source": self.inputs.source.spec}
-            heads = {name: {"heads": spec.heads, "kv_heads": spec.kv_heads} for name, spec in models.items()}
-            return {"alignment": found.certificates(), "layer_plans": found.layer_facts(), "attention": heads}
+
+            def record(facts: AlignmentFacts) -> None:
+                facts.alignment = {site: PlanFacts(**item) for site, item in found.certificates().items()}
+                facts.layer_plans = {role: LayerPlanFacts(**item) for role, item in found.layer_facts().items()}
+                facts.attention = {
+                    name: HeadCounts(heads=spec.heads, kv_heads=spec.kv_heads) for name, spec in models.items()
+                }
+
+            return record
 
         path = self.run.stage("alignment", self._alignment_key(), "alignment", work)
         found = alignment_store.load(path)

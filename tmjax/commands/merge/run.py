@@ -26,7 +26,8 @@ from tmjax.models.spec import DecoderSpec
 from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
-from tmjax.runs.directory import RECIPE, read_manifest
+from tmjax.runs.manifest import BlendFacts, CoefficientFacts, ControlFacts, Manifest, Record, SolveFacts, read_manifest
+from tmjax.runs.run_files import RECIPE
 from tmjax.sharding import hosts
 from tmjax.train.data import Batch, Batches
 from tmjax.train.step import next_token_loss
@@ -43,10 +44,8 @@ from tmjax.typing import ArrayLike, Params
 class Merge(AlignmentRun):
     """One run of a recipe; every stage resumes."""
 
-    def _fuse(
-        self, arm: str, alignment: Alignment, control: Control | None, source: Params, partial: Path
-    ) -> dict[Any, Any]:
-        """Transports, chooses coefficients on `valid`, writes the checkpoint of one arm; returns manifest facts."""
+    def _fuse(self, arm: str, alignment: Alignment, control: Control | None, source: Params, partial: Path) -> Record:
+        """Transports, chooses coefficients on `valid`, writes the checkpoint of one arm; records manifest facts."""
         inputs = self.inputs
         fused = fuse(
             alignment,
@@ -72,12 +71,19 @@ class Merge(AlignmentRun):
             if warning:
                 self.warn(warning)
         hf.write(fused.model, partial, max_shard_size=self.recipe.export.max_shard_size)
-        facts = _fit_facts(fused.fit)
-        also = {"lexical": _blend_facts(fused.blended)} if fused.blended else {}
-        also |= {"solve": _solve_facts(fused.solved)} if fused.solved else {}
-        if control is None:
-            return {"update": fused.table, "coefficients": facts} | also
-        return {("controls", arm): facts | {"update": fused.table} | also}
+        lexical = _blend_facts(fused.blended) if fused.blended else None
+        solve = _solve_facts(fused.solved) if fused.solved else None
+        fit = _fit_facts(fused.fit)
+
+        def record(manifest: Manifest) -> None:
+            if control is None:
+                manifest.update, manifest.coefficients = fused.table, CoefficientFacts(**fit)
+                manifest.lexical, manifest.solve = lexical, solve
+            else:
+                facts = ControlFacts(**fit, update=fused.table, lexical=lexical, solve=solve)
+                manifest.record("controls", arm, facts)
+
+        return record
 
     def _lexicon(self, control: Control | None) -> Lexicon:
         """The target's tokens as the source reads them; for controls given other tokens' source embeddings.
@@ -119,7 +125,7 @@ class Merge(AlignmentRun):
         """The merged checkpoint."""
         alignment = self.align()
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             return self._fuse("fuse", alignment, None, self.inputs.source.params, partial)
 
         return self.run.stage("fuse", self._fuse_key("merged"), "merged", work)
@@ -127,7 +133,7 @@ class Merge(AlignmentRun):
     def control(self, control: Control) -> Path:
         """The checkpoint of one control arm: intervenes before alignment, then everything is run again."""
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             params = self.random_source() if control.random_source else self.inputs.source.params
             return self._fuse(control.name, self.control_alignment(control), control, params, partial)
 
@@ -156,7 +162,7 @@ class Merge(AlignmentRun):
         if inputs.recipe.test is None:
             return
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             scores: dict[str, Scores] = {}
 
             def score(arm: str, scorer: Scorer, params: Params) -> None:
@@ -173,7 +179,8 @@ class Merge(AlignmentRun):
                 with partial.open("wb") as stream:
                     np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             note_hidden(scores, self.warn)
-            return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed)
+            facts = evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed)
+            return facts.record
 
         keys = [*(self._fuse_key(arm) for arm in checkpoints), *also]
         self.run.stage(
@@ -217,18 +224,16 @@ class Merge(AlignmentRun):
         alignment = self.align()
 
         def card(partial: Path) -> None:
-            partial.write_text(model_card(self.recipe, self.run.manifest), encoding="utf-8")
+            partial.write_text(model_card(self.recipe, self.run.manifest.to_json()), encoding="utf-8")
 
         def report(partial: Path) -> None:
-            write_report(
-                partial, self.run.path, self.recipe, self.run.manifest, alignment, read_json(samples)["samples"]
-            )
+            manifest = self.run.manifest.to_json()
+            write_report(partial, self.run.path, self.recipe, manifest, alignment, read_json(samples)["samples"])
 
-        facts = {name: self.run.manifest.get(name) for name in ("evaluation", "coefficients", "source_gain", "update")}
-        facts |= {"forgetting": self.run.manifest["forgetting"]} if "forgetting" in self.run.manifest else {}
+        facts = self.run.manifest.to_json({"evaluation", "coefficients", "source_gain", "update", "forgetting"})
         self.run.stage("card", facts, f"{merged.name}/README.md", card, joint=False)
         self.run.stage("report", facts, REPORT, report, joint=False)
-        return self.run.manifest
+        return self.run.manifest.to_json()
 
 
 @functools.cache
@@ -237,19 +242,19 @@ def _token_loss(spec: DecoderSpec) -> BatchLoss:
     return functools.partial(next_token_loss, spec)
 
 
-def _blend_facts(blended: Blended) -> dict[str, Any]:
+def _blend_facts(blended: Blended) -> BlendFacts:
     """What was chosen (None: nothing), and validation bits per byte without and with it."""
-    return {"chosen": blended.chosen, "valid_bits_per_byte": list(blended.losses), "trials": blended.trials}
+    return BlendFacts(chosen=blended.chosen, valid_bits_per_byte=list(blended.losses), trials=blended.trials)
 
 
-def _solve_facts(solved: Solved) -> dict[str, Any]:
+def _solve_facts(solved: Solved) -> SolveFacts:
     """What the rounds of a solve chose, and how many positions they heard of."""
-    return {
-        "valid_bits_per_byte": solved.losses,
-        "rounds": solved.chosen,
-        "trials": solved.trials,
-        "positions": dict(zip(("true", "source", "all"), solved.positions, strict=True)),
-    }
+    return SolveFacts(
+        valid_bits_per_byte=solved.losses,
+        rounds=solved.chosen,
+        trials=solved.trials,
+        positions=dict(zip(("true", "source", "all"), solved.positions, strict=True)),
+    )
 
 
 def _mean(value: ArrayLike | float) -> float:

@@ -1,7 +1,6 @@
 """What a merge solves toward: the source's probabilities of the target's next tokens, on given and on written texts."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from tmjax.commands.merge.aligned import AlignmentRun
 from tmjax.commands.merge.inputs import WITHOUT
 from tmjax.errors import InputError
 from tmjax.recipes.adapt import WrittenOptions
+from tmjax.runs.manifest import Record, TeacherFacts
 from tmjax.sharding import hosts
 from tmjax.teacher.generation import Writing
 from tmjax.teacher.probabilities import Search, Taught, teach_texts
@@ -67,7 +67,7 @@ class Predictions:
         if by_source == ():
             return ()
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             judge = (lambda texts: inputs.scorer(inputs.target, inputs.target_tokenizer, texts)), inputs.target.params
             facts = write_texts(
                 partial,
@@ -85,22 +85,21 @@ class Predictions:
                 most_bytes=None if by_source is None else sum(len(text.encode()) for text in by_source),
                 required=False,
             )
-            told = facts["written", which]
-            if not told["kept"]:
+            if not facts.kept:
                 self.run.warn(
-                    f"of {told['asked']} texts by {which} {told['foreign']} are foreign to the target and none is of "
+                    f"of {facts.asked} texts by {which} {facts.foreign} are foreign to the target and none is of "
                     "use; predictions are solved for on the calibration texts alone"
                 )
-            return facts
+            return lambda manifest: manifest.record("generated", which, facts)
 
         path = self.run.run.stage(f"written:{which}", self._key(which), f"written/{which}.jsonl", work)
-        kept = self.run.run.manifest["written"][which]["kept"]
+        kept = self.run.run.manifest.generated[which].kept
         return read_texts(str(path)).texts if kept else ()
 
     def _taught(self, which: str, texts: tuple[str, ...]) -> Taught:
         inputs, name = self.inputs, f"predictions:{which}"
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             try:
                 found, facts = teach_texts(
                     inputs.source,
@@ -116,11 +115,11 @@ class Predictions:
                 raise InputError(f"{error}; {WITHOUT}") from None
             if hosts.is_first():
                 found.save(partial)
-            return {("predictions", which): facts}
+            return lambda manifest: manifest.record("predictions", which, TeacherFacts(**facts))
 
         path = self.run.run.stage(name, self._key(which), f"predictions/{which}.npz", work)
-        facts = self.run.run.manifest["predictions"][which]
-        warning = few_shared(facts["positions"], facts["of"])
+        facts = self.run.run.manifest.predictions[which]
+        warning = few_shared(facts.positions, facts.of)
         if warning and which == "source":
             self.run.warn(warning)
         return Taught.load(path)

@@ -83,11 +83,12 @@ class SolverComparison(Merge):
             rows += [SolverRow(**row) for row in held["sites"]]
             if held["bits_per_byte"] is not None:
                 merges[name] = held["bits_per_byte"]
-        self.run.manifest["solvers"] = summarise(rows, merges)
-        self.run.manifest["solver_sites"] = [dataclasses.asdict(row) for row in rows]
+        manifest = self.run.manifest
+        manifest.solvers = summarise(rows, merges)
+        manifest.solver_sites = [dataclasses.asdict(row) for row in rows]
         self.run.save()
-        write_solver_report(self.run.path, self.run.manifest)
-        return self.run.manifest
+        write_solver_report(self.run.path, manifest.to_json())
+        return manifest.to_json()
 
     def _merge(self, options: AlignmentOptions) -> float | None:
         """Bits per byte on the test texts of the merge made with these plans; None without test texts.

@@ -29,6 +29,7 @@ from tmjax.models.spec import projections
 from tmjax.recipes.merge import FusionOptions, Recipe
 from tmjax.report.sweep_page import write_sweep_report
 from tmjax.runs.directory import RunDirectory, digest
+from tmjax.runs.manifest import AlignmentRecord, BestSetting, Coefficient, Manifest, Record, SweepFacts
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts
 from tmjax.transfer.apply import Coefficients, Transported, fuse_params, transport_model
@@ -48,12 +49,12 @@ class _SharedStages:
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
 
-    def stage(self, name: str, key: object, output: str, work: Callable[[Path], Mapping[Any, Any] | None]) -> Path:
+    def stage(self, name: str, key: object, output: str, work: Callable[[Path], AlignmentRecord]) -> Path:
         label = digest(key)[:8]
 
-        def labelled(partial: Path) -> dict[Any, Any]:
-            facts = work(partial) or {}
-            return {("shared", label, *(k if isinstance(k, tuple) else (k,))): value for k, value in facts.items()}
+        def labelled(partial: Path) -> Record:
+            record = work(partial)
+            return lambda manifest: record(manifest.shared_facts(label))
 
         return self._run.stage(f"{name}:{label}", key, f"shared/{label}/{output}", labelled)
 
@@ -213,7 +214,7 @@ class Sweep(AlignmentRun):
     def sweep(self) -> dict[str, Any]:
         """Scores all settings; the best one and the target are measured on the test texts. Returns the manifest."""
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             results: list[Result] = []
             rows: list[dict[str, Any]] = []
             for number, group in enumerate(self.groups):
@@ -230,19 +231,23 @@ class Sweep(AlignmentRun):
                 if has_parquet():
                     write_parquet(self.run.path / "results.parquet", results)
             label = digest(_Variant(self.groups[best.group].recipe, self)._alignment_key())[:8]
-            return {"sweep": self._facts(results, best), "alignment": self.run.manifest["shared"][label]["alignment"]}
+            facts = self._facts(results, best)
+
+            def record(manifest: Manifest) -> None:
+                manifest.sweep, manifest.alignment = facts, manifest.shared[label].alignment
+
+            return record
 
         told = [self.settings, [self._fuse_options(group.recipe) for group in self.groups], self.inputs.hashes["valid"]]
         self.run.stage("sweep", told, "results.csv", work)
         self._best(told)
 
         def report(partial: Path) -> None:
-            write_sweep_report(partial, self.run.path, self.run.manifest, self.rows())
+            write_sweep_report(partial, self.run.path, self.run.manifest.to_json(), self.rows())
 
-        self.run.stage(
-            "report", [self.run.manifest["sweep"], self.run.manifest["evaluation"]], "sweep.html", report, joint=False
-        )
-        return self.run.manifest
+        facts = self.run.manifest.to_json({"sweep", "evaluation"})
+        self.run.stage("report", facts, "sweep.html", report, joint=False)
+        return self.run.manifest.to_json()
 
     def rows(self) -> list[dict[str, Any]]:
         """The finished sweep's table, a mapping per setting."""
@@ -251,36 +256,36 @@ class Sweep(AlignmentRun):
     def _fuse_options(self, recipe: Recipe) -> list[object]:
         return [_Variant(recipe, self)._alignment_key(), recipe.fusion.model_dump(mode="json"), recipe.alpha]
 
-    def _facts(self, results: Sequence[Result], best: Result) -> dict[str, Any]:
+    def _facts(self, results: Sequence[Result], best: Result) -> SweepFacts:
         scorers = self._scorers.values()
         done = [result.seconds for result in results if result.bits_per_byte is not None]
         pairs = self._coefficients(self.groups[best.group], best.number)
-        return {
-            "keys": list(self.settings[0]),
-            "settings": len(results),
-            "random": self.random,
-            "groups": len(self.groups),
-            "devices": max(scorer.devices for scorer in scorers),
-            "failed": sum(result.bits_per_byte is None for result in results),
-            "compilations": sum(scorer.compilations for scorer in scorers),
-            "compile_seconds": round(sum(scorer.compile_seconds for scorer in scorers), 3),
-            "seconds_per_setting": round(float(np.median(done)), 6),
-            "best": {
-                "setting": best.number,
-                "values": best.setting,
-                "valid_bits_per_byte": best.bits_per_byte,
-                "coefficients": {role: {"alpha": alpha, "beta": beta} for role, (alpha, beta) in pairs.items()},
-            },
-        }
+        return SweepFacts(
+            keys=list(self.settings[0]),
+            settings=len(results),
+            random=self.random,
+            groups=len(self.groups),
+            devices=max(scorer.devices for scorer in scorers),
+            failed=sum(result.bits_per_byte is None for result in results),
+            compilations=sum(scorer.compilations for scorer in scorers),
+            compile_seconds=round(sum(scorer.compile_seconds for scorer in scorers), 3),
+            seconds_per_setting=round(float(np.median(done)), 6),
+            best=BestSetting(
+                setting=best.number,
+                values=best.setting,
+                valid_bits_per_byte=best.bits_per_byte,
+                coefficients={role: Coefficient(alpha=alpha, beta=beta) for role, (alpha, beta) in pairs.items()},
+            ),
+        )
 
     def _best(self, told: object) -> None:
         """Measures the best setting and the target on the test texts, once, and writes its checkpoint if asked to."""
-        best = self.run.manifest["sweep"]["best"]
-        group = next(group for group in self.groups if best["setting"] in group.members)
-        pairs = self._coefficients(group, best["setting"])
+        best = self.run.manifest.sweep.best
+        group = next(group for group in self.groups if best.setting in group.members)
+        pairs = self._coefficients(group, best.setting)
         variant = _Variant(group.recipe, self)
 
-        def evaluate(partial: Path) -> dict[Any, Any]:
+        def evaluate(partial: Path) -> Record:
             scorer = self._scorer(group.recipe, "test", stored=True)
             arms = {"target": dict.fromkeys(pairs, (0.0, 0.0)), "best": pairs}
             transported = scorer.place(self._transported(variant))
@@ -292,23 +297,32 @@ class Sweep(AlignmentRun):
             options = self.recipe.evaluation
             note_hidden(scores, self.warn)
             facts = evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed)
-            return {"evaluation": facts["evaluation"], ("sweep", "test_compilations"): scorer.compilations}
 
-        def write(partial: Path) -> dict[Any, Any]:
+            def record(manifest: Manifest) -> None:
+                manifest.evaluation = facts.evaluation
+                manifest.sweep.test_compilations = scorer.compilations
+
+            return record
+
+        def write(partial: Path) -> Record:
             target, transported = self.inputs.target, self._transported(variant)
             fused = fuse_params(target.rows, target.params, transported, pairs, bias_rule=group.recipe.fusion.bias)
             table = update_table(target.spec, target.rows, target.params, fused, transported, pairs)
             if warning := require_transfer(table, allow_negligible=True):
                 self.warn(warning)
             hf.write(target.with_params(fused), partial, max_shard_size=self.recipe.export.max_shard_size)
-            return {"update": table}
+
+            def record(manifest: Manifest) -> None:
+                manifest.update = table
+
+            return record
 
         if self.inputs.test is not None:
             options = self.recipe.evaluation.model_dump()
-            key = [told, best, self.inputs.hashes["test"], options, self.recipe.seed]
+            key = [told, best.model_dump(), self.inputs.hashes["test"], options, self.recipe.seed]
             self.run.stage("evaluate", key, "scores.npz", evaluate)
         if self.write_best:
-            self.run.stage("best", [told, best], "best", write)
+            self.run.stage("best", [told, best.model_dump()], "best", write)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
