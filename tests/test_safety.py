@@ -22,7 +22,8 @@ from tmjax.files.atomic import atomic_directory
 from tmjax.files.lock import OutputLock, command, lock_files
 from tmjax.files.owned import RECORD
 from tmjax.recipes.merge import Recipe, build_recipe, dump_recipe, read_recipe
-from tmjax.runs.directory import RunDirectory, sha256_checkpoint
+from tmjax.runs.directory import RunDirectory
+from tmjax.runs.hashes import sha256_checkpoint
 from tmjax.runs.manifest import Manifest, read_manifest
 from tools.make_checkpoint import make_checkpoint
 

@@ -19,7 +19,8 @@ from tmjax.files.lock import OutputLock
 from tmjax.files.paths import refuse_overlap
 from tmjax.models.decoder import init_params
 from tmjax.recipes.merge import Placed, Recipe, dump_recipe
-from tmjax.runs.directory import RunDirectory, digest, resumes
+from tmjax.runs.directory import RunDirectory, resumes
+from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import (
     AlignmentFacts,
     AlignmentRecord,
