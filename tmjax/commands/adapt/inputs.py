@@ -20,7 +20,7 @@ from tmjax.evaluate.bits import Scorer
 from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
 from tmjax.recipes.base import read_recipe
 from tmjax.recipes.merge import Recipe
-from tmjax.runs.directory import sha256_checkpoint
+from tmjax.runs.hashes import sha256_checkpoint
 from tmjax.runs.manifest import load_manifest
 from tmjax.runs.run_files import RECIPE
 from tmjax.sharding.mesh import AUTO, Layout

@@ -26,7 +26,8 @@ from tmjax.files.lock import OutputLock
 from tmjax.recipes.adapt import AdaptRecipe, TrainingOptions, build_adapt_recipe
 from tmjax.recipes.base import dump_recipe
 from tmjax.report.training import adapted_card, write_training_report
-from tmjax.runs.directory import RunDirectory, digest, resumes
+from tmjax.runs.directory import RunDirectory, resumes
+from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import InputFacts, Manifest, Record, ScheduleFacts, TrainingFacts, load_manifest
 from tmjax.teacher.stages import TeacherStages
 from tmjax.train.checkpoints import Checkpoints
