@@ -17,6 +17,7 @@ from tmjax import cli
 from tmjax.activations import joined as joined_texts
 from tmjax.activations.joined import join
 from tmjax.checkpoints.load import load_model
+from tmjax.commands.adapt.arms import Arm
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Starts
 from tmjax.commands.merge.run import Merge
@@ -281,7 +282,7 @@ def test_every_arm_is_solved_for_and_says_so(solved, qwen2_dir) -> None:
         )
         assert (solve["positions"]["source"] > 0) == (arm != "control:shrink")
         assert all(item["weight"] == 0 for item in solve["rounds"]) or arm != "control:shrink"
-    assert set(manifest["predictions"]) == set(manifest["written"]) == {"source", "random_source"}
+    assert set(manifest["teacher"]) == set(manifest["generated"]) == {"source", "random_source"}
     table = manifest["update"]
     readout = load_model(qwen2_dir).rows
     name = next(row.names(load_model(qwen2_dir).spec)[0] for row in readout if row.path == "embed.weight")
@@ -344,7 +345,7 @@ def test_a_source_that_writes_another_language_is_heard_on_the_given_texts(solvi
     assert cli.run(command) == 0
     assert capsys.readouterr().err.count("solved for on the calibration texts alone") == 1
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
-    assert manifest["written"] == {"source": {"asked": 6, "foreign": 6, "kept": 0}}
+    assert manifest["generated"] == {"source": {"asked": 6, "foreign": 6, "kept": 0}}
     assert manifest["solve"]["positions"]["source"] > 0
     assert (tmp_path / "run/controls/control:random_source/model.safetensors").is_file()
 
@@ -356,7 +357,7 @@ def test_a_fixed_alpha_solves_nothing(solving, flags, tmp_path) -> None:
     assert (
         "solve" not in manifest
         and "lexical" not in manifest
-        and "written" not in manifest
+        and "generated" not in manifest
         and "solved" not in next(iter(manifest["update"].values()))
     )
 
@@ -365,7 +366,7 @@ def test_adaptation_of_a_run_begins_at_its_merged_model(solved, texts, tmp_path)
     out, _ = solved
     told = {"target": str(out), "texts": texts["calibration"], "valid": texts["valid"], "out": str(tmp_path / "a")}
     inputs = AdaptInputs(build_adapt_recipe(told | {"mode": "sft", "init": "merged"}))
-    start = Starts(inputs, lambda *told: None, lambda message: None).of("adapted", "sft", "merged")[1]
+    start = Starts(inputs, lambda *told: None, lambda message: None).of(Arm("sft", "merged"))[1]
     for path, value in load_model(out / "merged").params.items():
         np.testing.assert_allclose(start[path], value, atol=1e-6)
 

@@ -29,8 +29,8 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         parts.append(
             f"Its read-out{' and what writes its residual stream' * (recipe.fusion.solve.reach == 'direct')} were then "
             "solved for, by ridge regression toward the true next tokens of the calibration texts and the source's "
-            f"probabilities on these and {manifest.get('written', {}).get('source', {}).get('kept', 0)} texts that it "
-            f"wrote ({len(manifest['solve']['rounds'])} rounds)."
+            f"probabilities on these and {manifest.get('generated', {}).get('source', {}).get('kept', 0)} texts that "
+            f"it wrote ({len(manifest['solve']['rounds'])} rounds)."
         )
     if manifest["evaluation"]:
         parts += [
