@@ -23,7 +23,8 @@ from tmjax.teacher.vocabulary_map import Crossing
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.train.data import Batches
 from tmjax.train.modes import Plain
-from tmjax.train.step import VOCABULARY, Objective, TrainConfig, padding_of, start, step
+from tmjax.train.optimizer import TrainConfig
+from tmjax.train.step import VOCABULARY, Objective, padding_of, start, step
 from tmjax.transfer.controls import derangement
 from tmjax.transfer.operators.predictions import Solver, Wanted
 

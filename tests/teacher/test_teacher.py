@@ -25,7 +25,8 @@ from tmjax.train import loss
 from tmjax.train.data import Batches
 from tmjax.train.loss import TeacherTokens
 from tmjax.train.modes import Plain
-from tmjax.train.step import Objective, TrainConfig, Weights, start, step
+from tmjax.train.optimizer import TrainConfig, Weights
+from tmjax.train.step import Objective, start, step
 
 
 @pytest.fixture(scope="module")

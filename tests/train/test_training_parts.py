@@ -31,8 +31,9 @@ from tmjax.train.data import Batch, Batches, Guide, make_batch, split
 from tmjax.train.guidance import SourceFeatures, start_maps
 from tmjax.train.loop import Trainer, train
 from tmjax.train.modes import FrozenBase, Lora, Plain, Residual, shardings_of
+from tmjax.train.optimizer import TrainConfig
 from tmjax.train.peft import write_adapter
-from tmjax.train.step import Objective, TrainConfig, fold, guide_error, next_token_loss, start, train_step
+from tmjax.train.step import Objective, fold, guide_error, next_token_loss, start, train_step
 from tmjax.train.texts import leaked, read_training_texts
 
 #: One batch shape and one configuration for most tests here, so one compilation of a step.
