@@ -28,7 +28,7 @@ from tmjax.teacher.vocabulary_map import require_shared
 from tmjax.text.documents import Texts
 from tmjax.text.rows import Rows, TokenisedDocument, pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.train.step import TrainConfig
+from tmjax.train.optimizer import TrainConfig
 from tmjax.train.texts import TrainingTexts, leaked, read_training_texts
 from tmjax.transfer.contribution import Coefficients
 from tmjax.transfer.recipe import build_recipe
