@@ -17,16 +17,16 @@ def commands() -> str:
 def _command(name: str, command: Any) -> str:
     context = command.make_context(name, [], resilient_parsing=True)
     usage = " ".join(command.collect_usage_pieces(context))
-    rows = [_row(parameter, context) for parameter in command.params]
+    rows = [_row(parameter) for parameter in command.params]
     text = f"## `tmjax {name}`\n\n{(command.help or '').strip()}\n\n```text\ntmjax {name} {usage}\n```\n\n"
     return text + table(("parameter", "value", "default", "meaning"), [row for row in rows if row is not None])
 
 
-def _row(parameter: Any, context: Any) -> tuple[str, str, str, str] | None:
+def _row(parameter: Any) -> tuple[str, str, str, str] | None:
     if getattr(parameter, "hidden", False):
         return None
     option = parameter.param_type_name == "option"
-    names = [*parameter.opts, *parameter.secondary_opts] if option else [parameter.make_metavar(context)]
+    names = [*parameter.opts, *parameter.secondary_opts] if option else [parameter.metavar or (parameter.name or "").upper()]
     flag = getattr(parameter, "is_flag", False)
     value = "" if flag or not option else parameter.type.name
     if getattr(parameter, "multiple", False):
