@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # autodoc imports the package
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
-import tmjax  # noqa: E402
+import tmjax
 
 project = "tmjax"
 author = "the tmjax authors"

@@ -4,6 +4,7 @@ import inspect
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, Union
 
 import yaml
@@ -57,13 +58,20 @@ def _default(field: FieldInfo) -> str:
     return f"`{json.dumps(value)}`"
 
 
-def settings(kind: type[BaseModel], place: str, level: int) -> str:
-    """Returns a heading, the text and the table of a section's settings, and then those of the sections inside it."""
+def settings(kind: type[BaseModel], place: str, level: int, defaults: Mapping[str, str] = {}) -> str:
+    """Returns a heading, the text and the table of a section's settings, and then those of the sections inside it.
+
+    Args:
+        kind: The section.
+        place: Its key in a recipe; empty for a whole recipe.
+        level: Level of headings.
+        defaults: Defaults that the types do not have, by key.
+    """
     rows, inner = [], []
     for name, field in kind.model_fields.items():
         limits = _limits(tuple(field.metadata))
         kinds = type_text(field.annotation) + (f", {limits}" if limits else "")
-        rows.append((f"`{name}`", kinds, _default(field), field.description or ""))
+        rows.append((f"`{name}`", kinds, defaults.get(name, _default(field)), field.description or ""))
         if _is_section(field.annotation):
             inner.append((name, field.annotation))
     title = f"{'#' * level} `{place}`\n\n" if place else ""
@@ -74,8 +82,9 @@ def settings(kind: type[BaseModel], place: str, level: int) -> str:
 def merge_recipe() -> str:
     """Returns the settings of a merge."""
     from tmjax.recipes.merge import Recipe
+    from tmjax.recipes.presets import DEFAULT_PRESET
 
-    return settings(Recipe, "", 3)
+    return settings(Recipe, "", 3, {"preset": f"`{DEFAULT_PRESET}`", "operators": "the preset's"})
 
 
 def adapt_recipe() -> str:
