@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from markdown import table
+from markdown_table import table
 from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
 _NAMES = {str: "text", float: "number", int: "integer", Path: "path", bool: ""}

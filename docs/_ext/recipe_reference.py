@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Union
 
 import yaml
-from markdown import table
+from markdown_table import table
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
