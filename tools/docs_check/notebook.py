@@ -16,7 +16,7 @@ from typing import Any
 from tools.docs_check.compare import text_fault
 
 #: Absolute paths, which would name somebody's machine.
-PATHS = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|Users|mnt|opt|usr|var|work|private|content)/")
+PATHS = re.compile(r"(?<![\w.:/<>])/[\w.-]+/[\w.-]+")
 #: How far numbers of stored and new outputs may differ.
 TOLERANCE = 0.002
 #: Seconds after which a cell counts as hanging.
