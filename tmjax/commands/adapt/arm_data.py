@@ -92,10 +92,7 @@ class DataOfArms:
         return TrainingTexts(Texts(given.path, (*ids, *generated.ids), (*given.texts * repeat, *generated.texts)))
 
     def _generated(self, texts_by: str) -> Texts:
-        """Texts that a model generates: of another model than the source at most as many as are kept of the source's.
-
-        Only the source's are filtered: a control is not to profit from what the target finds familiar.
-        """
+        """Texts that a model generates; of the source, those familiar to the target, of others at most as many."""
         inputs, options = self.inputs, self.inputs.recipe.generation
         by_source = texts_by == "source"
         settings = TextFilter(
