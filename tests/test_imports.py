@@ -124,7 +124,7 @@ def test_the_rule_sees_violations(path, source):
     ("path", "source"),
     [
         ("models/families/x.py", "from tmjax.models.spec import DecoderSpec\nfrom . import base\nfrom ..spec import x"),
-        ("cli.py", "from tmjax import __version__\nfrom tmjax.commands import compare\nimport tmjax.text.documents"),
+        ("cli/x.py", "from tmjax import __version__\nfrom tmjax.commands import compare\nimport tmjax.text.documents"),
         ("files/x.py", "import tmjax\nprint(tmjax.__version__, tmjax.errors)"),
     ],
 )
