@@ -71,7 +71,7 @@ def adapt(
     if as_json:
         print_json(manifest)
         return
-    from tmjax.report.training import adapt_summary
+    from tmjax.report.training_page import adapt_summary
 
     open_console().print(adapt_summary(manifest))
     open_console().print(f"Run directory {settings.out} (with merged, report.html, plots)")

@@ -44,20 +44,11 @@ def evaluate(
     if texts is None and not names:
         raise InputError("give --texts FILE, --tasks NAMES or both")
     with join_job(locals()), progress_display() as (progress, warn):
-        from tmjax.commands.evaluate import TaskOptions, evaluate_models
+        from tmjax.commands.evaluate import EvaluationRequest, TaskOptions, evaluate_models
 
-        result = evaluate_models(
-            models,
-            texts,
-            tasks=TaskOptions(names, tasks_dir, num_fewshot, limit, chat_template) if names else None,
-            out=out,
-            overwrite=overwrite,
-            draws=draws,
-            seed=seed,
-            mesh=mesh,
-            progress=progress,
-            warn=warn,
-        )
+        asked = TaskOptions(names, tasks_dir, num_fewshot, limit, chat_template) if names else None
+        request = EvaluationRequest(models, texts, asked, draws, seed, mesh)
+        result = evaluate_models(request, out=out, overwrite=overwrite, progress=progress, warn=warn)
     if as_json or job.silent():
         print_json(result)
         return
