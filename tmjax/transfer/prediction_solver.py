@@ -82,7 +82,7 @@ class Sums(NamedTuple):
     count: Array
 
 
-class Solved(NamedTuple):
+class SolvedArrays(NamedTuple):
     """Arrays that are solved: the path of the read-out, and (path, input site) of the projections that move."""
 
     readout: str
@@ -102,7 +102,7 @@ def _sums(
     token: Array,
     weight: Array,
     own: bool,
-    solved: Solved,
+    solved: SolvedArrays,
     dtype: jnp.dtype,
     mesh: Mesh | None,
 ) -> Sums:
@@ -326,7 +326,7 @@ class Solver:
     def sums(self, params: Params, batches: Sequence[PredictionTargets]) -> Sums:
         """What the solve needs of the texts under these parameters."""
         total: Sums | None = None
-        how = Solved(self.readout, self.writers), self.dtype, self.layout.mesh
+        how = SolvedArrays(self.readout, self.writers), self.dtype, self.layout.mesh
         for batch in batches:
             place = self.layout.place_batch
             arrays = Joined(*map(place, batch.texts)), place(batch.token), place(batch.weight)
