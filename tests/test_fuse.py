@@ -22,10 +22,10 @@ from tmjax.models.decoder import init_params
 from tmjax.models.families import FAMILIES
 from tmjax.models.sites import SITES
 from tmjax.models.spec import biases, projections
-from tmjax.ot import blocks, make_solver
+from tmjax.ot import make_solver, row_blocks
 from tmjax.recipes.base import ALL_ROLES
 from tmjax.recipes.merge import AlignmentOptions, CoefficientOptions
-from tmjax.transfer.coefficients.grid import candidates, fit, fixed
+from tmjax.transfer.coefficients.grid_search import candidates, fit, fixed
 from tmjax.transfer.controls import derangement, unit_permutations
 from tmjax.transfer.masks import top_neurons
 from tmjax.transfer.operators.transport import TransportOptions, transport_model, transport_projection
@@ -48,7 +48,7 @@ def _sharp(spec, seed: int) -> dict[str, np.ndarray]:
 def _small_blocks():
     """Blocks of 8 rows in this module, so that whatever works in blocks of rows does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_ENTRIES", 24)
+        patch.setattr(row_blocks, "BLOCK_ENTRIES", 24)
         jax.clear_caches()  # what was traced with another size
         yield
     jax.clear_caches()
@@ -318,7 +318,7 @@ def test_top_k_options() -> None:
 @pytest.mark.parametrize("top_k", [1, 3, 50])
 @pytest.mark.parametrize("entries", [2**21, 40])
 def test_sparse_plans_hold_the_largest_of_rows_and_columns(top_k: int, entries: int, monkeypatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", entries)
     generator = np.random.default_rng(0)
     cost = jnp.asarray(generator.uniform(0, 2, (13, 9)), jnp.float32)
     signed = ot.SignedPlan(*(jnp.asarray(generator.normal(size=size), jnp.float32) for size in (13, 9)), 0.5, cost)

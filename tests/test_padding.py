@@ -17,8 +17,8 @@ from tmjax.models.generate import write
 from tmjax.models.sample import Sampling
 from tmjax.recipes.merge import SolveOptions
 from tmjax.sharding.mesh import Layout
-from tmjax.teacher.model import Teacher
 from tmjax.teacher.probabilities import Search, probabilities_at
+from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import Crossing
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.train.data import Batches

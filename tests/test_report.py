@@ -17,7 +17,7 @@ from tmjax.align import storage as alignment_store
 from tmjax.align.layer_plan import LayerPlan
 from tmjax.align.plans import SitePlans
 from tmjax.ot import DensePlan
-from tmjax.report.maps import by_layer
+from tmjax.report.heat_maps import by_layer
 from tmjax.report.matching import concentration, head_shares, heaviest
 from tmjax.report.tables import gain_sentence
 from tmjax.runs.manifest import read_manifest

@@ -9,10 +9,10 @@ import pytest
 from helpers import SPEC
 
 from tmjax.align.depth import monotone_matches
-from tmjax.align.heads import AttentionSide, match_heads, value_maps
 from tmjax.align.layer_plan import combine
-from tmjax.align.planes import PlaneMatch, Planes, plane_map, planes_of, stretch
 from tmjax.align.statistics import Statistics
+from tmjax.align.structure.heads import AttentionSide, match_heads, value_maps
+from tmjax.align.structure.planes import PlaneMatch, Planes, plane_map, planes_of, stretch
 from tmjax.errors import InputError
 from tmjax.models.rotary import rotary_tables, rotate
 from tmjax.models.spec import DecoderSpec, Rotary

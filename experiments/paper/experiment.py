@@ -16,7 +16,7 @@ from tmjax.transfer.merge import fuse
 from tmjax.checkpoints import hf
 from tmjax.checkpoints.load import config_directory
 from tmjax.commands.adapt.run import Adapt
-from tmjax.commands.evaluate import RESULTS, TaskOptions, evaluate_models
+from tmjax.commands.evaluate import RESULTS, EvaluationRequest, TaskOptions, evaluate_models
 from tmjax.commands.merge.run import Merge
 from tmjax.errors import InputError
 from tmjax.evaluate.tasks import load_tasks, task_manager
@@ -145,7 +145,8 @@ class Experiment:
             options = TaskOptions(
                 recipe.task_names, recipe.tasks_folder, recipe.num_fewshot, recipe.limit, recipe.chat_template
             )
-            evaluate_models([arm.checkpoint], self.files["test"], tasks=options, out=place, seed=recipe.seed)
+            request = EvaluationRequest([arm.checkpoint], self.files["test"], options, seed=recipe.seed)
+            evaluate_models(request, out=place)
         return json.loads((place / RESULTS).read_text(encoding="utf-8"))
 
 

@@ -17,8 +17,8 @@ from tmjax.sharding.mesh import Layout
 from tmjax.teacher import branches
 from tmjax.teacher.branches import Branches, Reader
 from tmjax.teacher.generation import Generation, chosen_texts, familiar, generate_texts, openings
-from tmjax.teacher.model import Teacher
 from tmjax.teacher.probabilities import Search, TeacherProbabilities, probabilities_at
+from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import Crossing
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.train import loss

@@ -21,7 +21,7 @@ from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.decoder import bind, init_params
 from tmjax.models.families import FAMILIES
 from tmjax.sharding.mesh import Layout
-from tmjax.teacher.features import by_depth, last_tokens
+from tmjax.teacher.span_features import by_depth, last_tokens
 from tmjax.text.documents import Texts, read_texts
 from tmjax.text.rows import pair_rows
 from tmjax.text.tokenizer import load_tokenizer

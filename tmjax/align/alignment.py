@@ -13,7 +13,7 @@ from tmjax.align.layer_plan import LayerPlan
 from tmjax.align.pairs import by_site, choose, coarse_costs, completed, layer_plans
 from tmjax.align.plans import SitePlans, solve_site
 from tmjax.align.statistics import Statistics, statistics
-from tmjax.align.structure import Described, Solve, Structure, require_structure, structured_sites
+from tmjax.align.structure.structured import Described, Solve, Structure, require_structure, structured_sites
 from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
 from tmjax.ot import Solver, make_solver, solver_options

@@ -17,7 +17,7 @@ from tmjax.align.moments import Moments, Sum, UnitMoments
 from tmjax.align.pairs import coarse_costs
 from tmjax.align.plans import SitePlans, solve_pairs
 from tmjax.align.statistics import Statistics
-from tmjax.align.structure import Described, require_structure
+from tmjax.align.structure.structured import Described, require_structure
 from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
 from tmjax.ot import capabilities_of

@@ -128,8 +128,25 @@ def write(model: Model, directory: Path, *, max_shard_size: str = DEFAULT_SHARD_
     write_tensors(directory, metas, read, max_shard_size=max_shard_size)
 
 
-def export(model: Model, path: Path, *, max_shard_size: str = DEFAULT_SHARD_SIZE, overwrite: bool = False) -> Path:
-    """Writes a Hugging Face checkpoint directory atomically; bit-exact inverse of `load`. Returns its path."""
+def export(
+    model: Model, path: str | Path, *, max_shard_size: str = DEFAULT_SHARD_SIZE, overwrite: bool = False
+) -> Path:
+    """Writes a model as a Hugging Face checkpoint: weights, config, tokenizer and companion files.
+
+    The export of a loaded checkpoint has its tensors bit for bit. The directory appears once it is complete.
+
+    Args:
+        model: The model.
+        path: Output directory.
+        max_shard_size: Largest safetensors file, for example "5GB".
+        overwrite: Whether an existing output of tmjax is replaced.
+
+    Returns:
+        The output directory.
+
+    Raises:
+        InputError: The output exists.
+    """
     path = Path(path)
     with atomic_directory(path, overwrite=overwrite) if hosts.is_first() else contextlib.nullcontext(path) as partial:
         write(model, partial, max_shard_size=max_shard_size)

@@ -18,12 +18,20 @@ def config_directory(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, *, placement: Placement = default_placement) -> Model:
-    """Loads a checkpoint directory, hub id or orbax directory written by `tmjax convert`; dtypes are kept.
+    """Loads a checkpoint into memory; dtypes are kept.
 
-    Raises InputError if there is no such checkpoint or its family is not supported, CheckpointError listing all
-    missing, unexpected and mis-shaped tensors, NonFiniteError for NaN or infinity.
+    Args:
+        path: Hugging Face directory, hub id, or orbax directory written by `tmjax convert`.
+        placement: Chooses where every parameter lives, from its ParamSpec and shape; the default device unless given.
+
+    Returns:
+        The model: parameters by path, architecture, config, and what is needed to write it again.
+
+    Raises:
+        InputError: There is no such checkpoint, or its family is not supported.
+        CheckpointError: Tensors are missing, unexpected or mis-shaped; all are listed.
+        NonFiniteError: A parameter is NaN or infinite.
     """
-
     directory = resolve(str(path))
     reader = orbax if orbax.is_orbax(directory) else hf
     return reader.load(directory, placement=placement)

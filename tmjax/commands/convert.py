@@ -25,8 +25,8 @@ def parse_dtype(name: str | None) -> np.dtype | None:
 
 
 def convert(
-    model: str,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     *,
     to: Literal["hf", "orbax"],
     dtype: np.dtype | None = None,
@@ -53,6 +53,8 @@ def convert(
         CheckpointError: As `load_model` raises it.
         NonFiniteError: A value is NaN, infinite or too large for `dtype`.
     """
+    model, out = str(model), Path(out)
+    dtype = None if dtype is None else np.dtype(dtype)
     refuse_overlap(out, [("the checkpoint", model)])
     refuse_existing(out, overwrite=overwrite)
     directory = resolve(model)

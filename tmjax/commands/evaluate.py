@@ -13,8 +13,8 @@ import tmjax
 from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.load import config_directory, load_model
 from tmjax.checkpoints.model import Model
+from tmjax.commands.callbacks import Progress, Warn, quiet, silent
 from tmjax.commands.notes import note_blank, note_hidden
-from tmjax.commands.progress import Progress, Warn, quiet
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.facts import evaluation_facts
@@ -42,45 +42,64 @@ class TaskOptions:
     chat_template: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluationRequest:
+    """Measurements that are asked for.
+
+    Attributes:
+        directories: Checkpoints: directories or hub ids.
+        texts: Held-out texts, for bits per byte.
+        tasks: Tasks of lm-eval.
+        draws: Bootstrap draws.
+        seed: Seed of the bootstrap, of few-shot examples and of sampling.
+        mesh: Device mesh; chosen over all devices unless given.
+    """
+
+    directories: Sequence[str]
+    texts: str | None = None
+    tasks: TaskOptions | None = None
+    draws: int = 10000
+    seed: int = 0
+    mesh: str | None = None
+
+
 def evaluate_models(
-    directories: Sequence[str],
-    texts: str | None = None,
+    request: EvaluationRequest,
     *,
-    tasks: TaskOptions | None = None,
     out: Path | None = None,
     overwrite: bool = False,
-    draws: int = 10000,
-    seed: int = 0,
-    mesh: str | None = None,
     progress: Progress = quiet,
-    warn: Warn = lambda message: None,
+    warn: Warn = silent,
 ) -> dict[str, Any]:
-    """Bits per byte on one text file with 95% intervals, and task metrics with standard errors, of checkpoints.
+    """Measures bits per byte with 95% intervals, and task metrics with standard errors, of checkpoints.
 
-    With `out`, results and what every document scored are written there: in the folder itself for one model, else in
-    one folder per model, of its name. Raises InputError for bad input before any model is loaded, where that is known.
+    Args:
+        request: The measurements.
+        out: Folder of results and per-document scores: itself for one model, a folder per model in it for several.
+        overwrite: Whether existing results are replaced.
+        progress: Called with a stage, models done and models in all.
+        warn: Called with a warning.
+
+    Returns:
+        `evaluation`, `tasks`, `lm_eval` and `notes`, as `--json` prints them.
+
+    Raises:
+        InputError: An input is wrong, before any model is loaded where that is known by then.
     """
+    directories, tasks = request.directories, request.tasks
     with contextlib.ExitStack() as stack:
         places = {} if out is None else _places(directories, out)
         if out is not None:
-            read = [("the checkpoint", directory) for directory in directories] + [("texts", texts)]
+            read = [("the checkpoint", directory) for directory in directories] + [("texts", request.texts)]
             refuse_overlap(out, [*read, ("tasks", tasks and tasks.folder)])
             hosts.together(lambda: hosts.is_first() and _reserve(stack, out, places.values(), overwrite=overwrite))
-        return _evaluate(directories, texts, tasks, places, overwrite, draws, seed, mesh, progress, warn)
+        return _evaluate(request, places, overwrite, progress, warn)
 
 
 def _evaluate(
-    directories: Sequence[str],
-    texts: str | None,
-    tasks: TaskOptions | None,
-    places: Mapping[str, Path],
-    overwrite: bool,
-    draws: int,
-    seed: int,
-    mesh: str | None,
-    progress: Progress,
-    warn: Warn,
+    request: EvaluationRequest, places: Mapping[str, Path], overwrite: bool, progress: Progress, warn: Warn
 ) -> dict[str, Any]:
+    directories, texts, tasks, seed = request.directories, request.texts, request.tasks, request.seed
     documents = None if texts is None else read_texts(texts)
     note_blank([documents], warn)
     if tasks is not None:
@@ -89,7 +108,7 @@ def _evaluate(
     asked: dict[str, TaskResults] = {}
     notes: dict[str, list[str]] = {}
     for done, directory in enumerate(directories):
-        layout = Layout(mesh or AUTO, [describe(config_directory(directory)).spec.hidden])
+        layout = Layout(request.mesh or AUTO, [describe(config_directory(directory)).spec.hidden])
         model = load_model(directory, placement=layout.place)
         if documents is not None:
             scorer = Scorer(model.spec, load_tokenizer(model.directory, model.spec.vocab), documents, layout=layout)
@@ -101,7 +120,7 @@ def _evaluate(
     result: dict[str, Any] = {"notes": notes} if notes else {}
     if documents is not None:
         note_hidden(scores, warn)
-        result["evaluation"] = evaluation_facts(scores, draws=draws, seed=seed).to_json()["evaluation"]
+        result["evaluation"] = evaluation_facts(scores, draws=request.draws, seed=seed).to_json()["evaluation"]
     if tasks is not None:
         result["lm_eval"] = require_lm_eval()
         result["tasks"] = {name: _task_facts(held, tasks) for name, held in asked.items()}

@@ -7,8 +7,8 @@ from typing import Any
 from tmjax.align import storage as alignment_store
 from tmjax.checkpoints.hub import read_json
 from tmjax.checkpoints.load import load_model
+from tmjax.commands.callbacks import Warn
 from tmjax.commands.merge.samples import sample_texts
-from tmjax.commands.progress import Warn
 from tmjax.errors import InputError, TmjaxError
 from tmjax.files.atomic import partial_name, remove
 from tmjax.files.lock import OutputLock

@@ -10,7 +10,6 @@ once.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +166,34 @@ class Scorer:
         return self._cut.scores(nll)
 
 
-def evaluate(model: Model, texts: Texts, **options: Any) -> Scores:
-    """Scores of a loaded model, with its own tokenizer; `options` are those of `Scorer`."""
-    return Scorer(model.spec, load_tokenizer(model.directory, model.spec.vocab), texts, **options)(model.params)
+def evaluate(
+    model: Model,
+    texts: Texts,
+    *,
+    batch_tokens: int = 4096,
+    max_tokens: int | None = None,
+    dtype: jnp.dtype = jnp.float32,
+    layout: Layout | None = None,
+) -> Scores:
+    """Scores a loaded model, with its own tokenizer, on held-out texts.
+
+    Args:
+        model: The model.
+        texts: Held-out texts.
+        batch_tokens: Tokens of a batch.
+        max_tokens: Longest window of tokens; the model's context unless given.
+        dtype: Dtype that the forward pass computes in.
+        layout: Device mesh; one device unless given.
+
+    Returns:
+        Negative log-likelihood, bytes and tokens per document; `bits_per_byte` of all.
+
+    Raises:
+        InputError: The windows or the tokenizer do not suit the model.
+        NonFiniteError: The model gives NaN or infinity.
+    """
+    tokenizer = load_tokenizer(model.directory, model.spec.vocab)
+    scorer = Scorer(
+        model.spec, tokenizer, texts, batch_tokens=batch_tokens, max_tokens=max_tokens, dtype=dtype, layout=layout
+    )
+    return scorer(model.params)

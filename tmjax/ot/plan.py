@@ -11,9 +11,9 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from tmjax.ot.blocks import block_size, columns_product, rows_product
 from tmjax.ot.cost import Cost, cost_matrix, cost_rows
 from tmjax.ot.problem import Problem
+from tmjax.ot.row_blocks import block_size, columns_product, rows_product
 from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from tmjax.ot.blocks import scan_rows
 from tmjax.ot.plan import EntropicPlan, LinearMap, Plan
 from tmjax.ot.problem import Problem
+from tmjax.ot.row_blocks import scan_rows
 from tmjax.typing import Array, pytree_dataclass
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmjax.ot.blocks import block_size, scan_rows
 from tmjax.ot.plan import EntropicPlan, Plan
+from tmjax.ot.row_blocks import block_size, scan_rows
 from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 

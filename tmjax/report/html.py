@@ -9,7 +9,7 @@ from typing import Any
 from tmjax.align.alignment import Alignment
 from tmjax.recipes.base import dump_recipe
 from tmjax.recipes.merge import Recipe
-from tmjax.report.maps import plot_arms, plot_coefficient_maps, plot_heads
+from tmjax.report.heat_maps import plot_arms, plot_coefficient_maps, plot_heads
 from tmjax.report.matching import concentration, head_shares
 from tmjax.report.plots import plot_coefficients, plot_layer_plans
 from tmjax.report.tables import (

@@ -11,7 +11,7 @@ from tmjax.models.generate import LEAST_ROWS, cache_bytes, write
 from tmjax.models.sample import Sampling
 from tmjax.recipes.adapt import GenerationOptions
 from tmjax.sharding.memory import share_mib
-from tmjax.teacher.model import Teacher
+from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.buckets import bucket_length
 from tmjax.text.documents import Texts
 

@@ -16,7 +16,7 @@ import numpy as np
 from tmjax.errors import InputError
 from tmjax.recipes.adapt import DistillationOptions
 from tmjax.teacher.branches import Branches, Reader
-from tmjax.teacher.model import Teacher
+from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import NONE_SHARED, Crossing
 from tmjax.text.buckets import bucketed
 from tmjax.text.tokenizer import TextTokenizer

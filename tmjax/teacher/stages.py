@@ -11,10 +11,10 @@ from tmjax.errors import InputError
 from tmjax.runs.directory import RunDirectory
 from tmjax.runs.manifest import GeneratedFacts, Record, TeacherFacts
 from tmjax.sharding import hosts
-from tmjax.teacher.features import capture_features
 from tmjax.teacher.generation import Generation, TextFilter, filter_texts, generate_texts
-from tmjax.teacher.model import Teacher
 from tmjax.teacher.probabilities import Search, TeacherProbabilities, probabilities_of_texts
+from tmjax.teacher.span_features import capture_features
+from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import few_shared
 from tmjax.text.documents import Texts, read_texts
 from tmjax.text.rows import Rows, TokenisedDocument

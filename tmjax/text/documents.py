@@ -55,8 +55,20 @@ class Texts:
         return Texts(self.path, tuple(self.ids[i] for i in chosen), tuple(self.texts[i] for i in chosen))
 
 
-def read_texts(name: str) -> Texts:
-    """Reads documents; blank ones are skipped and counted. Raises InputError naming the file and line."""
+def read_texts(path: str | Path) -> Texts:
+    """Reads documents.
+
+    Args:
+        path: A `.jsonl` file with a `text` field per line (and optionally `id`), a `.txt` file with a document per
+            line, or `hf:NAME[:split[:field]]`.
+
+    Returns:
+        The documents in order; blank ones are left out and counted.
+
+    Raises:
+        InputError: There is no such file, or a line is wrong; it names the line.
+    """
+    name = str(path)
     if name.startswith("hf:"):
         return _from_hub(name)
     if Path(name).suffix != ".jsonl":

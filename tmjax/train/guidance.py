@@ -15,7 +15,7 @@ import numpy as np
 
 from tmjax.activations.store import Activations
 from tmjax.errors import InputError
-from tmjax.teacher.features import SITE
+from tmjax.teacher.span_features import SITE
 from tmjax.text.rows import TokenisedDocument
 from tmjax.train.data import Guide, Piece
 from tmjax.train.optimizer import GUIDE

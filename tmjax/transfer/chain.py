@@ -12,7 +12,7 @@ from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec, shared_projections
 from tmjax.recipes.merge import Recipe
-from tmjax.transfer.coefficients.grid import Fit, fit, fixed
+from tmjax.transfer.coefficients.grid_search import Fit, fit, fixed
 from tmjax.transfer.coefficients.learned import FuseLearned, expanded, learn, start
 from tmjax.transfer.contribution import Coefficients, Context, Contribution
 from tmjax.transfer.operator import Chain, Step, read_chain

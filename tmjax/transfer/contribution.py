@@ -85,11 +85,28 @@ class Rule(Protocol):
     """How the items of a contribution enter parameters; hashable, so that all arms run the same compiled programs."""
 
     def __call__(self, params: Params, items: Any, coefficients: Coefficients) -> dict[str, ArrayLike]:
-        """Returns the parameters with the items fused in; traceable."""
+        """Fuses the items in; traceable.
+
+        Args:
+            params: All parameters before.
+            items: Items of the contribution by role.
+            coefficients: alpha and beta by role.
+
+        Returns:
+            All parameters after.
+        """
         ...
 
     def scaled(self, items: Any, factor: float) -> Any:
-        """Returns the items with the source's contribution multiplied by a factor."""
+        """Multiplies the source's contribution.
+
+        Args:
+            items: Items of the contribution by role.
+            factor: The factor.
+
+        Returns:
+            Items of the same structure.
+        """
         ...
 
     def rows(
@@ -99,7 +116,17 @@ class Rule(Protocol):
         items: Any,
         coefficients: Coefficients,
     ) -> Table:
-        """Returns the rows of the update table."""
+        """Makes the rows of the update table.
+
+        Args:
+            target: Parameters of the target before the first operator.
+            fused: Parameters after the items were fused in.
+            items: Items of the contribution by role.
+            coefficients: alpha and beta by role.
+
+        Returns:
+            Columns by the Hugging Face name of every tensor.
+        """
         ...
 
 

@@ -45,7 +45,17 @@ class Described(Protocol):
     chooses: ClassVar[bool]
 
     def memory(self, target: Shape, source: Shape, options: Any, batch_tokens: int) -> int:
-        """Estimates the bytes that it holds beside the parameters."""
+        """Estimates the bytes that it holds beside the parameters.
+
+        Args:
+            target: Architecture and tensors of the target.
+            source: Those of the source.
+            options: An object of the class `options`.
+            batch_tokens: Tokens per batch of a forward pass.
+
+        Returns:
+            Bytes at the peak.
+        """
         ...
 
 
@@ -74,7 +84,17 @@ class Contributor(Described, Protocol):
     """An operator whose result enters with coefficients, which are chosen jointly with those of its neighbours."""
 
     def contribute(self, params: Params, source: SourceView, options: Any, context: Context) -> Contribution:
-        """Computes what the source contributes; arguments as those of `Operator.apply`."""
+        """Computes the contribution of the source.
+
+        Args:
+            params: The target's parameters as the operators before have left them.
+            source: The source, as this arm may know it.
+            options: An object of the class `options`.
+            context: Target, validation loss, devices, seed.
+
+        Returns:
+            Items by role, and the rule by which they enter parameters; coefficients are chosen by the chain.
+        """
         ...
 
 
@@ -96,7 +116,11 @@ Chain = tuple[Step, ...]
 
 @functools.cache
 def builtin_operators() -> Mapping[str, Operator | Contributor]:
-    """Finds the operators of this package: every module of `transfer.operators` with an `OPERATOR`."""
+    """Finds the operators of this package: every module of `transfer.operators` with an `OPERATOR`.
+
+    Returns:
+        The operators by name.
+    """
     modules = [
         importlib.import_module(f"{operators.__name__}.{entry.name}")
         for entry in pkgutil.iter_modules(operators.__path__)
@@ -111,6 +135,9 @@ def find_operator(name: str) -> Operator | Contributor:
     Args:
         name: A name of this package's, of an entry point of the group `tmjax.operators`, a dotted path
             `package.module:NAME`, or `FILE.py:NAME`; NAME is an operator or its class.
+
+    Returns:
+        The operator.
 
     Raises:
         InputError: There is none, or it lacks a part of the interface.
@@ -165,7 +192,13 @@ def _module_of(file: Path) -> Any:
 
 
 def read_chain(entries: Iterable[Any]) -> Chain:
-    """Reads an operator list: `[{name: options}, ...]`, or a name alone where no option is set.
+    """Reads an operator list.
+
+    Args:
+        entries: `{name: options}` each, or a name alone where no option is set.
+
+    Returns:
+        Operators with their checked options, in order.
 
     Raises:
         InputError: An operator is not known, or options are wrong; all faults of an entry in one line.

@@ -82,12 +82,19 @@ class Sums(NamedTuple):
     count: Array
 
 
+class SolvedArrays(NamedTuple):
+    """Arrays that are solved: the path of the read-out, and (path, input site) of the projections that move."""
+
+    readout: str
+    writers: tuple[tuple[str, str], ...]
+
+
 def logits_at_once(vocab: int, tokens: int) -> int:
     """Tokens of a batch of `tokens` whose logits are made at the same time."""
     return tokens if jax.default_backend() != "cpu" else min(tokens, max(LEAST_TOKENS, CPU_ENTRIES // vocab))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "own", "readout", "writers", "dtype", "mesh"))
+@functools.partial(jax.jit, static_argnames=("spec", "own", "solved", "dtype", "mesh"))
 def _sums(
     spec: DecoderSpec,
     params: Params,
@@ -95,12 +102,12 @@ def _sums(
     token: Array,
     weight: Array,
     own: bool,
-    readout: str,
-    writers: tuple[tuple[str, str], ...],
+    solved: SolvedArrays,
     dtype: jnp.dtype,
     mesh: Mesh | None,
 ) -> Sums:
-    """Sums over one batch; `writers` are (path, input site)."""
+    """Adds up one batch for the arrays that are solved."""
+    readout, writers = solved
     real = (texts.text >= 0).astype(jnp.float32)
     sites = ("resid", *dict.fromkeys(site for _, site in writers))
     _, captured = joined_hidden(bind(spec, params), texts, dtype, sites, mesh=mesh)
@@ -319,7 +326,7 @@ class Solver:
     def sums(self, params: Params, batches: Sequence[PredictionTargets]) -> Sums:
         """What the solve needs of the texts under these parameters."""
         total: Sums | None = None
-        how = self.readout, self.writers, self.dtype, self.layout.mesh
+        how = SolvedArrays(self.readout, self.writers), self.dtype, self.layout.mesh
         for batch in batches:
             place = self.layout.place_batch
             arrays = Joined(*map(place, batch.texts)), place(batch.token), place(batch.weight)

@@ -8,15 +8,15 @@ import numpy as np
 
 from tmjax.activations.store import Activations
 from tmjax.checkpoints.model import Model
-from tmjax.commands.adapt.arms import Arm
+from tmjax.commands.adapt.arms import RANDOM_MODEL, Arm
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Starts
 from tmjax.models.decoder import init_params
-from tmjax.teacher.features import by_depth, by_plan, read_out_metric
 from tmjax.teacher.generation import Generation, TextFilter
-from tmjax.teacher.model import Teacher
 from tmjax.teacher.probabilities import Search, TeacherProbabilities
+from tmjax.teacher.span_features import by_depth, by_plan, read_out_metric
 from tmjax.teacher.stages import TeacherStages
+from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.documents import Texts
 from tmjax.text.rows import Rows, TokenisedDocument
 from tmjax.train.guidance import SourceFeatures, start_maps
@@ -117,10 +117,10 @@ class DataOfArms:
         return scores.nll / np.log(2) / scores.bytes
 
     def _model(self, name: str) -> tuple[Model, Params]:
-        """`target`, `source`, or `random_source`: the source's architecture with fresh random weights."""
+        """Returns a model and its parameters: `target`, `source` or RANDOM_MODEL."""
         inputs = self.inputs
         model = inputs.target if name == "target" else inputs.source
-        if name != "random_source":
+        if name != RANDOM_MODEL:
             return model, model.params
         places = shardings_of(inputs.layout, model.rows, model.spec)
         return model, init_params(model.spec, jax.random.key(inputs.recipe.seed), places)

@@ -3,10 +3,13 @@
 from dataclasses import asdict, dataclass, replace
 
 from tmjax.recipes.adapt import AdaptRecipe
+from tmjax.transfer.controls import random_source, shuffled_rows
 
 ADAPTED = "adapted"
 SFT = "control:sft"
-SHUFFLED, RANDOM = "control:shuffled_rows", "control:random_source"
+#: The model of the source's architecture with fresh random weights.
+RANDOM_MODEL = random_source.__name__
+SHUFFLED, RANDOM = f"control:{shuffled_rows.__name__}", f"control:{RANDOM_MODEL}"
 TARGET_WRITTEN = "control:target_written"
 #: Not a control: the same texts, the next token alone.
 SOURCE_WRITTEN = "source_written"
@@ -20,8 +23,8 @@ class Arm:
         mode: Which arrays are trained: `sft`, `residual-frozen` or `lora`.
         start: Where training begins: `target` or `merged`.
         terms: Terms of the loss and further texts, beside the next tokens of the given texts.
-        texts_by: Who generates further texts: `source`, `target`, `random_source` or None.
-        teacher: The model whose features and probabilities are learnt from: `source` or `random_source`.
+        texts_by: Who generates further texts: `source`, `target`, RANDOM_MODEL or None.
+        teacher: The model whose features and probabilities are learnt from: `source` or RANDOM_MODEL.
         shuffled: Whether these belong to other pieces of text.
         metric: Metric of guidance; the recipe's unless given, for ablations.
         anneal: Annealing of the terms' weights; the recipe's unless given, for ablations.
@@ -47,7 +50,7 @@ class Arm:
         """Name of the merge's control whose transported weights the arm has; None for the merge itself."""
         if self.shuffled:
             return SHUFFLED
-        return RANDOM if self.teacher == "random_source" else None
+        return RANDOM if self.teacher == RANDOM_MODEL else None
 
 
 def arms_of(recipe: AdaptRecipe) -> dict[str, Arm]:
@@ -68,7 +71,7 @@ def arms_of(recipe: AdaptRecipe) -> dict[str, Arm]:
     if recipe.terms & {"guidance", "distillation"} or recipe.mode == "residual-frozen":
         arms[SHUFFLED] = replace(main, shuffled=True, texts_by="target" if generated else None)
     if recipe.terms or recipe.mode == "residual-frozen":
-        arms[RANDOM] = replace(main, teacher="random_source", texts_by="random_source" if generated else None)
+        arms[RANDOM] = replace(main, teacher=RANDOM_MODEL, texts_by=RANDOM_MODEL if generated else None)
     if generated:
         arms[TARGET_WRITTEN] = replace(plain, terms=frozenset({"generated"}), texts_by="target")
         by_source = replace(plain, terms=frozenset({"generated"}), texts_by="source")

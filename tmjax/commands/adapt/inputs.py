@@ -13,8 +13,8 @@ from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model
 from tmjax.checkpoints.model import Model
+from tmjax.commands.callbacks import Warn
 from tmjax.commands.held_out import HeldOut
-from tmjax.commands.progress import Warn
 from tmjax.errors import InputError, summarise
 from tmjax.evaluate.bits import Scorer
 from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe

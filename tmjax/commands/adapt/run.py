@@ -16,16 +16,16 @@ from tmjax.commands.adapt.arms import ADAPTED, Arm, arms_of
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Show, Starts
 from tmjax.commands.adapt.training import ArmTrainer, Schedule
+from tmjax.commands.callbacks import Warn, silent, tell_notes
 from tmjax.commands.forgetting import measure_forgetting
 from tmjax.commands.merge.session import refuse_nested
 from tmjax.commands.notes import note_blank, note_hidden
-from tmjax.commands.progress import Warn, silent, tell_notes
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import atomic_directory, remove
 from tmjax.files.lock import OutputLock
 from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe
 from tmjax.recipes.base import dump_recipe
-from tmjax.report.training import adapted_card, write_training_report
+from tmjax.report.training_page import adapted_card, write_training_report
 from tmjax.runs.directory import RunDirectory, resumes
 from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import InputFacts, Manifest, Record, ScheduleFacts, TrainingFacts, load_manifest

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from tmjax.commands.adapt.arms import Arm
 from tmjax.commands.adapt.inputs import AdaptInputs
+from tmjax.commands.callbacks import Warn
 from tmjax.commands.merge.run import Merge
-from tmjax.commands.progress import Warn
 from tmjax.models.spec import projections
 from tmjax.train.modes import FrozenBase, Lora, Mode, Plain, residuals, shardings_of
 from tmjax.transfer.chain import chain_of
-from tmjax.transfer.coefficients.grid import fixed
+from tmjax.transfer.coefficients.grid_search import fixed
 from tmjax.transfer.contribution import Coefficients, Context, Contribution
 from tmjax.transfer.controls import CONTROLS
 from tmjax.transfer.operator import Chain

@@ -9,6 +9,7 @@ import numpy as np
 from tmjax.align.alignment import Alignment
 from tmjax.checkpoints import hf
 from tmjax.checkpoints.load import load_model
+from tmjax.commands.callbacks import Progress, Warn, quiet, silent
 from tmjax.commands.forgetting import measure_forgetting
 from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.other_sources import other_sources
@@ -16,7 +17,6 @@ from tmjax.commands.merge.samples import sample_texts
 from tmjax.commands.merge.session import open_session
 from tmjax.commands.merge.source_stages import SourceStages
 from tmjax.commands.notes import note_hidden
-from tmjax.commands.progress import Progress, Warn, quiet, silent
 from tmjax.commands.report import REPORT, SAMPLES
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores

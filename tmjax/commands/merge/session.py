@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 
 import tmjax
+from tmjax.commands.callbacks import Progress, Warn, quiet, silent, tell_notes
 from tmjax.commands.merge.inputs import Inputs
 from tmjax.commands.notes import note_blank
-from tmjax.commands.progress import Progress, Warn, quiet, silent, tell_notes
 from tmjax.files.lock import OutputLock
 from tmjax.files.paths import refuse_overlap
 from tmjax.recipes.base import Placed, dump_recipe

@@ -16,16 +16,16 @@ from tmjax.align import storage as alignment_store
 from tmjax.align.alignment import Alignment, align, needed_sites
 from tmjax.align.moments import Moments
 from tmjax.align.streaming import align_moments, gather, load_moments, save_moments
+from tmjax.commands.callbacks import Warn
 from tmjax.commands.merge.inputs import Inputs
 from tmjax.commands.merge.teacher_data import MergeTeacher
-from tmjax.commands.progress import Warn
 from tmjax.models.decoder import init_params
 from tmjax.models.spec import DecoderSpec
 from tmjax.recipes.merge import Recipe
 from tmjax.runs.directory import RunDirectory
 from tmjax.runs.manifest import AlignmentFacts, AlignmentRecord, HeadCounts, LayerPlanFacts, PlanFacts, RowFacts
 from tmjax.sharding import hosts
-from tmjax.teacher.features import last_tokens
+from tmjax.teacher.span_features import last_tokens
 from tmjax.text.rows import TokenisedDocument
 from tmjax.text.token_map import TokenMap, read_token_map
 from tmjax.transfer.source_view import PairedActivations, PairedFeatures, RowOrder, SourceView

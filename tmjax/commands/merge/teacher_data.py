@@ -6,14 +6,14 @@ from typing import Protocol
 import numpy as np
 
 from tmjax.checkpoints.model import Model
+from tmjax.commands.callbacks import Warn
 from tmjax.commands.merge.inputs import WITHOUT, Inputs
-from tmjax.commands.progress import Warn
 from tmjax.recipes.adapt import GenerationOptions
 from tmjax.recipes.merge import Recipe
 from tmjax.runs.directory import RunDirectory
 from tmjax.teacher.generation import Generation, TextFilter
-from tmjax.teacher.model import Teacher
 from tmjax.teacher.stages import TeacherStages
+from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.documents import Texts
 from tmjax.transfer.source_view import TeacherData
 

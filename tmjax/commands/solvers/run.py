@@ -9,9 +9,9 @@ from typing import Any
 import pydantic
 
 from tmjax.align.alignment import align, plan_site, solver_of
+from tmjax.commands.callbacks import Progress, Warn, quiet, silent
 from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.run import Merge
-from tmjax.commands.progress import Progress, Warn, quiet, silent
 from tmjax.commands.solvers.variants import SolverProblem, SolverRow, measure_site, summarise
 from tmjax.errors import InputError
 from tmjax.files.atomic import write_json

@@ -15,12 +15,12 @@ import numpy as np
 from tmjax.align.alignment import solver_of
 from tmjax.align.streaming import require_streamable
 from tmjax.checkpoints import hf
+from tmjax.commands.callbacks import Progress, Warn, quiet, silent
 from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.inputs import Inputs
 from tmjax.commands.merge.session import Session, open_session
 from tmjax.commands.merge.source_stages import SourceStages
 from tmjax.commands.notes import note_hidden
-from tmjax.commands.progress import Progress, Warn, quiet, silent
 from tmjax.commands.sweep.grid import coefficients_of, make_settings, parse_axes
 from tmjax.commands.sweep.groups import Group, make_groups
 from tmjax.commands.sweep.results import Result, best_of, has_parquet, read_csv, write_csv, write_parquet

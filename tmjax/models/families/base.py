@@ -1,4 +1,4 @@
-"""What a family is: a table from config keys to `DecoderSpec` and a table from tensor names to parameters.
+"""The parts of a family: a table from config keys to `DecoderSpec` and a table from tensor names to parameters.
 
 This folder is the only place where Hugging Face names appear.
 """
@@ -53,14 +53,24 @@ class Family:
     write: Callable[[DecoderSpec], dict[str, Any]]
 
     def spec(self, config: Mapping[str, Any]) -> DecoderSpec:
-        """The spec of a config; raises InputError as `read_config` does."""
+        """Reads the architecture of a config.
+
+        Args:
+            config: Content of `config.json`.
+
+        Returns:
+            The spec.
+
+        Raises:
+            InputError: As `read_config` raises it.
+        """
         return self.read_config(config)[0]
 
     def read_config(self, config: Mapping[str, Any]) -> tuple[DecoderSpec, tuple[str, ...]]:
         """Reads a config.
 
         Args:
-            config: What `config.json` holds.
+            config: Content of `config.json`.
 
         Returns:
             The spec, and notes on settings without effect.
@@ -89,7 +99,17 @@ class Family:
         return [f"config.json: the checkpoint is of {', '.join(named)}; it is read as {self.architecture}"]
 
     def config(self, spec: DecoderSpec) -> dict[str, Any]:
-        """The `config.json` of a spec: the inverse of `spec`, from the same table."""
+        """Writes the config of a spec: the inverse of `spec`, from the same table.
+
+        Args:
+            spec: The architecture.
+
+        Returns:
+            Content of `config.json`.
+
+        Raises:
+            InputError: A config of this family cannot say something of the spec.
+        """
         held = {item.key: getattr(spec, item.attribute) for item in self.fields}
         result = {"architectures": [self.architecture], "model_type": self.model_type} | held | self.write(spec)
         if self.spec(result) != spec:
@@ -108,9 +128,19 @@ class ConfigView:
         self.notes: list[str] = []
 
     def take(self, key: str, default: Any = REQUIRED, kind: Kind = int, *, zero: bool = False) -> Any:
-        """The value of `key`; a missing key or null gives `default`.
+        """Reads the value of a key.
 
-        Raises InputError if it is missing and there is no default, or if it is not of `kind` (see `check_kind`).
+        Args:
+            key: The key.
+            default: Value of a missing key or null.
+            kind: Type of the value; see `check_kind`.
+            zero: Whether zero is allowed.
+
+        Returns:
+            The value.
+
+        Raises:
+            InputError: The key is missing and has no default, or its value is not of the kind.
         """
         self._read.add(key)
         value = self._config.get(key)
@@ -122,15 +152,30 @@ class ConfigView:
         return value
 
     def null(self, key: str) -> bool:
-        """Whether `key` is there and null."""
+        """Returns whether a key is there and null.
+
+        Args:
+            key: The key.
+        """
         return key in self._config and self._config[key] is None
 
     def note(self, text: str) -> None:
-        """Adds a note on a setting without effect."""
+        """Adds a note on a setting without effect.
+
+        Args:
+            text: The note.
+        """
         self.notes.append(f"config.json: {text}")
 
     def sort_unread(self, values: Mapping[str, Any]) -> None:
-        """Notes keys that nobody read; raises InputError for those that could change the forward pass."""
+        """Notes the keys that nobody read.
+
+        Args:
+            values: Fields of the spec that were read.
+
+        Raises:
+            InputError: A key that nobody read could change the forward pass.
+        """
         unread = {key: value for key, value in self._config.items() if key not in self._read and value is not None}
         refused, notes = sort_unread(self._model_type, unread, values)
         if refused:
@@ -141,9 +186,16 @@ class ConfigView:
 
 
 def check_kind(key: str, value: Any, kind: Kind, *, zero: bool = False) -> None:
-    """Raises InputError if a config value is not of the kind; `float` takes whole numbers too.
+    """Checks the type of a config value; numbers must be finite and positive.
 
-    Numbers are finite and positive, or `zero` if that is allowed.
+    Args:
+        key: The value's key.
+        value: The value.
+        kind: Its type; `float` takes whole numbers too.
+        zero: Whether zero is allowed.
+
+    Raises:
+        InputError: The value is not of the kind.
     """
     number = kind in (int, float)
     fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
@@ -180,7 +232,19 @@ ACTIVATION_NAMES = {
 
 
 def read_activation(view: ConfigView, key: str = "hidden_act", default: Any = REQUIRED) -> str:
-    """Our name of the activation function."""
+    """Reads the activation function.
+
+    Args:
+        view: The config.
+        key: Its key.
+        default: Value where the key is missing.
+
+    Returns:
+        Name of the function in `DecoderSpec.activation`.
+
+    Raises:
+        InputError: The function is not supported.
+    """
     name = view.take(key, default, str)
     if name not in ACTIVATION_NAMES:
         raise InputError(f"config.json: {key} {name!r} is not supported; supported are {', '.join(ACTIVATION_NAMES)}")
@@ -188,12 +252,28 @@ def read_activation(view: ConfigView, key: str = "hidden_act", default: Any = RE
 
 
 def write_activation(spec: DecoderSpec, key: str = "hidden_act") -> dict[str, Any]:
-    """The config key of the activation function."""
+    """Writes the activation function.
+
+    Args:
+        spec: The architecture.
+        key: The config's key.
+
+    Returns:
+        The key with its Hugging Face name.
+    """
     return {key: {ours: hf for hf, ours in reversed(ACTIVATION_NAMES.items())}[spec.activation]}
 
 
 def attention_biases(view: ConfigView, *, default: bool = False) -> dict[str, Any]:
-    """Whether q, k, v and o have biases, where one key says so for all."""
+    """Reads whether q, k, v and o have biases, where one key says so for all.
+
+    Args:
+        view: The config.
+        default: Value where the key is missing.
+
+    Returns:
+        Fields of the spec.
+    """
     bias = view.take("attention_bias", default, bool)
     return {"qkv_bias": bias, "o_bias": bias}
 
@@ -201,10 +281,19 @@ def attention_biases(view: ConfigView, *, default: bool = False) -> dict[str, An
 def read_windows(
     view: ConfigView, layers: int, size: int | None, kinds: list[str] | None = None
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Kind (`sliding_attention`, `full_attention`) and window of every layer, from `layer_types`.
+    """Reads the attention windows of all layers from `layer_types`.
 
-    `kinds` is what a config without them means; `size` the window in tokens, None for none anywhere. Windows that are
-    all full are ().
+    Args:
+        view: The config.
+        layers: Number of layers.
+        size: Window in tokens; None: no layer has one.
+        kinds: Kinds of the layers where the config has none.
+
+    Returns:
+        Kind (`sliding_attention`, `full_attention`) and window of every layer; no windows, (), where all are full.
+
+    Raises:
+        InputError: `layer_types` does not describe so many layers.
     """
     found = view.take("layer_types", kinds or ["full_attention"] * layers, list)
     if len(found) != layers or not all(kind in ("sliding_attention", "full_attention") for kind in found):
@@ -215,7 +304,14 @@ def read_windows(
 
 
 def write_windows(spec: DecoderSpec) -> dict[str, Any]:
-    """`layer_types` and `sliding_window` of a spec."""
+    """Writes the attention windows of a spec.
+
+    Args:
+        spec: The architecture.
+
+    Returns:
+        `layer_types` and `sliding_window`.
+    """
     sizes = {window for window in spec.windows if window != FULL_ATTENTION}
     kinds = ["full_attention" if window == FULL_ATTENTION else "sliding_attention" for window in spec.layer_windows]
     return {"sliding_window": max(sizes, default=None), "layer_types": kinds}

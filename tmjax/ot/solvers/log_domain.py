@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tmjax.ot.blocks import block_size, scan_rows
 from tmjax.ot.cost import cost_rows
 from tmjax.ot.problem import Problem
+from tmjax.ot.row_blocks import block_size, scan_rows
 from tmjax.typing import Array
 
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from tmjax.errors import InputError
-from tmjax.ot.blocks import BLOCK_ENTRIES, block_size, scan_rows
 from tmjax.ot.cost import Cost, FeatureCost, cost_bounds, cost_matrix, cost_rows
 from tmjax.ot.plan import EntropicPlan, coupling
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
+from tmjax.ot.row_blocks import BLOCK_ENTRIES, block_size, scan_rows
 from tmjax.ot.solvers.base import Capabilities
 from tmjax.ot.solvers.log_domain import Potentials, iterate_potentials
 from tmjax.typing import Array

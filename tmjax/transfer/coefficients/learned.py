@@ -13,7 +13,7 @@ import optax
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.recipes.merge import LearningOptions
-from tmjax.transfer.coefficients.grid import Fit, Trial
+from tmjax.transfer.coefficients.grid_search import Fit, Trial
 from tmjax.transfer.contribution import BatchLoss, Rule
 from tmjax.transfer.masks import READS_NEURONS
 from tmjax.typing import Array, Params

@@ -68,9 +68,16 @@ class Blended:
 
 
 def ridge_map(x: np.ndarray, y: np.ndarray, counts: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """The affine map x B + b of weighted least squares from x [n, k] to y [n, d], in float64.
+    """Fits the affine map x B + b by weighted ridge regression, in float64.
 
-    The penalty is in units of the mean variance of x. Returns B [k, d] and b [d].
+    Args:
+        x: Inputs [n, k].
+        y: Goals [n, d].
+        counts: Weights of the rows [n].
+        ridge: Penalty of B, in units of the mean variance of x.
+
+    Returns:
+        B [k, d] and b [d].
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     share = counts / counts.sum()
@@ -173,9 +180,16 @@ def blend(
 
 
 def blended_rows(target: Model, blended: Blended, contribution: float = 1.0) -> Table:
-    """Returns the row of the embeddings, (1 - w) e + w e^: `alpha` is the mean of w over tokens, `beta` minus it.
+    """Makes the row of the update table for the embeddings, (1 - w) e + w e^.
 
-    The source's part is ||w e^||, times the factor on the source's contribution.
+    Args:
+        target: The target before the first operator.
+        blended: The blended embeddings.
+        contribution: Factor on the source's contribution.
+
+    Returns:
+        Columns by the tensor's Hugging Face name: `alpha` is the mean of w over tokens, `beta` minus it, `source_part`
+        ||w e^|| over the target's norm.
     """
     name = next(row.names(target.spec)[0] for row in target.rows if row.path == EMBEDDINGS)
     arrays = (target.params[EMBEDDINGS], blended.params[EMBEDDINGS])
@@ -206,7 +220,7 @@ class Embeddings:
     chooses: ClassVar[bool] = True
 
     def apply(self, params: Params, source: SourceView, options: EmbeddingOptions, context: Context) -> Applied:
-        """Blends embeddings as validation text chooses; see `operator.Operator`."""
+        """Blends embeddings as validation text chooses; see `Operator.apply`."""
         assert context.loss is not None
         theirs = np.asarray(to_host(source.model.params[EMBEDDINGS]))
         if source.contribution != 1:

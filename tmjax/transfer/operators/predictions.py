@@ -71,10 +71,17 @@ def _attached(probabilities: TeacherProbabilities | None, batch: Joined, first: 
 
 
 def solved_rows(target: Model, before: Params, solved: Solved, paths: tuple[str, ...]) -> Table:
-    """Returns the rows of everything that was solved for.
+    """Makes the rows of the update table for everything that was solved.
 
-    `solved` is the norm of its change over the target's. `source_solved` is the same if a round listened to the source,
-    and 0 if all took the true tokens alone.
+    Args:
+        target: The target before the first operator.
+        before: Parameters before this operator.
+        solved: Result of the rounds.
+        paths: Paths of the parameters that were solved.
+
+    Returns:
+        Columns by Hugging Face name: `solved` is the norm of the change over the target's; `source_solved` is the same
+        if a round took the source's predictions, and 0 if all took the true tokens alone.
     """
     specs, table = {row.path: row for row in target.rows}, {}
     for path in paths:
@@ -111,7 +118,7 @@ class Predictions:
     chooses: ClassVar[bool] = True
 
     def apply(self, params: Params, source: SourceView, options: PredictionOptions, context: Context) -> Applied:
-        """Solves round by round as validation text chooses; see `operator.Operator`."""
+        """Solves round by round as validation text chooses; see `Operator.apply`."""
         target = context.target
         assert context.loss is not None
         batches = prediction_targets(target.spec, source.teacher(), context.batch_tokens, context.layout)
@@ -131,12 +138,21 @@ class Predictions:
         return Applied(solved.params, _facts(solved), lambda final: rows())
 
     def memory(self, target: Shape, source: Shape, options: PredictionOptions, batch_tokens: int) -> int:
-        """Estimates what a round holds: sums, changes, moved tensors."""
+        """Estimates the bytes of a round: sums, changes, moved tensors."""
         return solver_memory(target, options, batch_tokens)
 
 
 def solver_memory(target: Shape, options: PredictionOptions, tokens: int) -> int:
-    """Estimates the bytes of a round with batches of so many tokens."""
+    """Estimates the memory of a round.
+
+    Args:
+        target: Architecture and tensors of the target.
+        options: The operator's options.
+        tokens: Tokens per batch of a forward pass.
+
+    Returns:
+        Bytes beside the parameters.
+    """
     spec, by_path = target.spec, {row.path: row for row in target.param_specs}
     solver = Solver(spec, target.param_specs, {}, options)
     size = {path: math.prod(by_path[path].stacked_shape(spec)) for path in solver.paths}

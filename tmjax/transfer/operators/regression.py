@@ -40,7 +40,17 @@ class RegressionOptions(ProjectionOptions):
 
 @jax.jit
 def least_squares(x_rn: Array, y_ro: Array, w_on: Array, ridge: Array) -> Array:
-    """Solves for W^ [out, n] from centred inputs [N, n] and goal outputs [N, out] around W [out, n]; float32."""
+    """Solves a ridge regression whose penalty holds the weights at given ones, in float32.
+
+    Args:
+        x_rn: Centred inputs [N, n].
+        y_ro: Centred goal outputs [N, out].
+        w_on: Weights [out, n] without a cost.
+        ridge: Penalty, in units of the inputs' mean square.
+
+    Returns:
+        W^ [out, n].
+    """
     gram = dot(x_rn.T, x_rn)
     n = gram.shape[0]
     left = dot((y_ro - dot(x_rn, w_on.T)).T, x_rn)
@@ -51,7 +61,18 @@ def least_squares(x_rn: Array, y_ro: Array, w_on: Array, ridge: Array) -> Array:
 def regress_projection(
     alignment: Alignment, row: ParamSpec, weight: ArrayLike, activations: PairedActivations, *, ridge: float
 ) -> tuple[Array, Array]:
-    """Solves for W^ [L, out, in] and b^ [L, out] of one projection of the target, whose stacked weight is given."""
+    """Solves for one projection of the target in all its layers.
+
+    Args:
+        alignment: Alignment of the two models.
+        row: The target's row of the projection.
+        weight: The target's stacked weights [L, out, in].
+        activations: Activations of both models at paired rows.
+        ridge: Penalty; see `least_squares`.
+
+    Returns:
+        W^ [L, out, in] and b^ [L, out].
+    """
     out = side(alignment, row.output_site)
     weights = np.asarray(alignment.layer_plans[row.role].weights)
     inputs, outputs = activations.target.layers_of(row.input_site), activations.source.layers_of(row.output_site)
@@ -86,7 +107,7 @@ class Regression:
     def contribute(
         self, params: Params, source: SourceView, options: RegressionOptions, context: Context
     ) -> Contribution:
-        """Solves for every projection; see `operator.Contributor`."""
+        """Solves for every projection; see `Contributor.contribute`."""
         target, alignment, activations = context.target, source.alignment(), source.activations()
 
         def make(row: ParamSpec) -> tuple[Array, Array]:

@@ -94,7 +94,7 @@ class _StreamPlan:
         return _Maps(ahead, back)
 
     def scales(self, site: str, layer: int, source_layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """s [n] and 1 / s' [k] of a site."""
+        """Returns s [n] and 1 / s' [k] of a site."""
         pair = (self.alignment.target, layer), (self.alignment.source, source_layer)
         s, other = (np.asarray(side[site].scale(self.alignment.centred)[at], np.float64) for side, at in pair)
         if self.order is not None:
@@ -106,6 +106,15 @@ def transport_stream(
     alignment: Alignment, target: Model, source: Model, options: ResidualStreamOptions
 ) -> dict[str, dict[str, Moved]]:
     """Transports embeddings, output rows and norms; norms of queries and keys stay.
+
+    Args:
+        alignment: Alignment of the two models, with a plan of the site `resid`.
+        target: The target.
+        source: The source.
+        options: Which of them are transported.
+
+    Returns:
+        Transported values and their masks by role (`embed`, `norm`) and path.
 
     Raises:
         InputError: The alignment has no plan of the residual stream, or there is nothing to transport.
@@ -271,14 +280,18 @@ class ResidualStream:
     chooses: ClassVar[bool] = False
 
     def roles(self, options: ResidualStreamOptions) -> tuple[str, ...]:
-        """Returns the roles that it contributes to."""
+        """Returns the roles that it contributes to.
+
+        Args:
+            options: The operator's options.
+        """
         moved = {"embed": options.embeddings == "shared", "norm": options.norms == "transported"}
         return tuple(role for role, is_moved in moved.items() if is_moved)
 
     def contribute(
         self, params: Params, source: SourceView, options: ResidualStreamOptions, context: Context
     ) -> Contribution:
-        """Transports what reads or writes the residual stream; see `operator.Contributor`."""
+        """Transports parameters that read or write the residual stream; see `Contributor.contribute`."""
         target = context.target
         items = transport_stream(source.alignment(), replace(target, params=params), source.model, options)
         return Contribution(items, FuseStream(target.spec, target.rows))

@@ -53,10 +53,21 @@ def transport(
     kind: str,
     sharding: NamedSharding | None = None,
 ) -> tuple[Array, Array]:
-    """W^ [L, out, in] and b^ [L, out] float32 from source weights [M, out', in'] and biases [M, out'] (zero if none).
+    """Transports weights and biases of one projection: `W^_l = sum_m w_lm M_lm W_m N_lm`.
 
-    `weights_lm` are the layer weights: P_eff for `paper`, its normalised rows for `barycentric`; pairs without weight
-    are not looked at. Plans are only applied, never written out (see `Plan.apply`). W^ lies where `sharding` says.
+    Plans are only applied, never written out (see `Plan.apply`); pairs of layers without weight are skipped.
+
+    Args:
+        into: Plans and statistics of the input site.
+        out: Those of the output site.
+        weights_lm: Layer weights [L, M]: P_eff for `paper`, its normalised rows for `barycentric`.
+        w_moi: Source weights [M, out', in'].
+        b_mo: Source biases [M, out'], zero if there are none.
+        kind: `paper` or `barycentric`; see the module.
+        sharding: Where W^ lies.
+
+    Returns:
+        W^ [L, out, in] and b^ [L, out], float32.
     """
 
     def pair(layer: Array, source: Array) -> tuple[Array, Array]:
@@ -139,7 +150,23 @@ def transport_model(
     *,
     base: Params | None = None,
 ) -> dict[str, Transported]:
-    """Transports every projection that the options name, by role; raises InputError for a role that a model lacks."""
+    """Transports every projection that the options name.
+
+    Args:
+        alignment: Alignment of the two models.
+        param_specs: The target's tensors.
+        target: The target's parameters.
+        source_specs: The source's tensors.
+        source: The source's parameters.
+        options: Roles, map, mask and the rest of the operator's options.
+        base: Parameters of a base checkpoint, from which task vectors are taken; None: whole weights.
+
+    Returns:
+        Transported weight, bias and mask by role.
+
+    Raises:
+        InputError: A model lacks a role that the options name.
+    """
     weights, offsets = projections(source_specs), biases(source_specs)
 
     def make(row: ParamSpec) -> tuple[Array, Array]:
@@ -166,7 +193,7 @@ class Transport:
     def contribute(
         self, params: Params, source: SourceView, options: TransportOptions, context: Context
     ) -> Contribution:
-        """Transports the source's projections; see `operator.Contributor`."""
+        """Transports the source's projections; see `Contributor.contribute`."""
         target, model = context.target, source.model
         items = transport_model(
             source.alignment(),

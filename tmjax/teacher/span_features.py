@@ -13,7 +13,7 @@ from tmjax.activations.store import Activations
 from tmjax.align.layer_plan import LayerPlan
 from tmjax.models.decoder import bind
 from tmjax.models.spec import DecoderSpec
-from tmjax.teacher.model import Teacher
+from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.rows import Rows, TokenisedDocument
 from tmjax.typing import Array, Params
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmjax.align.features import CorrelationSite, Site
-from tmjax.align.heads import ATTENTION_SITES, AttentionSide, match_heads, value_maps
 from tmjax.align.pairs import couple
 from tmjax.align.plans import SitePlans, solve_pairs
 from tmjax.align.statistics import Statistics
+from tmjax.align.structure.heads import ATTENTION_SITES, AttentionSide, match_heads, value_maps
 from tmjax.errors import InputError
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from tmjax.align.planes import PlaneMatch, plane_map, planes_of, stretch
 from tmjax.align.statistics import Statistics
+from tmjax.align.structure.planes import PlaneMatch, plane_map, planes_of, stretch
 from tmjax.models.spec import DecoderSpec
 from tmjax.ot import HeadMap, cover_edges
 from tmjax.typing import Params

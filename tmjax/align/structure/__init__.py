@@ -1,0 +1,1 @@
+"""Alignments that keep the structure of attention heads, rotary planes and the residual stream."""

@@ -1,0 +1,99 @@
+"""Results on standard output; progress, warnings and live tables on standard error."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tmjax import interrupt
+from tmjax.sharding import job
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON object on standard output, in the first process of a job."""
+    if job.silent():
+        return
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # the stream's encoding, or a file name that is not valid text
+        text = json.dumps(value, allow_nan=False)
+    print(text)
+
+
+def open_console(*, stderr: bool = False) -> Any:
+    """Opens a console of rich, wide enough for tables where it is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    # A pipe or a log has no width of its own; 80 columns would fold every table.
+    return console if console.is_terminal else Console(stderr=stderr, width=120)
+
+
+def show_run(out: str, manifest: dict[str, Any], as_json: bool) -> None:
+    """Prints the result of a merge: its manifest as JSON, or a summary and what its directory holds."""
+    if as_json or job.silent():
+        print_json(manifest)
+        return
+    from tmjax.report.tables import run_summary
+
+    open_console().print(run_summary(manifest))
+    done = [name for name in ("merged", "report.html", "plots") if (Path(out) / name).exists()]
+    open_console().print(f"Run directory {out}" + (f" (with {', '.join(done)})" if done else ""))
+
+
+@contextlib.contextmanager
+def progress_display() -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
+    """Shows progress on standard error.
+
+    Yields:
+        A function of (stage, done, total, note), and one that prints a warning above the display.
+    """
+    from tmjax.report.progress import Bars, Lines
+
+    if job.silent():
+        yield interrupt.checked(lambda stage, done, total, note="": None), lambda message: None
+        return
+    console = open_console(stderr=True)
+    with Bars(console) if console.is_terminal else Lines(sys.stderr) as display:
+        yield interrupt.checked(display.step), lambda message: display.say(f"tmjax: warning: {message}")
+
+
+@contextlib.contextmanager
+def live_display() -> Iterator[tuple[Callable[..., None], Callable[[str], None], Callable[[Any, int], None]]]:
+    """Shows progress and a sweep's rows so far on standard error.
+
+    Yields:
+        The two functions of `progress_display`, and one that shows a table, of (rows, number of all settings).
+    """
+    from rich.console import Group
+    from rich.live import Live
+
+    from tmjax.report.progress import Bars, Lines
+    from tmjax.report.sweep_page import live_table
+
+    if job.silent():
+        yield interrupt.checked(lambda stage, done, total: None), lambda message: None, lambda rows, total: None
+        return
+    console = open_console(stderr=True)
+    if not console.is_terminal:
+        with Lines(sys.stderr) as lines:
+            yield (
+                interrupt.checked(lines.step),
+                lambda message: lines.say(f"tmjax: warning: {message}"),
+                lambda rows, total: None,
+            )
+        return
+    bars = Bars(console)
+    shown = [0.0]
+    with Live(bars.display, console=console, refresh_per_second=4) as display:
+
+        def show(rows: Any, total: int) -> None:
+            if len(rows) == total or time.monotonic() > shown[-1] + 0.5:
+                display.update(Group(bars.display, live_table(rows, total)))
+                shown[:] = [time.monotonic()]
+
+        yield interrupt.checked(bars.update), lambda message: bars.say(f"tmjax: warning: {message}"), show
