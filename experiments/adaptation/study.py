@@ -27,8 +27,8 @@ from tmjax.evaluate.bootstrap import percentile_interval
 from tmjax.files.atomic import write_text
 from tmjax.recipes.adapt import build_adapt_recipe
 from tmjax.recipes.base import read_recipe
-from tmjax.transfer.recipe import build_recipe
 from tmjax.text.documents import read_texts
+from tmjax.transfer.recipe import build_recipe
 from tools.draws import draws
 from tools.script import script
 
