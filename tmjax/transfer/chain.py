@@ -111,7 +111,8 @@ def _grouped(chain: Chain) -> Iterator[tuple[Step, ...]]:
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
     """The name, with a number if an operator of that name came before."""
-    return next(n for n in (name, *(f"{name}-{k}" for k in itertools.count(2))) if n not in taken)
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if each not in taken)
 
 
 def _measured(context: Context, before: Params, after: Params, name: str) -> Table:
