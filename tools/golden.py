@@ -58,7 +58,7 @@ _TRAINING = {"steps": 20, "warmup": 4, "tokens_per_step": 512, "row_lengths": 1,
 
 def _adapt(mode: str, **recipe: Any) -> tuple[str, dict[str, Any]]:
     short = {"mesh": "data=1", "training": _TRAINING, "evaluation": {"draws": 200}}
-    return "adapt", short | {"mode": mode, "written": {"texts": 8, "tokens": 12}} | recipe
+    return "adapt", short | {"mode": mode, "generation": {"texts": 8, "tokens": 12}} | recipe
 
 
 #: Name of a case: its command and recipe, over the inputs of `_inputs`.
