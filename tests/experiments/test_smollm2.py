@@ -167,7 +167,7 @@ def test_recipes_and_texts_are_there(repo, monkeypatch):
         build_recipe(read_recipe(folder / "recipe.yaml")),
         build_adapt_recipe(read_recipe(folder / "adapt.yaml")),
     )
-    assert merge.preset == "quick" and adapt.mode == "combined" and adapt.written.texts == 1000
+    assert merge.preset == "quick" and adapt.mode == "combined" and adapt.generation.texts == 1000
     assert adapt.training.steps == (300,)
     for recipe in (merge, adapt):
         assert recipe.controls
@@ -205,7 +205,7 @@ def test_tables_hold_what_the_runs_say(repo, tmp_path, monkeypatch):
                 "best_control": "control:sft",
             },
             "stages": {
-                "written:source": {"seconds": 10.0, "peak_rss_mib": 1024.0},
+                "generate:source": {"seconds": 10.0, "peak_rss_mib": 1024.0},
                 "train:adapted": {"seconds": 65.4, "peak_rss_mib": 2048.0},
                 "train:control:sft": {"seconds": 99.0, "peak_rss_mib": 8192.0},
                 "report": {"seconds": 1.0, "peak_rss_mib": 8192.0},
@@ -215,6 +215,7 @@ def test_tables_hold_what_the_runs_say(repo, tmp_path, monkeypatch):
     text = run.tables(tmp_path)
     assert "| adapted | 1.1000 | [1.0000, 1.2000] | -0.3000 |" in text
     assert "+0.2000 [+0.1000, +0.3000] bits/byte, 40.0% of the gap." in text
+    assert "| generate:source | 10 | 1.00 |" in text
     assert "| all, without controls and evaluation | 65 | 2.00 |" in text and "8.00" not in text
     assert "| combined | 1.1000 | 1.1000 | 1.1000 | 1.1000 |" in text and "| sft | 1.3000 | 1.3000 |" in text
     assert "combined gains +0.2000 [+0.2000, +0.2000] bits/byte on sft" in text and "Merge" not in text
