@@ -23,7 +23,8 @@ from tmjax.files.lock import OutputLock, command, lock_files
 from tmjax.files.owned import RECORD
 from tmjax.recipes.base import dump_recipe, read_recipe
 from tmjax.recipes.merge import Recipe
-from tmjax.runs.directory import RunDirectory, sha256_checkpoint
+from tmjax.runs.directory import RunDirectory
+from tmjax.runs.hashes import sha256_checkpoint
 from tmjax.runs.manifest import Manifest, read_manifest
 from tmjax.transfer.recipe import build_recipe
 from tools.make_checkpoint import make_checkpoint

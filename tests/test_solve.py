@@ -17,6 +17,7 @@ from tmjax import cli
 from tmjax.activations import joined as joined_texts
 from tmjax.activations.joined import join
 from tmjax.checkpoints.load import load_model
+from tmjax.commands.adapt.arms import Arm
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Starts
 from tmjax.commands.merge.run import Merge
@@ -372,7 +373,7 @@ def test_adaptation_of_a_run_begins_at_its_merged_model(solved, texts, tmp_path)
     out, _ = solved
     told = {"target": str(out), "texts": texts["calibration"], "valid": texts["valid"], "out": str(tmp_path / "a")}
     inputs = AdaptInputs(build_adapt_recipe(told | {"mode": "sft", "init": "merged"}))
-    start = Starts(inputs, lambda *told: None, lambda message: None).of("adapted", "sft", "merged")[1]
+    start = Starts(inputs, lambda *told: None, lambda message: None).of(Arm("sft", "merged"))[1]
     for path, value in load_model(out / "merged").params.items():
         np.testing.assert_allclose(start[path], value, atol=1e-6)
 

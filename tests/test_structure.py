@@ -22,7 +22,7 @@ from tmjax.models.spec import DecoderSpec, Rotary
 from tmjax.recipes.merge import AlignmentOptions
 from tmjax.text.documents import Texts, read_texts
 from tmjax.text.tokenizer import load_tokenizer
-from tmjax.train.loop import TrainConfig
+from tmjax.train.optimizer import TrainConfig
 from tmjax.transfer.fuse import fuse
 from tools.train_pair import Plan, Side, make
 

@@ -15,7 +15,7 @@ from tokenizer_kinds import KINDS, write
 
 from tmjax import cli
 from tmjax.runs.manifest import read_manifest
-from tmjax.teacher.probabilities import Taught
+from tmjax.teacher.probabilities import TeacherProbabilities
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
 from tools.make_checkpoint import family_spec, make_checkpoint
@@ -82,7 +82,7 @@ def recipes(tmp_path_factory) -> dict[str, str]:
     }
     training = {"steps": [3], "lr": [0.003], "warmup": 1, "tokens_per_step": 256, "row_lengths": 1, "validate_every": 3}
     adapting = {"mesh": "data=1", "training": training, "max_tokens": 8, "evaluation": {"draws": 100}}
-    adapting |= {"written": {"texts": 4, "tokens": 8, "foreign": 100.0, "repeat": 1}}
+    adapting |= {"generation": {"texts": 4, "tokens": 8, "foreign": 100.0, "repeat": 1}}
     for name, told in (("merge", short), ("adapt", adapting)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(told))
     return {name: str(folder / f"{name}.yaml") for name in ("merge", "adapt")}
@@ -111,13 +111,12 @@ def test_every_kind_with_every_kind(
     manifest, known = read_manifest(out), load_tokenizer(pair["target"], ROWS).known(ROWS)
     assert known is not None and (~known).sum() >= ROWS - SIZE
     assert all(math.isfinite(arm["bits_per_byte"]) for arm in manifest["evaluation"].values())
-    place = "predictions" if command == "merge" else "taught"
-    (name, facts), *others = manifest[place].items()
+    (name, facts), *others = manifest["teacher"].items()
     assert facts["positions"] > 0.4 * facts["of"] and not others
     share = f"only {facts['positions']:,} of the target's {facts['of']:,} positions ("
     assert (share in error) == (facts["positions"] < facts["of"])
-    taught = Taught.load(out / place / f"{name}.npz")
-    assert known[taught.ids].all() and (taught.weight.sum(axis=1) <= 1 + 1e-5).all()
+    probabilities = TeacherProbabilities.load(out / "teacher" / f"{name}.npz")
+    assert known[probabilities.ids].all() and (probabilities.weight.sum(axis=1) <= 1 + 1e-5).all()
     assert _padding(out / "merged", known) == _padding(pair["target"], known)
     assert _changed(out / "merged", pair["target"], known)
     assert cli.run(["evaluate", str(out / "merged"), "--texts", texts["test"], "--json"]) == 0

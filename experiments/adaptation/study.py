@@ -121,8 +121,7 @@ def run_seed(
     adapt = Adapt(build_adapt_recipe(told), show=show, arms=ARMS, schedules=chosen)
     trained = {arm: adapt.train(arm) for arm in ARMS if arm not in ABLATIONS}
     took = {arm: [(f.planned_steps, f.lr)] for arm, f in adapt.run.manifest.training.items()}
-    adapt.schedules = dict(adapt.schedules) | {name: took[whole] for name, whole in ABLATIONS.items()}
-    adapt.evaluate(trained | {arm: adapt.train(arm) for arm in ABLATIONS})
+    adapt.evaluate(trained | {arm: adapt.train(arm, took[whole]) for arm, whole in ABLATIONS.items()})
     return {arm: took[arm] for arm in trained}
 
 

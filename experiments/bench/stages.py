@@ -24,7 +24,7 @@ from tmjax.models.decoder import bind
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.recipes.merge import AlignmentOptions
-from tmjax.runs.directory import peak_rss_mib
+from tmjax.runs.peak_memory import peak_rss_mib
 from tmjax.sharding.mesh import Layout
 from tmjax.text.buckets import bucket_length
 from tmjax.text.rows import Rows, TokenisedDocument

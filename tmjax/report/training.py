@@ -26,8 +26,8 @@ from tmjax.report.tables import (
 
 
 def _further(item: Mapping[str, Any]) -> list[str]:
-    """What an arm learns from beside the given texts."""
-    return [f"texts by {item['writer']}" if term == "written" else term for term in item["terms"]]
+    """Names of an arm's terms, beside the next tokens of the given texts."""
+    return [f"texts by {item['texts_by']}" if term == "generated" else term for term in item["terms"]]
 
 
 def training_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:

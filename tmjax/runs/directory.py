@@ -1,25 +1,20 @@
 """A run directory: manifest, stages that are skipped when their output is intact, nothing half-written."""
 
 import contextlib
-import hashlib
-import json
 import os
-import resource
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TypeAlias
 
 from tmjax.allocator import give_back_freed_memory
-from tmjax.checkpoints.formats.weights import weight_files
-from tmjax.checkpoints.hub import COMPANIONS, CONFIG_NAME, extra_templates
 from tmjax.errors import InputError
 from tmjax.files.atomic import PARTIAL, partial_name, remove, write_json, write_text
 from tmjax.files.lock import OutputLock
 from tmjax.files.owned import delete, refuse_foreign, walk
 from tmjax.files.paths import refuse_name
+from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import (
     MANIFEST,
     Manifest,
@@ -32,79 +27,15 @@ from tmjax.runs.manifest import (
     load_manifest,
     refuse_other_format,
 )
+from tmjax.runs.peak_memory import peak_rss_mib
 from tmjax.runs.run_files import EDITED, RECIPE, is_edited, is_own, listed, partial_of, split
-
-_BLOCK = 2**22
-
-
-def digest(value: object) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_files(files: list[Path]) -> str:
-    """SHA-256 over names and contents of files, in name order."""
-    total = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.name):
-        total.update(file.name.encode() + b"\0")
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                total.update(block)
-    return total.hexdigest()
-
-
-def sha256_checkpoint(directory: Path) -> str:
-    """Hash of what a checkpoint directory says: weights, index, config, tokenizer; of an orbax directory every file."""
-    wanted = {directory / name for name in (CONFIG_NAME, *COMPANIONS, "tmjax.json")}
-    files = [*(file for file in wanted if file.is_file()), *weight_files(directory)]
-    nested = [file for name in ("params", "hf") for file in (directory / name).rglob("*") if file.is_file()]
-    return sha256_files(files + nested + extra_templates(directory))
-
-
-def peak_rss_mib() -> float:
-    """Largest resident memory of this process so far, in MiB."""
-    with contextlib.suppress(OSError, StopIteration):  # getrusage begins at what the parent process held
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return round(int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+from tmjax.runs.team import ALONE, Team
 
 
 def resumes(path: Path, key: Mapping[str, str]) -> bool:
     """Returns whether a path is a run with this key, so that `RunDirectory.start` goes on with it."""
     values = find_manifest(path)
     return values is not None and is_current(values) and values.get("key") == key
-
-
-class Team(Protocol):
-    """The processes of a job that share a run directory (see `sharding.hosts`)."""
-
-    def is_first(self) -> bool:
-        """Whether this is the process that writes and decides."""
-
-    def barrier(self, name: str) -> None:
-        """Waits for all processes."""
-
-    def agree(self, value: Any) -> Any:
-        """The first process's value, on every process."""
-
-
-class Alone:
-    """A team of one."""
-
-    def is_first(self) -> bool:
-        """Yes."""
-        return True
-
-    def barrier(self, name: str) -> None:
-        """Nobody to wait for."""
-
-    def agree(self, value: Any) -> Any:
-        """The value."""
-        return value
-
-
-ALONE = Alone()
 
 
 #: (stage, steps done, steps in all), as a stage begins (0, 0) and once it has ended (1, 0).

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tmjax.files.atomic import remove, write_json
-from tmjax.runs.directory import digest
+from tmjax.runs.hashes import digest
 from tmjax.sharding import hosts
 from tmjax.train.loop import Selection
 from tmjax.train.step import State

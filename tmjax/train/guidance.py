@@ -18,7 +18,7 @@ from tmjax.errors import InputError
 from tmjax.teacher.features import SITE
 from tmjax.text.rows import TokenisedDocument
 from tmjax.train.data import Guide, Piece
-from tmjax.train.step import GUIDE
+from tmjax.train.optimizer import GUIDE
 from tmjax.typing import Array
 
 #: Initial maps are fitted on at most so many spans.

@@ -16,10 +16,9 @@ from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
 from tmjax.train.data import Batch, Batches
 from tmjax.train.modes import Frozen, Mode, Plain
-from tmjax.train.step import Losses, Objective, State, TrainConfig, Weights, fold, learning_rate, start, step
+from tmjax.train.optimizer import TrainConfig, Weights, learning_rate
+from tmjax.train.step import Losses, Objective, State, fold, start, step
 from tmjax.typing import Array, Params
-
-__all__ = ["Facts", "Progress", "Selection", "TrainConfig", "TrainResult", "Trainer", "train"]
 
 
 class Facts(NamedTuple):

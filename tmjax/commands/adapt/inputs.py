@@ -20,7 +20,7 @@ from tmjax.evaluate.bits import Scorer
 from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
 from tmjax.recipes.base import read_recipe
 from tmjax.recipes.merge import Recipe
-from tmjax.runs.directory import sha256_checkpoint
+from tmjax.runs.hashes import sha256_checkpoint
 from tmjax.runs.manifest import load_manifest
 from tmjax.runs.run_files import RECIPE
 from tmjax.sharding.mesh import AUTO, Layout
@@ -28,7 +28,7 @@ from tmjax.teacher.vocabulary_map import require_shared
 from tmjax.text.documents import Texts
 from tmjax.text.rows import Rows, TokenisedDocument, pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.train.step import TrainConfig
+from tmjax.train.optimizer import TrainConfig
 from tmjax.train.texts import TrainingTexts, leaked, read_training_texts
 from tmjax.transfer.contribution import Coefficients
 from tmjax.transfer.recipe import build_recipe

@@ -15,7 +15,7 @@ from tmjax.commands.adapt.arm_data import DataOfArms
 from tmjax.commands.adapt.arms import ADAPTED, Arm, arms_of
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Show, Starts
-from tmjax.commands.adapt.training_log import StepLog
+from tmjax.commands.adapt.training import ArmTrainer, Schedule
 from tmjax.commands.forgetting import measure_forgetting
 from tmjax.commands.merge.session import refuse_nested
 from tmjax.commands.notes import note_blank, note_hidden
@@ -23,28 +23,17 @@ from tmjax.commands.progress import Warn, silent, tell_notes
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import atomic_directory, remove
 from tmjax.files.lock import OutputLock
-from tmjax.recipes.adapt import AdaptRecipe, TrainingOptions, build_adapt_recipe
+from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe
 from tmjax.recipes.base import dump_recipe
 from tmjax.report.training import adapted_card, write_training_report
-from tmjax.runs.directory import RunDirectory, digest, resumes
+from tmjax.runs.directory import RunDirectory, resumes
+from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import InputFacts, Manifest, Record, ScheduleFacts, TrainingFacts, load_manifest
 from tmjax.teacher.stages import TeacherStages
-from tmjax.train.checkpoints import Checkpoints
-from tmjax.train.data import Batches
-from tmjax.train.loop import Facts, Trainer, TrainResult
 from tmjax.train.modes import Lora
 from tmjax.train.peft import write_adapter
-from tmjax.train.step import Objective, TrainConfig, padding_of
-from tmjax.typing import Array
 
 _INPUTS = ("source", "target", "texts", "valid", "test")
-#: Steps and learning rate.
-Schedule = tuple[int, float]
-
-
-def schedule_name(training: TrainingOptions, steps: int, lr: float) -> str:
-    """Returns the folder of one schedule: `lr-X`, with the number of steps where the recipe has several."""
-    return f"lr-{lr:g}" + (f"-steps-{steps}" if len(training.steps) > 1 else "")
 
 
 class Adapt:
@@ -81,11 +70,12 @@ class Adapt:
         self.schedules = schedules or dict.fromkeys(self.arms, recipe.training.schedules)
         self.starts = Starts(self.inputs, show, warn)
         refuse_nested(recipe)
-        self._key = self._input_hashes()
         path = Path(recipe.out)
         with OutputLock(path):
+            self._key = self._input_hashes()
             self.run = self._begin(path, overwrite=overwrite)
-        self.data = DataOfArms(TeacherStages(self.run, self._step, warn), self._key, self.inputs, self.starts)
+        data = DataOfArms(TeacherStages(self.run, self._step, warn), self._key, self.inputs, self.starts)
+        self.trainer = ArmTrainer(self.inputs, self.starts, data, self.run.path / "training", self._key, show)
 
     def _step(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.show(stage, done, total, "")
@@ -128,91 +118,6 @@ class Adapt:
             show=lambda stage, done, total: self.show(stage, done, total, ""),
         )
 
-    # Training.
-
-    def _train(self, name: str, schedule: Schedule) -> tuple[TrainResult, Objective, dict[str, Any]]:
-        """Trains one arm with one schedule; returns the result and its facts for the manifest."""
-        arm, recipe, inputs, training = self.arms[name], self.recipe, self.inputs, self.recipe.training
-        steps, lr = schedule
-        if arm.anneal is not None:
-            training = training.model_copy(update={"anneal": arm.anneal})
-        mode, trained, frozen = self.starts.of(arm)
-        data = self.data.of(arm)
-        documents, counts = data.texts.documents(inputs.tokenizer)
-        batches = Batches(
-            documents,
-            tokens=training.tokens_per_step,
-            seed=recipe.seed,
-            lengths=training.row_lengths,
-            max_tokens=recipe.max_tokens,
-            counts=counts,
-            guidance=data.guidance,
-            teacher=data.probabilities,
-            multiple=inputs.layout.batch_multiple,
-        )
-        config = TrainConfig.of(
-            training,
-            steps,
-            lr,
-            recipe.dtype,
-            guide_weight=0.0 if data.guidance is None else recipe.guidance.weight,
-            teacher_weight=0.0 if data.probabilities is None else recipe.distillation.weight,
-        )
-        padding = padding_of(inputs.tokenizer.known(inputs.target.spec.vocab))
-        objective = Objective(inputs.target.spec, config, mode, inputs.layout.mesh, padding)
-        folder = self.run.path / "training" / name / schedule_name(training, steps, lr)
-        result = self._trained(name, objective, folder, (trained | data.maps, frozen | data.statistics), batches)
-        chosen = result.selection
-        facts = data.facts | {
-            "texts": len(documents),
-            "lr": lr,
-            "folder": folder.name,
-            "planned_steps": steps,
-            "steps": result.steps,
-            "stopped_early": result.stopped_early,
-            "best_step": result.steps if chosen is None else chosen.step,
-            "valid_bits_per_byte": None if chosen is None else chosen.loss,
-            "valid_history": [] if chosen is None else [list(item) for item in chosen.history],
-            "shapes": [list(shape) for shape in sorted({(batches.rows(i), n) for i, n in enumerate(batches.shapes)})],
-        }
-        return result, objective, facts
-
-    def _trained(
-        self,
-        name: str,
-        objective: Objective,
-        folder: Path,
-        arrays: tuple[dict[str, Array], dict[str, Any]],
-        batches: Batches,
-    ) -> TrainResult:
-        """Runs the training loop with checkpoints and the log in `folder`; `arrays` are trained and frozen ones."""
-        training, config, inputs = self.recipe.training, objective.config, self.inputs
-        keeper = Checkpoints(folder / "checkpoints", [self._key, name, config.steps, config.lr], keep=training.keep)
-        log = StepLog(folder / "log.csv")
-
-        def progress(fact: Facts) -> None:
-            log.add(fact)
-            note = f"loss {fact.loss:.3f}, {fact.tokens / fact.seconds:,.0f} tokens/s"
-            note += "" if log.valid is None else f", validation {log.valid:.4f} bits/byte"
-            self.show(f"{name} {folder.name}", fact.step, config.steps, note)
-
-        validated = inputs.held_out.valid is not None
-        trainer = Trainer(
-            objective,
-            inputs.layout,
-            validate=(lambda params: inputs.valid_scorer(params).bits_per_byte) if validated else None,
-            validate_every=training.validate_every,
-            patience=training.patience,
-            keeper=keeper,
-            keep_every=training.keep_every,
-            progress=progress,
-        )
-        try:
-            return trainer.run(*arrays, batches)
-        finally:
-            keeper.close()
-            log.close()
-
     def _arm_key(self, name: str, schedules: Sequence[Schedule]) -> list[Any]:
         """The part of a stage's key that distinguishes an arm and its schedules, beside the recipe."""
         description, own = self.arms[name].description(), list(schedules)
@@ -236,7 +141,7 @@ class Adapt:
         def work(partial: Path) -> Record:
             tried, best = [], None
             for schedule in schedules:
-                result, objective, facts = self._train(name, schedule)
+                result, objective, facts = self.trainer.train(name, arm, schedule)
                 tried.append(facts)
                 if best is None or facts["valid_bits_per_byte"] < best[2]["valid_bits_per_byte"]:
                     best = (result, objective, facts)
@@ -265,8 +170,6 @@ class Adapt:
         for checkpoints in (self.run.path / "training" / name).glob("*/checkpoints"):
             remove(checkpoints)  # needed until the result is there
         return path
-
-    # Results.
 
     def evaluate(self, checkpoints: Mapping[str, Path]) -> None:
         """Scores every arm on the test texts, with paired intervals and the gain due to the source.

@@ -19,7 +19,7 @@ from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer
 from tmjax.models.spec import ParamSpec
 from tmjax.recipes.merge import Recipe
-from tmjax.runs.directory import sha256_checkpoint
+from tmjax.runs.hashes import sha256_checkpoint
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.teacher.vocabulary_map import require_shared
 from tmjax.text.documents import Texts, read_texts

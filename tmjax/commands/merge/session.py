@@ -14,7 +14,8 @@ from tmjax.files.lock import OutputLock
 from tmjax.files.paths import refuse_overlap
 from tmjax.recipes.base import Placed, dump_recipe
 from tmjax.recipes.merge import Recipe
-from tmjax.runs.directory import RunDirectory, digest
+from tmjax.runs.directory import RunDirectory
+from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import InputFacts, Manifest, Record, find_manifest, is_current
 from tmjax.sharding import hosts
 

@@ -30,7 +30,8 @@ from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_json
 from tmjax.recipes.merge import CoefficientOptions, Recipe
 from tmjax.report.sweep_page import write_sweep_report
-from tmjax.runs.directory import RunDirectory, digest
+from tmjax.runs.directory import RunDirectory
+from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import AlignmentRecord, BestSetting, Coefficient, Manifest, Record, SweepFacts
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts
