@@ -8,7 +8,7 @@ import yaml
 from tmjax import cli
 from tmjax.errors import InputError
 from tmjax.transfer.controls import CONTROLS
-from tmjax.transfer.operator import find_operator, read_chain
+from tmjax.transfer.operator import code_hashes, find_operator, read_chain
 
 #: An operator that changes parameters by itself.
 NOISE = '''
@@ -166,6 +166,17 @@ def test_an_operator_that_contributes_has_its_coefficients_chosen_and_swept(reci
     assert sweep["settings"] == 2 and set(sweep["best"]["coefficients"]) == {"down"}
 
 
+def test_changed_code_of_an_operator_is_another_input(tmp_path) -> None:
+    """Files of the same name in two folders are two operators, each with its own hash."""
+    for folder, size in (("one", "0.01"), ("other", "0.05")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "noise.py").write_text(NOISE.replace("= 0.01", f"= {size}"))
+    one, other = (read_chain([f"{tmp_path}/{folder}/noise.py:Noise"]) for folder in ("one", "other"))
+    assert (one[0].options.size, other[0].options.size) == (0.01, 0.05)
+    assert code_hashes(one)["noise"] != code_hashes(other)["noise"]
+    assert code_hashes(read_chain(["transport", "embeddings"])) == {}
+
+
 def test_what_is_no_operator_is_refused_in_one_line(tmp_path) -> None:
     (tmp_path / "half.py").write_text("class Half:\n    name, needs, chooses = 'half', frozenset(), False\n")
     with pytest.raises(InputError, match="lacks options, memory, apply or contribute"):
@@ -174,6 +185,10 @@ def test_what_is_no_operator_is_refused_in_one_line(tmp_path) -> None:
         find_operator(f"{tmp_path}/half.py:Whole")
     with pytest.raises(InputError, match=r"none\.py does not exist"):
         read_chain([f"{tmp_path}/none.py:Half"])
+    (tmp_path / "broken.py").write_text("class Broken(:\n")
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot be imported: invalid syntax"):
+            find_operator(f"{tmp_path}/broken.py:Broken")
     (tmp_path / "wishes.py").write_text(NOISE.replace("frozenset()", 'frozenset({"luck"})'))
     with pytest.raises(InputError, match="needs luck, which no source has"):
         find_operator(f"{tmp_path}/wishes.py:Noise")
