@@ -89,6 +89,7 @@ def main(
         print(f"largest relative difference in bits per byte {worst:.1e}")
         if commands:
             # A run with the recipe's own coefficients left out: each command loads, fuses, writes and evaluates one.
+            merge.run.close()
             took = []
             for number in range(commands):
                 alpha = f"{0.01 * (number + 1):.2f}"
