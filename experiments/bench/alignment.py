@@ -24,11 +24,13 @@ import torch
 import typer
 from baseline import streaming_sinkhorn
 
-import tmjax
 from tmjax import ot
+from tmjax.activations.extract import extract_activations
+from tmjax.checkpoints.load import load_model
 from tmjax.ot.solvers.ott_jax import Geometry, LinearProblem
 from tmjax.ot.solvers.ott_jax import Sinkhorn as OttSinkhorn
 from tmjax.ot.solvers.scaling import Scaling
+from tmjax.text.documents import read_texts
 
 HERE = Path(__file__).resolve().parent
 PAIR = HERE.parent / "swahili"
@@ -51,10 +53,10 @@ class Method:
 
 def real_activations(site: str, texts: int) -> tuple[np.ndarray, np.ndarray]:
     """Activations [L, N, n], [M, N, k] of the bundled pair, at most ROWS rows."""
-    target, source = (tmjax.load_model(PAIR / name) for name in ("target", "source"))
-    read = tmjax.read_texts(str(PAIR / "texts/swahili.calibration.jsonl")).first(texts)
+    target, source = (load_model(PAIR / name) for name in ("target", "source"))
+    read = read_texts(str(PAIR / "texts/swahili.calibration.jsonl")).first(texts)
     with tempfile.TemporaryDirectory() as folder:
-        both = tmjax.extract_activations(target, source, read, Path(folder) / "activations", sites=(site,))
+        both = extract_activations(target, source, read, Path(folder) / "activations", sites=(site,))
         return tuple(np.array(one.site(site))[:, :ROWS] for one in both)
 
 

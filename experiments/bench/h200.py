@@ -40,10 +40,12 @@ from flops import forward_flops, matrix_parameters
 from stages import Clock, Setting
 from synthetic import FAMILY, SHAPES, random_model, random_texts, shape_of
 
-import tmjax
+from tmjax.align.sizes import sites_of
+from tmjax.checkpoints.hf import export
+from tmjax.checkpoints.load import load_model
 from tmjax.checkpoints.model import Model
 from tmjax.cli import run
-from tmjax.commands.doctor.estimate import Reading, memory, sites_of
+from tmjax.commands.doctor.estimate import Reading, memory
 from tmjax.errors import InputError
 from tmjax.files.atomic import write_json
 from tmjax.models.spec import shared_projections
@@ -96,7 +98,7 @@ def estimated(models: Mapping[str, Model], setting: Setting, keep: bool) -> dict
     reading = Reading(len(setting.rows), *(sum(setting.lengths),) * 2, assumed=False)
     sites = sites_of(*sized, setting.projections)
     shards = setting.layout.sizes["fsdp"] * setting.layout.sizes["tensor"]
-    held = memory(*sized, sites, setting.projections, reading, recipe, shards)
+    held = memory(*sized, sites, reading, recipe, shards)
     return {stage: size / 2**30 for stage, size in held["stages"].items()}
 
 
@@ -223,11 +225,11 @@ def through_disk(clock: Clock, models: dict[str, Model], checkpoints: Path, layo
     """The same models, written and loaded again; those given are forgotten before."""
     with clock.stage("write checkpoints"):
         for side, model in models.items():
-            tmjax.export(model, checkpoints / side, overwrite=True)
+            export(model, checkpoints / side, overwrite=True)
     sides = list(models)
     models.clear()
     with clock.stage("load"):
-        found = {side: tmjax.load_model(checkpoints / side, placement=layout.place) for side in sides}
+        found = {side: load_model(checkpoints / side, placement=layout.place) for side in sides}
         jax.block_until_ready([dict(model.params) for model in found.values()])
     return found
 
@@ -248,7 +250,7 @@ def merge(setting: Setting, clock: Clock, models: Mapping[str, Model], wanted: t
     fused = run_stage.fuse(clock, alignment, models, ALPHA)
     if "export" in wanted:
         with clock.stage("export"):
-            tmjax.export(fused.model, setting.folder / "merged")
+            export(fused.model, setting.folder / "merged")
 
 
 def table(report: Mapping) -> str:

@@ -39,7 +39,7 @@ def merge(recipe: Path, out: Path, processes: int, devices: int, mesh: str, more
     command = [
         sys.executable,
         "-m",
-        "tmjax.cli",
+        "tmjax",
         "merge",
         str(recipe),
         "--out",

@@ -47,16 +47,17 @@ from flops import forward_flops, pooling_flops
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
-import tmjax  # noqa: E402
 from tmjax.activations import store  # noqa: E402
-from tmjax.align.alignment import plan_site  # noqa: E402
+from tmjax.activations.extract import extract_activations  # noqa: E402
+from tmjax.align.alignment import align, plan_site  # noqa: E402
 from tmjax.align.features import FeatureSite  # noqa: E402
 from tmjax.align.statistics import statistics  # noqa: E402
+from tmjax.checkpoints.load import load_model  # noqa: E402
 from tmjax.checkpoints.model import Model  # noqa: E402
 from tmjax.models.sites import SITES  # noqa: E402
 from tmjax.models.spec import DecoderSpec  # noqa: E402
 from tmjax.recipes.merge import AlignmentOptions  # noqa: E402
-from tmjax.text.documents import Texts  # noqa: E402
+from tmjax.text.documents import Texts, read_texts  # noqa: E402
 from tmjax.text.rows import pair_rows  # noqa: E402
 from tmjax.text.tokenizer import load_tokenizer  # noqa: E402
 from tools.make_checkpoint import family_spec, make_checkpoint  # noqa: E402
@@ -90,7 +91,7 @@ class Case:
         self.factor, self.times = factor, times
         self.folder = folder / f"{factor}-{times}"
         by = {name: times if name == factor else 1 for name in FACTORS}
-        self.texts: Texts = tmjax.read_texts(str(TEXTS)).first(base.texts * by["texts"])
+        self.texts: Texts = read_texts(str(TEXTS)).first(base.texts * by["texts"])
         made = zip(("target", "source"), ("qwen2", "llama"), base.layers, base.heads, strict=True)
         self.models = tuple(
             _model(self.folder / name, family, name, layers * by["layers"], heads * by["width"], base.head_dim, seed)
@@ -108,13 +109,13 @@ class Case:
 
     def extract(self) -> None:
         """Both models read the texts; activations of all sites on disk."""
-        tmjax.extract_activations(*self.models, self.texts, self.folder / "activations", overwrite=True)
+        extract_activations(*self.models, self.texts, self.folder / "activations", overwrite=True)
 
     def align(self, iterations: int) -> None:
         """All plans of the last extraction, each by exactly so many iterations; refuses to time anything else."""
         exact = {"threshold": 0.0, "max_iterations": iterations, "check_every": iterations}
         options = AlignmentOptions(epsilon=0.1, solver_options=exact)
-        found = tmjax.align(*self.activations, self.models[0].projections, options)
+        found = align(*self.activations, self.models[0].projections, options)
         for site, plans in found.plans.items():
             if set(np.asarray(plans.iterations).tolist()) != {iterations} or np.any(plans.fallback):
                 raise RuntimeError(f"{site}: not {iterations} iterations of the scaling form")
@@ -161,7 +162,7 @@ def _model(directory: Path, family: str, name: str, layers: int, heads: int, hea
         max_positions=2048,
         tied_embeddings=True,
     )
-    return tmjax.load_model(make_checkpoint(directory, family, spec, scale=0.02, seed=seed, tokenizer=tokenizer))
+    return load_model(make_checkpoint(directory, family, spec, scale=0.02, seed=seed, tokenizer=tokenizer))
 
 
 def clock(work: Callable[[], object]) -> float:

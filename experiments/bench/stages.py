@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flops import forward_flops
-from tmjax.transfer.merge import Fused
 
-import tmjax
 from tmjax.activations.blocks import paired_blocks
 from tmjax.activations.capture import batch_limit, capture, pooled_forward
 from tmjax.align.alignment import Alignment, needed_sites
+from tmjax.align.alignment import align as align_models
 from tmjax.align.streaming import align_moments, gather
 from tmjax.checkpoints.model import Model
 from tmjax.models.decoder import bind
@@ -29,6 +28,8 @@ from tmjax.runs.peak_memory import peak_rss_mib
 from tmjax.sharding.mesh import Layout
 from tmjax.text.buckets import bucket_length
 from tmjax.text.rows import Rows, TokenisedDocument
+from tmjax.transfer.chain import Merged
+from tmjax.transfer.fuse import fuse as fuse_models
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -191,7 +192,7 @@ def align(setting: Setting, clock: Clock, held: object, keep: bool) -> Alignment
         started = time.perf_counter()
         how = {"mesh": setting.layout.mesh, "progress": lambda _d, _t: done.append(time.perf_counter() - started)}
         if keep:
-            found = tmjax.align(*held, setting.projections, setting.options, **how)
+            found = align_models(*held, setting.projections, setting.options, **how)
         else:
             found = align_moments(held, setting.projections, setting.options, **how)
         certificates = found.certificates()
@@ -202,10 +203,10 @@ def align(setting: Setting, clock: Clock, held: object, keep: bool) -> Alignment
     return found
 
 
-def fuse(clock: Clock, alignment: Alignment, models: Mapping[str, Model], alpha: float) -> Fused:
+def fuse(clock: Clock, alignment: Alignment, models: Mapping[str, Model], alpha: float) -> Merged:
     """Transport and fusion with one alpha; the entry has the least and largest part of the source in a tensor."""
     with clock.stage("fuse") as entry:
-        fused = tmjax.fuse(alignment, models["target"], models["source"], alpha=alpha)
+        fused = fuse_models(alignment, models["target"], models["source"], alpha=alpha)
         jax.block_until_ready(dict(fused.model.params))
         parts = [row["source_part"] for row in fused.table.values()]
         entry |= {"alpha": alpha, "tensors": len(parts), "source_part": [min(parts), max(parts)]}

@@ -29,8 +29,8 @@ def main(
 ) -> None:
     """Prints seconds per setting of all three, ratios, compilations, and the largest difference in bits per byte."""
     jax.config.update("jax_num_cpu_devices", devices or len(os.sched_getaffinity(0)))
-    from tmjax.transfer.apply import fuse_params, transport_model
 
+    from tmjax.commands.merge.context import merge_context
     from tmjax.commands.merge.run import Merge
     from tmjax.commands.sweep.score import SettingsScorer
     from tmjax.recipes.base import read_recipe
@@ -42,31 +42,27 @@ def main(
             read_recipe(recipe) | {"out": f"{folder}/run", "controls": False, "mesh": "data=1"}, base=recipe.parent
         )
         merge = Merge(told)
-        alignment, inputs = merge.align(), merge.inputs
-        target, source, rule = inputs.target, inputs.source, told.fusion.bias
-        transported = transport_model(alignment, target.rows, target.params, source.rows, source.params, told.fusion)
+        merge.align()
+        inputs = merge.inputs
+        target, step = inputs.target, next(step for step in inputs.chain if step.contributes)
+        context = merge_context(merge.session, "fuse")
+        contribution = step.operator.contribute(target.params, merge.view(), step.options, context)
         across = -(-settings // 8)
         grid = [(a, b) for a in np.linspace(0, 0.3, across) for b in np.linspace(-0.2, 0.15, 8)][:settings]
-        pairs = [dict.fromkeys(transported, (float(a), float(b))) for a, b in grid]
+        pairs = [dict.fromkeys(contribution.items, (float(a), float(b))) for a, b in grid]
 
         layout = Layout(f"data={jax.device_count()}")
         scorer = SettingsScorer(
             target, inputs.target_tokenizer, inputs.valid, most=settings, dtype=inputs.dtype, layout=layout
         )
-        placed = scorer.place(transported)
+        placed = scorer.place([contribution])
 
         def batched(some: list) -> np.ndarray:
-            return scorer.bits_per_byte(scorer(placed, some, bias_rule=rule))
+            return scorer.bits_per_byte(scorer(placed, some))
 
         def plain(some: list) -> np.ndarray:
-            return np.asarray(
-                [
-                    inputs.valid_scorer(
-                        fuse_params(target.rows, target.params, transported, one, bias_rule=rule)
-                    ).bits_per_byte
-                    for one in some
-                ]
-            )
+            fused = (contribution.rule(target.params, contribution.items, one) for one in some)
+            return np.asarray([inputs.valid_scorer(params).bits_per_byte for params in fused])
 
         def timed(run, some: list) -> tuple[np.ndarray, float, float]:
             wall, cpu = time.perf_counter(), time.process_time()
@@ -93,13 +89,14 @@ def main(
         print(f"largest relative difference in bits per byte {worst:.1e}")
         if commands:
             # A run with the recipe's own coefficients left out: each command loads, fuses, writes and evaluates one.
+            merge.run.close()
             took = []
             for number in range(commands):
                 alpha = f"{0.01 * (number + 1):.2f}"
                 command = [
                     sys.executable,
                     "-m",
-                    "tmjax.cli",
+                    "tmjax",
                     "fuse",
                     told.out,
                     "--alpha",

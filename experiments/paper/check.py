@@ -6,15 +6,16 @@ from typing import Any
 
 from schema import HERE, PaperRecipe
 
+from tmjax.align.sizes import sites_of
 from tmjax.checkpoints.hub import CONFIG_NAME, read_config
-from tmjax.commands.doctor.estimate import Reading, memory, sites_of
+from tmjax.commands.doctor.estimate import Reading, memory
 from tmjax.commands.doctor.examine import Side
 from tmjax.errors import InputError, summarise
 from tmjax.evaluate.tasks import task_manager
 from tmjax.models.families import family_of
-from tmjax.models.spec import shared_projections
 from tmjax.recipes.base import read_recipe
 from tmjax.recipes.merge import Recipe
+from tmjax.transfer.chain import chain_of, chain_projections
 from tmjax.transfer.recipe import build_recipe
 
 #: What is known of models and data sets on the hub, so that a recipe can be checked without it.
@@ -99,8 +100,8 @@ def estimate(recipe: PaperRecipe) -> dict[str, dict[str, int]]:
         documents = min(documents, merge.activations.max_texts or documents)
         rows = documents if merge.activations.pooling == "sequence" else documents * PIECES
         reading = Reading(rows, documents * TOKENS, documents * TOKENS, assumed=True)
-        chosen = shared_projections(target.rows, sources[0].rows, merge.fusion.roles)
-        held = memory(target, sources[0], sites_of(target, sources[0], chosen), chosen, reading, merge, 1)
+        chosen = chain_projections(chain_of(merge), target.rows, sources[0].rows)
+        held = memory(target, sources[0], sites_of(target, sources[0], chosen), reading, merge, 1)
         found[preset] = {"peak": held["peak"], "alignment": held["stages"]["alignment (on disk)"]}
     return found
 

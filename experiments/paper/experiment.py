@@ -4,19 +4,20 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from check import merge_recipe
 from data import prepare
 from schema import PaperRecipe
-from tmjax.transfer.merge import fuse
 
 from tmjax.checkpoints import hf
 from tmjax.checkpoints.load import config_directory
+from tmjax.checkpoints.model import Model
 from tmjax.commands.adapt.run import Adapt
 from tmjax.commands.evaluate import RESULTS, EvaluationRequest, TaskOptions, evaluate_models
+from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.run import Merge
 from tmjax.errors import InputError
 from tmjax.evaluate.tasks import load_tasks, task_manager
@@ -24,6 +25,8 @@ from tmjax.recipes.adapt import TrainingOptions, build_adapt_recipe
 from tmjax.runs.manifest import read_manifest
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
+from tmjax.transfer.chain import apply_chain, chain_of
+from tmjax.transfer.controls import CONTROLS
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,13 @@ class Experiment:
 
     def curve(self, merge: Merge) -> Iterator[Arm]:
         """Merges from the same alignment at every alpha, each beside the same without anything of the source."""
-        inputs, preset = merge.inputs, merge.recipe.preset
+        preset = merge.recipe.preset
         for alpha in self.recipe.alphas:
             for empty in (False, True):
                 name = f"{preset}-alpha-{alpha:g}" + ("-shrink" if empty else "")
                 out = self.folder / "curve" / name
                 if not out.is_dir():
-                    options = merge.recipe.fusion
-                    given = merge.align(), inputs.target, inputs.source, options
-                    hf.export(fuse(*given, alpha=alpha, zero_source=empty).model, out)
+                    hf.export(_fused(merge, alpha, empty=empty), out)
                 yield Arm(name, "curve", str(out), preset, self.recipe.source, alpha=alpha, empty=empty)
 
     def adapt(self, run: Path, *, solved: bool) -> Path:
@@ -126,7 +127,7 @@ class Experiment:
                 found += self._controls(run, **told)
                 if curves and not number:
                     found += self.curve(merge)
-                adapted = self.adapt(run, solved=merge.recipe.solves)
+                adapted = self.adapt(run, solved=not all(step.contributes for step in merge.inputs.chain))
                 found.append(Arm(adapted.name, "adapted", str(adapted / "merged"), **told, run=adapted))
                 found += self._controls(adapted, **told)
         return found
@@ -148,6 +149,13 @@ class Experiment:
             request = EvaluationRequest([arm.checkpoint], self.files["test"], options, seed=recipe.seed)
             evaluate_models(request, out=place)
         return json.loads((place / RESULTS).read_text(encoding="utf-8"))
+
+
+def _fused(merge: Merge, alpha: float, *, empty: bool) -> Model:
+    """The merge at a fixed alpha, in memory; without anything of the source if `empty`."""
+    chain = chain_of(merge.recipe.model_copy(update={"alpha": alpha}))
+    view = merge.view(CONTROLS["control:shrink"] if empty else None)
+    return apply_chain(chain, view, replace(merge_context(merge.session, "curve"), alpha=alpha)).model
 
 
 def manifest_of(run: Path) -> dict[str, Any]:

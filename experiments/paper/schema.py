@@ -75,7 +75,9 @@ class Task(Section):
 
 
 #: What `merge` may hold; everything else of a merge is the experiment's to say.
-OwnSetting = Literal["activations", "alignment", "fusion", "evaluation", "dtype", "mesh"]
+OwnSetting = Literal[
+    "activations", "alignment", "operators", "coefficients", "screen_texts", "evaluation", "dtype", "mesh"
+]
 
 
 class PaperRecipe(Section):

@@ -11,9 +11,9 @@ one its scores, manifest and report are kept, not the gigabyte of activations an
 import argparse
 import itertools
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
-import transplant
 from figures import HEADER, figure, tables
 
 from tmjax.commands.merge.inputs import Inputs
 from tmjax.commands.merge.run import Merge
 from tmjax.errors import TmjaxError
-from tmjax.evaluate.bits import Scores
 from tmjax.evaluate.bootstrap import Draws, source_gain
-from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_bytes, write_json, write_text
+from tmjax.models.spec import shared_projections
 from tmjax.recipes.base import read_recipe
 from tmjax.recipes.merge import Recipe
 from tmjax.recipes.presets import PRESETS
+from tmjax.runs.manifest import find_manifest, is_current
 from tmjax.transfer.recipe import build_recipe
 from tools.script import script
 
@@ -42,12 +41,21 @@ KEPT = ("scores.npz", "manifest.json", "report.html")
 LEARNED = {"fit": "learned"}
 FULL = {"structure": "full", "solver": "cover", "depth": "monotone"}
 UNMOVED = {"alphas": [0.0], "betas": [0.0]}
-#: Fewer texts that the source writes and fewer rounds.
-QUICK = PRESETS["quick"]["fusion"]["solve"]
-#: Changes of the recipe, by name; or an operator of its own.
-SETTINGS: dict[str, dict[str, Any] | Callable[..., tuple[dict[str, Scores], dict[str, Any]]]] = {
+#: Options of the predictions with fewer generated texts and rounds.
+QUICK = PRESETS["quick"]["operators"][-1]["predictions"]
+#: The operator in a file of its own beside this one, named from where the study is started.
+TRANSPLANT = f"{os.path.relpath(Path(__file__).with_name('transplant.py'))}:UnitTransplant"
+
+
+def _transport(*others: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Transport with these options, and operators after it."""
+    return {"operators": [{"transport": options}, *others]}
+
+
+#: Changes of the recipe, by name.
+SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "plain, learned": {"fusion": LEARNED},
+    "plain, learned": {"coefficients": LEARNED},
     "epsilon 0.005": {"alignment": {"epsilon": 0.005}},
     "epsilon 0.1": {"alignment": {"epsilon": 0.1}},
     "pooled over texts": {"activations": {"pooling": "sequence"}},
@@ -58,25 +66,29 @@ SETTINGS: dict[str, dict[str, Any] | Callable[..., tuple[dict[str, Scores], dict
     "solver procrustes": {"alignment": {"solver": "procrustes"}},
     "monotone": {"alignment": {"depth": "monotone"}},
     "heads": {"alignment": {"structure": "heads"}},
-    "heads, learned": {"alignment": {"structure": "heads"}, "fusion": LEARNED},
-    "full, soft, learned": {"alignment": {"structure": "full"}, "fusion": LEARNED},
+    "heads, learned": {"alignment": {"structure": "heads"}, "coefficients": LEARNED},
+    "full, soft, learned": {"alignment": {"structure": "full"}, "coefficients": LEARNED},
     "full, hard, monotone": {"alignment": FULL},
-    "full, hard, monotone, learned": {"alignment": FULL, "fusion": LEARNED},
-    "full, per head": {"alignment": FULL, "fusion": LEARNED | {"learning": {"granularity": "head"}}},
-    "full, per unit": {"alignment": FULL, "fusion": LEARNED | {"learning": {"granularity": "unit"}}},
-    "full, per layer stream": {"alignment": FULL | {"residual": "layer"}, "fusion": LEARNED},
-    "full, embeddings": {"alignment": FULL, "fusion": LEARNED | {"embeddings": "shared"}},
-    "attention only": {"alignment": FULL, "fusion": LEARNED | {"roles": ["q", "k", "v", "o"]}},
-    "mlp only": {"alignment": FULL, "fusion": LEARNED | {"roles": ["gate", "up", "down"]}},
-    "regression": {"fusion": {"transport": "regression", "norm_match": False, "beta": "tied"}},
-    "regression, learned": {"fusion": LEARNED | {"transport": "regression", "norm_match": False}},
-    "lexical": {"fusion": {"lexical": {}, **UNMOVED}},
-    "unit transplant": transplant.run,
-    "predictions": {"fusion": {"solve": QUICK}},
+    "full, hard, monotone, learned": {"alignment": FULL, "coefficients": LEARNED},
+    "full, per head": {"alignment": FULL, "coefficients": LEARNED | {"learning": {"granularity": "head"}}},
+    "full, per unit": {"alignment": FULL, "coefficients": LEARNED | {"learning": {"granularity": "unit"}}},
+    "full, per layer stream": {"alignment": FULL | {"residual": "layer"}, "coefficients": LEARNED},
+    "full, embeddings": {
+        "alignment": FULL,
+        **_transport({"residual_stream": {"embeddings": "shared", "norms": "keep"}}),
+        "coefficients": LEARNED,
+    },
+    "attention only": {"alignment": FULL, **_transport(roles=["q", "k", "v", "o"]), "coefficients": LEARNED},
+    "mlp only": {"alignment": FULL, **_transport(roles=["gate", "up", "down"]), "coefficients": LEARNED},
+    "regression": {"operators": [{"regression": {"norm_match": False}}], "coefficients": {"beta": "tied"}},
+    "regression, learned": {"operators": [{"regression": {"norm_match": False}}], "coefficients": LEARNED},
+    "lexical": {**_transport({"embeddings": {}}), "coefficients": UNMOVED},
+    "unit transplant": {"operators": [{TRANSPLANT: {}}]},
+    "predictions": _transport({"predictions": QUICK}),
     "lexical, predictions": {"preset": "quick"},
-    "predictions, readout": {"fusion": {"solve": QUICK | {"reach": "readout"}}},
-    "predictions, calibration texts alone": {"fusion": {"solve": QUICK | {"written": 0}}},
-    "predictions, nothing transported": {"fusion": {"solve": QUICK, **UNMOVED}},
+    "predictions, readout": _transport({"predictions": QUICK | {"scope": "readout"}}),
+    "predictions, calibration texts alone": _transport({"predictions": QUICK | {"generated_texts": 0}}),
+    "predictions, nothing transported": {**_transport({"predictions": QUICK}), "coefficients": UNMOVED},
     "lexical, predictions, longer": {"preset": "predictions"},
 }
 
@@ -90,46 +102,43 @@ def nested(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def fitting(recipe: Recipe) -> Recipe:
-    """The recipe with those of its roles that both models have: an MLP may have no gate."""
-    if recipe.fusion.roles is None:
+    """The recipe with those of its operators' roles that both models have: an MLP may have no gate."""
+    named = [options["roles"] for entry in recipe.operators for options in entry.values() if options.get("roles")]
+    if not named:
         return recipe
+    inputs = Inputs(recipe)
+    shared = shared_projections(inputs.target.rows, inputs.source.rows)
 
-    def with_roles(roles: tuple[str, ...] | None) -> Recipe:
-        return recipe.model_copy(update={"fusion": recipe.fusion.model_copy(update={"roles": roles})})
+    def fitted(options: dict[str, Any]) -> dict[str, Any]:
+        roles = options.get("roles")
+        return options | {"roles": [role for role in roles if role in shared]} if roles else options
 
-    shared = Inputs(with_roles(None)).projections
-    return with_roles(tuple(role for role in recipe.fusion.roles if role in shared))
+    entries = tuple({name: fitted(options) for name, options in entry.items()} for entry in recipe.operators)
+    return recipe.model_copy(update={"operators": entries})
 
 
 def measure(name: str, recipe: Path, out: Path, seed: int, texts: int) -> dict[str, Any]:
-    """Facts of one setting and seed: evaluation, gain due to the source, what was chosen; or why it failed."""
-    setting = SETTINGS[name]
-    change = nested({} if callable(setting) else setting, {"seed": seed, "controls": True, "allow_negligible": True})
-    change["out"] = str(out)
+    """Facts of one setting and seed: evaluation, gain due to the source; or why it failed."""
+    change = nested(SETTINGS[name], {"seed": seed, "controls": True, "allow_negligible": True, "out": str(out)})
     base = nested(read_recipe(recipe) | {"preset": "barycentric"}, {"activations": {"max_texts": texts}})
-    told = fitting(build_recipe(nested(base, change), base=recipe.parent))
+    setting = fitting(build_recipe(nested(base, change), base=recipe.parent))
     done = out.parent / f"{out.name}.json"
     if done.exists():
-        held = json.loads(done.read_text(encoding="utf-8"))
-        if "error" not in held and held["recipe"] == told.model_dump(mode="json"):
-            return held
+        stored = json.loads(done.read_text(encoding="utf-8"))
+        if "error" not in stored and stored["recipe"] == setting.model_dump(mode="json"):
+            return stored
+    # A run of an earlier version, which cannot be read any more, is made anew.
+    earlier = find_manifest(out)
     try:
-        if callable(setting):
-            scores, chosen = setting(told, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
-            facts = evaluation_facts(scores, draws=told.evaluation.draws, seed=seed).to_json() | {"chosen": chosen}
-            out.mkdir(exist_ok=True)
-            each = {arm: held.nll for arm, held in scores.items()}
-            np.savez(out / "scores.npz", bytes=scores["target"].bytes, **each)
-        else:
-            manifest = Merge(told).all()
-            facts = {key: manifest[key] for key in ("evaluation", "source_gain") if key in manifest}
+        manifest = Merge(setting, overwrite=earlier is not None and not is_current(earlier)).all()
+        facts = {key: manifest[key] for key in ("evaluation", "source_gain") if key in manifest}
     except TmjaxError as error:
         facts = {"error": str(error)}
-    size = told.activations.max_texts
-    facts |= {"name": name, "texts": size, "seed": seed, "recipe": told.model_dump(mode="json")}
+    size = setting.activations.max_texts
+    facts |= {"name": name, "texts": size, "seed": seed, "recipe": setting.model_dump(mode="json")}
     write_json(done, facts)
     # Only of a run directory, which the merge has known for its own, and not of one that failed.
-    if not callable(setting) and "error" not in facts:
+    if "error" not in facts:
         for part in out.iterdir():
             if part.is_dir():
                 shutil.rmtree(part)

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,15 @@ ROWS = "rows.npz"
 
 @dataclass(frozen=True)
 class Layers(Sequence[np.ndarray]):
-    """The layers of a stored site, each read when asked for: [row, unit] float32, the rows in `order` if that is given.
+    """The layers of a stored site, each read when asked for: [row, unit] float32.
 
-    Copies, not a mapping: pages of a mapped file count as memory of this process until it is unmapped.
+    Rows are in `order` and units in `unit_order` [layer, unit] if these are given. Copies, not a mapping: pages of a
+    mapped file count as memory of this process until it is unmapped.
     """
 
     file: Path
     order: np.ndarray | None = None
+    unit_order: np.ndarray | None = None
 
     @functools.cached_property
     def shape(self) -> tuple[int, int, int]:
@@ -36,31 +38,40 @@ class Layers(Sequence[np.ndarray]):
         return self.shape[0]
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        held = np.load(self.file, mmap_mode="r")[layer]
-        return np.array(held) if self.order is None else held[self.order]
+        stored = np.load(self.file, mmap_mode="r")[layer]
+        values = np.array(stored) if self.order is None else stored[self.order]
+        return values if self.unit_order is None else values[:, self.unit_order[layer]]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Activations of one model: read lazily from a directory."""
+    """Activations of one model: read lazily from a directory.
+
+    `order` and `unit_order` (by site, [layer, unit]) are those in which `layers_of` gives rows and units.
+    """
 
     directory: Path
     rows: Rows
     layers: int
     sites: Mapping[str, int]
     order: np.ndarray | None = None
+    unit_order: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def site(self, name: str) -> np.ndarray:
-        """The `[layer, row, unit]` float32 array of a site, mapped from disk; its rows as they were recorded."""
+        """The `[layer, row, unit]` float32 array of a site, mapped from disk; rows and units as recorded."""
         return np.load(self._file(name), mmap_mode="r")
 
     def layers_of(self, name: str) -> Layers:
-        """The same, a layer at a time, its rows in the `order` of these activations."""
-        return Layers(self._file(name), self.order)
+        """The same, a layer at a time, rows and units in the orders of these activations."""
+        return Layers(self._file(name), self.order, self.unit_order.get(name))
 
     def reordered(self, order: np.ndarray) -> "Activations":
         """These activations with the rows in another order, as if recorded at other pieces of text."""
         return replace(self, order=order)
+
+    def permuted(self, unit_order: Mapping[str, np.ndarray]) -> "Activations":
+        """These activations with the units of sites in another order [layer, unit], as if recorded of other units."""
+        return replace(self, unit_order=unit_order)
 
     def _file(self, name: str) -> Path:
         if name not in self.sites:

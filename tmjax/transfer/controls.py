@@ -5,15 +5,16 @@ that follows is run again with the same budget of trials.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tmjax.activations.store import Activations
 from tmjax.align.alignment import Alignment
 from tmjax.errors import InputError
 from tmjax.text.token_map import TokenMap
-from tmjax.transfer.source_view import SourceView, TeacherData
+from tmjax.transfer.source_view import PairedFeatures, SourceView, TeacherData
 
 
 def derangement(size: int, seed: int) -> np.ndarray:
@@ -43,6 +44,15 @@ def unit_permutations(alignment: Alignment, seed: int) -> dict[str, np.ndarray]:
     }
 
 
+def feature_permutations(features: Activations, seed: int) -> dict[str, np.ndarray]:
+    """Draws an independent permutation of the units for every site and layer: [M, k] each."""
+    generator = np.random.default_rng(seed)
+    return {
+        site: generator.permuted(np.broadcast_to(np.arange(units), (features.layers, units)), axis=1)
+        for site, units in sorted(features.sites.items())
+    }
+
+
 def exchanged_tokens(vocab: int, known_v: np.ndarray | None, seed: int) -> np.ndarray:
     """Draws another token for every token of a vocabulary [vocab]; rows that are no tokens (not `known_v`) stay."""
     tokens = np.arange(vocab) if known_v is None else np.nonzero(known_v)[0]
@@ -67,11 +77,18 @@ def random_source(view: SourceView, draw: "Draw") -> SourceView:
 
 
 def permuted_plan(view: SourceView, draw: "Draw") -> SourceView:
-    """The source's units are permuted per site and pair of layers, its tokens exchanged in maps and probabilities."""
+    """The source's units are permuted per site and pair of layers, its tokens exchanged in maps and probabilities.
+
+    Features are permuted per site and layer: operators that use no alignment pair them with weights themselves.
+    """
 
     def alignment() -> Alignment:
         whole = view.alignment()
         return replace(whole, source_order=unit_permutations(whole, draw.seed))
+
+    def features(sites: Sequence[str]) -> PairedFeatures:
+        pair = view.features(sites)
+        return pair._replace(source=pair.source.permuted(feature_permutations(pair.source, draw.seed)))
 
     def token_map() -> TokenMap:
         whole = view.token_map()
@@ -85,7 +102,7 @@ def permuted_plan(view: SourceView, draw: "Draw") -> SourceView:
         ids = other[data.probabilities.ids].astype(np.int32)
         return data._replace(probabilities=data.probabilities._replace(ids=ids))
 
-    return replace(view, alignment=alignment, token_map=token_map, teacher=teacher)
+    return replace(view, alignment=alignment, features=features, token_map=token_map, teacher=teacher)
 
 
 def shuffled_rows(view: SourceView, draw: "Draw") -> SourceView:

@@ -6,6 +6,7 @@ update table and report go by this interface alone.
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -172,23 +173,43 @@ def _imported(name: str) -> Any:
         if place.endswith(".py"):
             return getattr(_module_of(Path(place).expanduser()), attribute)
         return getattr(importlib.import_module(place), attribute)
-    except (ImportError, AttributeError, OSError) as error:
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise InputError(f"operator {name!r} cannot be imported: {error}") from None
 
 
 def _module_of(file: Path) -> Any:
     if not file.is_file():
         raise OSError(f"{file} does not exist")
-    name = f"tmjax_operator_{file.stem}"
-    known = sys.modules.get(name)
-    if known is not None and Path(known.__file__ or "") == file.resolve():
-        return known
+    # One name per place: files of the same name in two folders are two modules.
+    name = f"tmjax_operator_{file.stem}_{_digest(str(file.resolve()).encode())[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file.resolve())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def code_hashes(chain: Chain) -> dict[str, str]:
+    """Hashes the files of operators outside this package, which decide a result as inputs do: SHA-256 by operator."""
+    package = f"{__name__.partition('.')[0]}."
+    modules = {step.operator.name: type(step.operator).__module__ for step in chain}
+    files = {
+        name: getattr(sys.modules.get(module), "__file__", None)
+        for name, module in modules.items()
+        if not module.startswith(package)
+    }
+    return {name: _digest(Path(file).read_bytes()) for name, file in files.items() if file}
 
 
 def read_chain(entries: Iterable[Any]) -> Chain:

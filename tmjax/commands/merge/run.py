@@ -39,6 +39,7 @@ from tmjax.runs.run_files import RECIPE
 from tmjax.sharding import hosts
 from tmjax.transfer.chain import Merged, apply_chain, fit_facts, needs_of
 from tmjax.transfer.controls import CONTROLS, Control, Draw
+from tmjax.transfer.operator import code_hashes
 from tmjax.transfer.recipe import build_recipe
 from tmjax.transfer.source_view import SourceView
 from tmjax.transfer.update_table import require_transfer
@@ -234,7 +235,9 @@ def fuse_key(source: SourceStages, arm: str) -> object:
     """Returns what decides the checkpoint of an arm, given what decides the alignment."""
     sections = {"operators", "coefficients", "screen_texts", "alpha", "evaluation", "export", "seed"}
     options = source.recipe.model_dump(mode="json", include=sections)
-    return [arm, source.alignment_key(), options, source.inputs.hashes.get("valid")]
+    # Only where there is code outside the package, so that it changes no other key.
+    code = code_hashes(source.inputs.chain)
+    return [arm, source.alignment_key(), options, source.inputs.hashes.get("valid"), *([code] if code else [])]
 
 
 def open_run(path: Path, changes: Mapping[str, Any]) -> Recipe:

@@ -36,7 +36,7 @@ from tmjax.runs.manifest import AlignmentRecord, BestSetting, Coefficient, Manif
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts
 from tmjax.transfer.contribution import Coefficients, Contribution
-from tmjax.transfer.operator import Chain, Step, read_chain
+from tmjax.transfer.operator import Chain, Step, code_hashes, read_chain
 from tmjax.transfer.projections import with_masks
 from tmjax.transfer.update_table import joined_table, require_transfer
 
@@ -107,7 +107,8 @@ class Variant:
             [step.operator.name, {**step.options.model_dump(mode="json"), "mask_top_k": None}]
             for step in contributing(self.recipe)
         ]
-        return [self.source.alignment_key(), options]
+        code = code_hashes(contributing(self.recipe))
+        return [self.source.alignment_key(), options, *([code] if code else [])]
 
     def contributions(self) -> list[Contribution]:
         """Makes the contributions, without masks."""
@@ -296,7 +297,8 @@ class Sweep:
     def _fuse_options(self, recipe: Recipe) -> list[object]:
         variant = Variant(recipe, self.session)
         options = recipe.model_dump(mode="json", include={"operators", "coefficients", "alpha"})
-        return [variant.source.alignment_key(), options]
+        code = code_hashes(contributing(recipe))
+        return [variant.source.alignment_key(), options, *([code] if code else [])]
 
     def _facts(self, results: Sequence[Result], best: Result) -> SweepFacts:
         scorers = self._scorers.values()

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "experiments/bench"
+BENCH = Path(__file__).resolve().parents[2] / "experiments/bench"
 FACTORS, STAGES = ("texts", "layers", "width"), ("extraction", "alignment")
 
 

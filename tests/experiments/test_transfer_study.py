@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tmjax.recipes.base import read_recipe
+from tmjax.transfer.controls import CONTROLS
+from tmjax.transfer.operator import find_operator
 from tmjax.transfer.recipe import build_recipe
 from tools.script import script
 
@@ -19,7 +22,7 @@ TEXT = """# Study
 | plain | 30 | 0 | 1.9 | 1.8 | 1.8 (shrink) | -0.0003 [-0.0013, +0.0008] | -0.1% |
 | plain | 300 | 0 | 1.9 | 1.8 | 1.8 (shrink) | +0.0010 [+0.0002, +0.0018] | 0.3% |
 | plain | 300 | all 3 | 1.9 | 1.8 | 1.8 (shrink) | +0.0012 [+0.0003, +0.0020] | 0.3% |
-| mlp only | 300 | 0 | | | | fusion.roles: no | |
+| mlp only | 300 | 0 | | | | roles: no | |
 
 Words | with | bars.
 
@@ -64,16 +67,18 @@ def test_every_setting_is_a_recipe_of_both_pairs(modules, repo) -> None:
     _, study = modules
     for pair in ("swahili", "wolof"):
         recipe = repo / f"experiments/{pair}/recipe.yaml"
-        for name, setting in study.SETTINGS.items():
-            change = {} if callable(setting) else setting
-            told = build_recipe(study.nested(read_recipe(recipe) | {"preset": "barycentric"}, change), base=repo)
-            roles = study.fitting(told).fusion.roles
+        for name, change in study.SETTINGS.items():
+            base = study.nested(read_recipe(recipe) | {"preset": "barycentric"}, change)
+            setting = build_recipe(base, base=recipe.parent)
+            fitted = build_recipe(study.fitting(setting).model_dump(mode="json")).operators
             if name.startswith("lexical, predictions"):
                 given = {"source": "-", "target": "-", "texts": "-", "out": "-"}
                 preset = {} if name.endswith("longer") else {"preset": "quick"}
-                assert told.fusion == build_recipe(given | preset).fusion
+                assert setting.operators == build_recipe(given | preset).operators
             # The Wolof model's MLP has no gate.
-            assert name != "mlp only" or roles == (("gate", "up", "down") if pair == "swahili" else ("up", "down"))
+            own = ["gate", "up", "down"] if pair == "swahili" else ["up", "down"]
+            assert name != "mlp only" or fitted[0]["transport"]["roles"] == own
+            assert name == "mlp only" or fitted == setting.operators
 
 
 def test_what_failed_is_tried_again_and_what_is_finished_is_not(modules, tmp_path) -> None:
@@ -88,6 +93,30 @@ def test_what_failed_is_tried_again_and_what_is_finished_is_not(modules, tmp_pat
     finished = {key: value for key, value in failed.items() if key != "error"} | {"evaluation": {}}
     done.write_text(json.dumps(finished))
     assert study.measure("plain", recipe, out, 0, 300) == finished
+
+
+def test_the_transplant_is_an_operator_of_its_own_file_with_all_controls(modules, texts, repo, tmp_path) -> None:
+    """What the source contributes nothing to is solved for the target's own units, with as many trials."""
+    _, study = modules
+    recipe = tmp_path / "recipe.yaml"
+    values = {"source": repo / "experiments/swahili/source", "target": repo / "experiments/swahili/target"}
+    values |= {"texts": texts["calibration"], "valid": texts["valid"], "test": texts["test"], "out": "unused"}
+    options = {"self_source": False, "mesh": "data=1", "evaluation": {"draws": 100}}
+    recipe.write_text(yaml.safe_dump({key: str(value) for key, value in values.items()} | options))
+    ((name, _),) = study.SETTINGS["unit transplant"]["operators"][0].items()
+    assert find_operator(name).name == "unit_transplant" and find_operator(name).needs == {"features"}
+    facts = study.measure("unit transplant", recipe, tmp_path / "run", 0, 24)
+    assert "error" not in facts and {"merged", *CONTROLS} <= set(facts["evaluation"])
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    chosen = manifest["operators"]["unit_transplant"]
+    assert chosen["trials"] == 16 and chosen["chosen"] == {"units": 1, "step": 0.3}
+    assert chosen["valid_bits_per_byte"][1] == pytest.approx(2.161698, abs=1e-4)
+    assert all(manifest["controls"][arm]["operators"]["unit_transplant"]["trials"] == 16 for arm in CONTROLS)
+    bits = {arm: item["bits_per_byte"] for arm, item in facts["evaluation"].items()}
+    assert len({bits[arm] for arm in ("merged", "control:shuffled_rows", "target")}) == 3
+    assert bits["control:permuted_plan"] != bits["merged"]
+    row = next(iter(manifest["update"].values()))
+    assert row["unit_transplant"] == pytest.approx(row["effective_update"]) and row["source_part"] > 0
 
 
 def test_an_interrupt_is_one_line_that_says_how_to_go_on(capsys) -> None:

@@ -19,7 +19,7 @@ from tmjax.models.decoder import init_params
 from tmjax.recipes.merge import AlignmentOptions
 from tmjax.text.rows import Rows
 
-BENCH = Path(__file__).resolve().parent.parent / "experiments/bench"
+BENCH = Path(__file__).resolve().parents[2] / "experiments/bench"
 
 
 @pytest.fixture(scope="module")

@@ -215,6 +215,7 @@ def test_tables_hold_what_the_runs_say(repo, tmp_path, monkeypatch):
     text = run.tables(tmp_path)
     assert "| adapted | 1.1000 | [1.0000, 1.2000] | -0.3000 |" in text
     assert "+0.2000 [+0.1000, +0.3000] bits/byte, 40.0% of the gap." in text
+    assert "| generate:source | 10 | 1.00 |" in text
     assert "| all, without controls and evaluation | 65 | 2.00 |" in text and "8.00" not in text
     assert "| combined | 1.1000 | 1.1000 | 1.1000 | 1.1000 |" in text and "| sft | 1.3000 | 1.3000 |" in text
     assert "combined gains +0.2000 [+0.2000, +0.2000] bits/byte on sft" in text and "Merge" not in text

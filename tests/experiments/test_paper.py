@@ -14,7 +14,7 @@ from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
 from tools.verse_tasks import write_choice_task
 
-PAPER = Path(__file__).resolve().parent.parent / "experiments/paper"
+PAPER = Path(__file__).resolve().parents[2] / "experiments/paper"
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -139,7 +139,9 @@ def test_the_runner_runs_a_bundled_pair(language, repo, tmp_path, capsys):
         "sources": [str(repo / values["sources"][0])],
         "alphas": [0.05],
         "presets": ["predictions"],
-        "merge": {"fusion": {"solve": {"written": 12, "rounds": 2, "tokens": 24}}},
+        "merge": {
+            "operators": [{"transport": {}}, {"predictions": {"generated_texts": 12, "rounds": 2, "tokens": 24}}]
+        },
         "tasks": [{"task": task, "label": "Verses", "target": 40.0}],
         "tasks_folder": str(tmp_path / "tasks"),
         "general": [task],

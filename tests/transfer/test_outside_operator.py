@@ -1,0 +1,194 @@
+"""Operators in files of their own, outside the package: found from a recipe alone, by every command."""
+
+import json
+
+import pytest
+import yaml
+
+from tmjax import cli
+from tmjax.errors import InputError
+from tmjax.transfer.controls import CONTROLS
+from tmjax.transfer.operator import code_hashes, find_operator, read_chain
+
+#: An operator that changes parameters by itself.
+NOISE = '''
+import numpy as np
+from pydantic import Field
+from typing import Annotated
+from tmjax.recipes.base import PositiveFloat, Section
+from tmjax.transfer.contribution import Applied
+
+class NoiseOptions(Section):
+    """Options of the operator `noise`."""
+    size: Annotated[PositiveFloat, Field(description="Standard deviation of the noise.")] = 0.01
+
+class Noise:
+    """Noise on the output projections of the MLP."""
+    name, options, needs, chooses = "noise", NoiseOptions, frozenset(), False
+
+    def apply(self, params, source, options, context):
+        path = context.target.projections["down"].path
+        noise = np.random.default_rng(context.seed).normal(0, options.size, params[path].shape)
+        changed = np.asarray(params[path], np.float32) + source.contribution * noise.astype(np.float32)
+        return Applied({**params, path: changed}, {"size": options.size})
+
+    def memory(self, target, source, options, batch_tokens):
+        return 4 * target.spec.layers * target.spec.hidden * target.spec.mlp
+'''
+#: An operator whose result enters with coefficients: `down` with the rows of every layer reversed.
+REVERSED = '''
+from dataclasses import dataclass, replace
+from typing import Any
+import jax.numpy as jnp
+from tmjax.recipes.base import Section
+from tmjax.transfer.contribution import Contribution
+
+class ReversedOptions(Section):
+    """Options of the operator `reversed`: none."""
+
+@dataclass(frozen=True)
+class Add:
+    """W + alpha R + beta W."""
+    path: str
+    names: tuple[str, ...]
+
+    def __call__(self, params, items, coefficients):
+        alpha, beta = coefficients["down"]
+        old = jnp.asarray(params[self.path], jnp.float32)
+        return {**params, self.path: old + alpha * items["down"] + beta * old}
+
+    def scaled(self, items, factor):
+        return {"down": items["down"] * factor}
+
+    def rows(self, target, fused, items, coefficients):
+        alpha, beta = coefficients["down"]
+        part = jnp.linalg.norm(items["down"], axis=(1, 2)) / jnp.linalg.norm(target[self.path], axis=(1, 2))
+        return {n: {"source_part": float(alpha * p), "reversed": float(p)} for n, p in zip(self.names, part)}
+
+class Reversed:
+    """Reversed output projections of the MLP, which are all that it contributes to."""
+    name, options, needs, chooses = "reversed", ReversedOptions, frozenset(), False
+
+    def roles(self, options):
+        return ("down",)
+
+    def contribute(self, params, source, options, context):
+        row = context.target.projections["down"]
+        items = {"down": jnp.asarray(params[row.path], jnp.float32)[:, ::-1]}
+        rule = Add(row.path, tuple(row.names(context.target.spec)))
+        return Contribution(items, rule, {"down": row})
+
+    def memory(self, target, source, options, batch_tokens):
+        return 4 * target.spec.layers * target.spec.hidden * target.spec.mlp
+
+OPERATOR = Reversed()
+'''
+SHORT = {
+    "preset": "barycentric",
+    "coefficients": {"alphas": [0.03, 0.1], "betas": [-0.05, 0.0]},
+    "mesh": "data=1",
+    "evaluation": {"draws": 200},
+    "self_source": False,
+}
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    """A folder with both operators, and recipes that name them by their place beside the recipe."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "noise.py").write_text(NOISE)
+    (folder / "backwards.py").write_text(REVERSED)
+    lists = {
+        "noise": [{"transport": {"roles": ["q"]}}, {"noise.py:Noise": {"size": 0.02}}],
+        "reversed": ["backwards.py:OPERATOR"],
+    }
+    for name, operators in lists.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(SHORT | {"operators": operators}))
+    return folder
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = cli.run([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def merged(recipes, name: str, flags, capsys) -> dict:
+    out = recipes / f"{name}-run"
+    code, printed, error = run(
+        capsys, "merge", recipes / f"{name}.yaml", *flags, "--out", out, "--controls", "--json", "--overwrite"
+    )
+    assert code == 0, error
+    assert (out / "report.html").is_file()
+    return json.loads(printed)
+
+
+def test_an_operator_of_a_file_is_everywhere(recipes, flags, capsys) -> None:
+    code, printed, error = run(capsys, "doctor", recipes / "noise.yaml", *flags[:6], "--json")
+    assert code == 0, error
+    report = json.loads(printed)
+    assert code == 0 and [entry["name"] for entry in report["operators"]] == ["transport", "noise"]
+    assert report["memory"]["stages"]["operator noise"] > 0
+
+    manifest = merged(recipes, "noise", flags, capsys)
+    assert set(CONTROLS) <= set(manifest["evaluation"]) and set(CONTROLS) == set(manifest["controls"])
+    assert manifest["operators"]["noise"] == {"size": 0.02}
+    noise = {name: row["noise"] for name, row in manifest["update"].items()}
+    assert {name for name, value in noise.items() if value > 0} == {n for n in noise if "down_proj" in n} != set()
+    # Without the source's contribution there is none of it.
+    empty = manifest["controls"]["control:shrink"]["update"]
+    assert not any(row.get("noise", 0.0) for row in empty.values())
+    assert "<th>noise</th>" in (recipes / "noise-run" / "report.html").read_text()
+    assert "| noise |" in (recipes / "noise-run" / "merged" / "README.md").read_text()
+
+    grid = ["--grid", "alpha=0.0,0.1", "--out", recipes / "sweep-noise"]
+    code, _, error = run(capsys, "sweep", recipes / "noise.yaml", *flags, *grid)
+    lines = [line for line in error.splitlines() if line.startswith("tmjax: error:")]
+    assert code == 2 and len(lines) == 1 and "leave the operator noise out" in lines[0]
+
+
+def test_an_operator_that_contributes_has_its_coefficients_chosen_and_swept(recipes, flags, capsys) -> None:
+    code, printed, _ = run(capsys, "doctor", recipes / "reversed.yaml", *flags[:6], "--json")
+    assert code == 0 and [entry["name"] for entry in json.loads(printed)["operators"]] == ["reversed"]
+
+    manifest = merged(recipes, "reversed", flags, capsys)
+    assert set(manifest["coefficients"]["by_role"]) == {"down"} and len(manifest["coefficients"]["trials"]) == 4
+    assert set(CONTROLS) == set(manifest["controls"])
+    assert all(row["reversed"] == pytest.approx(1) for row in manifest["update"].values())
+    assert all(row["reversed"] == 0 for row in manifest["controls"]["control:shrink"]["update"].values())
+    assert "<th>reversed</th>" in (recipes / "reversed-run" / "report.html").read_text()
+
+    grid = ["--grid", "alpha=0.0,0.1", "--grid", "beta=0.0", "--out", recipes / "sweep-reversed"]
+    code, printed, error = run(capsys, "sweep", recipes / "reversed.yaml", *flags, *grid, "--json")
+    assert code == 0, error
+    sweep = json.loads(printed)["sweep"]
+    assert sweep["settings"] == 2 and set(sweep["best"]["coefficients"]) == {"down"}
+
+
+def test_changed_code_of_an_operator_is_another_input(tmp_path) -> None:
+    """Files of the same name in two folders are two operators, each with its own hash."""
+    for folder, size in (("one", "0.01"), ("other", "0.05")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "noise.py").write_text(NOISE.replace("= 0.01", f"= {size}"))
+    one, other = (read_chain([f"{tmp_path}/{folder}/noise.py:Noise"]) for folder in ("one", "other"))
+    assert (one[0].options.size, other[0].options.size) == (0.01, 0.05)
+    assert code_hashes(one)["noise"] != code_hashes(other)["noise"]
+    assert code_hashes(read_chain(["transport", "embeddings"])) == {}
+
+
+def test_what_is_no_operator_is_refused_in_one_line(tmp_path) -> None:
+    (tmp_path / "half.py").write_text("class Half:\n    name, needs, chooses = 'half', frozenset(), False\n")
+    with pytest.raises(InputError, match="lacks options, memory, apply or contribute"):
+        find_operator(f"{tmp_path}/half.py:Half")
+    with pytest.raises(InputError, match="cannot be imported"):
+        find_operator(f"{tmp_path}/half.py:Whole")
+    with pytest.raises(InputError, match=r"none\.py does not exist"):
+        read_chain([f"{tmp_path}/none.py:Half"])
+    (tmp_path / "broken.py").write_text("class Broken(:\n")
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot be imported: invalid syntax"):
+            find_operator(f"{tmp_path}/broken.py:Broken")
+    (tmp_path / "wishes.py").write_text(NOISE.replace("frozenset()", 'frozenset({"luck"})'))
+    with pytest.raises(InputError, match="needs luck, which no source has"):
+        find_operator(f"{tmp_path}/wishes.py:Noise")
