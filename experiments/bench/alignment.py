@@ -26,6 +26,7 @@ from baseline import streaming_sinkhorn
 
 import tmjax
 from tmjax import ot
+from tmjax.activations.capture import CaptureOptions
 from tmjax.ot.solvers.ott_jax import Geometry, LinearProblem
 from tmjax.ot.solvers.ott_jax import Sinkhorn as OttSinkhorn
 from tmjax.ot.solvers.scaling import Scaling
@@ -54,7 +55,9 @@ def real_activations(site: str, texts: int) -> tuple[np.ndarray, np.ndarray]:
     target, source = (tmjax.load_model(PAIR / name) for name in ("target", "source"))
     read = tmjax.read_texts(str(PAIR / "texts/swahili.calibration.jsonl")).first(texts)
     with tempfile.TemporaryDirectory() as folder:
-        both = tmjax.extract_activations(target, source, read, Path(folder) / "activations", sites=(site,))
+        both = tmjax.extract_activations(
+            target, source, read, Path(folder) / "activations", options=CaptureOptions((site,))
+        )
         return tuple(np.array(one.site(site))[:, :ROWS] for one in both)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from trials import Fused, compare
 
 from tmjax.activations import store
-from tmjax.activations.capture import capture
+from tmjax.activations.capture import CaptureOptions, capture
 from tmjax.checkpoints.model import Model
 from tmjax.commands.merge.inputs import Inputs
 from tmjax.errors import InputError
@@ -113,7 +113,7 @@ class Transplant:
         """Activations at the last token of every row."""
         path = self.folder / name
         path.mkdir()
-        capture(model.spec, params, self.rows, last_tokens(documents), path, sites=SITES)
+        capture(model.spec, params, self.rows, last_tokens(documents), path, CaptureOptions(SITES))
         return store.read(path)
 
     @functools.cached_property

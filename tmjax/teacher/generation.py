@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmjax.errors import InputError
-from tmjax.models.generate import LEAST_ROWS, cache_bytes, write
+from tmjax.models.generate import LEAST_ROWS, GenerationOptions, cache_bytes, generate
 from tmjax.models.sample import Sampling
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.memory import share_mib
@@ -71,21 +71,17 @@ def written_texts(
     size = min(how.batch, max(LEAST_ROWS, 2 ** (max(room, 1).bit_length() - 1)))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        new = write(
-            spec,
-            params,
-            [ids[n] for n in rows],
+        options = GenerationOptions(
             how.tokens,
             ends=[tokenizer.suffix],
+            known=tokenizer.known(spec.vocab),
             sampling=how.sampling,
             seed=seed,
-            numbers=rows,
-            known=tokenizer.known(spec.vocab),
             prompt_tokens=-(-len(ids[rows[-1]]) // PROMPT_TOKENS) * PROMPT_TOKENS,
             rows=min(size, bucket_length(len(rows))),
             dtype=dtype,
-            layout=layout,
         )
+        new = generate(spec, params, [ids[n] for n in rows], options, numbers=rows, layout=layout)
         for number, added in zip(rows, new, strict=True):
             ids[number] += added
         progress(start + len(rows), len(ids))

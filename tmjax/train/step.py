@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tmjax.errors import InputError
-from tmjax.models.decoder import bind
+from tmjax.models.decoder import ForwardPlan, bind
 from tmjax.models.layers import einsum
 from tmjax.models.spec import DecoderSpec
 from tmjax.train.data import Batch, Guide
@@ -196,9 +196,8 @@ def _losses(
         return jnp.take_along_axis(states_bte, guide.position_br[..., None], axis=1)
 
     sites = () if guide is None else ("resid",)
-    hidden, captured = model.hidden(
-        batch.ids_bt, jnp.dtype(config.dtype), sites, pick, mesh=mesh, remat=config.remat, unroll=config.unroll
-    )
+    plan = ForwardPlan(jnp.dtype(config.dtype), sites, pick, mesh, config.remat, config.unroll)
+    hidden, captured, _ = model.run(batch.ids_bt, plan)
     if teaching is not None:
         scale = weights.taught * share.taught
         teaching = Teaching(teaching.ids_btk, teaching.weight_btk, teaching.mask_bt * scale)

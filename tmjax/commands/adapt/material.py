@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from tmjax.activations import store as activation_store
-from tmjax.activations.capture import capture
+from tmjax.activations.capture import CaptureOptions, capture
 from tmjax.checkpoints.model import Model
 from tmjax.commands.adapt.arms import ADAPTED, Arm
 from tmjax.commands.adapt.inputs import AdaptInputs
@@ -104,9 +104,7 @@ class Material:
                 rows,
                 last_tokens(of_target if which == "target" else of_source),
                 partial,
-                sites=(SITE,),
-                dtype=inputs.dtype,
-                layout=inputs.layout,
+                CaptureOptions((SITE,), dtype=inputs.dtype, layout=inputs.layout),
                 progress=lambda done, total: self.show(f"features:{name}", done, total, ""),
             )
 

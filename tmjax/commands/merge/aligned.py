@@ -9,7 +9,7 @@ import jax
 import tmjax
 from tmjax.activations import store as activation_store
 from tmjax.activations.blocks import paired_blocks
-from tmjax.activations.capture import capture
+from tmjax.activations.capture import CaptureOptions, capture
 from tmjax.align import storage as alignment_store
 from tmjax.align.alignment import Alignment, align, needed_sites
 from tmjax.align.moments import Moments
@@ -157,6 +157,17 @@ class AlignmentRun:
 
     # Stages.
 
+    @property
+    def capture_options(self) -> CaptureOptions:
+        """Sites that the alignment needs, and batches."""
+        return CaptureOptions(
+            sites=needed_sites(self.inputs.projections.values(), self.recipe.alignment.structure),
+            batch_tokens=self.recipe.activations.batch_tokens,
+            memory_mib=self.recipe.activations.memory_mib,
+            dtype=self.inputs.dtype,
+            layout=self.inputs.layout,
+        )
+
     def activations(self, which: str) -> activation_store.Activations:
         """Captures the activations of `target`, `source` or `random_source`."""
         name = f"activations:{which}"
@@ -171,11 +182,7 @@ class AlignmentRun:
                 rows,
                 target_documents if which == "target" else source_documents,
                 partial,
-                sites=needed_sites(self.inputs.projections.values(), self.recipe.alignment.structure),
-                batch_tokens=self.recipe.activations.batch_tokens,
-                memory_mib=self.recipe.activations.memory_mib,
-                dtype=self.inputs.dtype,
-                layout=self.inputs.layout,
+                self.capture_options,
                 progress=self.step(name),
             )
             return {("rows",): {"documents": len(self.inputs.texts), "rows": len(rows), "pooling": rows.pooling}}
@@ -191,17 +198,12 @@ class AlignmentRun:
             rows, (target_documents, source_documents) = self.inputs.rows
             target, source = self.inputs.target, self.inputs.source
             params = self.random_source() if control and control.random_source else source.params
-            options = self.recipe.activations
             blocks = paired_blocks(
                 (target.spec, target.params, target_documents),
                 (source.spec, params, source_documents),
                 rows,
-                sites=needed_sites(self.inputs.projections.values(), self.recipe.alignment.structure),
-                block_rows=options.block_rows,
-                batch_tokens=options.batch_tokens,
-                memory_mib=options.memory_mib,
-                dtype=self.inputs.dtype,
-                layout=self.inputs.layout,
+                self.capture_options,
+                block_rows=self.recipe.activations.block_rows,
                 progress=self.step(name),
             )
             shuffled = (
