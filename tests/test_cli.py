@@ -411,7 +411,7 @@ RECIPE_DEFECTS = {
     "unknown key": ("sauce: x\n", "sauce: unknown key"),
     "unknown nested key": ("fusion: {alpah: 1}\n", "fusion.alpah: unknown key"),
     "alpha in the grid": ("fusion: {alphas: [0.1, 2]}\n", "fusion.alphas.1"),
-    "solver": ("alignment: {solver: magic}\n", "solver 'magic' is not known; known are sinkhorn"),
+    "solver": ("alignment: {solver: magic}\n", "solver 'magic' is not known; known are assignment"),
     "not a mapping": ("- a\n", "does not hold a mapping"),
     "not YAML": ("a: [\n", "is not YAML"),
     "two faults": ("alpha: -1\nseed: x\n", "alpha: Input should be greater"),

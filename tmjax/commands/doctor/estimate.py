@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -12,7 +12,7 @@ from tmjax.align.alignment import needed_sites, plan_site, solver_of
 from tmjax.align.pairs import band
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
-from tmjax.ot import capabilities_of
+from tmjax.ot import MemoryBoundSolver
 from tmjax.recipes.merge import Recipe
 from tmjax.sharding.memory import solver_mib
 from tmjax.transfer.operators import embeddings as lexical
@@ -99,8 +99,8 @@ def _kept(target: Sized, source: Sized, recipe: Recipe) -> int:
 def require_room(sites: Sites, rows: int, recipe: Recipe) -> None:
     """Raises InputError if `alignment.memory_mib` is too little for the solver to work on a pair of some site."""
     solver = solver_of(recipe.alignment)
-    if hasattr(solver, "form"):
-        solver = replace(solver, memory_mib=solver_mib(recipe.alignment.memory_mib))
+    if isinstance(solver, MemoryBoundSolver):
+        solver = solver.with_memory(solver_mib(recipe.alignment.memory_mib))
         for site in sites.plans:
             solver.form(sites.units[site], 1, rows if recipe.activations.keep else 0)
 
@@ -122,7 +122,7 @@ def memory(
     layers = target.spec.layers, source.spec.layers
     kept, options = _kept(target, source, recipe), recipe.alignment
     width = 2 if options.feature_dtype == "float16" else 4
-    potentials_possible = capabilities_of(solver_of(options)).potentials and recipe.activations.keep
+    potentials_possible = solver_of(options).properties.potentials and recipe.activations.keep
     by_site = {}
     for site in sites.plans:
         n, k = sites.units[site]
