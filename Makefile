@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROJECT := pyproject.toml
 
-.PHONY: demo test test-slow lint docs-check clean
+.PHONY: demo test test-slow lint docs docs-check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core.stamp: $(PROJECT)
@@ -16,6 +16,10 @@ $(VENV)/core.stamp: $(PROJECT)
 $(VENV)/test.stamp: $(PROJECT) $(VENV)/core.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(VENV)/docs.stamp: $(PROJECT) $(VENV)/core.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 demo: $(VENV)/core.stamp
@@ -31,9 +35,14 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Runs every command of README.md, docs/ and experiments/ as printed, in a copy, and compares what they show.
-docs-check: $(VENV)/test.stamp
+# The documentation in build/docs; warnings are errors.
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
+
+# Runs every command of README.md, CONTRIBUTING.md, docs/ and experiments/ as printed, and the tutorial, in a copy, and
+# compares the output that they show.
+docs-check: $(VENV)/test.stamp $(VENV)/docs.stamp
 	$(BIN)/python -m tools.docs_check
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .hypothesis

@@ -75,7 +75,7 @@ def flags(texts, llama_dir, qwen2_dir) -> list[str]:
 def recipe_file(tmp_path_factory) -> str:
     """What keeps the runs of these tests short: few sites, few trials."""
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    short = {"fusion": {"alphas": [0.03, 0.1], "betas": [-0.05, 0.0]}, "evaluation": {"draws": 500}}
+    short = {"coefficients": {"alphas": [0.03, 0.1], "betas": [-0.05, 0.0]}, "evaluation": {"draws": 500}}
     short |= {"preset": "barycentric"}
     # Of so few rows float16 would make the last bits, in which a mesh differs, show.
     short |= {"alignment": {"feature_dtype": "float32"}, "mesh": "data=1"}
@@ -88,8 +88,11 @@ def solving(recipe_file, tmp_path_factory) -> str:
     """The same with the default preset, which solves for the source's predictions."""
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     told = yaml.safe_load(Path(recipe_file).read_text()) | {"preset": "predictions"}
-    told["fusion"] |= {"lexical": {"alphas": [0.1, 0.3], "kappas": [300.0]}}
-    told["fusion"] |= {"solve": {"rounds": 2, "written": 4, "tokens": 8}}
+    told["operators"] = [
+        {"transport": {}},
+        {"embeddings": {"alphas": [0.1, 0.3], "kappas": [300.0]}},
+        {"predictions": {"rounds": 2, "generated_texts": 4, "tokens": 8}},
+    ]
     path.write_text(yaml.safe_dump(told))
     return str(path)
 

@@ -24,9 +24,9 @@ from tmjax.commands.merge import run as merge
 from tmjax.commands.merge.other_sources import other_sources
 from tmjax.models.decoder import forward
 from tmjax.ot.solvers.sinkhorn import Sinkhorn
-from tmjax.recipes.merge import build_recipe
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 from tmjax.runs.run_files import split
+from tmjax.transfer.recipe import build_recipe
 
 transformers.utils.logging.disable_progress_bar()
 OTHERS = {"self_source", "same_size_source"}
@@ -299,7 +299,12 @@ def test_paper_preset_is_refused_as_a_no_op(flags, capsys, tmp_path) -> None:
 
 def test_non_convergence_is_said(flags, capsys, tmp_path, monkeypatch) -> None:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(yaml.safe_dump({"alpha": 0.1, "alignment": {"max_iterations": 1}, "fusion": {"roles": ["q"]}}))
+    recipe.write_text(
+        yaml.safe_dump(
+            {"alpha": 0.1, "alignment": {"max_iterations": 1}, "preset": "barycentric"}
+            | {"operators": [{"transport": {"roles": ["q"]}}]}
+        )
+    )
     code, printed, error = _run(capsys, "align", recipe, *flags, "--out", tmp_path / "run", "--json")
     assert code == 0 and error.count("plans of attn_in did not converge") == 1
     assert json.loads(printed)["alignment"]["attn_in"]["converged"] < 24
@@ -409,8 +414,12 @@ def test_a_refusal_is_one_line(tmp_path) -> None:
 
 RECIPE_DEFECTS = {
     "unknown key": ("sauce: x\n", "sauce: unknown key"),
-    "unknown nested key": ("fusion: {alpah: 1}\n", "fusion.alpah: unknown key"),
-    "alpha in the grid": ("fusion: {alphas: [0.1, 2]}\n", "fusion.alphas.1"),
+    "unknown nested key": ("coefficients: {alpah: 1}\n", "coefficients.alpah: unknown key"),
+    "unknown option": ("operators: [{transport: {alpah: 1}}]\n", "operators.0.transport.alpah: unknown key"),
+    "unknown operator": ("operators: [{teleport: {}}]\n", "operator 'teleport' is not known; known are embeddings"),
+    "two in one entry": ("operators: [{transport: {}, embeddings: {}}]\n", "write one operator per entry"),
+    "old section": ("fusion: {solve: {rounds: 3}}\n", "fusion.solve is now operators: [..., {predictions: {...}}]"),
+    "alpha in the grid": ("coefficients: {alphas: [0.1, 2]}\n", "coefficients.alphas.1"),
     "solver": ("alignment: {solver: magic}\n", "solver 'magic' is not known; known are assignment"),
     "not a mapping": ("- a\n", "does not hold a mapping"),
     "not YAML": ("a: [\n", "is not YAML"),

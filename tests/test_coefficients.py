@@ -20,10 +20,11 @@ from tmjax.models.families import FAMILIES
 from tmjax.models.sites import SITES
 from tmjax.models.spec import biases, projections
 from tmjax.ot import make_solver
-from tmjax.recipes.merge import AlignmentOptions, FusionOptions, LearningOptions
-from tmjax.transfer.apply import Transported, fuse_params, transport_model
+from tmjax.recipes.merge import AlignmentOptions, LearningOptions
 from tmjax.transfer.coefficients.learned import FuseLearned, coefficient_shape, expanded, learn, start
-from tmjax.transfer.operators.regression import least_squares, regress_projection
+from tmjax.transfer.operators.regression import RegressionOptions, least_squares, regress_projection
+from tmjax.transfer.projections import FuseProjections, Transported, fuse_params, transport_projections
+from tmjax.transfer.source_view import PairedActivations
 
 SPEC_T = dataclasses.replace(SPEC, qkv_bias=True, o_bias=True)  # 3 layers, 6 heads in 2 groups, 40 MLP units
 ROWS = FAMILIES["llama"].params(SPEC_T)
@@ -102,8 +103,8 @@ def _distance(wanted: dict, params: dict, _batch: object):
 
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
 def test_learning_finds_the_coefficients_that_made_the_model(granularity):
-    held, truth = (_model(1), _transported(), {}), _random_coefficients(granularity)
-    combine = FuseLearned(SPEC_T, ROWS, "none", None)
+    held, truth = (_model(1), (_transported(),)), _random_coefficients(granularity)
+    combine = FuseLearned(SPEC_T, ROWS, (FuseProjections(SPEC_T, ROWS, "none", None),))
     loss = functools.partial(_distance, combine(held, truth))
     begin = start(SPEC_T, WEIGHTS, WEIGHTS, granularity)
     options = LearningOptions(granularity=granularity, steps=400, lr=0.02, check_every=100)
@@ -115,8 +116,9 @@ def test_learning_finds_the_coefficients_that_made_the_model(granularity):
 
 
 def test_learning_stops_early_and_is_never_worse_than_its_start():
-    held = (_model(1), _transported(), {})
-    combine, begin = FuseLearned(SPEC_T, ROWS, "none", None), start(SPEC_T, WEIGHTS, WEIGHTS, "tensor")
+    held = (_model(1), (_transported(),))
+    combine = FuseLearned(SPEC_T, ROWS, (FuseProjections(SPEC_T, ROWS, "none", None),))
+    begin = start(SPEC_T, WEIGHTS, WEIGHTS, "tensor")
     loss = functools.partial(_distance, _model(7))
     options = LearningOptions(steps=100, check_every=2, patience=3)
     scores = itertools.count(1.0)  # every score on the validation texts is worse than the one before
@@ -156,9 +158,13 @@ class _Held:
     """Activations in memory, by site."""
 
     values: dict[str, np.ndarray]
+    order: np.ndarray | None = None
 
     def site(self, name: str) -> np.ndarray:
         return self.values[name]
+
+    def layers_of(self, name: str) -> np.ndarray:
+        return self.values[name] if self.order is None else self.values[name][:, self.order]
 
 
 def _aligned_pair():
@@ -189,10 +195,8 @@ def _aligned_pair():
 def test_regression_and_task_vectors_are_the_formulas():
     alignment, (target, source) = _aligned_pair()
     row, params, order = WEIGHTS["o"], _model(1), np.roll(np.arange(80), 1)
-    regress = functools.partial(
-        regress_projection, alignment, row, params[row.path], target, source, ridge=0.2, source_rows=order
-    )
-    weight, bias = regress()
+    pair = PairedActivations(target, dataclasses.replace(source, order=order))
+    weight, bias = regress_projection(alignment, row, params[row.path], pair, ridge=0.2)
     shares = np.asarray(alignment.layer_plans["o"].weights, np.float64)
     for layer in range(3):
         x = target.site("attn_mix")[layer].astype(np.float64)
@@ -209,10 +213,9 @@ def test_regression_and_task_vectors_are_the_formulas():
         np.testing.assert_allclose(weight[layer], truth, atol=1e-4 * np.abs(truth).max())
         mean_out = target.site("attn_out")[layer].astype(np.float64).mean(0)
         np.testing.assert_allclose(bias[layer], mean_out - truth @ x.mean(0), atol=1e-3)
-    options = FusionOptions(roles=("o",), norm_match=False)
-    how = (alignment, ROWS, params, ROWS, _model(2), options)
-    moved = transport_model(*how, instead=lambda _: (weight, bias))["o"]
-    task = transport_model(*how, instead=lambda _: (weight, bias), base=_model(6))["o"]
+    options = RegressionOptions(roles=("o",), norm_match=False)
+    given = (alignment, ROWS, params, ROWS, options, lambda _: (weight, bias))
+    moved, task = transport_projections(*given)["o"], transport_projections(*given, _model(6))["o"]
     np.testing.assert_allclose(task.weight, np.asarray(moved.weight) - _model(6)[row.path], atol=1e-6)
     np.testing.assert_allclose(task.bias, np.asarray(moved.bias) - _model(6)[BIASES["o"].path], atol=1e-6)
 
@@ -222,13 +225,10 @@ def test_a_run_with_everything_on(tmp_path, flags, qwen2_dir, capsys):
     recipe = {
         "mesh": "data=1",
         "alignment": {"structure": "full", "solver": "cover", "depth": "monotone"},
-        "fusion": {
+        "operators": [{"transport": {"trust": 0.2, "base": str(qwen2_dir)}}, {"residual_stream": {}}],
+        "coefficients": {
             "fit": "learned",
             "learning": {"steps": 4, "check_every": 2, "granularity": "head", "batch_tokens": 1024},
-            "embeddings": "shared",
-            "norms": "transported",
-            "trust": 0.2,
-            "base": str(qwen2_dir),
         },
         "evaluation": {"draws": 100},
         "allow_negligible": True,

@@ -17,7 +17,7 @@ from tmjax.checkpoints.formats.weights import weight_files
 from tmjax.checkpoints.hub import CONFIG_NAME, resolve
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
-from tmjax.runs.directory import sha256_checkpoint
+from tmjax.runs.hashes import sha256_checkpoint
 
 
 @pytest.fixture

@@ -1,10 +1,15 @@
 """Documents: everything in ours parses, and each kind of mistake in one is found (`make docs-check` runs them)."""
 
+import ast
+import json
+import re
+
 import pytest
 
 from tools.docs_check.blocks import commands, read_document
-from tools.docs_check.check import Runner, documents, static_faults
+from tools.docs_check.check import ROOT, Runner, contents, documents, notebooks, static_faults
 from tools.docs_check.compare import table_fault, text_fault
+from tools.docs_check.notebook import differences, notebook_faults
 
 # Scripts that the documents name are imported for their options: third-party deprecations of what they import.
 pytestmark = [
@@ -18,6 +23,8 @@ def faults(folder, text: str, name: str = "page.md") -> list[str]:
     return static_faults([folder / name])
 
 
+#: Headings that pages of the site get from the code.
+GENERATED = {"recipes.md": set(), "cli.md": set(), "api.md": set()}
 NOTE = "<!-- docs-check: printed by {}, within 0.01 -->"
 TABLE = "| a | b |\n|---|---|\n| x | 1.0 |\n"
 
@@ -28,8 +35,94 @@ def fenced(*lines: str, language: str = "sh") -> str:
 
 def test_ours_parse() -> None:
     found = documents()
-    assert {"README.md", "running.md", "solvers.md", "extending.md"} <= {path.name for path in found}
+    names = [path.relative_to(ROOT).as_posix() for path in found]
+    assert names[:3] == ["README.md", "docs/index.md", "docs/quickstart.md"]
+    assert {"CONTRIBUTING.md", "docs/design.md", "docs/limits.md", "experiments/transfer/README.md"} <= set(names)
     assert static_faults(found) == []
+
+
+def test_the_notebook_is_stored_with_outputs_that_name_no_machine() -> None:
+    assert [path.name for path in notebooks()] == ["tutorial.ipynb"]
+    assert static_faults(notebooks()) == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+def test_every_page_is_in_the_tables_of_contents() -> None:
+    pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    pages |= {path.stem for path in notebooks()}
+    listed = contents(ROOT / "docs/index.md")
+    assert len(listed) == len(set(listed)) and {*listed, "index"} == pages
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    """Relative links of all documents, as a reader of the repository follows them."""
+    for document in documents():
+        text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
+            if "://" in target:
+                continue
+            file = (document.parent / target).resolve() if target else document
+            assert file.exists(), f"{document.name}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in slugs | GENERATED.get(file.name, set()), f"{document.name}: {target}#{anchor}"
+
+
+def test_what_pages_ask_to_be_generated_exists() -> None:
+    """Names after `generated:` are files, or keys of the site's extension, which imports Sphinx and so is only read."""
+    tree = ast.parse((ROOT / "docs/_ext/generated.py").read_text(encoding="utf-8"))
+    (table,) = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "GENERATORS"
+    ]
+    known = {ast.literal_eval(key) for key in table.keys}
+    asked = {
+        name
+        for page in (ROOT / "docs").rglob("*.md")
+        for name in re.findall(r"<!-- generated: (.+?) -->", page.read_text(encoding="utf-8"))
+    }
+    assert known <= asked
+    assert all((ROOT / name).is_file() for name in asked - known)
+
+
+def test_a_command_has_a_row_in_the_tables_of_commands() -> None:
+    from tmjax import cli
+
+    names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    for page in ("README.md", "docs/quickstart.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert names <= set(re.findall(r"`tmjax (\w+)", text)), page
+
+
+def test_what_is_wrong_with_a_notebook_is_found(tmp_path) -> None:
+    def notebook(source: str, *outputs: dict) -> dict:
+        cell = {"cell_type": "code", "source": [source], "outputs": list(outputs), "metadata": {}}
+        return {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+    def printed(text: str) -> dict:
+        return {"output_type": "stream", "name": "stdout", "text": [text]}
+
+    path = tmp_path / "page.ipynb"
+    for page, fault in (
+        (notebook("x = 1"), "no stored outputs"),
+        (notebook("x =", printed("1")), "is not Python"),
+        (notebook("x", printed("read /home/me/texts")), "path of a machine"),
+        (notebook("x", {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}), "is an error"),
+    ):
+        path.write_text(json.dumps(page))
+        (found,) = notebook_faults(path)
+        assert fault in found
+    path.write_text(json.dumps(notebook("x", printed("1.9895 bits"))))
+    assert notebook_faults(path) == []
+    old, near, far = (notebook("x", printed(f"{value} bits")) for value in (1.9895, 1.9899, 1.95))
+    assert differences(old, near, "page") == []
+    (found,) = differences(old, far, "page")
+    assert "page, cell 1: " in found and "'1.9895'" in found
 
 
 @pytest.mark.parametrize(

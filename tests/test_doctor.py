@@ -21,7 +21,7 @@ from tmjax.errors import NonFiniteError
 from tmjax.models.families import FAMILIES
 from tmjax.models.spec import Rotary
 from tmjax.ot import make_solver
-from tmjax.recipes.merge import build_recipe
+from tmjax.transfer.recipe import build_recipe
 
 KEYS = {
     "mergeable",
@@ -134,7 +134,7 @@ def test_a_plain_mlp_against_a_gated_one(capsys, tmp_path, pair):
     assert different["learned positions"]["target"] == "yes"
     assert different["MLP"]["target"].startswith("plain")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("fusion: {roles: [gate]}\n")
+    recipe.write_text("operators: [{transport: {roles: [gate]}}]\n")
     code, report, error = doctor(capsys, recipe, "--source", pair[0], "--target", plain)
     assert code == 2
     assert "gate" in error

@@ -23,13 +23,14 @@ from tmjax.models.families import FAMILIES
 from tmjax.models.sites import SITES
 from tmjax.models.spec import biases, projections
 from tmjax.ot import blocks, make_solver
-from tmjax.recipes.merge import ALL_ROLES, AlignmentOptions, FusionOptions
-from tmjax.transfer.apply import fuse_params, transport_model, without_source
+from tmjax.recipes.base import ALL_ROLES
+from tmjax.recipes.merge import AlignmentOptions, CoefficientOptions
 from tmjax.transfer.coefficients.grid import candidates, fit, fixed
-from tmjax.transfer.controls import derangement, plan_permutations
+from tmjax.transfer.controls import derangement, unit_permutations
 from tmjax.transfer.masks import top_neurons
-from tmjax.transfer.operators.transport import transport_projection
-from tmjax.transfer.update_table import require_transfer, update_table
+from tmjax.transfer.operators.transport import TransportOptions, transport_model, transport_projection
+from tmjax.transfer.projections import FuseProjections, fuse_params, projection_rows
+from tmjax.transfer.update_table import joined_table, require_transfer
 
 TARGET = QWEN2  # 3 layers, with q, k, v biases
 SOURCE = dataclasses.replace(SPEC, layers=4, hidden=32, heads=4, head_dim=8, mlp=56, qkv_bias=True, o_bias=True)
@@ -232,7 +233,7 @@ def test_gain_is_the_least_squares_factor() -> None:
 
 def test_fusion_with_masks_and_biases(pair) -> None:
     alignment, target, source = pair
-    options = FusionOptions(map="paper", mask_top_k=5, norm_match=False, roles=("q", "k", "v", "o"))
+    options = TransportOptions(map="paper", mask_top_k=5, norm_match=False, roles=("q", "k", "v", "o"))
     moved = transport_model(alignment, TARGET_ROWS, target, SOURCE_ROWS, source, options)
     fused = fuse_params(TARGET_ROWS, target, moved, dict.fromkeys(options.roles, (0.2, -0.2)))
     rows = projections(TARGET_ROWS)
@@ -255,7 +256,7 @@ def test_fusion_with_masks_and_biases(pair) -> None:
 
 def test_norm_match_gives_the_targets_norm_and_keep_mean_keeps_the_mean_output(pair) -> None:
     alignment, target, source = pair
-    options = FusionOptions(norm_match=True, bias="keep_mean")
+    options = TransportOptions(norm_match=True, bias="keep_mean")
     moved = transport_model(alignment, TARGET_ROWS, target, SOURCE_ROWS, source, options)
     rows = projections(TARGET_ROWS)
     for role in ALL_ROLES:
@@ -269,7 +270,9 @@ def test_norm_match_gives_the_targets_norm_and_keep_mean_keeps_the_mean_output(p
 
 def test_control_without_source_only_scales_the_target(pair) -> None:
     alignment, target, source = pair
-    moved = without_source(transport_model(alignment, TARGET_ROWS, target, SOURCE_ROWS, source, FusionOptions()))
+    rule = FuseProjections(TARGET, TARGET_ROWS, "transported", None)
+    moved = transport_model(alignment, TARGET_ROWS, target, SOURCE_ROWS, source, TransportOptions())
+    moved = rule.scaled(moved, 0.0)
     fused = fuse_params(TARGET_ROWS, target, moved, dict.fromkeys(ALL_ROLES, (0.5, -0.1)))
     for row in projections(TARGET_ROWS).values():
         np.testing.assert_allclose(fused[row.path], 0.9 * target[row.path], rtol=1e-5)
@@ -279,10 +282,11 @@ def test_permuted_plan_is_a_permuted_source(pair) -> None:
     """The control reads W_S with rows and columns permuted, per pair of layers."""
     alignment, _, source = pair
     row, w = projections(TARGET_ROWS)["up"], source["blocks.up.weight"]
-    permutations = plan_permutations(alignment, 0)
+    permutations = unit_permutations(alignment, 0)
+    permuted = dataclasses.replace(alignment, source_order=permutations)
     assert all((np.sort(p, axis=2) == np.arange(p.shape[2])).all() for p in permutations.values())
     assert any((p[0, 0] != p[1, 0]).any() for p in permutations.values())
-    ours, _ = transport_projection(alignment, row, w, None, kind="paper", permutations=permutations)
+    ours, _ = transport_projection(permuted, row, w, None, kind="paper")
     weights = alignment.layer_plans["up"].effective
     for layer in range(TARGET.layers):
         truth = sum(
@@ -331,11 +335,11 @@ def test_sparse_plans_hold_the_largest_of_rows_and_columns(top_k: int, entries: 
 
 def test_update_table_and_refusal(pair) -> None:
     alignment, target, source = pair
-    options = FusionOptions(roles=("q", "o"))
+    options = TransportOptions(roles=("q", "o"))
     moved = transport_model(alignment, TARGET_ROWS, target, SOURCE_ROWS, source, options)
     chosen = {"q": (0.25, 0.0), "o": (0.0, -0.1)}
     fused = fuse_params(TARGET_ROWS, target, moved, chosen)
-    table = update_table(TARGET, TARGET_ROWS, target, fused, moved, chosen)
+    table = joined_table([projection_rows(TARGET, TARGET_ROWS, target, fused, moved, chosen)])
     assert set(table) == {n for r in "qo" for n in projections(TARGET_ROWS)[r].names(TARGET)}
     name = projections(TARGET_ROWS)["q"].names(TARGET)[1]
     old, hat = target["blocks.q.weight"][1].astype(float), np.asarray(moved["q"].weight[1], float)
@@ -355,7 +359,7 @@ def test_update_table_and_refusal(pair) -> None:
 
 
 def test_coordinate_search_finds_the_minimum_of_a_separable_loss() -> None:
-    options = FusionOptions(alphas=(0.1, 0.2, 0.3), betas=(-0.1, 0.0), beta="fit", groups="kind")
+    options = CoefficientOptions(alphas=(0.1, 0.2, 0.3), betas=(-0.1, 0.0), beta="fit", groups="kind")
     seen = []
 
     def loss(setting) -> float:
@@ -370,7 +374,7 @@ def test_coordinate_search_finds_the_minimum_of_a_separable_loss() -> None:
 
 def test_a_screen_compares_candidates_and_the_best_of_a_group_is_held_to_the_loss() -> None:
     """The screen finds a pair for both groups; the loss, asked once for each, wants that of the MLP only."""
-    options = FusionOptions(alphas=(0.1, 0.2, 0.3), betas=(-0.1, 0.0), beta="fit", groups="kind")
+    options = CoefficientOptions(alphas=(0.1, 0.2, 0.3), betas=(-0.1, 0.0), beta="fit", groups="kind")
     screened, asked = [], []
 
     def screen(setting) -> float:
@@ -405,9 +409,9 @@ def test_a_role_that_a_model_lacks_is_named(pair) -> None:
     alignment, target, source = pair
     rows = tuple(row for row in SOURCE_ROWS if row.role != "gate")
     with pytest.raises(InputError, match="gate is not a projection of both"):
-        transport_model(alignment, TARGET_ROWS, target, rows, source, FusionOptions(roles=("gate", "up")))
+        transport_model(alignment, TARGET_ROWS, target, rows, source, TransportOptions(roles=("gate", "up")))
     # Unless it is asked for, what only one of them has stays as it is.
-    moved = transport_model(alignment, TARGET_ROWS, target, rows, source, FusionOptions())
+    moved = transport_model(alignment, TARGET_ROWS, target, rows, source, TransportOptions())
     assert set(moved) == set(ALL_ROLES) - {"gate"}
 
 

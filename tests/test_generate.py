@@ -15,7 +15,7 @@ from tmjax.errors import InputError
 from tmjax.models import generate
 from tmjax.models.cache import empty_cache, extend, prompt_tables, step_tables
 from tmjax.models.decoder import bind, forward, init_params
-from tmjax.models.generate import GenerationOptions
+from tmjax.models.generate import DecodingOptions
 from tmjax.models.sample import Sampling, choose, kept_weights
 from tmjax.sharding.mesh import Layout
 from tools.family_cases import CASES, TOLERANCE, VOCAB, deviation, make_reference
@@ -95,7 +95,7 @@ def test_logits_through_the_cache_are_those_of_transformers(name, tmp_path):
 def generated(
     spec, params, asked, new_tokens, *, numbers=None, layout=None, finished=lambda row, ids: False, **options
 ) -> list[list[int]]:
-    options = GenerationOptions(new_tokens, **options)
+    options = DecodingOptions(new_tokens, **options)
     return generate.generate(spec, params, asked, options, numbers=numbers, layout=layout, finished=finished)
 
 

@@ -13,7 +13,7 @@ from tmjax import cli
 from tmjax.checkpoints.hub import resolve
 from tmjax.errors import InputError
 from tmjax.files.atomic import atomic_directory
-from tmjax.runs.directory import peak_rss_mib
+from tmjax.runs.peak_memory import peak_rss_mib
 from tmjax.text.documents import read_texts
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -118,7 +118,7 @@ def test_atomic_directory_leaves_nothing_after_an_error(tmp_path) -> None:
 
 def test_peak_memory_is_this_process_s_own() -> None:
     ballast = np.ones(2**25)  # 256 MiB in the parent
-    code = "from tmjax.runs.directory import peak_rss_mib; print(peak_rss_mib())"
+    code = "from tmjax.runs.peak_memory import peak_rss_mib; print(peak_rss_mib())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 5 < float(done.stdout) < 250
     assert peak_rss_mib() > ballast.nbytes / 2**20

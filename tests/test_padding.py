@@ -13,16 +13,18 @@ from tmjax.checkpoints.load import load_model
 from tmjax.commands.merge.teacher_data import exchanged_tokens
 from tmjax.models.decoder import init_params
 from tmjax.models.families import family_of
-from tmjax.models.generate import GenerationOptions, generate
+from tmjax.models.generate import DecodingOptions, generate
 from tmjax.models.sample import Sampling
 from tmjax.recipes.merge import SolveOptions
 from tmjax.sharding.mesh import Layout
-from tmjax.teacher.probabilities import Search, teach
+from tmjax.teacher.model import Teacher
+from tmjax.teacher.probabilities import Search, probabilities_at
 from tmjax.teacher.vocabulary_map import Crossing
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.train.data import Batches
 from tmjax.train.modes import Plain
-from tmjax.train.step import VOCABULARY, Objective, TrainConfig, padding_of, start, step
+from tmjax.train.optimizer import TrainConfig
+from tmjax.train.step import VOCABULARY, Objective, padding_of, start, step
 from tmjax.transfer.controls import derangement
 from tmjax.transfer.operators.predictions import Solver, Wanted
 
@@ -53,7 +55,8 @@ def test_a_source_gives_rows_of_padding_no_probability(padded, llama_dir, qwen2_
         (_, encoded), readings = crossing.read(verses)
         documents = [[tokenizer.prefix, *each.ids] for each in encoded]
         pairs = [crossing.shared_positions(*both) for both in zip(*readings, strict=True)]
-        found.append(teach(held, weights, crossing, documents, pairs, search=search))
+        teacher = Teacher(held, weights, tokenizer)
+        found.append(probabilities_at(teacher, crossing, documents, pairs, search=search))
     readings = crossing.readings(b"")
     assert readings.token.shape == (spec.vocab,) and (readings.token[model.spec.vocab :] == -1).all()
     # The order of equally likely tokens is nobody's business.
@@ -66,7 +69,7 @@ def test_no_row_of_padding_is_written(padded, llama_dir) -> None:
     tokenizer = load_tokenizer(llama_dir, spec.vocab)
     known = tokenizer.known(spec.vocab)
     assert known.sum() == spec.vocab - EXTRA
-    options = [GenerationOptions(16, sampling=Sampling(1.0), known=rows) for rows in (None, known)]
+    options = [DecodingOptions(16, sampling=Sampling(1.0), known=rows) for rows in (None, known)]
     free, restricted = (generate(spec, params, [[0, 5]] * 4, each) for each in options)
     assert max(map(max, free)) >= spec.vocab - EXTRA  # padding is likely indeed
     assert all(known[ids].all() for ids in restricted)

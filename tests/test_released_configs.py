@@ -24,7 +24,7 @@ from tmjax.errors import InputError
 from tmjax.models.families import FAMILIES, family_of, unread
 from tmjax.models.families.base import ACTIVATION_NAMES
 from tmjax.models.layers import ACTIVATIONS
-from tmjax.recipes.merge import build_recipe
+from tmjax.transfer.recipe import build_recipe
 from tools import config_keys
 from tools.family_cases import CASES
 

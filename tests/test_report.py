@@ -20,7 +20,7 @@ from tmjax.ot import DensePlan
 from tmjax.report.maps import by_layer
 from tmjax.report.matching import concentration, head_shares, heaviest
 from tmjax.report.tables import gain_sentence
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser"))), None)
 PARTS = ("gain", "evaluation", "arms", "layer_plan", "concentration", "heads", "coefficients", "coefficient_maps")

@@ -21,8 +21,12 @@ from tmjax.files import atomic
 from tmjax.files.atomic import atomic_directory
 from tmjax.files.lock import OutputLock, command, lock_files
 from tmjax.files.owned import RECORD
-from tmjax.recipes.merge import Recipe, build_recipe, dump_recipe, read_recipe
-from tmjax.runs.directory import RunDirectory, read_manifest, sha256_checkpoint
+from tmjax.recipes.base import dump_recipe, read_recipe
+from tmjax.recipes.merge import Recipe
+from tmjax.runs.directory import RunDirectory
+from tmjax.runs.hashes import sha256_checkpoint
+from tmjax.runs.manifest import Manifest, read_manifest
+from tmjax.transfer.recipe import build_recipe
 from tools.make_checkpoint import make_checkpoint
 
 KEY = {"recipe": "1"}
@@ -176,7 +180,8 @@ def test_the_users_directory_survives_every_command(checkpoint, texts, tmp_path,
 
 
 def small_run(path: Path, key: dict[str, str] = KEY, *, overwrite: bool = False, content: str = "x") -> RunDirectory:
-    started = RunDirectory.start(path, "a: 1\n", {"tmjax": "0", "inputs": {}}, key=key, overwrite=overwrite)
+    header = Manifest(tmjax="0", seed=0, inputs={}, key=key, mesh={}, devices=1, platform="cpu")
+    started = RunDirectory.start(path, "a: 1\n", header, overwrite=overwrite)
 
     def write(partial: Path) -> None:
         (partial / "sub").mkdir()
@@ -421,7 +426,7 @@ def test_a_key_given_twice_is_refused_with_its_lines(tmp_path, capsys) -> None:
     file = tmp_path / "recipe.yaml"
     for text, said in (
         ("seed: 1\nalpha: 0.1\nseed: 2\n", "seed twice (lines 1 and 3)"),
-        ("fusion:\n  ridge: 1\n  map: paper\n  ridge: 2\n", "ridge twice (lines 2 and 4)"),
+        ("alignment:\n  epsilon: 1\n  cost: cosine\n  epsilon: 2\n", "epsilon twice (lines 2 and 4)"),
         ("{seed: 1, seed: 1}\n", "seed twice (lines 1 and 1)"),
     ):
         file.write_text(text)
@@ -475,7 +480,7 @@ def project(llama_dir, tmp_path_factory) -> Path:
         make_checkpoint(folder / "models" / name, "llama", spec, tokenizer=llama_dir, seed=seed)
     (folder / "texts.txt").write_text("\n".join(f"neno {number} maji ya mto" for number in range(6)))
     told = {"source": "models/source", "target": "models/target", "texts": "texts.txt", "out": "runs/one"}
-    told |= {"preset": "barycentric", "alpha": 0.1, "fusion": {"roles": ["o"]}}
+    told |= {"preset": "barycentric", "alpha": 0.1, "operators": [{"transport": {"roles": ["o"]}}]}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(told))
     before = Path.cwd()
     os.chdir(folder)

@@ -16,8 +16,9 @@ from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
 from tmjax.models.decoder import forward
 from tmjax.recipes.adapt import build_adapt_recipe
-from tmjax.recipes.merge import build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
 from tmjax.text.tokenizer import load_tokenizer
+from tmjax.transfer.recipe import build_recipe
 from tools import smollm2
 
 transformers.utils.logging.disable_progress_bar()
@@ -166,7 +167,7 @@ def test_recipes_and_texts_are_there(repo, monkeypatch):
         build_recipe(read_recipe(folder / "recipe.yaml")),
         build_adapt_recipe(read_recipe(folder / "adapt.yaml")),
     )
-    assert merge.preset == "quick" and adapt.mode == "combined" and adapt.written.texts == 1000
+    assert merge.preset == "quick" and adapt.mode == "combined" and adapt.generation.texts == 1000
     assert adapt.training.steps == (300,)
     for recipe in (merge, adapt):
         assert recipe.controls
@@ -204,7 +205,7 @@ def test_tables_hold_what_the_runs_say(repo, tmp_path, monkeypatch):
                 "best_control": "control:sft",
             },
             "stages": {
-                "written:source": {"seconds": 10.0, "peak_rss_mib": 1024.0},
+                "generate:source": {"seconds": 10.0, "peak_rss_mib": 1024.0},
                 "train:adapted": {"seconds": 65.4, "peak_rss_mib": 2048.0},
                 "train:control:sft": {"seconds": 99.0, "peak_rss_mib": 8192.0},
                 "report": {"seconds": 1.0, "peak_rss_mib": 8192.0},

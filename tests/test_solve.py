@@ -17,23 +17,25 @@ from tmjax import cli
 from tmjax.activations import joined as joined_texts
 from tmjax.activations.joined import join
 from tmjax.checkpoints.load import load_model
+from tmjax.commands.adapt.arms import Arm
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Starts
 from tmjax.commands.merge.run import Merge
-from tmjax.commands.merge.teacher_data import Predictions
 from tmjax.errors import NonFiniteError
 from tmjax.models.decoder import bind
 from tmjax.recipes.adapt import build_adapt_recipe
-from tmjax.recipes.merge import SolveOptions, build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
 from tmjax.sharding.mesh import Layout
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
+from tmjax.transfer import prediction_solver as solve
 from tmjax.transfer.controls import CONTROLS
-from tmjax.transfer.operators import predictions as solve
-from tmjax.transfer.operators.predictions import FACTORS, WEIGHTS, Solver, Wanted
+from tmjax.transfer.operators.predictions import prediction_targets
+from tmjax.transfer.prediction_solver import FACTORS, WEIGHTS, PredictionOptions, PredictionTargets, Solver
+from tmjax.transfer.recipe import build_recipe
 
 TEXTS = ["Yesu akawaambia wanafunzi wake habari njema", "Basi, watu walimfuata mpaka bahari", "Amani iwe nanyi nyote"]
-OPTIONS = SolveOptions(rounds=2)
+OPTIONS = PredictionOptions(rounds=2)
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +77,18 @@ def said(target, qwen2_dir) -> list[Said]:
     return found
 
 
-def joined(spec, said: list[Said]) -> Wanted:
+def joined(spec, said: list[Said]) -> PredictionTargets:
     """Texts of one kind as one batch."""
     (texts,) = join(spec, [text.ids for text in said], 4096, Layout())
     token, weight = (np.zeros((*texts.ids.shape, 3), kind) for kind in (np.int32, np.float32))
     for row, column in np.argwhere(texts.text >= 0):
         text, place = said[texts.text[row, column]], texts.place[row, column]
         token[row, column], weight[row, column] = text.token[place], text.weight[place]
-    return Wanted(texts, said[0].own, token, weight)
+    return PredictionTargets(texts, said[0].own, token, weight)
 
 
 @pytest.fixture(scope="module")
-def batches(target, said) -> list[Wanted]:
+def batches(target, said) -> list[PredictionTargets]:
     """The same, joined: two texts in one row, and the last in another batch."""
     return [joined(target.spec, said[:2]), joined(target.spec, said[2:])]
 
@@ -107,8 +109,9 @@ def losses(model, params, said: list[Said]) -> tuple[jax.Array, jax.Array]:
     return totals[0] / counts[0], totals[1] / counts[1]
 
 
-def solver(model, reach: str = "direct", **changes) -> Solver:
-    return Solver(model.spec, model.rows, model.params, OPTIONS.model_copy(update={"reach": reach}), **changes)
+def solver(model, scope: str = "direct", **changes) -> Solver:
+    options = OPTIONS.model_copy(update={"scope": scope, **changes})
+    return Solver(model.spec, model.rows, model.params, options)
 
 
 def mixed(model, said: list[Said], weight: float = 1.0):
@@ -200,15 +203,16 @@ def test_a_step_is_in_units_of_the_norm_and_trust_caps_the_change(target, said, 
         np.testing.assert_allclose(far / np.linalg.norm(target.params[name], axis=(-2, -1)), limit, rtol=1e-3)
 
 
-@pytest.mark.parametrize("reach", ["readout", "direct"])
-def test_rounds_lower_the_loss_they_are_chosen_by(target, said, batches, reach) -> None:
-    held, loss = solver(target, reach), mixed(target, said)
+@pytest.mark.parametrize("scope", ["readout", "direct"])
+def test_rounds_lower_the_loss_they_are_chosen_by(target, said, batches, scope) -> None:
+    held, loss = solver(target, scope), mixed(target, said)
     found = held.solve(target.params, batches, loss)
     assert found.losses[0] == pytest.approx(loss(target.params)) and found.losses[-1] < 0.98 * found.losses[0]
     assert loss(found.params) == pytest.approx(found.losses[-1], rel=1e-5)
     assert found.losses == sorted(found.losses, reverse=True) and found.from_source
     assert {p for p, value in found.params.items() if not np.array_equal(value, target.params[p])} == set(held.paths)
-    alone = solver(target, reach, silent=True).solve(target.params, batches, loss)
+    unheard = [batch._replace(weight=0 * batch.weight) for batch in batches]
+    alone = solver(target, scope).solve(target.params, unheard, loss)
     assert alone.trials == found.trials == 2 * (len(WEIGHTS) + len(FACTORS)), "arms make as many trials"
     assert not alone.from_source
 
@@ -272,15 +276,15 @@ def test_every_arm_is_solved_for_and_says_so(solved, qwen2_dir) -> None:
     arms = {"merged": manifest} | manifest["controls"]
     assert set(arms) == {"merged", *CONTROLS}
     for arm, held in arms.items():
-        solve = held["solve"]
+        solve = held["operators"]["predictions"]
         assert solve["trials"] == 2 * (len(WEIGHTS) + len(FACTORS)), arm
         assert (
-            held["lexical"]["trials"] == 2
-            and held["lexical"]["valid_bits_per_byte"][1] == solve["valid_bits_per_byte"][0]
+            held["operators"]["embeddings"]["trials"] == 2
+            and held["operators"]["embeddings"]["valid_bits_per_byte"][1] == solve["valid_bits_per_byte"][0]
         )
         assert (solve["positions"]["source"] > 0) == (arm != "control:shrink")
         assert all(item["weight"] == 0 for item in solve["rounds"]) or arm != "control:shrink"
-    assert set(manifest["predictions"]) == set(manifest["written"]) == {"source", "random_source"}
+    assert set(manifest["teacher"]) == set(manifest["generated"]) == {"source", "random_source"}
     table = manifest["update"]
     readout = load_model(qwen2_dir).rows
     name = next(row.names(load_model(qwen2_dir).spec)[0] for row in readout if row.path == "embed.weight")
@@ -293,11 +297,16 @@ def test_every_arm_is_solved_for_and_says_so(solved, qwen2_dir) -> None:
 def test_what_controls_hear(solved, solving, flags) -> None:
     out, _ = solved
     told = build_recipe(read_recipe(out / "recipe.yaml") | {"out": str(out)})
-    said = Predictions(Merge(told, amend=True))
-    plain = said.wanted(None)
+    merge = Merge(told, amend=True)
+
+    def targets(control) -> list[PredictionTargets]:
+        options = told.evaluation.batch_tokens
+        return prediction_targets(merge.inputs.target.spec, merge.view(control).teacher(), options, merge.inputs.layout)
+
+    plain = targets(None)
     texts = [batch.texts.ids.tolist() for batch in plain]
     for name, control in CONTROLS.items():
-        batches = said.wanted(control)
+        batches = targets(control)
         weight = np.concatenate([batch.weight.sum(axis=-1).ravel() for batch in batches])
         same = [batch.texts.ids.tolist() for batch in batches] == texts
         if name == "control:shrink":
@@ -320,7 +329,7 @@ def test_a_second_start_makes_nothing_again(solved, solving, flags, capsys) -> N
     assert cli.run(["merge", solving, *flags, "--out", str(out), "--controls", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert [name for name, stage in again["stages"].items() if not stage["reused"]] == []
-    assert again["evaluation"] == first["evaluation"] and again["solve"] == first["solve"]
+    assert again["evaluation"] == first["evaluation"] and again["operators"] == first["operators"]
 
 
 def test_eight_devices_solve_as_one_does(solved, solving, flags, tmp_path, capsys) -> None:
@@ -330,21 +339,22 @@ def test_eight_devices_solve_as_one_does(solved, solving, flags, tmp_path, capsy
     for name, value in one.items():
         assert np.abs(value - eight[name]).max() <= 1e-4 * np.abs(value).max(), name
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["solve"]["rounds"] == solved[1]["solve"]["rounds"]
+    rounds = [each["operators"]["predictions"]["rounds"] for each in (manifest, solved[1])]
+    assert rounds[0] == rounds[1]
 
 
 def test_a_source_that_writes_another_language_is_heard_on_the_given_texts(solving, flags, repo, tmp_path, capsys):
     """Of texts that are all foreign none is read: one warning, and the merge goes on, its controls too."""
     told = yaml.safe_load(Path(solving).read_text())
-    told["fusion"]["solve"] |= {"written": 6, "tokens": 40}
+    told["operators"][2]["predictions"] |= {"generated_texts": 6, "tokens": 40}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
     source = ["--source", str(repo / "experiments/wolof/target")]
     command = ["merge", str(tmp_path / "recipe.yaml"), *flags, *source, "--out", str(tmp_path / "run"), "--controls"]
     assert cli.run(command) == 0
     assert capsys.readouterr().err.count("solved for on the calibration texts alone") == 1
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
-    assert manifest["written"] == {"source": {"asked": 6, "foreign": 6, "kept": 0}}
-    assert manifest["solve"]["positions"]["source"] > 0
+    assert manifest["generated"] == {"source": {"asked": 6, "foreign": 6, "kept": 0}}
+    assert manifest["operators"]["predictions"]["positions"]["source"] > 0
     assert (tmp_path / "run/controls/control:random_source/model.safetensors").is_file()
 
 
@@ -353,9 +363,8 @@ def test_a_fixed_alpha_solves_nothing(solving, flags, tmp_path) -> None:
     assert cli.run(["merge", solving, *flags, "--out", str(out), "--alpha", "0.1"]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert (
-        "solve" not in manifest
-        and "lexical" not in manifest
-        and "written" not in manifest
+        manifest["operators"] == {}
+        and "generated" not in manifest
         and "solved" not in next(iter(manifest["update"].values()))
     )
 
@@ -364,7 +373,7 @@ def test_adaptation_of_a_run_begins_at_its_merged_model(solved, texts, tmp_path)
     out, _ = solved
     told = {"target": str(out), "texts": texts["calibration"], "valid": texts["valid"], "out": str(tmp_path / "a")}
     inputs = AdaptInputs(build_adapt_recipe(told | {"mode": "sft", "init": "merged"}))
-    start = Starts(inputs, lambda *told: None, lambda message: None).of("adapted", "sft", "merged")[1]
+    start = Starts(inputs, lambda *told: None, lambda message: None).of(Arm("sft", "merged"))[1]
     for path, value in load_model(out / "merged").params.items():
         np.testing.assert_allclose(start[path], value, atol=1e-6)
 

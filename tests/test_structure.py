@@ -20,16 +20,16 @@ from tmjax.errors import InputError
 from tmjax.evaluate.bits import evaluate
 from tmjax.models.decoder import forward
 from tmjax.models.spec import DecoderSpec, Rotary
-from tmjax.recipes.merge import AlignmentOptions, FusionOptions
+from tmjax.recipes.merge import AlignmentOptions
 from tmjax.text.documents import Texts, read_texts
 from tmjax.text.tokenizer import load_tokenizer
-from tmjax.train.loop import TrainConfig
-from tmjax.transfer.merge import fuse
+from tmjax.train.optimizer import TrainConfig
+from tmjax.transfer.fuse import fuse
 from tools.train_pair import Plan, Side, make
 
 HARD = AlignmentOptions(structure="full", solver="cover", depth="monotone", feature_dtype="float32")
-EVERYTHING = FusionOptions(norm_match=False, beta="tied", embeddings="shared", norms="transported")
-PROJECTIONS = FusionOptions(norm_match=False, beta="tied")
+PROJECTIONS = [{"transport": {"norm_match": False}}]
+EVERYTHING = [*PROJECTIONS, {"residual_stream": {"norm_match": False}}]
 TINY = {
     "qwen3": DecoderSpec(
         vocab=400, hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, mlp=72, max_positions=512, qk_norm="head",
@@ -127,7 +127,7 @@ def _recovers(model: Model, kind: str, verses: tuple[Texts, Texts], path: Path) 
     assert _deviation(model, source, test) < 1e-4 > _deviation(model, target, test)
     alignment = _aligned(target, source, calibration, HARD, path / "run")
     noise = scrambled(target, keep_layers=kept)
-    merged = fuse(alignment, noise, source, EVERYTHING, alpha=1.0).model
+    merged = fuse(alignment, noise, source, operators=EVERYTHING, alpha=1.0).model
     _assert_same(model, merged, noise, test)
     weights = alignment.layer_plans["q"].weights
     assert np.nonzero(weights.sum(axis=1) == 0)[0].tolist() == kept
@@ -165,7 +165,7 @@ def test_soft_plans_lose_little(request, verses, tmp_path, name, options):
     model, (calibration, test) = _float32(request.getfixturevalue(name)), verses
     source, noise = disguised(model), scrambled(model)
     alignment = _aligned(model, source, calibration, HARD.model_copy(update=options), tmp_path / "run")
-    merged = fuse(alignment, noise, source, EVERYTHING, alpha=1.0).model
+    merged = fuse(alignment, noise, source, operators=EVERYTHING, alpha=1.0).model
     deviation, bits = _lost(model, merged, noise, test)
     assert 1e-5 < deviation < 0.1 and bits < 1e-3
 
@@ -180,7 +180,7 @@ def test_projections_alone_are_recovered_with_plans_per_layer(tiny, verses, tmp_
     noise, held = scrambled(model), params_of(model)
     own = {path: x for path, x in held.items() if "norm" in path or not path.startswith("blocks.")}
     noise = with_spec(model, model.spec, {**params_of(noise), **own})
-    merged = fuse(alignment, noise, source, PROJECTIONS, alpha=1.0).model
+    merged = fuse(alignment, noise, source, operators=PROJECTIONS, alpha=1.0).model
     _assert_same(model, merged, noise, test)
 
 
@@ -190,8 +190,8 @@ def test_what_does_not_recover(tiny, verses, tmp_path, options):
     model, (calibration, test) = tiny("gpt_neox"), verses
     source = disguised(model)
     alignment = _aligned(model, source, calibration, HARD.model_copy(update=options), tmp_path / "run")
-    fusion = EVERYTHING if "resid" in alignment.plans else PROJECTIONS
-    merged = fuse(alignment, model, source, fusion, alpha=1.0).model
+    operators = EVERYTHING if "resid" in alignment.plans else PROJECTIONS
+    merged = fuse(alignment, model, source, operators=operators, alpha=1.0).model
     assert _deviation(model, merged, test) > 1e-3
 
 
@@ -206,8 +206,8 @@ def test_what_a_structure_needs_is_said(tiny, verses, tmp_path):
             align(*held, model.projections, HARD.model_copy(update=options))
     plain = align(*held, model.projections, AlignmentOptions(epsilon=0.5, layer_top_k=1))
     with pytest.raises(InputError, match="structure: full"):
-        fuse(plain, model, model, EVERYTHING, alpha=0.1)
+        fuse(plain, model, model, operators=EVERYTHING, alpha=0.1)
     one = (model.spec, model.params)
     full = align(*held, model.projections, HARD, models=(one, one))
-    with pytest.raises(InputError, match=r"fusion\.map: paper"):
-        fuse(full, model, model, FusionOptions(map="paper"), alpha=0.1)
+    with pytest.raises(InputError, match=r"transport\.map: paper"):
+        fuse(full, model, model, operators=[{"transport": {"map": "paper"}}], alpha=0.1)

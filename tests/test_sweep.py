@@ -30,19 +30,22 @@ from tmjax.evaluate import packing
 from tmjax.evaluate.bits import Scorer
 from tmjax.evaluate.packing import pack, packed_nll, text_lengths
 from tmjax.models.decoder import init_params
-from tmjax.recipes.merge import build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
 from tmjax.report.sweep_page import marginals, plot_sweep
 from tmjax.runs.run_files import split
 from tmjax.sharding.mesh import Layout
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
-from tmjax.transfer.apply import fuse_params, transport_model
+from tmjax.transfer.chain import read_chain
+from tmjax.transfer.operators.transport import transport_model
+from tmjax.transfer.projections import fuse_params, projection_contribution
+from tmjax.transfer.recipe import build_recipe
 
 GRID = [
     *("--grid", "alpha=0:0.1:0.05"),
     *("--grid", "beta.mlp=-0.1,tied"),
-    *("--grid", "fusion.mask_top_k=null,40"),
-    *("--grid", "fusion.bias=transported,keep_mean,none"),
+    *("--grid", "transport.mask_top_k=null,40"),
+    *("--grid", "transport.bias=transported,keep_mean,none"),
     *("--grid", "epsilon=0.05,0.1"),
 ]
 
@@ -75,9 +78,10 @@ def _activations(out: Path):
 
 def _plain(models, recipe, alignment, setting, texts) -> float:
     target, source = models
-    moved = transport_model(alignment, target.rows, target.params, source.rows, source.params, recipe.fusion)
+    options = read_chain(recipe.operators)[0].options
+    moved = transport_model(alignment, target.rows, target.params, source.rows, source.params, options)
     pairs = coefficients_of(recipe, setting, tuple(moved))
-    fused = fuse_params(target.rows, target.params, moved, pairs, bias_rule=recipe.fusion.bias)
+    fused = fuse_params(target.rows, target.params, moved, pairs, bias_rule=options.bias)
     return Scorer(target.spec, load_tokenizer(target.directory), read_texts(texts))(fused).bits_per_byte
 
 
@@ -88,15 +92,16 @@ def test_every_number_is_that_of_the_plain_way(swept, models, texts) -> None:
     target, source = _activations(swept)
     chosen = np.random.default_rng(0).choice(len(rows), 8, replace=False)
     for row in map(rows.__getitem__, chosen):
-        setting = {key: row[key] for key in ("alpha", "beta.mlp", "fusion.mask_top_k", "fusion.bias", "epsilon")}
+        setting = {key: row[key] for key in ("alpha", "beta.mlp", "transport.mask_top_k", "transport.bias", "epsilon")}
         recipe = recipe_of(base, setting)
-        assert recipe.alignment.epsilon == row["epsilon"] and recipe.fusion.bias == row["fusion.bias"]
+        options = read_chain(recipe.operators)[0].options
+        assert recipe.alignment.epsilon == row["epsilon"] and options.bias == row["transport.bias"]
         alignment = align(target, source, models[0].projections, recipe.alignment)
         assert row["bits_per_byte"] == pytest.approx(
             _plain(models, recipe, alignment, setting, texts["valid"]), rel=1e-5
         )
     # What is swept does something.
-    for key in ("alpha", "beta.mlp", "fusion.mask_top_k", "fusion.bias", "epsilon"):
+    for key in ("alpha", "beta.mlp", "transport.mask_top_k", "transport.bias", "epsilon"):
         assert len({best for _, best, _ in marginals(rows, key)} | {mean for *_, mean in marginals(rows, key)}) > 2
 
 
@@ -119,7 +124,7 @@ def test_what_a_sweep_writes(swept, texts, capsys) -> None:
     assert facts["best"]["valid_bits_per_byte"] == float(least["bits_per_byte"])
     assert set(manifest["evaluation"]) == {"target", "best"} and len(manifest["update"]) == 28
     page = (swept / "sweep.html").read_text()
-    assert "data:image/png" in page and "http" not in page.split("<body>")[1] and "fusion.mask_top_k" in page
+    assert "data:image/png" in page and "http" not in page.split("<body>")[1] and "transport.mask_top_k" in page
     code, printed, _ = _run(capsys, "evaluate", swept / "best", "--texts", texts["test"], "--json")
     written = next(iter(json.loads(printed)["evaluation"].values()))
     assert code == 0 and written["bits_per_byte"] == pytest.approx(
@@ -134,7 +139,7 @@ def test_parquet_holds_the_same_table(swept) -> None:
     held = pyarrow.parquet.read_table(swept / "results.parquet").to_pylist()
     rows = read_csv(swept / "results.csv")
     assert [row["bits_per_byte"] for row in held] == [row["bits_per_byte"] for row in rows]
-    assert [row["fusion.mask_top_k"] for row in held] == [row["fusion.mask_top_k"] for row in rows]
+    assert [row["transport.mask_top_k"] for row in held] == [row["transport.mask_top_k"] for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +147,9 @@ def transported(swept, models):
     target, source = models
     recipe = build_recipe(read_recipe(swept / "recipe.yaml"))
     alignment = align(*_activations(swept), target.projections, recipe.alignment)
-    return transport_model(alignment, target.rows, target.params, source.rows, source.params, recipe.fusion)
+    options = read_chain(recipe.operators)[0].options
+    items = transport_model(alignment, target.rows, target.params, source.rows, source.params, options)
+    return projection_contribution(target, options, items)
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=8", "data=4", "data=2,fsdp=2,tensor=2"])
@@ -153,13 +160,13 @@ def test_devices_do_not_change_scores(transported, models, texts, qwen2_dir, mes
     tokenizer, valid = load_tokenizer(target.directory), read_texts(texts["valid"])
     scorer = SettingsScorer(target, tokenizer, valid, most=11, layout=layout)
     generator = np.random.default_rng(3)
-    settings = [{role: tuple(generator.uniform(-0.1, 0.1, 2)) for role in transported} for _ in range(11)]
-    placed, found = scorer.place(transported), []
+    settings = [{role: tuple(generator.uniform(-0.1, 0.1, 2)) for role in transported.items} for _ in range(11)]
+    placed, found = scorer.place([transported]), []
     for start in range(0, len(settings), scorer.batch):
-        found.append(scorer(placed, settings[start : start + scorer.batch], bias_rule="transported"))
+        found.append(scorer(placed, settings[start : start + scorer.batch]))
     one = Scorer(models[0].spec, tokenizer, valid)
     for nll, pairs in zip(np.concatenate(found), settings, strict=True):
-        expected = one(fuse_params(target.rows, models[0].params, transported, pairs)).nll
+        expected = one(fuse_params(target.rows, models[0].params, transported.items, pairs)).nll
         np.testing.assert_allclose(nll, expected, rtol=2e-6)
     assert scorer.compilations == 1
 

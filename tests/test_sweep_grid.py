@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from tmjax.commands.sweep.grid import Range, coefficients_of, make_settings, parse_axes, parse_axis, recipe_of
 from tmjax.commands.sweep.groups import make_groups
 from tmjax.errors import InputError
-from tmjax.recipes.merge import ALL_ROLES, build_recipe
+from tmjax.recipes.base import ALL_ROLES
+from tmjax.transfer.operator import read_chain
+from tmjax.transfer.recipe import build_recipe
 
 RECIPE = build_recipe({"source": "s", "target": "t", "texts": "x", "valid": "v", "out": "o", "alpha": 0.1})
 NO_ALPHA = RECIPE.model_copy(update={"alpha": None})
@@ -38,8 +40,8 @@ def test_lists_come_back(values: list[float]) -> None:
 
 def test_other_values() -> None:
     assert parse_axis("solver = scaling, log:domain").values == ("scaling", "log:domain")
-    assert parse_axis("fusion.mask_top_k=null,64").values == (None, 64)
-    assert parse_axis("fusion.norm_match=true,false").values == (True, False)
+    assert parse_axis("transport.mask_top_k=null,64").values == (None, 64)
+    assert parse_axis("transport.norm_match=true,false").values == (True, False)
     assert parse_axis("alpha=0,0.1:0.3:0.1,1e-3").values == (0, 0.1, 0.2, 0.3, 0.001)
     assert parse_axis("epsilon=log:1e-3..0.1").range == Range(1e-3, 0.1, log=True)
     assert parse_axis("beta=-.5..0").range == Range(-0.5, 0.0)
@@ -62,20 +64,20 @@ def test_other_values() -> None:
         (["alpha=0.1..0.2"], False, "give --random N"),
         (["alpha=0.2..0.1"], True, "the range is empty"),
         (["alpha=log:0..0.1"], True, "0 < low < high"),
-        (["fusion.mask_top_k=3.2..3.8"], True, "fusion.mask_top_k"),
+        (["transport.mask_top_k=3.2..3.8"], True, "transport.mask_top_k"),
         (["alpha=0.1,1.5"], False, "alpha=1.5: recipe: alpha: Input should be less than or equal to 1"),
         (["alpha=0.5..1.5"], True, "less than or equal to 1"),
         (["alpha.mlp=2"], False, "alpha.mlp must be a number from 0 to 1"),
         (["beta.q=big"], False, "beta.q must be a number"),
         (["alpha.head=0.1"], False, "alpha.head is not a key of the recipe"),
-        (["fusion.alfa=0.1"], False, "fusion.alfa is not a key of the recipe"),
+        (["transport.alfa=0.1"], False, "transport.alfa is not a key of the recipe"),
         (["speed=9"], False, "speed is not a key of the recipe"),
         (["alignment=1"], False, "alignment"),
         (["epsilon=0"], False, "greater than 0"),
         (["target=a,b"], False, "cannot be swept"),
         (["evaluation.max_tokens=8,16"], False, "cannot be swept"),
-        (["fusion.alphas=1"], False, "cannot be swept"),
-        (["fusion.solve.rounds=2,4"], False, "cannot be swept"),
+        (["coefficients.alphas=1"], False, "cannot be swept"),
+        (["predictions.rounds=2,4"], False, "cannot be swept"),
         ([], False, "nothing to sweep"),
     ],
 )
@@ -104,7 +106,7 @@ def test_a_grid_is_the_product_and_its_size_is_bounded() -> None:
 @given(st.integers(0, 2**31), st.integers(1, 40))
 def test_draws_stay_in_their_range_and_repeat_with_the_seed(seed: int, count: int) -> None:
     recipe = RECIPE.model_copy(update={"seed": seed})
-    grid = ["alpha=0..0.3", "epsilon=log:1e-3..0.1", "fusion.mask_top_k=2..5", "solver=scaling,sinkhorn"]
+    grid = ["alpha=0..0.3", "epsilon=log:1e-3..0.1", "transport.mask_top_k=2..5", "solver=scaling,sinkhorn"]
     axes = parse_axes(grid, recipe, random=True)
     settings = make_settings(axes, recipe, random=count)
     assert settings == make_settings(axes, recipe, random=count) and len(settings) == count
@@ -112,7 +114,7 @@ def test_draws_stay_in_their_range_and_repeat_with_the_seed(seed: int, count: in
     assert other != settings
     for setting in settings:
         assert 0 <= setting["alpha"] <= 0.3 and 1e-3 <= setting["epsilon"] <= 0.1
-        assert setting["fusion.mask_top_k"] in (2, 3, 4, 5) and setting["solver"] in ("scaling", "sinkhorn")
+        assert setting["transport.mask_top_k"] in (2, 3, 4, 5) and setting["solver"] in ("scaling", "sinkhorn")
         recipe_of(recipe, setting)
 
 
@@ -128,21 +130,22 @@ def test_coefficients_the_particular_wins() -> None:
     pairs = coefficients_of(RECIPE, setting, ALL_ROLES)
     assert pairs["q"] == (0.3, -0.3) and pairs["o"] == (0.2, -0.2)  # the recipe's beta, to be fitted, counts as tied
     assert pairs["up"] == (0.1, -0.5) and pairs["down"] == (0.1, 0.0)
-    assert coefficients_of(RECIPE, {"fusion.beta": -0.2}, ["k"]) == {"k": (0.1, -0.2)}
-    assert coefficients_of(RECIPE, {"fusion.beta": -0.2, "beta.k": "tied"}, ["k"]) == {"k": (0.1, -0.1)}
+    assert coefficients_of(RECIPE, {"coefficients.beta": -0.2}, ["k"]) == {"k": (0.1, -0.2)}
+    assert coefficients_of(RECIPE, {"coefficients.beta": -0.2, "beta.k": "tied"}, ["k"]) == {"k": (0.1, -0.1)}
 
 
 def test_groups_share_what_they_can() -> None:
-    grid = ["alpha=0,0.1", "fusion.mask_top_k=null,8", "epsilon=0.1,0.2", "activations.max_texts=5,9", "seed=1,2"]
+    grid = ["alpha=0,0.1", "transport.mask_top_k=null,8", "epsilon=0.1,0.2", "activations.max_texts=5,9", "seed=1,2"]
     settings = make_settings(parse_axes(grid, RECIPE, random=False), RECIPE)
     groups = make_groups(RECIPE, settings)
     assert len(groups) == 8 and sorted(n for group in groups for n in group.members) == list(range(32))
     for group in groups:
         shared = {
-            (s["fusion.mask_top_k"], s["epsilon"], s["activations.max_texts"])
+            (s["transport.mask_top_k"], s["epsilon"], s["activations.max_texts"])
             for s in map(settings.__getitem__, group.members)
         }
-        told = (group.recipe.fusion.mask_top_k, group.recipe.alignment.epsilon, group.recipe.activations.max_texts)
+        options = read_chain(group.recipe.operators)[0].options
+        told = (options.mask_top_k, group.recipe.alignment.epsilon, group.recipe.activations.max_texts)
         assert shared == {told}
     # What is dearest changes least often.
     texts = [group.recipe.activations.max_texts for group in groups]

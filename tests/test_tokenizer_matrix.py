@@ -14,8 +14,8 @@ from helpers import stored
 from tokenizer_kinds import KINDS, write
 
 from tmjax import cli
-from tmjax.runs.directory import read_manifest
-from tmjax.teacher.probabilities import Taught
+from tmjax.runs.manifest import read_manifest
+from tmjax.teacher.probabilities import TeacherProbabilities
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
 from tools.make_checkpoint import family_spec, make_checkpoint
@@ -72,17 +72,17 @@ def recipes(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("recipes")
     short = {
         "mesh": "data=1",
-        "fusion": {
-            "alphas": [0.1],
-            "betas": [0.0],
-            "lexical": {"alphas": [0.3], "kappas": [30.0]},
-            "solve": {"rounds": 1, "written": 4, "tokens": 8},
-        },
+        "coefficients": {"alphas": [0.1], "betas": [0.0]},
+        "operators": [
+            {"transport": {}},
+            {"embeddings": {"alphas": [0.3], "kappas": [30.0]}},
+            {"predictions": {"rounds": 1, "generated_texts": 4, "tokens": 8}},
+        ],
         "evaluation": {"draws": 100},
     }
     training = {"steps": [3], "lr": [0.003], "warmup": 1, "tokens_per_step": 256, "row_lengths": 1, "validate_every": 3}
     adapting = {"mesh": "data=1", "training": training, "max_tokens": 8, "evaluation": {"draws": 100}}
-    adapting |= {"written": {"texts": 4, "tokens": 8, "foreign": 100.0, "repeat": 1}}
+    adapting |= {"generation": {"texts": 4, "tokens": 8, "foreign": 100.0, "repeat": 1}}
     for name, told in (("merge", short), ("adapt", adapting)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(told))
     return {name: str(folder / f"{name}.yaml") for name in ("merge", "adapt")}
@@ -111,13 +111,12 @@ def test_every_kind_with_every_kind(
     manifest, known = read_manifest(out), load_tokenizer(pair["target"], ROWS).known(ROWS)
     assert known is not None and (~known).sum() >= ROWS - SIZE
     assert all(math.isfinite(arm["bits_per_byte"]) for arm in manifest["evaluation"].values())
-    place = "predictions" if command == "merge" else "taught"
-    (name, facts), *others = manifest[place].items()
+    (name, facts), *others = manifest["teacher"].items()
     assert facts["positions"] > 0.4 * facts["of"] and not others
     share = f"only {facts['positions']:,} of the target's {facts['of']:,} positions ("
     assert (share in error) == (facts["positions"] < facts["of"])
-    taught = Taught.load(out / place / f"{name}.npz")
-    assert known[taught.ids].all() and (taught.weight.sum(axis=1) <= 1 + 1e-5).all()
+    probabilities = TeacherProbabilities.load(out / "teacher" / f"{name}.npz")
+    assert known[probabilities.ids].all() and (probabilities.weight.sum(axis=1) <= 1 + 1e-5).all()
     assert _padding(out / "merged", known) == _padding(pair["target"], known)
     assert _changed(out / "merged", pair["target"], known)
     assert cli.run(["evaluate", str(out / "merged"), "--texts", texts["test"], "--json"]) == 0

@@ -23,7 +23,7 @@ from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME,
 from tmjax.checkpoints.formats.weights import open_weights
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import CheckpointError, InputError
-from tmjax.runs.directory import sha256_checkpoint
+from tmjax.runs.hashes import sha256_checkpoint
 from tools.make_checkpoint import make_checkpoint
 
 

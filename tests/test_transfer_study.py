@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tmjax.recipes.merge import build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
+from tmjax.transfer.recipe import build_recipe
 from tools.script import script
 
 TEXT = """# Study

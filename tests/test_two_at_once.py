@@ -16,7 +16,7 @@ import yaml
 from helpers import SPEC, stored
 
 from tmjax import cli
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 from tools.make_checkpoint import make_checkpoint
 
 OFFSET_S = 2.5
@@ -41,7 +41,7 @@ def pair(llama_dir, tmp_path_factory) -> Path:
     words = [f"neno la {number} na maji ya mto {number * 7}" for number in range(12)]
     (folder / "texts.txt").write_text("\n".join(words) + "\n")
     told = {"source": "source", "target": "target", "texts": "texts.txt", "preset": "barycentric", "alpha": 0.1}
-    told |= {"mesh": "data=1", "fusion": {"roles": ["o", "down"]}}
+    told |= {"mesh": "data=1", "operators": [{"transport": {"roles": ["o", "down"]}}]}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(told))
     return folder
 

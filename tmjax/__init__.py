@@ -16,7 +16,7 @@ _HOMES = {
     "read_texts": "tmjax.text.documents",
     "extract_activations": "tmjax.activations.extract",
     "align": "tmjax.align.alignment",
-    "fuse": "tmjax.transfer.merge",
+    "fuse": "tmjax.transfer.fuse",
     "require_transfer": "tmjax.transfer.update_table",
     "evaluate": "tmjax.evaluate.bits",
     "adapt": "tmjax.commands.adapt.run",

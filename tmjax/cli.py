@@ -98,7 +98,7 @@ def _stages(*, everything: bool) -> Callable[..., None]:
                 merge.all()
             else:
                 merge.align()
-            manifest = merge.run.manifest
+            manifest = merge.run.manifest.to_json()
         _show_run(told.out, manifest, as_json)
 
     return command
@@ -172,7 +172,7 @@ def adapt(
 ) -> None:
     """Train a target on texts, guided by a source or on top of a merge, beside controls of the same budget."""
     from tmjax.recipes.adapt import build_adapt_recipe
-    from tmjax.recipes.merge import read_recipe
+    from tmjax.recipes.base import read_recipe
 
     values = read_recipe(recipe) if recipe else {}
     given = _given(locals(), ("source", "target", "texts", "valid", "test", "out", "mode", "init", "alpha"))
@@ -480,7 +480,8 @@ def _given(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _recipe(file: Path | None, options: dict[str, Any]) -> Any:
-    from tmjax.recipes.merge import build_recipe, read_recipe
+    from tmjax.recipes.base import read_recipe
+    from tmjax.transfer.recipe import build_recipe
 
     values = read_recipe(file) if file else {}
     given = _given(options, _FLAGS)
@@ -492,7 +493,8 @@ def _recipe(file: Path | None, options: dict[str, Any]) -> Any:
 
 def _pair(file: Path | None, options: dict[str, Any]) -> tuple[Any, bool]:
     """A recipe of which only the two models must be known, and whether it names texts."""
-    from tmjax.recipes.merge import build_recipe, read_recipe
+    from tmjax.recipes.base import read_recipe
+    from tmjax.transfer.recipe import build_recipe
 
     values = (read_recipe(file) if file else {}) | _given(options, ("source", "target", "texts", "mesh"))
     missing = [name for name in ("source", "target") if name not in values]

@@ -43,51 +43,51 @@ _FIT: dict[str, Any] = {"alphas": [0.03, 0.1], "betas": [-0.05, 0.0]}
 _SHORT: dict[str, Any] = {"mesh": "data=1", "evaluation": {"draws": 200}, "preset": "barycentric"}
 
 
-def _merge(*, fusion: Mapping[str, Any] | None = None, **recipe: Any) -> tuple[str, dict[str, Any]]:
-    return "merge", _SHORT | {"fusion": _FIT | dict(fusion or {})} | recipe
+def _merge(*, coefficients: Mapping[str, Any] | None = None, **recipe: Any) -> tuple[str, dict[str, Any]]:
+    return "merge", _SHORT | {"coefficients": _FIT | dict(coefficients or {})} | recipe
 
 
-_SOLVE = {
-    "lexical": {"alphas": [0.1, 0.3], "kappas": [300.0]},
-    "solve": {"rounds": 2, "written": 6, "tokens": 12},
-}
+_SOLVE: list[dict[str, Any]] = [
+    {"transport": {}},
+    {"embeddings": {"alphas": [0.1, 0.3], "kappas": [300.0]}},
+    {"predictions": {"rounds": 2, "generated_texts": 6, "tokens": 12}},
+]
+_STREAM: list[dict[str, Any]] = [{"transport": {}}, {"residual_stream": {}}]
 _TRAINING = {"steps": 20, "warmup": 4, "tokens_per_step": 512, "row_lengths": 1, "validate_every": 10, "lr": 3e-4}
 
 
 def _adapt(mode: str, **recipe: Any) -> tuple[str, dict[str, Any]]:
     short = {"mesh": "data=1", "training": _TRAINING, "evaluation": {"draws": 200}}
-    return "adapt", short | {"mode": mode, "written": {"texts": 8, "tokens": 12}} | recipe
+    return "adapt", short | {"mode": mode, "generation": {"texts": 8, "tokens": 12}} | recipe
 
 
 #: Name of a case: its command and recipe, over the inputs of `_inputs`.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "predictions": _merge(fusion=_SOLVE, preset="predictions", controls=True),
-    "predictions, wolof": _merge(fusion=_SOLVE, preset="predictions"),
+    "predictions": _merge(operators=_SOLVE, preset="predictions", controls=True),
+    "predictions, wolof": _merge(operators=_SOLVE, preset="predictions"),
     "barycentric": _merge(controls=True),
     "paper": ("merge", _SHORT | {"preset": "paper", "allow_negligible": True}),
     "fixed alpha": ("merge", _SHORT | {"alpha": 0.05}),
     "two devices": ("merge", _SHORT | {"alpha": 0.05, "mesh": "fsdp=2"}),
     "streaming": _merge(activations={"keep": False}, controls=True),
     "potentials": _merge(alignment={"feature_dtype": "float32", "memory_mib": 16, "layer_pairs": "coarse"}),
-    "regression": _merge(fusion={"transport": "regression"}, controls=True),
+    "regression": _merge(operators=[{"regression": {}}], controls=True),
     "heads": _merge(alignment={"structure": "heads"}),
-    "full": _merge(
-        alignment={"structure": "full"}, fusion={"embeddings": "shared", "norms": "transported"}, controls=True
-    ),
+    "full": _merge(alignment={"structure": "full"}, operators=_STREAM, controls=True),
     "full, per layer": _merge(alignment={"structure": "full", "residual": "layer", "depth": "monotone"}),
     "cover": _merge(alignment={"solver": "cover"}),
     "signed": _merge(alignment={"solver": "signed"}),
-    "learned": _merge(fusion={"fit": "learned", "learning": {"steps": 6, "check_every": 3}}),
+    "learned": _merge(coefficients={"fit": "learned", "learning": {"steps": 6, "check_every": 3}}),
     "learned by unit": _merge(
-        fusion={"fit": "learned", "learning": {"steps": 6, "check_every": 3, "granularity": "unit"}}
+        coefficients={"fit": "learned", "learning": {"steps": 6, "check_every": 3, "granularity": "unit"}}
     ),
-    "base": _merge(fusion={"base": str(SWAHILI / "target"), "trust": 0.05}),
+    "base": _merge(operators=[{"transport": {"base": str(SWAHILI / "target"), "trust": 0.05}}]),
     "sft": _adapt("sft"),
     "guided": _adapt("guided", guidance={"metric": "fisher"}),
     "distilled": _adapt("distilled"),
     "source-written": _adapt("source-written"),
     "combined": _adapt("combined", controls=True),
-    "residual-frozen": _adapt("residual-frozen", merge={"fusion": _FIT}),
+    "residual-frozen": _adapt("residual-frozen", merge={"coefficients": _FIT}),
     "lora": _adapt("lora"),
 }
 

@@ -34,7 +34,8 @@ from tmjax.models.spec import DecoderSpec
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
 from tmjax.train.data import Batches
-from tmjax.train.loop import Facts, Progress, TrainConfig, train
+from tmjax.train.loop import Facts, Progress, train
+from tmjax.train.optimizer import TrainConfig
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 #: Files of a language that may be trained on, and the one that a target sees.

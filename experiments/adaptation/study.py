@@ -26,8 +26,9 @@ from tmjax.commands.adapt.run import Adapt
 from tmjax.evaluate.bootstrap import percentile_interval
 from tmjax.files.atomic import write_text
 from tmjax.recipes.adapt import build_adapt_recipe
-from tmjax.recipes.merge import build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
 from tmjax.text.documents import read_texts
+from tmjax.transfer.recipe import build_recipe
 from tools.draws import draws
 from tools.script import script
 
@@ -43,26 +44,26 @@ TRAINING = {
     "keep_every": 1000,
 }
 DISTILLATION = {"weight": 4.0}
-WRITTEN = {"texts": 3000, "tokens": 96}
+GENERATION = {"texts": 3000, "tokens": 96}
 
 
-def _terms(*names: str, writer: str | None = None, **options: Any) -> Arm:
-    return Arm("sft", "target", frozenset(names) | ({"written"} if writer else set()), writer, **options)
+def _terms(*names: str, texts_by: str | None = None, **options: Any) -> Arm:
+    return Arm("sft", "target", frozenset(names) | ({"generated"} if texts_by else set()), texts_by, **options)
 
 
 #: Every arm: what is trained, beside what each term adds and its placebos.
 ARMS = {
     "control:sft": _terms(),
-    "adapted": _terms("guidance", "distillation", writer="source"),
-    "source_written": _terms(writer="source"),
-    "written+distilled": _terms("distillation", writer="source"),
+    "adapted": _terms("guidance", "distillation", texts_by="source"),
+    "source_written": _terms(texts_by="source"),
+    "written+distilled": _terms("distillation", texts_by="source"),
     "distilled": _terms("distillation"),
     "guided": _terms("guidance"),
-    "written+guided": _terms("guidance", writer="source"),
+    "written+guided": _terms("guidance", texts_by="source"),
     "residual_frozen": Arm("residual-frozen", "merged"),
-    "control:target_written": _terms(writer="target"),
-    "control:shuffled_rows": _terms("guidance", "distillation", writer="target", shuffled=True),
-    "control:random_source": _terms("guidance", "distillation", writer="random_source", teacher="random_source"),
+    "control:target_written": _terms(texts_by="target"),
+    "control:shuffled_rows": _terms("guidance", "distillation", texts_by="target", shuffled=True),
+    "control:random_source": _terms("guidance", "distillation", texts_by="random_source", teacher="random_source"),
 }
 #: Arms with one option changed; trained with the schedule that the arm they change has chosen.
 ABLATIONS = {
@@ -116,12 +117,11 @@ def run_seed(
 
     told = {name: recipe[name] for name in ("source", "target", "valid", "test")}
     told |= {"texts": str(subset(recipe, seed, folder)), "out": str(folder / f"seed-{seed}"), "seed": seed}
-    told |= {"mode": "combined", "training": TRAINING, "distillation": DISTILLATION, "written": WRITTEN}
+    told |= {"mode": "combined", "training": TRAINING, "distillation": DISTILLATION, "generation": GENERATION}
     adapt = Adapt(build_adapt_recipe(told), show=show, arms=ARMS, schedules=chosen)
     trained = {arm: adapt.train(arm) for arm in ARMS if arm not in ABLATIONS}
-    took = {arm: [(f["planned_steps"], f["lr"])] for arm, f in adapt.run.manifest["training"].items()}
-    adapt.schedules = dict(adapt.schedules) | {name: took[whole] for name, whole in ABLATIONS.items()}
-    adapt.evaluate(trained | {arm: adapt.train(arm) for arm in ABLATIONS})
+    took = {arm: [(f.planned_steps, f.lr)] for arm, f in adapt.run.manifest.training.items()}
+    adapt.evaluate(trained | {arm: adapt.train(arm, took[whole]) for arm, whole in ABLATIONS.items()})
     return {arm: took[arm] for arm in trained}
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flops import forward_flops
+from tmjax.transfer.merge import Fused
 
 import tmjax
 from tmjax.activations.blocks import paired_blocks
@@ -24,11 +25,10 @@ from tmjax.models.decoder import ForwardPlan, bind
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.recipes.merge import AlignmentOptions
-from tmjax.runs.directory import peak_rss_mib
+from tmjax.runs.peak_memory import peak_rss_mib
 from tmjax.sharding.mesh import Layout
 from tmjax.text.buckets import bucket_length
 from tmjax.text.rows import Rows, TokenisedDocument
-from tmjax.transfer.merge import Fused
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 

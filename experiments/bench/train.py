@@ -29,7 +29,8 @@ from tmjax.models.decoder import forward
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.train.data import Batch, Batches
-from tmjax.train.step import Objective, State, TrainConfig, start, step
+from tmjax.train.optimizer import TrainConfig
+from tmjax.train.step import Objective, State, start, step
 
 SWAHILI = Path(__file__).resolve().parents[1] / "swahili"
 RATE = 1e-4

@@ -13,7 +13,9 @@ from tmjax.errors import InputError, summarise
 from tmjax.evaluate.tasks import task_manager
 from tmjax.models.families import family_of
 from tmjax.models.spec import shared_projections
-from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
+from tmjax.recipes.merge import Recipe
+from tmjax.transfer.recipe import build_recipe
 
 #: What is known of models and data sets on the hub, so that a recipe can be checked without it.
 MODELS, DATASETS = HERE / "recorded_models.yaml", HERE / "recorded_datasets.yaml"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from check import merge_recipe
 from data import prepare
 from schema import PaperRecipe
+from tmjax.transfer.merge import fuse
 
 from tmjax.checkpoints import hf
 from tmjax.checkpoints.load import config_directory
@@ -20,10 +21,9 @@ from tmjax.commands.merge.run import Merge
 from tmjax.errors import InputError
 from tmjax.evaluate.tasks import load_tasks, task_manager
 from tmjax.recipes.adapt import TrainingOptions, build_adapt_recipe
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
-from tmjax.transfer.merge import fuse
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from tmjax.errors import InputError, summarise
-from tmjax.recipes.merge import read_recipe
+from tmjax.recipes.base import read_recipe
 
 HERE = Path(__file__).resolve().parent
 Fraction = Annotated[float, Field(gt=0, le=1)]

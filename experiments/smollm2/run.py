@@ -45,8 +45,8 @@ WITHOUT_CONTROLS = {
     "merge": ("activations:target", "activations:source", "alignment", "fuse"),
     "adapt": ("train:adapted",),
 }
-_STAGES = (*WITHOUT_CONTROLS["merge"], "written:source", "predictions:source")
-_STAGES += ("features:source-on-source", "features:target-on-source", "taught:source-on-source", "train:adapted")
+_STAGES = (*WITHOUT_CONTROLS["merge"], "generate:source", "teacher:source")
+_STAGES += ("features:source-on-source", "features:target-on-source", "teacher:source-on-source", "train:adapted")
 
 
 def manifest(folder: Path) -> dict[str, Any] | None:

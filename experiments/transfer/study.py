@@ -31,7 +31,10 @@ from tmjax.evaluate.bits import Scores
 from tmjax.evaluate.bootstrap import Draws, source_gain
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_bytes, write_json, write_text
-from tmjax.recipes.merge import PRESETS, Recipe, build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
+from tmjax.recipes.merge import Recipe
+from tmjax.recipes.presets import PRESETS
+from tmjax.transfer.recipe import build_recipe
 from tools.script import script
 
 #: What remains of a finished setting's run directory.
@@ -113,7 +116,7 @@ def measure(name: str, recipe: Path, out: Path, seed: int, texts: int) -> dict[s
     try:
         if callable(setting):
             scores, chosen = setting(told, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
-            facts = evaluation_facts(scores, draws=told.evaluation.draws, seed=seed) | {"chosen": chosen}
+            facts = evaluation_facts(scores, draws=told.evaluation.draws, seed=seed).to_json() | {"chosen": chosen}
             out.mkdir(exist_ok=True)
             each = {arm: held.nll for arm, held in scores.items()}
             np.savez(out / "scores.npz", bytes=scores["target"].bytes, **each)

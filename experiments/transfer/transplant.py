@@ -36,8 +36,8 @@ from tmjax.models.decoder import bind, init_params
 from tmjax.models.layers import ACTIVATIONS
 from tmjax.models.spec import DecoderSpec, projections
 from tmjax.recipes.merge import Recipe
+from tmjax.teacher.features import by_depth, last_tokens, read_out_metric
 from tmjax.text.rows import TokenisedDocument, pair_rows
-from tmjax.train.guidance import by_depth, last_tokens, read_out_metric
 from tmjax.transfer.controls import derangement
 from tmjax.typing import Array, Params
 

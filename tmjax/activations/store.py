@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +48,19 @@ class Activations:
     rows: Rows
     layers: int
     sites: Mapping[str, int]
+    order: np.ndarray | None = None
 
     def site(self, name: str) -> np.ndarray:
-        """The `[layer, row, unit]` float32 array of a site, mapped from disk."""
+        """The `[layer, row, unit]` float32 array of a site, mapped from disk; its rows as they were recorded."""
         return np.load(self._file(name), mmap_mode="r")
 
-    def layers_of(self, name: str, order: np.ndarray | None = None) -> Layers:
-        """The same, a layer at a time, its rows in this `order`."""
-        return Layers(self._file(name), order)
+    def layers_of(self, name: str) -> Layers:
+        """The same, a layer at a time, its rows in the `order` of these activations."""
+        return Layers(self._file(name), self.order)
+
+    def reordered(self, order: np.ndarray) -> "Activations":
+        """These activations with the rows in another order, as if recorded at other pieces of text."""
+        return replace(self, order=order)
 
     def _file(self, name: str) -> Path:
         if name not in self.sites:

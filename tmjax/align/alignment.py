@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jax.sharding import Mesh
@@ -39,6 +39,8 @@ class Alignment:
     """Everything `fuse` needs once the activations are gone.
 
     `plans` by plan site; statistics by site; `layer_plans` by role. `centred` says whether means are subtracted.
+    `source_order` [L, M, k] by plan site is the order in which the plans' columns take the source's units, where that
+    is not the units' own.
     """
 
     centred: bool
@@ -48,6 +50,7 @@ class Alignment:
     source: Mapping[str, Statistics]
     layer_plans: Mapping[str, LayerPlan]
     layer_certificates: Mapping[str, float]
+    source_order: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def certificates(self) -> dict[str, dict[str, float | int | str | None]]:
         """Per plan site: problems solved, how many converged, largest L1 marginal error (None for maps), iterations."""
@@ -90,23 +93,21 @@ def align(
     options: AlignmentOptions | None = None,
     *,
     models: tuple[Described, Described] | None = None,
-    source_rows: np.ndarray | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Alignment:
     """Aligns two models from their activations: plans of the pairs of layers of every plan site, layer plans.
 
     `projections` are the ParamSpec rows to be transported, by role. Every pair is solved, or those that a cheap guess
-    at P keeps (`options.layer_pairs`); held are those with a weight in P. `source_rows` reorders the source's rows (a
-    control). `mesh`: pairs are split over its devices. `models`, the specs and parameters of target and source, are
-    for `options.structure`. Raises RowMismatchError if the rows of the two do not pair the same text, InputError if a
-    structure is asked for without the models.
+    at P keeps (`options.layer_pairs`); those with a weight in P are kept. `mesh`: pairs are split over its devices.
+    `models`, the specs and parameters of target and source, are for `options.structure`. Raises RowMismatchError if the
+    rows of the two do not pair the same text, InputError if a structure is asked for without the models.
     """
     options = options or AlignmentOptions()
     target.rows.require_same(source.rows)
 
     def both(site: str) -> tuple[Layers, Layers]:
-        return target.layers_of(site), source.layers_of(site, source_rows)
+        return target.layers_of(site), source.layers_of(site)
 
     def guess(site: str) -> np.ndarray:
         return coarse_costs(FeatureSite.of(*both(site), centred=options.centred), options)

@@ -17,7 +17,7 @@ from tmjax.files.atomic import write_bytes
 from tmjax.files.lock import OutputLock
 from tmjax.report.comparison import plot_compare
 from tmjax.report.plots import is_plot
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 
 #: The arm that a run directory stands for, unless `RUN:ARM` names one.
 FINAL = ("adapted", "merged", "best")

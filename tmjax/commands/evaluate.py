@@ -13,8 +13,8 @@ import tmjax
 from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.load import config_directory, load_model
 from tmjax.checkpoints.model import Model
-from tmjax.commands.merge.aligned import Progress, Warn, quiet
 from tmjax.commands.notes import note_blank, note_hidden
+from tmjax.commands.progress import Progress, Warn, quiet
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.facts import evaluation_facts
@@ -101,7 +101,7 @@ def _evaluate(
     result: dict[str, Any] = {"notes": notes} if notes else {}
     if documents is not None:
         note_hidden(scores, warn)
-        result["evaluation"] = evaluation_facts(scores, draws=draws, seed=seed)["evaluation"]
+        result["evaluation"] = evaluation_facts(scores, draws=draws, seed=seed).to_json()["evaluation"]
     if tasks is not None:
         result["lm_eval"] = require_lm_eval()
         result["tasks"] = {name: _task_facts(held, tasks) for name, held in asked.items()}

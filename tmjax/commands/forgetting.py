@@ -8,8 +8,9 @@ import numpy as np
 
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.bootstrap import percentile_interval, resample
-from tmjax.recipes.merge import EvaluationOptions
+from tmjax.recipes.base import EvaluationOptions
 from tmjax.runs.directory import RunDirectory
+from tmjax.runs.manifest import ForgettingFacts, Manifest, Record
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts
 from tmjax.typing import Params
@@ -49,20 +50,24 @@ def measure_forgetting(
     if not others:
         return
 
-    def work(partial: Path) -> Mapping[Any, Any]:
+    def work(partial: Path) -> Record:
         target, params = models()
-        found: dict[str, Any] = {}
+        found: dict[str, ForgettingFacts] = {}
         arrays: dict[str, np.ndarray] = {}
         for number, (name, texts) in enumerate(others.items()):
             score = scorer(texts)
             before, after = score(target), score(params)
             facts = forgetting_facts(before, after, arm=arm, draws=options.draws, seed=seed)
-            found[name] = facts | {"sha256": texts.sha256}
+            found[name] = ForgettingFacts(**facts, sha256=texts.sha256)
             arrays |= {f"bytes_{number}": before.bytes, f"target_{number}": before.nll, f"{arm}_{number}": after.nll}
         if hosts.is_first():
             with partial.open("wb") as stream:
                 np.savez(stream, **arrays)
-        return {"forgetting": found}
+
+        def record(manifest: Manifest) -> None:
+            manifest.forgetting = found
+
+        return record
 
     hashes = {name: texts.sha256 for name, texts in others.items()}
     run.stage("forgetting", [key, hashes, options.model_dump(), seed], "forgetting.npz", work)

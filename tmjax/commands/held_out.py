@@ -1,16 +1,16 @@
-"""The texts that nothing is fitted on, of a merge and of an adaptation alike; read when first asked for."""
+"""The texts that nothing is fitted on, of a merge and of an adaptation alike; read when first used."""
 
 import functools
 
-from tmjax.recipes.adapt import AdaptRecipe
-from tmjax.recipes.merge import Recipe
+from tmjax.recipes.base import Placed
 from tmjax.text.documents import Texts, read_texts
 
 
 class HeldOut:
-    """Mixed into what has a `recipe`."""
+    """Validation, test and other texts of a recipe."""
 
-    recipe: Recipe | AdaptRecipe
+    def __init__(self, recipe: Placed) -> None:
+        self.recipe = recipe
 
     @functools.cached_property
     def valid(self) -> Texts | None:
@@ -24,5 +24,5 @@ class HeldOut:
 
     @functools.cached_property
     def other_texts(self) -> dict[str, Texts]:
-        """Texts of other languages or domains, by the name that they were given by."""
+        """Texts of other languages or domains, by the names of their files."""
         return {name: read_texts(self.recipe.place(name)) for name in self.recipe.other_texts}

@@ -7,15 +7,18 @@ from typing import Any
 from tmjax.align import storage as alignment_store
 from tmjax.checkpoints.hub import read_json
 from tmjax.checkpoints.load import load_model
-from tmjax.commands.merge.aligned import Warn
 from tmjax.commands.merge.samples import sample_texts
+from tmjax.commands.progress import Warn
 from tmjax.errors import InputError, TmjaxError
 from tmjax.files.atomic import partial_name, remove
 from tmjax.files.lock import OutputLock
-from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
+from tmjax.recipes.merge import Recipe
 from tmjax.report.html import write_report
-from tmjax.runs.directory import RECIPE, read_manifest
+from tmjax.runs.manifest import read_manifest
+from tmjax.runs.run_files import RECIPE
 from tmjax.text.documents import read_texts
+from tmjax.transfer.recipe import build_recipe
 
 REPORT = "report.html"
 SAMPLES = "samples.json"

@@ -1,29 +1,51 @@
 """Manifest entries of an evaluation: bits per byte of every arm with intervals, and the gain due to the source."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tmjax.evaluate.bits import Scores
 from tmjax.evaluate.bootstrap import resample, source_gain
+from tmjax.runs.manifest import EvaluationFacts, Manifest, SourceGain
 
 
-def evaluation_facts(scores: Mapping[str, Scores], *, draws: int, seed: int, merged: str = "merged") -> dict[str, Any]:
-    """Manifest entries `evaluation` and `source_gain` of scored arms, `merged` being the one that controls are for."""
+@dataclass(frozen=True)
+class Evaluated:
+    """Facts of every scored arm, and the gain due to the source where there are controls."""
+
+    evaluation: dict[str, EvaluationFacts]
+    source_gain: SourceGain | None
+
+    def record(self, manifest: Manifest) -> None:
+        """Sets `evaluation` and `source_gain` of a manifest."""
+        manifest.evaluation, manifest.source_gain = self.evaluation, self.source_gain
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns both as they stand in a manifest."""
+        gain = self.source_gain
+        return {
+            "evaluation": {arm: facts.model_dump() for arm, facts in self.evaluation.items()},
+            "source_gain": None if gain is None else gain.model_dump(),
+        }
+
+
+def evaluation_facts(scores: Mapping[str, Scores], *, draws: int, seed: int, merged: str = "merged") -> Evaluated:
+    """Bits per byte of scored arms with intervals, and the gain; `merged` is the arm that the controls are for."""
     sampled = resample(scores, draws=draws, seed=seed)
     evaluation = {
-        arm: {
-            "bits_per_byte": sampled.point[arm],
-            "ci95": list(sampled.interval(arm)),
-            "documents": len(value.nll),
-            "bytes": int(value.bytes.sum()),
-            "tokens": int(value.tokens.sum()),
-        }
-        | hidden_facts(value)
+        arm: EvaluationFacts(
+            bits_per_byte=sampled.point[arm],
+            ci95=list(sampled.interval(arm)),
+            documents=len(value.nll),
+            bytes=int(value.bytes.sum()),
+            tokens=int(value.tokens.sum()),
+            **hidden_facts(value),
+        )
         for arm, value in scores.items()
     }
     controls = [arm for arm in scores if arm.startswith("control:")]
-    gain = source_gain(sampled, controls, merged=merged) if controls else None
-    return {"evaluation": evaluation, "source_gain": gain}
+    gain = SourceGain(**source_gain(sampled, controls, merged=merged)) if controls else None
+    return Evaluated(evaluation, gain)
 
 
 def hidden_facts(scores: Scores) -> dict[str, float]:

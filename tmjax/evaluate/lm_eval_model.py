@@ -23,7 +23,7 @@ from tmjax.checkpoints.load import config_directory, load_model
 from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
 from tmjax.evaluate.continuations import Continuation, ContinuationScorer
-from tmjax.models.generate import GenerationOptions, generate
+from tmjax.models.generate import DecodingOptions, generate
 from tmjax.models.sample import Sampling
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.text.buckets import bucketed
@@ -251,7 +251,7 @@ class TmjaxLM(TemplateLM):
         tokens, multiple = 4 * self.scorer.batch_tokens, self.layout.batch_multiple
         for batch in bucketed(lengths, batch_tokens=tokens, multiple=multiple):
             rows = batch.documents
-            options = GenerationOptions(
+            options = DecodingOptions(
                 new,
                 ends=self._ends,
                 known=self._written,

@@ -27,8 +27,8 @@ GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
-    """Settings of generation; equal sizes share compiled programs.
+class DecodingOptions:
+    """Settings of decoding; equal sizes share compiled programs.
 
     Attributes:
         new_tokens: Largest number of tokens after a prompt.
@@ -158,7 +158,7 @@ def generate(
     spec: DecoderSpec,
     params: Params,
     prompts: Sequence[Sequence[int]],
-    options: GenerationOptions,
+    options: DecodingOptions,
     *,
     numbers: Sequence[int] | None = None,
     layout: Layout | None = None,
@@ -173,7 +173,7 @@ def generate(
         spec: Architecture.
         params: Parameters by Flax path.
         prompts: Token ids of the prompts, at least one each.
-        options: Settings of generation.
+        options: Settings of decoding.
         numbers: Numbers of the rows, by default their places.
         layout: Devices; one unless given.
         finished: Called with a row and its new tokens every `STRETCH` tokens; whether the row ends there.
@@ -217,7 +217,7 @@ class _Batch:
 
     spec: DecoderSpec
     params: Params
-    options: GenerationOptions
+    options: DecodingOptions
     layout: Layout
     finished: Callable[[int, list[int]], bool]
 

@@ -233,7 +233,7 @@ def shared_projections(
     target, source = projections(target_rows), projections(source_rows)
     for role in roles or ():
         if role not in target or role not in source:
-            raise InputError(f"fusion.roles: {role} is not a projection of both models")
+            raise InputError(f"roles: {role} is not a projection of both models")
     return {role: row for role, row in target.items() if role in (roles or source)}
 
 

@@ -1,11 +1,12 @@
-"""The recipe of an adaptation: everything `tmjax adapt` is told, as one frozen, checked object."""
+"""The recipe of an adaptation as one frozen, checked object. Files hold the same keys as the command line."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tmjax.recipes.merge import (
+from tmjax.recipes.base import (
+    FOREIGN,
     Alpha,
     EvaluationOptions,
     ExportOptions,
@@ -17,30 +18,29 @@ from tmjax.recipes.merge import (
     checked,
     found_near,
 )
-from tmjax.teacher.generation import Writing
-from tmjax.teacher.probabilities import Search
-from tmjax.train.step import TrainConfig
 
 NotNegative = Annotated[float, Field(ge=0)]
 #: Modes that need a source, beside those with terms.
 WITH_SOURCE = ("residual-frozen",)
-Term = Literal["guidance", "distillation", "written"]
-#: What each mode learns from beside the given texts.
+Term = Literal["guidance", "distillation", "generated"]
+#: Terms of the loss, and further texts, that each mode adds to next-token training on the given texts.
 TERMS: dict[str, tuple[Term, ...]] = {
     "guided": ("guidance",),
     "distilled": ("distillation",),
-    "source-written": ("written",),
-    "combined": ("guidance", "distillation", "written"),
+    "source-written": ("generated",),
+    "combined": ("guidance", "distillation", "generated"),
 }
+#: Former keys and their present names.
+RENAMED = {"written": "generation", "distillation.least": "distillation.min_probability"}
 
 
 class TrainingOptions(Section):
-    """How long and how fast; see `adapt.step.TrainConfig` for the optimiser.
+    """Optimiser, schedule, validation and checkpoints of a training; see `train.step.TrainConfig` for the optimiser.
 
     `lr` and `steps` may hold several values: every arm is trained with each pair, and validation text chooses.
     Validation takes place every `validate_every` steps, the best parameters are kept, and `patience` validations
     without a better one end the training. The weights of guidance and distillation fall along a cosine to `anneal`
-    times what they begin with. A checkpoint is written every `keep_every` steps and the newest `keep` are kept.
+    times their initial values. A checkpoint is written every `keep_every` steps and the newest `keep` are kept.
     """
 
     steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (200,)
@@ -68,19 +68,11 @@ class TrainingOptions(Section):
         """Every (steps, learning rate) that an arm is trained with."""
         return [(steps, lr) for steps in self.steps for lr in self.lr]
 
-    def config(
-        self, steps: int, lr: float, dtype: str, *, guide_weight: float = 0.0, teach_weight: float = 0.0
-    ) -> TrainConfig:
-        """The optimiser's part, for one schedule and weights of the terms."""
-        names = ("tokens_per_step", "accumulate", "warmup", "final_lr", "weight_decay", "clip", "b1", "b2")
-        told = {name: getattr(self, name) for name in (*names, "eps", "remat", "unroll", "anneal")}
-        return TrainConfig(steps, lr=lr, dtype=dtype, guide_weight=guide_weight, teach_weight=teach_weight, **told)
-
 
 class GuidanceOptions(Section):
     """How target features are tied to the source's: weight of the term, penalty of the initial ridge maps.
 
-    `metric`: errors count alike in every standardised unit (`units`), or by what they do to the source's predictions
+    `metric`: errors count alike in every standardised unit (`units`), or by their effect on the source's predictions
     (`fisher`: the Fisher information of its read-out). `layers`: a target layer is tied to the source layer at its
     `depth`, or to the one with most weight in the layer `plan` of the run that is adapted.
     """
@@ -92,25 +84,25 @@ class GuidanceOptions(Section):
 
 
 class DistillationOptions(Section):
-    """How the target is held to the source's probabilities of its own tokens; see `adapt.teacher.Search`."""
+    """How the target is trained toward the source's probabilities of its own tokens.
+
+    `weight` is that of the divergence in the loss; the other keys are those of `teacher.probabilities.Search`.
+    """
 
     weight: PositiveFloat = 1.0
     steps: Positive = 3
     candidates: Positive = 128
-    least: PositiveFloat = 0.02
+    min_probability: PositiveFloat = 0.02
     branches: Positive = 4
     keep: Positive = 32
 
-    def search(self) -> Search:
-        """How far continuations are followed."""
-        return Search(self.steps, self.candidates, self.least, self.branches, self.keep)
 
+class GenerationOptions(Section):
+    """Texts that the source generates after the first 1 to `words` words of training texts.
 
-class WrittenOptions(Section):
-    """Texts that the source writes after the first 1 to `words` words of training texts; see `adapt.written.Writing`.
-
-    Texts that the target finds more foreign than `foreign` times the given ones are left out (null: none are). The
-    given texts are read `repeat` times as often as written ones.
+    Texts whose bits per byte under the target exceed `foreign` times those of the given ones are left out (null: none
+    are). The given texts are read `repeat` times as often as generated ones. The other keys are those of
+    `teacher.generation.Generation`.
     """
 
     texts: Positive = 3000
@@ -118,16 +110,12 @@ class WrittenOptions(Section):
     tokens: Positive = 192
     temperature: PositiveFloat = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    foreign: PositiveFloat | None = 1.5
+    foreign: PositiveFloat | None = FOREIGN
     repeat: Positive = 1
-
-    def writing(self) -> Writing:
-        """How texts are drawn."""
-        return Writing(self.texts, self.words, self.tokens, self.temperature, self.top_p)
 
 
 class ResidualOptions(Section):
-    """What is trained of W_base + alpha Mask Delta."""
+    """Which part of W_base + alpha Mask Delta is trained: the base (`frozen_delta`) or the delta (`frozen_base`)."""
 
     variant: Literal["frozen_delta", "frozen_base"] = "frozen_delta"
 
@@ -144,10 +132,10 @@ class AdaptRecipe(Placed):
     """A whole adaptation. `target` is a checkpoint, or a run of `tmjax merge` whose target and source are meant.
 
     `init` is where training begins: the target, or the merged model (default of residual-frozen). `alpha` fixes the
-    coefficient of what is transported, which otherwise is the merge's. `combine` are the terms of mode combined.
-    `merge` are settings of a merge's recipe (preset `barycentric` unless said), for modes that need one and a target
-    that is not a run. `other_texts` are of other languages or domains: what the target and the result score on them is
-    recorded. `places` is written with a run: the absolute places of its local inputs, by their names.
+    coefficient of transported weights, which otherwise is the merge's. `combine` lists the terms of mode combined.
+    `merge` holds settings of a merge's recipe (preset `barycentric` by default), for modes that need one and a target
+    that is not a run. `other_texts` are of other languages or domains: the scores of the target and of the result on
+    them are recorded. `places` is written with a run: the absolute paths of its local inputs, by their names.
     """
 
     source: str | None = None
@@ -170,7 +158,7 @@ class AdaptRecipe(Placed):
     training: TrainingOptions = TrainingOptions()
     guidance: GuidanceOptions = GuidanceOptions()
     distillation: DistillationOptions = DistillationOptions()
-    written: WrittenOptions = WrittenOptions()
+    generation: GenerationOptions = GenerationOptions()
     residual: ResidualOptions = ResidualOptions()
     lora: LoraOptions = LoraOptions()
     merge: Annotated[dict[str, Any], Field(default_factory=dict)]
@@ -180,12 +168,12 @@ class AdaptRecipe(Placed):
 
     @property
     def terms(self) -> frozenset[str]:
-        """What is learnt from beside the given texts."""
+        """Terms that are added to next-token training on the given texts."""
         return frozenset(self.combine if self.mode == "combined" else TERMS.get(self.mode, ()))
 
     @property
     def start(self) -> str:
-        """Where training begins."""
+        """The model at which training begins."""
         return self.init or ("merged" if self.mode == "residual-frozen" else "target")
 
     @property
@@ -195,9 +183,17 @@ class AdaptRecipe(Placed):
 
 
 def build_adapt_recipe(values: dict[str, Any], *, base: Path | None = None) -> AdaptRecipe:
-    """Checks `values` (nested, as in a recipe file); raises InputError listing all faults.
+    """Builds the recipe of an adaptation from plain values.
 
-    Relative paths of local files are taken relative to `base`, the recipe file's folder, if they exist there.
+    Args:
+        values: Its values, nested as in a recipe file.
+        base: The recipe file's folder; relative paths of local files are taken relative to it if they exist there.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: Values are wrong or keys unknown; all faults are listed.
     """
     training = values.get("training")
     if isinstance(training, dict):  # YAML reads 3e-4 as text
@@ -205,5 +201,5 @@ def build_adapt_recipe(values: dict[str, Any], *, base: Path | None = None) -> A
             name: [training[name]] for name in ("lr", "steps") if isinstance(training.get(name), int | float | str)
         }
         values = values | {"training": training | alone}
-    recipe = checked(AdaptRecipe, values)
+    recipe = checked(AdaptRecipe, values, RENAMED)
     return recipe if base is None else found_near(recipe, base)

@@ -19,19 +19,24 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         f"architecture and tokenizer this model keeps, with tmjax {manifest['tmjax']}, preset `{recipe.preset}`, "
         f"seed {recipe.seed}, calibrated on `{recipe.texts}`.",
     ]
-    if (manifest.get("lexical") or {}).get("chosen"):
+    facts = manifest.get("operators") or {}
+    if (facts.get("embeddings") or {}).get("chosen"):
         parts.append(
             "The source's embeddings were mapped to its own by ridge regression over tokens of the same text, and "
             "blended in: {alpha:g} of the way at most, half as far for a token that occurs {kappa:g} times in these "
-            "texts.".format(**manifest["lexical"]["chosen"])
+            "texts.".format(**facts["embeddings"]["chosen"])
         )
-    if manifest.get("solve"):
+    if facts.get("predictions"):
+        options = next(entry["predictions"] for entry in recipe.operators if "predictions" in entry)
+        generated = manifest.get("generated", {}).get("source", {}).get("kept", 0)
         parts.append(
-            f"Its read-out{' and what writes its residual stream' * (recipe.fusion.solve.reach == 'direct')} were then "
-            "solved for, by ridge regression toward the true next tokens of the calibration texts and the source's "
-            f"probabilities on these and {manifest.get('written', {}).get('source', {}).get('kept', 0)} texts that it "
-            f"wrote ({len(manifest['solve']['rounds'])} rounds)."
+            f"Its read-out{' and the projections that write its residual stream' * (options['scope'] == 'direct')} "
+            "were then solved for, by ridge regression toward the true next tokens of the calibration texts and the "
+            f"source's probabilities on these and {generated} texts that it generated "
+            f"({len(facts['predictions']['rounds'])} rounds)."
         )
+    others = [name for name in facts if name not in ("embeddings", "predictions")]
+    parts += [f"The operator `{name}` was applied." for name in others]
     if manifest["evaluation"]:
         parts += [
             "## Held-out text",

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tmjax.align.alignment import Alignment
-from tmjax.recipes.merge import Recipe, dump_recipe
+from tmjax.recipes.base import dump_recipe
+from tmjax.recipes.merge import Recipe
 from tmjax.report.maps import plot_arms, plot_coefficient_maps, plot_heads
 from tmjax.report.matching import concentration, head_shares
 from tmjax.report.plots import plot_coefficients, plot_layer_plans
@@ -67,19 +68,21 @@ def write_report(
     run: Path,
     recipe: Recipe,
     manifest: Mapping[str, Any],
-    alignment: Alignment,
+    alignment: Alignment | None,
     samples: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Writes the page to `file` and the plots beside it into `run`/plots.
 
-    `samples` hold a `prompt` and what each model, by name, wrote after it.
+    `samples` hold a `prompt` and what each model, by name, wrote after it. `alignment` is None where no operator needed
+    one.
     """
-    plots = {
-        "layer_plan": plot_layer_plans(alignment),
-        "coefficients": plot_coefficients(manifest),
-        "coefficient_maps": plot_coefficient_maps(manifest),
-    }
-    if "attention" in manifest:
+    plots = {}
+    if alignment is not None:
+        plots["layer_plan"] = plot_layer_plans(alignment)
+    if "coefficients" in manifest:
+        plots["coefficients"] = plot_coefficients(manifest)
+        plots["coefficient_maps"] = plot_coefficient_maps(manifest)
+    if alignment is not None and "attention" in manifest:
         shares = head_shares(alignment, manifest["attention"]["target"], manifest["attention"]["source"])
         if shares:
             plots["heads"] = plot_heads(shares)
@@ -102,20 +105,21 @@ def write_report(
         ]
     if manifest.get("forgetting"):
         sections += ["<h2>Bits per byte on other texts</h2>", table("forgetting", *forgetting_rows(manifest))]
-    sections += [
-        *shown("layer_plan", "Layers"),
-        "<h2>How sharp the plans are</h2>",
-        "<p>Of the heaviest source layer of every target layer: the mean share of the mass of a target unit that lies "
-        "on its largest partners, and the exponential of its mean entropy.</p>",
-        table("concentration", *concentration_rows(concentration(alignment))),
-        *shown("heads", "Heads: where the mass of each target head lies"),
-        *shown("coefficients", "Coefficients"),
-        image("coefficient_maps", plots["coefficient_maps"]),
-        "<h2>Every tensor</h2>",
-        table("update", *update_rows(manifest)),
-        "<h2>Alignment certificates</h2>",
-        table("alignment", *alignment_rows(manifest)),
-    ]
+    if alignment is not None:
+        sections += [
+            *shown("layer_plan", "Layers"),
+            "<h2>How sharp the plans are</h2>",
+            "<p>Of the heaviest source layer of every target layer: the mean share of the mass of a target unit that "
+            "lies on its largest partners, and the exponential of its mean entropy.</p>",
+            table("concentration", *concentration_rows(concentration(alignment))),
+            *shown("heads", "Heads: where the mass of each target head lies"),
+        ]
+    sections += shown("coefficients", "Coefficients")
+    if "coefficient_maps" in plots:
+        sections.append(image("coefficient_maps", plots["coefficient_maps"]))
+    sections += ["<h2>Every tensor</h2>", table("update", *update_rows(manifest))]
+    if alignment is not None:
+        sections += ["<h2>Alignment certificates</h2>", table("alignment", *alignment_rows(manifest))]
     if samples:
         sections += [
             "<h2>What they write</h2>",

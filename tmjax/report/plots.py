@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tmjax.align.alignment import Alignment
-from tmjax.recipes.merge import ALL_ROLES
+from tmjax.recipes.base import ALL_ROLES
 
 _SOFTWARE = "tmjax"
 

@@ -88,7 +88,10 @@ def update_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         "beta": "beta",
         "dropped_mean": "dropped mean",
     }
-    columns = {key: said for key, said in columns.items() if any(key in item for item in manifest["update"].values())}
+    present = dict.fromkeys(key for item in manifest["update"].values() for key in item)
+    columns = {key: title for key, title in columns.items() if key in present} | {
+        key: key for key in present if key not in columns and key != "source_solved"
+    }
     # Coefficients that are means need no more digits than those that were tried.
     digits = {key: ".2g" if key in ("alpha", "beta") else ".3g" for key in columns}
     rows = [(name, *(format(item[key], digits[key]) for key in columns)) for name, item in manifest["update"].items()]

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Group
 
 from tmjax.recipes.adapt import AdaptRecipe
-from tmjax.recipes.merge import dump_recipe
+from tmjax.recipes.base import dump_recipe
 from tmjax.report.html import image, page, table
 from tmjax.report.plots import new_figure, png_bytes
 from tmjax.report.tables import (
@@ -26,8 +26,8 @@ from tmjax.report.tables import (
 
 
 def _further(item: Mapping[str, Any]) -> list[str]:
-    """What an arm learns from beside the given texts."""
-    return [f"texts by {item['writer']}" if term == "written" else term for term in item["terms"]]
+    """Names of an arm's terms, beside the next tokens of the given texts."""
+    return [f"texts by {item['texts_by']}" if term == "generated" else term for term in item["terms"]]
 
 
 def training_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:

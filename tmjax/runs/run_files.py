@@ -8,8 +8,8 @@ from typing import Any
 
 from tmjax.files.owned import RECORD, recorded, walk
 from tmjax.files.paths import PARTIAL
+from tmjax.runs.manifest import MANIFEST
 
-MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 #: Files that are no stage's output, by their names below the run.
 _BESIDE = re.compile(

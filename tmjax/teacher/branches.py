@@ -31,7 +31,7 @@ _CLASSES = 1024
 
 
 def likeliest(logits_sv: Array, count: int) -> tuple[Array, Array]:
-    """Ids and probabilities [S, count] of the likeliest tokens, the likeliest first.
+    """Returns ids and probabilities [S, count] of the likeliest tokens, the likeliest first.
 
     In two stages: the `count` largest of all lie in the `count` classes (token number modulo their number) whose
     largest are largest, so only these are sorted.
@@ -44,8 +44,8 @@ def likeliest(logits_sv: Array, count: int) -> tuple[Array, Array]:
     padded = jnp.pad(logits_sv, ((0, 0), (0, -vocab % _CLASSES)), constant_values=-jnp.inf)
     by_class = padded.reshape(states, -1, _CLASSES)
     chosen = jax.lax.top_k(by_class.max(axis=1), count)[1]
-    held = jnp.take_along_axis(by_class, chosen[:, None, :], axis=2)
-    best, place = jax.lax.top_k(held.reshape(states, -1), count)
+    in_chosen = jnp.take_along_axis(by_class, chosen[:, None, :], axis=2)
+    best, place = jax.lax.top_k(in_chosen.reshape(states, -1), count)
     turn, column = place // count, place % count
     ids = turn * _CLASSES + jnp.take_along_axis(chosen, column, axis=1)
     return ids.astype(jnp.int32), jnp.exp(best - normaliser)
@@ -65,10 +65,9 @@ _read_nodes = functools.partial(jax.jit, static_argnames=("spec", "mesh"))(read_
 
 @dataclass(frozen=True)
 class Reader:
-    """A source and how many next tokens are looked at.
+    """A model, and the number of next tokens that are read from each distribution.
 
-    Probabilities are of the next token given that it is one: rows of the embedding that are no tokens (not `known`)
-    have none.
+    Rows of the embedding that are no tokens (not `known`) have no probability; the rest is normalised without them.
     """
 
     spec: DecoderSpec
@@ -94,7 +93,7 @@ def _filled(values: np.ndarray, size: int) -> np.ndarray:
 
 
 class Branches:
-    """A batch of texts, padded to `shape`, with what may follow them; up to `depth` nodes one after the other."""
+    """A batch of texts, padded to `shape`, with continuations of up to `depth` nodes one after the other."""
 
     def __init__(self, reader: Reader, texts: Sequence[Sequence[int]], shape: tuple[int, int], depth: int) -> None:
         self.reader = reader
@@ -121,35 +120,35 @@ class Branches:
         self._answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def likeliest(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and probabilities [n, candidates] of the likeliest tokens after these entries."""
+        """Returns ids and probabilities [n, candidates] of the likeliest tokens after these entries."""
         reader = self.reader
         fresh = np.asarray([e for e in np.unique(entries).tolist() if e not in self._answers], np.int64)
         for start, size in _portions(len(fresh), self._multiples(STATES)):
             part = fresh[start : start + size]
             states = reader.layout.place_batch(_filled(self._states[part], size))
-            found = _likeliest(reader.spec, reader.params, states, reader.known, reader.candidates, reader.layout.mesh)
-            for entry, *answer in zip(part.tolist(), *map(np.asarray, to_host(found)), strict=False):
+            best = _likeliest(reader.spec, reader.params, states, reader.known, reader.candidates, reader.layout.mesh)
+            for entry, *answer in zip(part.tolist(), *map(np.asarray, to_host(best)), strict=False):
                 self._answers[entry] = tuple(answer)
         both = [self._answers[entry] for entry in entries.tolist()]
         return np.stack([ids for ids, _ in both]), np.stack([weight for _, weight in both])
 
     def grow(self, parents: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """The entries that follow `parents` by these tokens; those that are new are read."""
-        found = np.empty(len(parents), np.int64)
+        """Returns the entries that follow `parents` by these tokens; new ones are read."""
+        entries = np.empty(len(parents), np.int64)
         new: list[tuple[int, int]] = []
         for number, (parent, token) in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True)):
             on_text = parent < self._first_node and self._prefix[parent] < self._length[self._text[parent]]
             if on_text and self._tokens[parent + 1] == token:
-                found[number] = parent + 1
+                entries[number] = parent + 1
                 continue
             entry = self._child.get((parent, token))
             if entry is None:
                 entry = self._child[parent, token] = len(self._path) + len(new)
                 new.append((parent, token))
-            found[number] = entry
+            entries[number] = entry
         if new:
             self._read(np.asarray([p for p, _ in new]), np.asarray([t for _, t in new], np.int32))
-        return found
+        return entries
 
     def _multiples(self, sizes: Sequence[int]) -> list[int]:
         multiple = self.reader.layout.batch_multiple

@@ -1,21 +1,19 @@
-"""Texts that a model writes: sampled after the first words of given texts, without what another finds foreign."""
+"""Texts that a model generates: sampled after the first words of given texts, then filtered by another model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
-import jax.numpy as jnp
 import numpy as np
 
 from tmjax.errors import InputError
-from tmjax.models.generate import LEAST_ROWS, GenerationOptions, cache_bytes, generate
+from tmjax.models.generate import LEAST_ROWS, DecodingOptions, cache_bytes, generate
 from tmjax.models.sample import Sampling
-from tmjax.models.spec import DecoderSpec
+from tmjax.recipes.adapt import GenerationOptions
 from tmjax.sharding.memory import share_mib
-from tmjax.sharding.mesh import Layout
+from tmjax.teacher.model import Teacher
 from tmjax.text.buckets import bucket_length
 from tmjax.text.documents import Texts
-from tmjax.text.tokenizer import TextTokenizer
-from tmjax.typing import Params
 
 #: Prompts are padded to multiples of this.
 PROMPT_TOKENS = 16
@@ -24,8 +22,17 @@ CACHE_SHARE, CACHE_CPU_MIB = 8, 1024
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How many texts, after 1 to `words` words of the given ones, of at most `tokens` new tokens each, drawn how."""
+class Generation:
+    """How many texts are generated, and how they are sampled.
+
+    Attributes:
+        texts: Number of texts.
+        words: Prompts are the first 1 to `words` words of given texts.
+        tokens: Most new tokens of a text.
+        temperature: Temperature of sampling.
+        top_p: Probability mass of nucleus sampling; None samples from the whole vocabulary.
+        batch: Most texts that are generated together.
+    """
 
     texts: int
     words: int = 3
@@ -34,81 +41,152 @@ class Writing:
     top_p: float | None = None
     batch: int = 256
 
+    @classmethod
+    def of(cls, options: GenerationOptions) -> Self:
+        """Returns the settings of a recipe."""
+        return cls(options.texts, options.words, options.tokens, options.temperature, options.top_p)
+
     @property
     def sampling(self) -> Sampling:
-        """How tokens are drawn."""
+        """How tokens are sampled."""
         return Sampling(self.temperature, top_p=self.top_p)
 
 
-def openings(texts: Sequence[str], how: Writing, seed: int) -> list[str]:
-    """The first 1 to `how.words` words of texts drawn at random, one for every text to be written."""
+@dataclass(frozen=True)
+class TextFilter:
+    """Which generated texts are kept.
+
+    Attributes:
+        judge: Returns the bits per byte [N] of texts under the model that will learn from them; None keeps all texts.
+        foreign: Texts with more bits per byte than this many times the 95th percentile of the given texts are left
+            out, such as texts in another language; None keeps all texts.
+        max_texts: Most texts that are kept.
+        max_bytes: Most UTF-8 bytes of all kept texts together (at least one text is kept).
+        without: The consequence of keeping no text, stated in a warning; None makes that an error.
+    """
+
+    judge: Callable[[Texts], np.ndarray] | None = None
+    foreign: float | None = None
+    max_texts: int | None = None
+    max_bytes: int | None = None
+    without: str | None = None
+
+
+def openings(texts: Sequence[str], generation: Generation, seed: int) -> list[str]:
+    """Draws a prompt for every text to be generated: the first 1 to `generation.words` words of a random text."""
     rng = np.random.default_rng(seed)
-    chosen = rng.integers(len(texts), size=how.texts)
-    words = rng.integers(1, how.words + 1, size=how.texts)
+    chosen = rng.integers(len(texts), size=generation.texts)
+    words = rng.integers(1, generation.words + 1, size=generation.texts)
     return [" ".join(texts[i].split()[:n]) for i, n in zip(chosen, words, strict=True)]
 
 
-def written_texts(
-    spec: DecoderSpec,
-    params: Params,
-    tokenizer: TextTokenizer,
+def generate_texts(
+    teacher: Teacher,
     given: Sequence[str],
-    how: Writing,
+    generation: Generation,
     *,
     seed: int,
-    dtype: jnp.dtype = jnp.float32,
-    layout: Layout | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """`how.texts` texts, opening included, that begin as `given` do; the same for the same seed on any mesh.
+    """Samples texts that begin as given ones do; the same for the same seed on any mesh.
 
-    A text that does not end within `how.tokens` is cut there.
+    Args:
+        teacher: The model that generates.
+        given: Texts whose first words are the prompts.
+        generation: Number of texts and sampling.
+        seed: Seed of prompts and samples.
+        progress: Called with (texts done, all texts) after each batch.
+
+    Returns:
+        `generation.texts` texts, prompts included. A text that does not end within `generation.tokens` is cut there.
     """
-    ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(openings(given, how, seed))]
+    spec, tokenizer = teacher.spec, teacher.tokenizer
+    ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(openings(given, generation, seed))]
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
-    longest = len(ids[order[-1]]) + how.tokens
-    room = share_mib(CACHE_SHARE, CACHE_CPU_MIB) * 2**20 // cache_bytes(spec, longest, dtype)
-    size = min(how.batch, max(LEAST_ROWS, 2 ** (max(room, 1).bit_length() - 1)))
+    longest = len(ids[order[-1]]) + generation.tokens
+    room = share_mib(CACHE_SHARE, CACHE_CPU_MIB) * 2**20 // cache_bytes(spec, longest, teacher.dtype)
+    size = min(generation.batch, max(LEAST_ROWS, 2 ** (max(room, 1).bit_length() - 1)))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        options = GenerationOptions(
-            how.tokens,
+        options = DecodingOptions(
+            generation.tokens,
             ends=[tokenizer.suffix],
             known=tokenizer.known(spec.vocab),
-            sampling=how.sampling,
+            sampling=generation.sampling,
             seed=seed,
             prompt_tokens=-(-len(ids[rows[-1]]) // PROMPT_TOKENS) * PROMPT_TOKENS,
             rows=min(size, bucket_length(len(rows))),
-            dtype=dtype,
+            dtype=teacher.dtype,
         )
-        new = generate(spec, params, [ids[n] for n in rows], options, numbers=rows, layout=layout)
+        prompts = [ids[n] for n in rows]
+        new = generate(spec, teacher.params, prompts, options, numbers=rows, layout=teacher.layout)
         for number, added in zip(rows, new, strict=True):
             ids[number] += added
         progress(start + len(rows), len(ids))
     return [tokenizer.decode(item[1:]).strip() for item in ids]
 
 
-def familiar(bits_per_byte: np.ndarray, of_given: np.ndarray, *, most: float) -> np.ndarray:
-    """Which texts a model finds no more foreign than `most` times the highest bits per byte of the given ones' middle.
+def familiar(bits_per_byte: np.ndarray, of_given: np.ndarray, *, maximum: float) -> np.ndarray:
+    """Compares generated texts with given ones by their bits per byte under one model.
 
-    `bits_per_byte` are those of the written texts, `of_given` those of the texts they were to resemble, whose 95th
-    percentile is meant: texts in another language are far above it.
+    Args:
+        bits_per_byte: Those of the generated texts [N].
+        of_given: Those of the given texts [D].
+        maximum: Largest ratio to the 95th percentile of the given texts; texts in another language are far above it.
+
+    Returns:
+        Whether each generated text is within that ratio, bool [N].
     """
-    return bits_per_byte <= most * np.quantile(of_given, 0.95)
+    return bits_per_byte <= maximum * np.quantile(of_given, 0.95)
 
 
 def chosen_texts(name: str, texts: Sequence[str], kept: np.ndarray, *, required: bool = True) -> Texts:
-    """The texts that are kept and not empty, each once, with ids `written:N`.
+    """Returns the kept texts that are not empty, each once, with ids `generated:N`.
 
-    Raises InputError if there is none, unless they are not `required`.
+    Args:
+        name: The name of the result, also in the error.
+        texts: All texts.
+        kept: Whether each text is familiar to the model that will learn from it, bool [N].
+        required: Whether a result without a text is an error.
+
+    Raises:
+        InputError: No text is left, though texts are `required`.
     """
     seen: dict[str, str] = {}
     for number, (text, keep) in enumerate(zip(texts, kept, strict=True)):
         if keep and text:
-            seen.setdefault(text, f"written:{number}")
+            seen.setdefault(text, f"generated:{number}")
     if not seen and required:
         raise InputError(
             f"none of the {len(texts)} texts {name} is of use: {int(np.sum(~kept))} are foreign to the target, the "
-            "others empty; raise written.foreign, or leave source-written texts out"
+            "others empty; raise generation.foreign, or leave generated texts out"
         )
     return Texts(name, tuple(seen.values()), tuple(seen))
+
+
+def filter_texts(name: str, texts: Sequence[str], given: Texts, settings: TextFilter) -> tuple[Texts, dict[str, int]]:
+    """Leaves out foreign, empty and repeated texts, and those beyond the limits.
+
+    Args:
+        name: Who generated the texts.
+        texts: The generated texts.
+        given: The texts that they should resemble.
+        settings: What is kept.
+
+    Returns:
+        The kept texts, and counts: `asked`, `foreign`, `kept`.
+
+    Raises:
+        InputError: No text is left and `settings.without` is None.
+    """
+    kept = np.ones(len(texts), bool)
+    if settings.judge is not None and settings.foreign is not None:
+        # A text without a byte has no bits per byte.
+        scored = Texts("generated", tuple(map(str, range(len(texts)))), tuple(text or " " for text in texts))
+        kept = familiar(settings.judge(scored), settings.judge(given), maximum=settings.foreign)
+    chosen = chosen_texts(f"generated by {name}", texts, kept, required=settings.without is None)
+    chosen = chosen.first(settings.max_texts)
+    if settings.max_bytes is not None:
+        sizes = np.cumsum([len(text.encode()) for text in chosen.texts])
+        chosen = chosen.first(max(1, int(np.searchsorted(sizes, settings.max_bytes, side="right"))))
+    return chosen, {"asked": len(texts), "foreign": int(np.sum(~kept)), "kept": len(chosen)}

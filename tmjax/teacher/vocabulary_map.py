@@ -1,8 +1,8 @@
-"""How a source's next tokens read as a target's: two vocabularies over the same bytes.
+"""Maps next tokens of a source to those of a target: two vocabularies over the same bytes.
 
 A text that goes on with the bytes S has as its next target token the longest one that S begins with (which is what
-byte-pair encoding picks nearly always). While S could still become a longer token it is open, and only further source
-tokens tell.
+byte-pair encoding picks nearly always). While S could still become a longer token it is open, and further source
+tokens settle it.
 """
 
 from bisect import bisect_left
@@ -28,7 +28,7 @@ NONE_SHARED = (
 
 
 class Readings(NamedTuple):
-    """What each source token, written after some bytes, makes of them.
+    """How each source token, appended to some bytes, reads in the target's vocabulary.
 
     `token` [source vocab] int32: the target token that the whole begins with, -1 if none does; `is_open` [source vocab]
     bool: whether the whole is the beginning of a longer one.
@@ -75,15 +75,15 @@ class Crossing:
         after = _after(prefix)
         return slice(bisect_left(pieces, prefix), len(pieces) if after is None else bisect_left(pieces, after))
 
-    def _readings(self, held: bytes) -> Readings:
-        """What every source token makes of `held`, bytes that are open (none at the start)."""
-        here = self.token_of(held)
+    def _readings(self, text: bytes) -> Readings:
+        """Reads every source token after `text`, the bytes of an open beginning (empty at the start)."""
+        settled = self.token_of(text)
         token, is_open = np.full(self._size, -1, np.int32), np.zeros(self._size, bool)
-        token[self._numbers] = here
-        token[self.source.suffix] = here if held else self.target.suffix
-        longer = [piece for piece in self._sorted[self._within(self._sorted, held)] if len(piece) > len(held)]
+        token[self._numbers] = settled
+        token[self.source.suffix] = settled if text else self.target.suffix
+        longer = [piece for piece in self._sorted[self._within(self._sorted, text)] if len(piece) > len(text)]
         for piece in sorted(longer, key=len):
-            rest = piece[len(held) :]
+            rest = piece[len(text) :]
             token[self._numbers[self._within(self._order, rest)]] = self._tokens[piece]
             for length in range(1, len(rest)):
                 for number in self.source.vocabulary.ids.get(rest[:length], ()):
@@ -131,8 +131,8 @@ class Crossing:
         both = self.target, self.source
         encodings = [tokenizer.encode(texts) for tokenizer in both]
         readings = [
-            [read(text, encoding, tokenizer) for text, encoding in zip(texts, held, strict=True)]
-            for held, tokenizer in zip(encodings, both, strict=True)
+            [read(text, encoding, tokenizer) for text, encoding in zip(texts, own, strict=True)]
+            for own, tokenizer in zip(encodings, both, strict=True)
         ]
         return encodings, readings
 
@@ -150,8 +150,8 @@ class Crossing:
         """Which of two tokenizers changes a text at a pair of positions, and how."""
         place = int(target.starts[pair[0]])
         given = b" " + text.encode() if place == BEFORE else text.encode()[place:]
-        held = [reading.strings[at : at + 1] for reading, at in zip((target, source), pair, strict=True)]
-        pieces = [item[0] if item else b"" for item in held]
+        following = [reading.strings[at : at + 1] for reading, at in zip((target, source), pair, strict=True)]
+        pieces = [item[0] if item else b"" for item in following]
         changes = [not piece or not given.startswith(piece) for piece in pieces]
         which = changes.index(True) if True in changes else 1
         piece, name = pieces[which], (self.target, self.source)[which].name
@@ -163,10 +163,20 @@ class Crossing:
 def require_shared(
     target: TextTokenizer, source: TextTokenizer, texts: Sequence[str], *, otherwise: str
 ) -> tuple[int, int]:
-    """The target's positions in texts that the source shares, and all of them.
+    """Counts the target's positions in texts that the source shares.
 
-    Raises InputError, with `otherwise` as what to do, if the source's next tokens cannot be read as the target's: if
-    the two read other texts or share no position.
+    Args:
+        target: The target's tokenizer.
+        source: The source's tokenizer.
+        texts: The texts.
+        otherwise: What to do instead, appended to the error.
+
+    Returns:
+        The number of shared positions, and of all positions of the target.
+
+    Raises:
+        InputError: The source's next tokens cannot be read as the target's: the two read different texts, or share no
+            position.
     """
     crossing = Crossing(target, source)
     encodings, readings = crossing.read(texts)
@@ -183,7 +193,7 @@ def require_shared(
 
 
 def few_shared(positions: float, of: float) -> str | None:
-    """A warning where the source says something at few of the target's positions."""
+    """Returns a warning if a source has probabilities at few of the target's positions, else None."""
     if positions >= FEW * of:
         return None
     return (

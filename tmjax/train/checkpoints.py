@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tmjax.files.atomic import remove, write_json
-from tmjax.runs.directory import digest
+from tmjax.runs.hashes import digest
 from tmjax.sharding import hosts
 from tmjax.train.loop import Selection
 from tmjax.train.step import State
@@ -20,19 +20,22 @@ _KEY = "key.json"
 class Checkpoints:
     """The checkpoints of one training in a directory of their own.
 
-    `key` (a JSON value) is what decides the training's result: checkpoints of another one are deleted.
+    Args:
+        directory: The folder; created if missing.
+        key: A JSON value that decides the result of the training; checkpoints of another key are deleted.
+        keep: The number of newest checkpoints that are kept.
     """
 
     def __init__(self, directory: Path, key: object, *, keep: int = 2) -> None:
         directory = Path(directory).absolute()
-        told = {"key": digest(key)}
+        record = {"key": digest(key)}
         if hosts.is_first():
-            if directory.exists() and _read(directory / _KEY) != told:
+            if directory.exists() and _read(directory / _KEY) != record:
                 remove(directory)
             directory.mkdir(parents=True, exist_ok=True)
-            write_json(directory / _KEY, told)
+            write_json(directory / _KEY, record)
         hosts.barrier("checkpoints")
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every save
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
@@ -41,29 +44,29 @@ class Checkpoints:
         )
 
     def latest(self, like: State) -> tuple[int, State, Selection] | None:
-        """Steps, state and selection of the newest checkpoint, laid out as `like`; None if there is none."""
+        """Returns steps, state and selection of the newest checkpoint, laid out as `like`; None if there is none."""
         step = self._manager.latest_step()
         if step is None:
             return None
-        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
-        args = {"state": ocp.args.StandardRestore(wanted), "facts": ocp.args.JsonRestore()}
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
+        args = {"state": ocp.args.StandardRestore(shapes), "facts": ocp.args.JsonRestore()}
         facts = self._manager.restore(step, args=ocp.args.Composite(facts=args["facts"]))["facts"]
         if facts["selected"]:
             plain = {p: np.empty(x.shape, x.dtype) for p, x in like.trained.items()}
             args["best"] = ocp.args.StandardRestore(plain)
-        held = self._manager.restore(step, args=ocp.args.Composite(**args))
-        leaves = [held["state"][f"{number:05d}"] for number in range(len(held["state"]))]
+        arrays = self._manager.restore(step, args=ocp.args.Composite(**args))
+        leaves = [arrays["state"][f"{number:05d}"] for number in range(len(arrays["state"]))]
         selection = Selection(
             float("inf") if facts["loss"] is None else facts["loss"],
             facts["step"],
             facts["worse"],
             [(count, loss) for count, loss in facts["history"]],
-            {path: np.asarray(x) for path, x in held["best"].items()} if facts["selected"] else None,
+            {path: np.asarray(x) for path, x in arrays["best"].items()} if facts["selected"] else None,
         )
         return step, jax.tree.unflatten(jax.tree.structure(like), leaves), selection
 
     def save(self, count: int, state: State, selection: Selection) -> None:
-        """Keeps a state under the number of steps before it; what is there already stays."""
+        """Stores a state under the number of steps before it, unless that number is stored already."""
         if count in self._manager.all_steps():
             return
         facts = {

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from tmjax.errors import InputError
-from tmjax.train.loss import Teaching
+from tmjax.teacher.probabilities import TeacherProbabilities
+from tmjax.train.loss import TeacherTokens
 from tmjax.typing import ArrayLike
 
 #: Row lengths are multiples of this.
@@ -40,31 +41,58 @@ class Guide(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Inputs [B, T], the token that follows each, 1 where that token counts (0 on padding and prompts), guidance,
-    what a teacher holds for the next token."""
+    """Rows of tokens, one document (or piece of one) in each.
+
+    Attributes:
+        ids_bt: Inputs [B, T].
+        targets_bt: The token that follows each input [B, T].
+        mask_bt: 1 where that token counts, 0 on padding and prompts [B, T].
+        guide: Source features at spans.
+        teacher: A teacher's distributions of the next token.
+    """
 
     ids_bt: ArrayLike
     targets_bt: ArrayLike
     mask_bt: ArrayLike
     guide: Guide | None = None
-    teaching: Teaching | None = None
+    teacher: TeacherTokens | None = None
 
 
 class Guidance(Protocol):
-    """What gives batches their `Guide`."""
+    """Makes the `Guide` of batches."""
 
     def spans(self, piece: Piece) -> int:
-        """How many spans a piece has."""
+        """Counts the spans of a piece."""
 
     def guide(self, pieces: Sequence[Piece], rows: int, spans: int) -> Guide:
-        """The guide of a batch of `rows` rows, padded to `spans` spans each."""
+        """Returns the guide of a batch of `rows` rows, padded to `spans` spans each."""
 
 
-class Lessons(Protocol):
-    """What gives batches their `Teaching`."""
+def teacher_tokens(
+    probabilities: TeacherProbabilities, pieces: Sequence[Piece], rows: int, tokens: int
+) -> TeacherTokens:
+    """Lays out a teacher's probabilities by the positions of a batch.
 
-    def teaching(self, pieces: Sequence[Piece], rows: int, tokens: int) -> Teaching:
-        """What is taught at the positions of a batch of `rows` rows of `tokens`."""
+    Args:
+        probabilities: Those of the documents that the pieces are cut from.
+        pieces: The first rows of the batch.
+        rows: Rows of the batch.
+        tokens: Tokens of a row.
+
+    Returns:
+        Distributions [rows, tokens, k].
+    """
+    keep = probabilities.ids.shape[1]
+    ids, weight = np.zeros((rows, tokens, keep), np.int32), np.zeros((rows, tokens, keep), np.float32)
+    mask = np.zeros((rows, tokens), np.float32)
+    for slot, piece in enumerate(pieces):
+        low, high = np.searchsorted(probabilities.document, [piece.document, piece.document + 1])
+        place = probabilities.position[low:high] - piece.start
+        within = (place >= 0) & (place < len(piece.ids) - 1)
+        place, number = place[within], np.arange(low, high)[within]
+        ids[slot, place], weight[slot, place] = probabilities.ids[number], probabilities.weight[number]
+        mask[slot, place] = 1.0
+    return TeacherTokens(ids, weight, mask)
 
 
 def split(
@@ -79,16 +107,16 @@ def split(
     pieces = []
     for number, document in enumerate(documents):
         ids = np.asarray(document, np.int32)
-        told = np.ones(len(ids), np.float32) if counts is None else np.asarray(counts[number], np.float32)
+        weight = np.ones(len(ids), np.float32) if counts is None else np.asarray(counts[number], np.float32)
         for start in range(0, len(ids) - 1, max_tokens):
             window = slice(start, start + max_tokens + 1)
-            if told[window][1:].any():
-                pieces.append(Piece(number, start, ids[window], told[window]))
+            if weight[window][1:].any():
+                pieces.append(Piece(number, start, ids[window], weight[window]))
     return pieces
 
 
 def row_lengths(sizes: Sequence[int], count: int) -> list[int]:
-    """At most `count` row lengths, multiples of `ROW_STEP`, that hold rows of these sizes with the least padding."""
+    """Returns at most `count` row lengths, multiples of `ROW_STEP`, that fit rows of these sizes with least padding."""
     ceilings, frequency = np.unique(-(-np.asarray(sizes) // ROW_STEP) * ROW_STEP, return_counts=True)
     upto = np.concatenate([[0], np.cumsum(frequency)])
     best = np.where(upto > 0, np.inf, 0.0)  # padded tokens of the rows that fit the first j ceilings
@@ -116,9 +144,21 @@ class Batches:
     """Endless batches of at most `tokens` tokens (padding included) in at most `lengths` different shapes.
 
     Each epoch visits all documents in a new random order, which `seed` alone decides; a row length gives a batch
-    whenever it has enough rows for one, and rows left over at the end of an epoch open the next. The number of rows is
-    a multiple of `multiple` (devices that share a batch), filled up with empty rows if need be. Raises InputError if
-    there is nothing to train on.
+    whenever it has enough rows for one, and rows left over at the end of an epoch open the next.
+
+    Args:
+        documents: Token ids of every document.
+        tokens: Most tokens of a batch.
+        seed: Seed of the order.
+        lengths: Most row lengths.
+        max_tokens: Longer documents are cut into pieces that predict at most so many tokens.
+        counts: Whether each token of each document is to be predicted; all unless given.
+        guidance: Makes the guides of batches.
+        teacher: A teacher's probabilities on the documents.
+        multiple: The number of rows is a multiple of this (devices that share a batch), filled up with empty rows.
+
+    Raises:
+        InputError: There is nothing to train on.
     """
 
     def __init__(
@@ -131,14 +171,14 @@ class Batches:
         max_tokens: int = 512,
         counts: Sequence[Sequence[bool]] | None = None,
         guidance: Guidance | None = None,
-        lessons: Lessons | None = None,
+        teacher: TeacherProbabilities | None = None,
         multiple: int = 1,
     ) -> None:
         self.pieces = split(documents, min(max_tokens, tokens), counts)
         if not self.pieces:
             raise InputError("no document has two tokens of which the second counts; there is nothing to train on")
         self.seed, self.tokens, self.multiple = seed, tokens, multiple
-        self.guidance, self.lessons = guidance, lessons
+        self.guidance, self.teacher = guidance, teacher
         sizes = np.array([len(piece.ids) - 1 for piece in self.pieces])
         self.shapes = row_lengths(sizes, lengths)
         self._bucket = np.searchsorted(self.shapes, sizes)
@@ -159,12 +199,13 @@ class Batches:
             batch = make_batch(pieces, self.shapes[bucket], rows)
             if self.guidance is not None:
                 batch = batch._replace(guide=self.guidance.guide(pieces, rows, self._spans[bucket]))
-            if self.lessons is not None:
-                batch = batch._replace(teaching=self.lessons.teaching(pieces, rows, self.shapes[bucket]))
+            if self.teacher is not None:
+                laid_out = teacher_tokens(self.teacher, pieces, rows, self.shapes[bucket])
+                batch = batch._replace(teacher=laid_out)
             yield batch
 
     def rows(self, bucket: int) -> int:
-        """Rows of a batch of the row length with this number, before they are made a multiple."""
+        """Returns the rows of a batch of the row length with this number, before they are made a multiple."""
         return max(1, self.tokens // self.shapes[bucket])
 
     def _plans(self) -> Iterator[tuple[int, list[int]]]:

@@ -1,47 +1,28 @@
-"""Tying a target's span features to a source's: which layers, initial maps, and what batches need of the source.
+"""Tying a target's span features to a source's: initial maps, and the source features of every batch.
 
-A feature is the residual stream after a block at the last token of a whitespace-delimited span. Trainable linear maps
-predict the source's features, standardised, from the target's; they begin as ridge regressions and are trained with
-the model. Only the target's own forward pass is needed while training: source features are computed once and stored.
+Trainable linear maps predict the source's features (`teacher.features`), standardised, from the target's; they begin as
+ridge regressions and are trained with the model. Only the target's own forward pass is needed while training: source
+features are computed once and stored.
 """
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tmjax.activations.store import Activations
-from tmjax.align.layer_plan import LayerPlan
 from tmjax.errors import InputError
-from tmjax.models.decoder import bind
-from tmjax.models.spec import DecoderSpec
+from tmjax.teacher.features import SITE
 from tmjax.text.rows import TokenisedDocument
 from tmjax.train.data import Guide, Piece
-from tmjax.train.step import GUIDE
-from tmjax.typing import Array, Params
+from tmjax.train.optimizer import GUIDE
+from tmjax.typing import Array
 
-#: The site whose activations are tied.
-SITE = "resid"
 #: Initial maps are fitted on at most so many spans.
-MOST_ROWS = 20000
-
-
-def by_depth(target_layers: int, source_layers: int) -> list[int]:
-    """For each target layer l = 1..L the source layer round(l M / L), at least 1; the numbers returned count from 0."""
-    return [max(1, round(layer * source_layers / target_layers)) - 1 for layer in range(1, target_layers + 1)]
-
-
-def by_plan(plans: Sequence[LayerPlan]) -> list[int]:
-    """For each target layer the source layer of largest weight in the layer plans P, averaged over projections."""
-    return np.mean([plan.weights for plan in plans], axis=0).argmax(axis=1).tolist()
-
-
-def last_tokens(documents: Sequence[TokenisedDocument]) -> list[TokenisedDocument]:
-    """The same documents, every row reduced to the last of its tokens."""
-    return [TokenisedDocument(item.ids, [[positions[-1]] for positions in item.rows]) for item in documents]
+MAX_ROWS = 20000
 
 
 def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,35 +38,19 @@ def _root(metric: np.ndarray) -> np.ndarray:
     return ((vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _fisher(spec: DecoderSpec, params: Params, states_re: Array) -> Array:
-    """Mean of J^T (diag p - p p^T) J over residual states [R, embed]; J are the derivatives of the logits."""
-    decoder = bind(spec, params)
-
-    def one(state: Array) -> Array:
-        logits, along = jax.linearize(lambda x: decoder.logits(decoder.norm(x)), state)
-        p = jax.nn.softmax(logits)
-        columns = jax.vmap(along)(jnp.eye(len(state)))  # [embed, vocab]
-        mean = columns @ p
-        return (columns * p) @ columns.T - jnp.outer(mean, mean)
-
-    return jnp.mean(jax.lax.map(one, states_re), axis=0)
-
-
-def read_out_metric(spec: DecoderSpec, params: Params, values: Activations, *, most: int = 512) -> np.ndarray:
-    """The Fisher information [k, k] of the read-out in the last residual state, over at most `most` stored rows."""
-    held = values.site(SITE)[spec.layers - 1]
-    chosen = np.linspace(0, len(held) - 1, min(most, len(held))).astype(int)
-    return np.asarray(_fisher(spec, params, jnp.asarray(held[chosen], jnp.float32)), np.float64)
-
-
 @dataclass(frozen=True)
 class SourceFeatures:
-    """Features of the source at the spans of documents that the target reads: gives batches their `Guide`.
+    """Features of the source at the spans of the target's documents; makes the `Guide` of batches.
 
-    `values` are the source's stored activations, `layers` the source layer of each target layer, `positions` the
-    position of every span's last token in the target's documents, `order` which source row belongs to which span (a
-    control shuffles them).
+    Attributes:
+        values: The source's stored features.
+        layers: The source layer of each target layer.
+        positions: Of every document, the positions of the spans' last tokens in the target's tokens.
+        first_row: The first row of every document.
+        mean: Mean of every unit [L, k].
+        scale: Standard deviation of every unit [L, k].
+        order: The source row of every span, if not the span's own.
+        metric: Root of the metric of errors, in standardised units [L, k, k].
     """
 
     values: Activations
@@ -103,47 +68,60 @@ class SourceFeatures:
         values: Activations,
         documents: Sequence[TokenisedDocument],
         layers: Sequence[int],
-        order: np.ndarray | None = None,
         metric: np.ndarray | None = None,
-    ) -> "SourceFeatures":
-        """`documents` are the target's, as `pair_rows` gave them; see the class."""
-        held = values.site(SITE)
+    ) -> Self:
+        """Standardises stored features.
+
+        Args:
+            values: The source's stored features.
+            documents: The target's documents, as `pair_rows` gave them.
+            layers: The source layer of each target layer.
+            metric: Metric of errors in the source's residual state [k, k].
+
+        Raises:
+            InputError: The store has another number of rows than the documents have spans.
+        """
+        states = values.site(SITE)
         positions = [np.asarray([row[-1] for row in document.rows], np.int32) for document in documents]
         first = np.concatenate([[0], np.cumsum([len(spans) for spans in positions])])
-        if first[-1] != held.shape[1]:
-            raise InputError(f"{values.directory} holds {held.shape[1]} rows, the documents have {first[-1]} spans")
-        mean, scale = (np.stack(part) for part in zip(*(_moments(held[layer]) for layer in layers), strict=True))
+        if first[-1] != states.shape[1]:
+            raise InputError(f"{values.directory} holds {states.shape[1]} rows, the documents have {first[-1]} spans")
+        mean, scale = (np.stack(part) for part in zip(*(_moments(states[layer]) for layer in layers), strict=True))
         roots = None if metric is None else np.stack([_root(metric * np.outer(each, each)) for each in scale])
-        return cls(values, list(layers), positions, first, mean, scale, order, roots)
+        return cls(values, list(layers), positions, first, mean, scale, metric=roots)
+
+    def reordered(self, order: np.ndarray) -> Self:
+        """Returns the same spans with the source features of the rows `order` [N]."""
+        return replace(self, order=order)
 
     def rows(self, number: np.ndarray) -> np.ndarray:
-        """Standardised features [L, spans, k] float32 of the spans with these numbers."""
+        """Returns standardised features [L, spans, k] float32 of the spans with these numbers."""
         number = number if self.order is None else self.order[number]
-        held = self.values.site(SITE)
-        chosen = np.stack([held[layer][number] for layer in self.layers])
+        states = self.values.site(SITE)
+        chosen = np.stack([states[layer][number] for layer in self.layers])
         standard = (chosen - self.mean[:, None]) / self.scale[:, None]
         return standard if self.metric is None else standard @ self.metric
 
     def _within(self, piece: Piece) -> np.ndarray:
-        """Which spans of a piece's document end among its inputs."""
+        """Returns the spans of a piece's document that end among its inputs."""
         positions = self.positions[piece.document]
         return np.nonzero((positions >= piece.start) & (positions < piece.start + len(piece.ids) - 1))[0]
 
     def spans(self, piece: Piece) -> int:
-        """How many spans a piece has."""
+        """Counts the spans of a piece."""
         return len(self._within(piece))
 
     def guide(self, pieces: Sequence[Piece], rows: int, spans: int) -> Guide:
-        """The guide of a batch of `rows` rows, padded to `spans` spans each."""
+        """Returns the guide of a batch of `rows` rows, padded to `spans` spans each."""
         position, mask = np.zeros((rows, spans), np.int32), np.zeros((rows, spans), np.float32)
         source = np.zeros((len(self.layers), rows, spans, self.mean.shape[1]), np.float32)
         within = [self._within(piece) for piece in pieces]
-        numbers = [self.first_row[piece.document] + found for piece, found in zip(pieces, within, strict=True)]
+        numbers = [self.first_row[piece.document] + own for piece, own in zip(pieces, within, strict=True)]
         values = self.rows(np.concatenate(numbers))
         start = 0
-        for slot, (piece, found) in enumerate(zip(pieces, within, strict=True)):
-            count = len(found)
-            position[slot, :count] = self.positions[piece.document][found] - piece.start
+        for slot, (piece, own) in enumerate(zip(pieces, within, strict=True)):
+            count = len(own)
+            position[slot, :count] = self.positions[piece.document][own] - piece.start
             mask[slot, :count] = 1.0
             source[:, slot, :count] = values[:, start : start + count]
             start += count
@@ -161,19 +139,25 @@ def _ridge(x: Array, y: Array, penalty: Array) -> Array:
 def start_maps(
     target: Activations, source: SourceFeatures, *, penalty: float = 0.1
 ) -> tuple[dict[str, Array], dict[str, Array], list[float]]:
-    """Trained maps, frozen statistics of the target's features, variance of the source's features that each explains.
+    """Fits the initial maps from the target's features to the source's by ridge regression.
 
-    `target` are activations of the untrained model at the same spans. Maps are `guide.weight` [L, k, n] and
-    `guide.bias` [L, k], float32; `penalty` is in units of a standardised unit's variance.
+    Args:
+        target: Features of the untrained model at the same spans.
+        source: Features of the source.
+        penalty: Ridge penalty, in units of a standardised unit's variance.
+
+    Returns:
+        Trained maps `guide.weight` [L, k, n] and `guide.bias` [L, k]; frozen statistics of the target's features; part
+        of the source's variance that each map explains. All arrays are float32.
     """
-    held = target.site(SITE)
-    chosen = np.linspace(0, held.shape[1] - 1, min(held.shape[1], MOST_ROWS)).astype(int)
+    states = target.site(SITE)
+    chosen = np.linspace(0, states.shape[1] - 1, min(states.shape[1], MAX_ROWS)).astype(int)
     everything = source.rows(chosen)
     weights, biases, means, scales, explained = [], [], [], [], []
     for layer, y in enumerate(everything):
-        mean, scale = _moments(held[layer])
-        x = (held[layer][chosen] - mean) / scale
-        centre = y.mean(axis=0)  # not zero where rows lie outside of what was standardised
+        mean, scale = _moments(states[layer])
+        x = (states[layer][chosen] - mean) / scale
+        centre = y.mean(axis=0)  # not zero where the fit reads a part of the rows
         weight = np.asarray(_ridge(jnp.asarray(x), jnp.asarray(y - centre), jnp.float32(penalty)))
         error = np.mean(np.square(x @ weight.T + centre - y))
         explained.append(float(1 - error / np.mean(np.square(y))))

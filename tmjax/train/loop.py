@@ -1,4 +1,4 @@
-"""The training loop: steps, validation with selection and early stop, checkpoints, and what to do about a NaN."""
+"""The training loop: steps, validation with selection and early stop, checkpoints, handling of NaN."""
 
 import itertools
 import time
@@ -16,14 +16,13 @@ from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
 from tmjax.train.data import Batch, Batches
 from tmjax.train.modes import Frozen, Mode, Plain
-from tmjax.train.step import Losses, Objective, State, TrainConfig, Weights, fold, learning_rate, start, step
+from tmjax.train.optimizer import TrainConfig, Weights, learning_rate
+from tmjax.train.step import Losses, Objective, State, fold, start, step
 from tmjax.typing import Array, Params
-
-__all__ = ["Facts", "Progress", "Selection", "TrainConfig", "TrainResult", "Trainer", "train"]
 
 
 class Facts(NamedTuple):
-    """What is told of a step: losses before its update (`text` in nats per token), validation loss after it (or None).
+    """A step's losses before its update (`text` in nats per token), and the validation loss after it (or None).
 
     `tokens` are those predicted and `seconds` the time since training (re)started.
     """
@@ -32,7 +31,7 @@ class Facts(NamedTuple):
     loss: float
     text: float
     guide: float
-    taught: float
+    teacher: float
     norm: float
     lr: float
     tokens: int
@@ -40,7 +39,7 @@ class Facts(NamedTuple):
     valid: float | None = None
 
 
-#: Told the facts of every step done.
+#: Called with the facts of every step.
 Progress = Callable[[Facts], None]
 
 
@@ -55,7 +54,7 @@ class Selection:
     trained: dict[str, np.ndarray] | None = None
 
     def see(self, count: int, loss: float, trained: dict[str, Array]) -> None:
-        """Takes the loss after `count` steps into account."""
+        """Records the validation loss after `count` steps, and the trained arrays if it is the best."""
         self.history.append((count, loss))
         if loss < self.loss:
             self.loss, self.step, self.worse = loss, count, 0
@@ -65,13 +64,13 @@ class Selection:
 
 
 class Keeper(Protocol):
-    """Where states are kept (see `adapt.checkpoints`)."""
+    """Storage of states (see `train.checkpoints`)."""
 
     def latest(self, like: State) -> tuple[int, State, Selection] | None:
-        """Steps, state and selection of the newest checkpoint; None if there is none."""
+        """Returns steps, state and selection of the newest checkpoint; None if there is none."""
 
     def save(self, count: int, state: State, selection: Selection) -> None:
-        """Keeps a state; need not wait until it is written."""
+        """Stores a state; need not wait until it is written."""
 
     def wait(self) -> None:
         """Waits until everything is written."""
@@ -79,9 +78,15 @@ class Keeper(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Parameters of the model (the best on validation text, else the last), losses of the steps made in this process.
+    """The outcome of a training.
 
-    `trained` are the arrays that were trained, of the same step.
+    Attributes:
+        params: Parameters of the model, the best on validation text, else the last.
+        trained: The trained arrays of the same step.
+        losses: Losses of the steps made in this process.
+        steps: Steps made in all.
+        selection: Validation losses and the best of them; None without validation.
+        stopped_early: Whether `patience` ended it.
     """
 
     params: dict[str, Array]
@@ -94,12 +99,20 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Trainer:
-    """How training goes on beside its steps.
+    """Training with validation, early stop and checkpoints.
 
-    `validate` gives the loss of a model's parameters on validation text: before the first step, every `validate_every`
-    steps and after the last; the best parameters are the result, and `patience` such losses in a row without a better
-    one end the training. `keeper` holds checkpoints, one every `keep_every` steps and at the end, from the newest of
-    which training goes on: all later numbers are those of a training that was not interrupted.
+    A training that resumes from a checkpoint gives the numbers of one that was not interrupted.
+
+    Attributes:
+        objective: The training problem.
+        layout: The device mesh.
+        validate: Returns the loss of a model's parameters on validation text; called before the first step, every
+            `validate_every` steps and after the last. The best parameters are the result.
+        validate_every: Steps between validations.
+        patience: Validations in a row without a better loss that end the training.
+        keeper: Storage of checkpoints, from the newest of which training resumes.
+        keep_every: Steps between checkpoints; the last step has one too.
+        progress: Called with the facts of every step.
     """
 
     objective: Objective
@@ -112,16 +125,25 @@ class Trainer:
     progress: Progress | None = None
 
     def run(self, trained: Params, frozen: Frozen, data: Iterable[Batch]) -> TrainResult:
-        """Trains `trained` (float32, already in place; donated) for `config.steps` steps.
+        """Trains for `config.steps` steps.
 
-        Raises InputError if `data` ends early or is only an iterator though there is a checkpoint to go on from, and
-        NonFiniteError, after keeping the last good state, if a loss or gradient stops being a number.
+        Args:
+            trained: The arrays to be trained, float32, on their devices; donated.
+            frozen: Arrays that are not trained.
+            data: Batches from the first on.
+
+        Returns:
+            The best model on validation text, else the last.
+
+        Raises:
+            InputError: `data` ends early.
+            NonFiniteError: A loss or gradient is not a number; the last good state is stored first.
         """
         config = self.objective.config
         state, selection, done = start(self.objective, dict(trained)), Selection(), 0
-        held = self.keeper.latest(state) if self.keeper else None
-        if held is not None:
-            done, state, selection = held
+        checkpoint = self.keeper.latest(state) if self.keeper else None
+        if checkpoint is not None:
+            done, state, selection = checkpoint
         elif self.validate is not None:
             selection.see(0, self.validate(fold(self.objective.mode, state.trained, frozen)), state.trained)
         facts = _Reporter(config, self.progress, done)
@@ -173,10 +195,10 @@ class Trainer:
             rest = (self.layout.place_batch(np.asarray(x)) for x in (guide.position_br, guide.mask_br))
             guide = type(guide)(*rest, jnp.moveaxis(source, 0, 1))
         parts = (batch.ids_bt, batch.targets_bt, batch.mask_bt)
-        teaching = batch.teaching
-        if teaching is not None:
-            teaching = type(teaching)(*(self.layout.place_batch(np.asarray(part)) for part in teaching))
-        return Batch(*(self.layout.place_batch(np.asarray(part)) for part in parts), guide, teaching)
+        teacher = batch.teacher
+        if teacher is not None:
+            teacher = type(teacher)(*(self.layout.place_batch(np.asarray(part)) for part in teacher))
+        return Batch(*(self.layout.place_batch(np.asarray(part)) for part in parts), guide, teacher)
 
     def _require_healthy(
         self, state: State, facts: "_Reporter", losses: Losses, done: int, selection: Selection
@@ -195,14 +217,14 @@ class Trainer:
             self.keeper.save(done - 1, good, selection)
             self.keeper.wait()
             kept = f"; the state after step {done - 1} is kept"
-        what = f"the loss became {loss}" if not np.isfinite(loss) else f"the gradient's norm became {norm}"
-        raise NonFiniteError(f"{what} at step {done}{kept}; lower the learning rate")
+        fault = f"the loss became {loss}" if not np.isfinite(loss) else f"the gradient's norm became {norm}"
+        raise NonFiniteError(f"{fault} at step {done}{kept}; lower the learning rate")
 
 
 def _total(config: TrainConfig, count: int, losses: Losses) -> float:
-    """What step `count` minimised."""
+    """Returns the weighted loss that step `count` minimised."""
     weights = Weights.at(config, count - 1)
-    return float(losses.text + weights.guide * losses.guide + weights.taught * losses.taught)
+    return float(losses.text + weights.guide * losses.guide + weights.teacher * losses.teacher)
 
 
 class _Reporter:
@@ -222,7 +244,7 @@ class _Reporter:
         return bad or (measured is not None and self.flush())
 
     def flush(self) -> bool:
-        """Reports what waits; returns whether it is no number."""
+        """Reports the losses of the step before; returns whether they are no numbers."""
         if self._waiting is None:
             return False
         count, losses, tokens, measured = self._waiting
@@ -248,10 +270,27 @@ def train(
     layout: Layout | None = None,
     **options: object,
 ) -> TrainResult:
-    """Trains a float32 copy of `params` for `config.steps` steps of `data`; `options` are those of `Trainer`.
+    """Trains a float32 copy of parameters.
 
-    With a `mode`, `params` are the arrays that it trains beside the `frozen` ones. The result depends only on the
-    arguments: the same ones give the same bits on the same machine. Raises what `Trainer.run` does.
+    The result depends only on the arguments: the same ones give the same bits on the same machine.
+
+    Args:
+        spec: The architecture.
+        params: Parameters, or the arrays that `mode` trains.
+        data: Batches from the first on.
+        config: Steps and optimiser.
+        mode: The map from trained and frozen arrays to parameters; all parameters are trained unless given.
+        frozen: Arrays that are not trained.
+        progress: Called with the facts of every step.
+        layout: The device mesh.
+        **options: Further fields of `Trainer`.
+
+    Returns:
+        The best model on validation text, else the last.
+
+    Raises:
+        InputError: As `Trainer.run` does.
+        NonFiniteError: As `Trainer.run` does.
     """
     layout = layout or Layout()
     trained = {path: jnp.array(value, jnp.float32, copy=True) for path, value in params.items()}

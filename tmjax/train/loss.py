@@ -25,9 +25,14 @@ LEAST_TOKENS = 256
 LEAST_REST = 1e-6
 
 
-class Teaching(NamedTuple):
-    """What a teacher holds for the next token: the likeliest tokens [B, T, k] and their probabilities, the rest of
-    which is not known in detail; `mask` [B, T] is 1 where there is a teacher."""
+class TeacherTokens(NamedTuple):
+    """A teacher's distribution of the next token at every position of a batch.
+
+    Attributes:
+        ids_btk: The likeliest tokens, int32 [B, T, k].
+        weight_btk: Their probabilities, float32 [B, T, k]; the remainder to 1 belongs to other tokens, together.
+        mask_bt: 1 where there is a distribution, else 0; in a loss, its weight [B, T].
+    """
 
     ids_btk: ArrayLike
     weight_btk: ArrayLike
@@ -56,14 +61,14 @@ def _cut(x_bt: Array, pieces: int) -> Array:
 
 
 class _Part(NamedTuple):
-    """Tokens of one block: states [r, embed], labels [r], weight of their loss [r], what is taught, weight of that."""
+    """Tokens of one block: states [r, embed], labels [r], weight of their loss [r], a teacher's distributions."""
 
     states: Array
     labels: Array
     weight: Array
-    taught_ids: Array | None = None
-    taught: Array | None = None
-    taught_weight: Array | None = None
+    teacher_ids: Array | None = None
+    teacher: Array | None = None
+    teacher_weight: Array | None = None
 
 
 def _entropy(p: Array) -> Array:
@@ -71,9 +76,9 @@ def _entropy(p: Array) -> Array:
 
 
 def _block(spec: DecoderSpec, head: Array, part: _Part, *, slopes: bool) -> tuple[Array, Array, Array | None]:
-    """Weighted losses of a block of tokens: of labels, of what is taught, and the slope of their sum in the logits.
+    """Weighted losses of a block of tokens, of labels and of a teacher, and the slope of their sum in the logits.
 
-    The taught loss is the divergence KL(q | p) over the k tokens and all others together: q is known no finer.
+    The teacher's loss is the divergence KL(q | p) over the k tokens and all others together: q is known no finer.
     """
     logits = scaled_logits(spec, einsum("re,ve->rv", part.states, head.astype(part.states.dtype)))
     normaliser = jax.nn.logsumexp(logits, axis=-1)
@@ -84,22 +89,22 @@ def _block(spec: DecoderSpec, head: Array, part: _Part, *, slopes: bool) -> tupl
         p = jnp.exp(logits - normaliser[..., None])
         hit = part.labels[..., None] == jnp.arange(spec.vocab)
         slope = (p - hit) * part.weight[..., None]
-    if part.taught is not None:
-        log_p = jnp.take_along_axis(logits, part.taught_ids, axis=-1) - normaliser[..., None]
-        rest = jnp.maximum(1.0 - part.taught.sum(-1), 0.0)
+    if part.teacher is not None:
+        log_p = jnp.take_along_axis(logits, part.teacher_ids, axis=-1) - normaliser[..., None]
+        rest = jnp.maximum(1.0 - part.teacher.sum(-1), 0.0)
         # Tokens without weight are padding of the list: they belong to the rest.
-        listed = jnp.where(part.taught > 0, jnp.exp(log_p), 0.0)
+        listed = jnp.where(part.teacher > 0, jnp.exp(log_p), 0.0)
         own_rest = jnp.maximum(1.0 - listed.sum(-1), LEAST_REST)
-        cost = _entropy(part.taught) - jnp.where(part.taught > 0, part.taught * log_p, 0.0)
+        cost = _entropy(part.teacher) - jnp.where(part.teacher > 0, part.teacher * log_p, 0.0)
         cost = cost.sum(-1) + _entropy(rest) - rest * jnp.log(own_rest)
-        divergence = jnp.sum(cost * part.taught_weight)
+        divergence = jnp.sum(cost * part.teacher_weight)
         if slopes:
             # q of an unlisted token is its share in the student's own rest: slope p - q.
             ratio = (rest / own_rest)[..., None]
-            further = jnp.where(part.taught > 0, listed * ratio - part.taught, 0.0)
+            further = jnp.where(part.teacher > 0, listed * ratio - part.teacher, 0.0)
             row = jnp.arange(len(p))[:, None]
-            slope = slope + (p * (1.0 - ratio) * part.taught_weight[..., None]).at[row, part.taught_ids].add(
-                further * part.taught_weight[..., None]
+            slope = slope + (p * (1.0 - ratio) * part.teacher_weight[..., None]).at[row, part.teacher_ids].add(
+                further * part.teacher_weight[..., None]
             )
     if slopes:
         slope = (slope * _slope(spec, logits)).astype(part.states.dtype)
@@ -115,11 +120,11 @@ def _over(make: Callable[..., tuple], initial: tuple, parts: _Part) -> tuple[tup
 
 
 def _parts(
-    spec: DecoderSpec, hidden: Array, labels: Array, weight: Array, teaching: Teaching | None
+    spec: DecoderSpec, hidden: Array, labels: Array, weight: Array, teacher: TeacherTokens | None
 ) -> tuple[int, _Part]:
     count = _pieces(*labels.shape, spec.vocab)
-    taught = (None, None, None) if teaching is None else teaching
-    return count, jax.tree.map(lambda x: _cut(x, count), _Part(hidden, labels, weight, *taught))
+    teacher_parts = (None, None, None) if teacher is None else teacher
+    return count, jax.tree.map(lambda x: _cut(x, count), _Part(hidden, labels, weight, *teacher_parts))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -129,14 +134,24 @@ def summed_losses(
     hidden_bte: Array,
     labels_bt: Array,
     weight_bt: Array,
-    teaching: Teaching | None = None,
+    teacher: TeacherTokens | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Sum of both losses, then each: weight x -ln p(label), and `mask` x KL(teacher | model); float32, nats.
+    """Sums weight x -ln p(label) and mask x KL(teacher | model) over the tokens of a batch.
 
-    `hidden` are normed states, `head` the unembedding in its own dtype, `teaching.mask_bt` any weights. Differentiable
-    in `head` and `hidden`, of which only the first result has a gradient: the others are to be read.
+    Differentiable in `head` and `hidden`; only the first result has a gradient.
+
+    Args:
+        spec: The architecture.
+        head_ve: The unembedding [vocab, embed] in its own dtype.
+        hidden_bte: Normed states [B, T, embed].
+        labels_bt: The next tokens [B, T].
+        weight_bt: Weights of the first loss [B, T].
+        teacher: Distributions of the next token; its mask may hold any weights.
+
+    Returns:
+        The sum of both losses, the first and the second; float32, nats.
     """
-    _, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teaching)
+    _, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teacher)
 
     def make(total: tuple[Array, Array], part: _Part) -> tuple[tuple[Array, Array], tuple]:
         text, divergence, _ = _block(spec, head_ve, part, slopes=False)
@@ -153,7 +168,7 @@ def _forward(
     hidden_bte: Array,
     labels_bt: Array,
     weight_bt: Array,
-    teaching: Teaching | None = None,
+    teacher: TeacherTokens | None = None,
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
     def make(total: tuple[Array, Array, Array], part: _Part) -> tuple[tuple[Array, Array, Array], Array]:
         text, divergence, slope = _block(spec, head_ve, part, slopes=True)
@@ -161,19 +176,19 @@ def _forward(
         d_states = einsum("rv,ve->re", slope, head_ve.astype(part.states.dtype))
         return (total[0] + text, total[1] + divergence, total[2] + d_head), d_states
 
-    count, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teaching)
+    count, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teacher)
     zero = jnp.zeros((), jnp.float32)
     (text, divergence, d_head), d_hidden = _over(make, (zero, zero, jnp.zeros(head_ve.shape, jnp.float32)), parts)
     batch, tokens, width = hidden_bte.shape
     d_hidden = jnp.moveaxis(d_hidden.reshape(count, batch, -1, width), 0, 1).reshape(batch, -1, width)[:, :tokens]
-    held = (d_head.astype(head_ve.dtype), d_hidden.astype(hidden_bte.dtype))
-    return (text + divergence, text, divergence), held
+    slopes = (d_head.astype(head_ve.dtype), d_hidden.astype(hidden_bte.dtype))
+    return (text + divergence, text, divergence), slopes
 
 
 def _backward(
-    _spec: DecoderSpec, held: tuple[Array, Array], slopes: tuple[Array, Array, Array]
+    _spec: DecoderSpec, stored: tuple[Array, Array], slopes: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, None, None, None]:
-    d_head, d_hidden = held
+    d_head, d_hidden = stored
     slope = slopes[0]
     return d_head * slope.astype(d_head.dtype), d_hidden * slope.astype(d_hidden.dtype), None, None, None
 

@@ -1,4 +1,4 @@
-"""What is trained: how the parameters of the model arise from trained and frozen arrays.
+"""Modes of training: maps from trained and frozen arrays to the parameters of the model.
 
 Every mode has `params(trained, frozen)`, which the loss goes through and which, after training, folds the model.
 """
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tmjax.models.layers import einsum
 from tmjax.models.spec import DecoderSpec, ParamSpec, biases, projections
 from tmjax.sharding.mesh import Layout
-from tmjax.transfer.apply import Transported
+from tmjax.transfer.projections import Transported
 from tmjax.typing import Array, ArrayLike, Params
 
 
@@ -80,7 +80,7 @@ class Lora:
     alpha: float = 16.0
 
     def start(self, params: Params, key: Array, shardings: Mapping[str, NamedSharding]) -> dict[str, Array]:
-        """A uniform as Kaiming, B zero: what `peft` starts from. Laid out as `shardings` say, by path."""
+        """Returns the initial matrices of `peft`: A uniform as Kaiming, B zero; laid out by `shardings`, by path."""
         trained = {}
         for number, path in enumerate(self.paths):
             layers, out, into = params[path].shape
@@ -101,46 +101,38 @@ class Lora:
 
 
 def residuals(
-    rows: tuple[ParamSpec, ...], transported: Mapping[str, Transported], alphas: Mapping[str, float]
+    param_specs: tuple[ParamSpec, ...], transported: Mapping[str, Transported], alphas: Mapping[str, float]
 ) -> dict[str, Residual]:
-    """alpha Mask Delta of every transported weight and, where the target has one, its bias, by path."""
-    weights, offsets = projections(rows), biases(rows)
-    found = {}
+    """Returns alpha Mask Delta of every transported weight and, where the target has one, its bias, by path."""
+    weights, offsets = projections(param_specs), biases(param_specs)
+    result = {}
     for role, item in transported.items():
         alpha = jnp.float32(alphas[role])
-        found[weights[role].path] = Residual(alpha, jnp.asarray(item.weight_mask), item.weight)
+        result[weights[role].path] = Residual(alpha, jnp.asarray(item.weight_mask), item.weight)
         if item.bias is not None and role in offsets:
-            found[offsets[role].path] = Residual(alpha, jnp.asarray(item.bias_mask), item.bias)
-    return found
-
-
-def without_residuals(params: Params, held: Mapping[str, Residual]) -> dict[str, Array]:
-    """The base W_base = W - alpha Mask Delta whose sum with the residuals is W."""
-    return {
-        path: jnp.asarray(value, jnp.float32) - (held[path].value() if path in held else 0)
-        for path, value in params.items()
-    }
+            result[offsets[role].path] = Residual(alpha, jnp.asarray(item.bias_mask), item.bias)
+    return result
 
 
 def shardings_of(
-    layout: Layout, rows: tuple[ParamSpec, ...], spec: DecoderSpec, rank: int = 0
+    layout: Layout, param_specs: tuple[ParamSpec, ...], spec: DecoderSpec, rank: int = 0
 ) -> dict[str, NamedSharding]:
-    """Where trained parameters lie on a mesh, by path; with a rank, also those of LoRA. Empty without a mesh."""
+    """Returns the shardings of trained parameters by path; with a rank, those of LoRA too. Empty without a mesh."""
     if layout.mesh is None:
         return {}
-    found = {row.path: layout.place(row, row.stacked_shape(spec)) for row in rows if row.tied_to is None}
-    for row in projections(rows).values() if rank else ():
+    result = {row.path: layout.place(row, row.stacked_shape(spec)) for row in param_specs if row.tied_to is None}
+    for row in projections(param_specs).values() if rank else ():
         layers, out, into = row.stacked_shape(spec)
         for name, axes, shape in (
             ("lora_a", ("rank", row.axes[1]), (layers, rank, into)),
             ("lora_b", (row.axes[0], "rank"), (layers, out, rank)),
         ):
-            found[f"{name}.{row.path}"] = layout.param_sharding(row.path, axes, shape)
-    return {path: _plain(layout, sharding) for path, sharding in found.items()}
+            result[f"{name}.{row.path}"] = layout.param_sharding(row.path, axes, shape)
+    return {path: _plain(layout, sharding) for path, sharding in result.items()}
 
 
 def _plain(layout: Layout, sharding: NamedSharding) -> NamedSharding:
-    """The sharding as XLA writes it, without axes of one device; or a second step would be compiled anew."""
+    """Returns the sharding as XLA writes it, without axes of one device; else a second step would be compiled anew."""
     axes = [axis if axis is not None and layout.sizes[axis] > 1 else None for axis in sharding.spec]
     while axes and axes[-1] is None:
         axes.pop()

@@ -23,25 +23,34 @@ _PREFIX = "base_model.model."
 
 
 def write_adapter(
-    mode: Lora, spec: DecoderSpec, rows: tuple[ParamSpec, ...], trained: Params, directory: Path, *, base: str
+    mode: Lora, spec: DecoderSpec, param_specs: tuple[ParamSpec, ...], trained: Params, directory: Path, *, base: str
 ) -> None:
-    """Writes the adapter into an existing directory; `base` is the name of the model that it belongs to."""
+    """Writes an adapter.
+
+    Args:
+        mode: Rank, scale and paths of the updates.
+        spec: The architecture.
+        param_specs: The rows of the family table.
+        trained: The matrices A and B, by path.
+        directory: An existing folder.
+        base: Name of the model that the adapter belongs to.
+    """
     modules: dict[str, list[ParamSpec]] = {}
-    for row in rows:
+    for row in param_specs:
         if row.path in mode.paths:
             modules.setdefault(row.hf, []).append(row)
     tensors: dict[str, np.ndarray] = {}
     pattern = {}
     for hf, parts in modules.items():
-        held = [
+        matrices = [
             tuple(np.asarray(x) for x in to_host([trained[f"lora_{side}.{row.path}"] for side in "ab"]))
             for row in parts
         ]
         rank = mode.rank * len(parts)
         for layer in range(spec.layers):
             name = hf.format(layer=layer).removesuffix(".weight")
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.concatenate([a[layer] for a, _ in held])
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = _placed(parts, spec, [b[layer] for _, b in held])
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.concatenate([a[layer] for a, _ in matrices])
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = _placed(parts, spec, [b[layer] for _, b in matrices])
         if len(parts) > 1:
             pattern[_module(hf)] = rank
     config: dict[str, Any] = {
@@ -68,12 +77,12 @@ def write_adapter(
 
 
 def _module(hf: str) -> str:
-    """What follows the layer's number in a weight's name: the modules of all layers end in it."""
+    """Returns the part of a weight's name after the layer's number: the modules of all layers end in it."""
     return hf.split("{layer}.")[1].removesuffix(".weight")
 
 
 def _placed(parts: list[ParamSpec], spec: DecoderSpec, values: list[np.ndarray]) -> np.ndarray:
-    """B of a module [rows on disk, rank]: each part's [out, rank] in its own rows and its own columns."""
+    """Returns B of a module [rows on disk, rank]: each part's [out, rank] in its own rows and its own columns."""
     ranks: Mapping[int, int] = {i: value.shape[1] for i, value in enumerate(values)}
     if parts[0].part is None:
         return values[0]

@@ -1,7 +1,7 @@
 """Training texts: plain documents, or dialogues of which only the answers are learnt; and whether test text leaked in.
 
 A `.jsonl` line may hold, in place of `text`, a `prompt` and a `response`, or `messages` (each with `role` and
-`content`). Dialogues are written with the tokenizer's chat template if it has one; loss is on what the assistant says
+`content`). Dialogues are written with the tokenizer's chat template if it has one; loss is on the assistant's answers
 and on the end-of-sequence token after it.
 """
 
@@ -29,16 +29,18 @@ class TrainingTexts:
     dialogues: tuple[tuple[Message, ...], ...] | None = None
 
     def first(self, count: int | None) -> "TrainingTexts":
-        """The first `count` documents (all for None)."""
+        """Returns the first `count` documents (all for None)."""
         return TrainingTexts(self.texts.first(count), None if self.dialogues is None else self.dialogues[:count])
 
     def documents(self, tokenizer: TextTokenizer) -> tuple[list[list[int]], list[list[bool]] | None]:
-        """Token ids of every document, as it is scored, and which tokens are to be predicted (None: all)."""
+        """Returns token ids of every document, as it is scored, and which tokens are to be predicted (None: all)."""
         if self.dialogues is None:
             return [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(self.texts.texts)], None
-        written = [_written(tokenizer, f"{self.texts.path}: dialogue {i}", d) for i, d in enumerate(self.dialogues, 1)]
+        rendered = [
+            _rendered(tokenizer, f"{self.texts.path}: dialogue {i}", d) for i, d in enumerate(self.dialogues, 1)
+        ]
         ids, counts = [], []
-        for (text, answers), encoding in zip(written, tokenizer.encode([t for t, _ in written]), strict=True):
+        for (text, answers), encoding in zip(rendered, tokenizer.encode([t for t, _ in rendered]), strict=True):
             learnt = [any(s < end and e > start for start, end in answers) for s, e in encoding.offsets]
             before = [] if encoding.ids[:1] == [tokenizer.prefix] else [tokenizer.prefix]
             # A template may have written the end already, perhaps with white space after it.
@@ -58,8 +60,8 @@ def read_training_texts(name: str) -> TrainingTexts:
     if not isinstance(first, dict) or isinstance(first.get("text"), str):
         return TrainingTexts(read_texts(name))
     if not ({"prompt", "response"} <= first.keys() or "messages" in first):
-        found = ", ".join(first) or "nothing"
-        raise InputError(f"{name} line {lines[0][0]} has {found}; it needs text, or prompt and response, or messages")
+        keys = ", ".join(first) or "nothing"
+        raise InputError(f"{name} line {lines[0][0]} has {keys}; it needs text, or prompt and response, or messages")
     entries = [(number, parse_json(name, number, line)) for number, line in lines]
     dialogues = tuple(_messages(f"{name} line {number}", entry) for number, entry in entries)
     ids = tuple(str(entry.get("id", number)) for number, entry in entries)
@@ -71,22 +73,22 @@ def read_training_texts(name: str) -> TrainingTexts:
 
 def _messages(where: str, entry: Any) -> tuple[Message, ...]:
     if isinstance(entry, dict) and "messages" in entry:
-        found = entry["messages"]
+        messages = entry["messages"]
     elif isinstance(entry, dict) and {"prompt", "response"} <= entry.keys():
-        found = [{"role": "user", "content": entry["prompt"]}, {"role": _ANSWER, "content": entry["response"]}]
+        messages = [{"role": "user", "content": entry["prompt"]}, {"role": _ANSWER, "content": entry["response"]}]
     else:
         raise InputError(f"{where} has no prompt and response, and no messages")
-    if not isinstance(found, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in found
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     ):
         raise InputError(f"{where}: every message needs a role and a content of text")
-    if not any(message["role"] == _ANSWER and message["content"] for message in found):
+    if not any(message["role"] == _ANSWER and message["content"] for message in messages):
         raise InputError(f"{where} has nothing that the assistant says, so nothing to learn")
-    return tuple({"role": message["role"], "content": message["content"]} for message in found)
+    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
 
 
-def _written(tokenizer: TextTokenizer, where: str, dialogue: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """A dialogue as one text, and the character ranges of what the assistant says in it."""
+def _rendered(tokenizer: TextTokenizer, where: str, dialogue: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    """Returns a dialogue as one text, and the character ranges of the assistant's answers in it."""
     if not getattr(tokenizer.fast, "chat_template", None):
         if len(dialogue) > 2:
             raise InputError(f"{where} has {len(dialogue)} messages; the target's tokenizer has no chat template")
@@ -124,16 +126,16 @@ def _runs(words: Sequence[str]) -> set[int]:
 
 
 def leaked(training: Texts, heldout: Texts) -> list[str]:
-    """Ids of held-out documents whose every run of eight words (case and punctuation aside) is in the training texts.
+    """Returns ids of held-out documents that are inside the training texts, case and punctuation aside.
 
-    A shorter document must be a training document itself.
+    Every run of eight words of such a document is in them; a shorter document is a training document itself.
     """
     words = [_words(text) for text in training.texts]
     seen = set().union(*(_runs(item) for item in words))
     whole = {hash(tuple(item)) for item in words}
-    found = []
+    leaks = []
     for name, text in zip(heldout.ids, heldout.texts, strict=True):
         own = _words(text)
         if own and (_runs(own) <= seen if len(own) >= RUN_WORDS else hash(tuple(own)) in whole):
-            found.append(name)
-    return found
+            leaks.append(name)
+    return leaks

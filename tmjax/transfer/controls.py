@@ -1,38 +1,19 @@
-"""Controls: what a merge must beat before its gain may be credited to the source (DESIGN section 6).
+"""Controls: arms that a merge must beat before its gain may be credited to the source.
 
-Each intervenes before alignment and reruns everything downstream with the same budget of trials.
+A control is a function from the view of the source to another view. It is applied once, before the operators, and all
+that follows is run again with the same budget of trials.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tmjax.align.alignment import Alignment
 from tmjax.errors import InputError
-
-
-@dataclass(frozen=True)
-class Control:
-    """One control arm: what it changes, as switches that the pipeline reads."""
-
-    name: str
-    what: str
-    zero_source: bool = False
-    random_source: bool = False
-    permute_plan: bool = False
-    shuffle_rows: bool = False
-
-
-CONTROLS: Mapping[str, Control] = {
-    control.name: control
-    for control in (
-        Control("control:shrink", "source contribution zero, scales still fitted", zero_source=True),
-        Control("control:random_source", "the source's architecture with fresh random weights", random_source=True),
-        Control("control:permuted_plan", "source units permuted, per site and pair of layers", permute_plan=True),
-        Control("control:shuffled_rows", "source rows paired with other pieces of text", shuffle_rows=True),
-    )
-}
+from tmjax.text.token_map import TokenMap
+from tmjax.transfer.source_view import SourceView, TeacherData
 
 
 def derangement(size: int, seed: int) -> np.ndarray:
@@ -47,14 +28,110 @@ def derangement(size: int, seed: int) -> np.ndarray:
     return order
 
 
-def plan_permutations(alignment: Alignment, seed: int) -> dict[str, np.ndarray]:
-    """An independent permutation of the source units for every plan site and pair of layers: [L, M, k] each.
+def unit_permutations(alignment: Alignment, seed: int) -> dict[str, np.ndarray]:
+    """Draws an independent permutation of the source units for every plan site and pair of layers: [L, M, k] each.
 
     Permuting the source's columns before the solver permutes the plan's columns with them, so nothing is solved again:
-    the transport reads the unpermuted weights through the permuted plan.
+    the operators read the unpermuted weights through the permuted plan.
     """
     generator = np.random.default_rng(seed)
-    shapes = {site: (*held.index.shape, alignment.source[site].mean.shape[1]) for site, held in alignment.plans.items()}
+    shapes = {
+        site: (*plans.index.shape, alignment.source[site].mean.shape[1]) for site, plans in alignment.plans.items()
+    }
     return {
         site: generator.permuted(np.broadcast_to(np.arange(shape[2]), shape), axis=2) for site, shape in shapes.items()
     }
+
+
+def exchanged_tokens(vocab: int, known_v: np.ndarray | None, seed: int) -> np.ndarray:
+    """Draws another token for every token of a vocabulary [vocab]; rows that are no tokens (not `known_v`) stay."""
+    tokens = np.arange(vocab) if known_v is None else np.nonzero(known_v)[0]
+    result = np.arange(vocab)
+    result[tokens] = tokens[derangement(len(tokens), seed)]
+    return result
+
+
+def zero_source(view: SourceView, draw: "Draw") -> SourceView:
+    """The source contributes nothing; scales and steps are still fitted."""
+
+    def teacher() -> TeacherData:
+        data = view.teacher()
+        return TeacherData(data.documents[: data.given], data.given, None)
+
+    return replace(view, contribution=0.0, teacher=teacher)
+
+
+def random_source(view: SourceView, draw: "Draw") -> SourceView:
+    """The source's architecture with fresh random weights, of which everything is measured anew."""
+    return view.reinitialised(draw.seed, "random_source")
+
+
+def permuted_plan(view: SourceView, draw: "Draw") -> SourceView:
+    """The source's units are permuted per site and pair of layers, its tokens exchanged in maps and probabilities."""
+
+    def alignment() -> Alignment:
+        whole = view.alignment()
+        return replace(whole, source_order=unit_permutations(whole, draw.seed))
+
+    def token_map() -> TokenMap:
+        whole = view.token_map()
+        return whole._replace(order=derangement(len(whole.ids), draw.seed))
+
+    def teacher() -> TeacherData:
+        data = view.teacher()
+        if data.probabilities is None:
+            return data
+        other = exchanged_tokens(draw.vocab, draw.known_v, draw.seed)
+        ids = other[data.probabilities.ids].astype(np.int32)
+        return data._replace(probabilities=data.probabilities._replace(ids=ids))
+
+    return replace(view, alignment=alignment, token_map=token_map, teacher=teacher)
+
+
+def shuffled_rows(view: SourceView, draw: "Draw") -> SourceView:
+    """The source's rows, tokens and probabilities are paired with other pieces of text."""
+
+    def token_map() -> TokenMap:
+        whole = view.token_map()
+        order = derangement(len(whole.ids), draw.seed)
+        return whole._replace(pieces=tuple(whole.pieces[number] for number in order))
+
+    def teacher() -> TeacherData:
+        data = view.teacher()
+        if data.probabilities is None:
+            return data
+        order = derangement(len(data.probabilities.document), draw.seed)
+        ids, weight = data.probabilities.ids[order], data.probabilities.weight[order]
+        return data._replace(probabilities=data.probabilities._replace(ids=ids, weight=weight))
+
+    other = view.reordered(functools.partial(derangement, seed=draw.seed), "shuffled_rows")
+    return replace(other, token_map=token_map, teacher=teacher)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Seed of a control, and size of the target's vocabulary, of whose rows `known_v` are tokens (None: all)."""
+
+    seed: int
+    vocab: int
+    known_v: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control arm: its name, its description, and its function from view to view."""
+
+    name: str
+    description: str
+    intervene: Callable[[SourceView, Draw], SourceView]
+
+
+CONTROLS: Mapping[str, Control] = {
+    control.name: control
+    for control in (
+        Control("control:shrink", "source contribution zero, scales still fitted", zero_source),
+        Control("control:random_source", "the source's architecture with fresh random weights", random_source),
+        Control("control:permuted_plan", "source units permuted, per site and pair of layers", permuted_plan),
+        Control("control:shuffled_rows", "source rows paired with other pieces of text", shuffled_rows),
+    )
+}

@@ -1,23 +1,23 @@
-"""What a merge did to every tensor, and the refusal to call a no-op a merge."""
+"""The table of what a merge did to every tensor, and the refusal to call a no-op a merge."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmjax.checkpoints.model import Model
 from tmjax.errors import NoTransferError
-from tmjax.models.spec import DecoderSpec, ParamSpec, projections
+from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.sharding.hosts import to_host
-from tmjax.transfer.apply import Coefficients, Transported
-from tmjax.transfer.operators.embeddings import EMBEDDINGS, Blended
-from tmjax.transfer.operators.predictions import Solved
 from tmjax.typing import Array, ArrayLike, Params
 
+#: Hugging Face name of a tensor -> column -> value.
+Table = Mapping[str, Mapping[str, float]]
 #: Smallest source contribution, as a fraction of the target's norm, that counts as a transfer.
 NEGLIGIBLE = 1e-3
-#: What `update_table` tells of every tensor, beside alpha and beta.
+#: Columns of every row, beside alpha, beta and those of single operators: ||W^|| / ||W_T||, the same before norm
+#: matching, ||W - W_T|| / ||W_T||, cosine of W^ and W_T, ||alpha Mask W^|| / ||W_T||, and ||(W - W_T) mu_in|| /
+#: ||W_T mu_in||, the change of the mean output that a tensor without bias cannot make good.
 COLUMNS = (
     "transported_to_target_norm",
     "raw_transported_to_target_norm",
@@ -26,25 +26,8 @@ COLUMNS = (
     "source_part",
     "dropped_mean",
 )
-
-
-@jax.jit
-def _tensor_norms(old: Array, new: Array, item: Transported, alpha: Array) -> dict[str, Array]:
-    def norm(x: Array) -> Array:
-        return jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2)))
-
-    old, new = old.astype(jnp.float32), new.astype(jnp.float32)
-    shift = jnp.einsum("loi,li->lo", new - old, item.input_mean, precision=jax.lax.Precision.HIGHEST)
-    return {
-        "old": norm(old),
-        "transported": norm(item.weight),
-        "raw": item.raw_norm,
-        "part": norm(alpha * item.weight_mask * item.weight),
-        "update": norm(new - old),
-        "inner": jnp.sum(old * item.weight, axis=(1, 2)),
-        "shift": jnp.sqrt(jnp.sum(shift * shift, axis=1)),
-        "output": jnp.sqrt(jnp.sum(jnp.square(jnp.einsum("loi,li->lo", old, item.input_mean)), axis=1)),
-    }
+#: Columns that say how much of a tensor came from the source; the largest counts.
+SOURCE_COLUMNS = ("source_part", "source_solved")
 
 
 def of_layer(value: ArrayLike | float, layer: int) -> float:
@@ -52,99 +35,67 @@ def of_layer(value: ArrayLike | float, layer: int) -> float:
     return float(value) if np.ndim(value) == 0 else float(np.asarray(value)[layer].mean())
 
 
-def update_table(
-    spec: DecoderSpec,
-    rows: tuple[ParamSpec, ...],
-    target: Params,
-    fused: Params,
-    transported: Mapping[str, Transported],
-    coefficients: Coefficients,
-) -> dict[str, dict[str, float]]:
-    """Per weight tensor, under its Hugging Face name.
+@jax.jit
+def _change(old: Array, before: Array, after: Array) -> Array:
+    """Norms [3, S] over layers: of the target's tensor, of the change from `before`, of that from the target."""
+    old, before, after = (x.astype(jnp.float32) for x in (old, before, after))
+    parts = (old, after - before, after - old)
+    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))) for x in parts])
 
-    transported_to_target_norm ||W^|| / ||W_T||, the same before norm matching (raw_...), effective_update
-    ||W - W_T|| / ||W_T||, cosine of W^ and W_T, source_part ||alpha Mask W^|| / ||W_T||, alpha, beta, and dropped_mean
-    ||(W - W_T) mu_in|| / ||W_T mu_in||: the change of the mean output that a tensor without bias cannot make good.
+
+def changes(
+    spec: DecoderSpec, param_specs: tuple[ParamSpec, ...], target: Params, before: Params, after: Params
+) -> dict[str, tuple[float, float]]:
+    """Measures the change of every tensor from `before` to `after`, and from the target to `after`.
+
+    Returns:
+        By Hugging Face name, both norms over that of the target's tensor; tensors that did not change are left out.
     """
-    table = {}
-    for role, item in transported.items():
-        row = projections(rows)[role]
-        alpha, beta = coefficients[role]
-        norms = to_host(_tensor_norms(target[row.path], fused[row.path], item, jnp.asarray(alpha, jnp.float32)))
-        n = {key: value.astype(np.float64) for key, value in norms.items()}  # 1e-30 squared is no float32
-        old, transport = np.maximum(n["old"], 1e-30), np.maximum(n["transported"], 1e-30)
-        values = (
-            n["transported"] / old,
-            n["raw"] / old,
-            n["update"] / old,
-            n["inner"] / (old * transport),
-            n["part"] / old,
-            n["shift"] / np.maximum(n["output"], 1e-30) if item.bias is None else n["shift"] * 0,
-        )
-        columns = dict(zip(COLUMNS, values, strict=True))
-        for layer, name in enumerate(row.names(spec)):
-            values = {key: float(column[layer]) for key, column in columns.items()}
-            table[name] = values | {"alpha": of_layer(alpha, layer), "beta": of_layer(beta, layer)}
-    return table
+    result: dict[str, tuple[float, float]] = {}
+    for row in param_specs:
+        if row.tied_to is not None or after[row.path] is before[row.path]:
+            continue
+        arrays = (jnp.asarray(params[row.path]) for params in (target, before, after))
+        norms = _change(*(x if row.stacked else x[None] for x in arrays))
+        size, step, whole = to_host(norms).astype(np.float64)
+        size = np.maximum(size, 1e-30)
+        ratios = zip(step / size, whole / size, strict=True)
+        result |= {name: (float(a), float(b)) for name, (a, b) in zip(row.names(spec), ratios, strict=True)}
+    return result
 
 
-def with_blended(
-    table: Mapping[str, Mapping[str, float]], target: Model, blended: Blended
-) -> dict[str, dict[str, float]]:
-    """The table with a row of the embeddings, (1 - w) e + w e^: `alpha` is the mean of w over tokens, `beta` minus it.
+def joined_table(parts: Iterable[Table]) -> dict[str, dict[str, float]]:
+    """Joins the rows of several operators, later ones first; every row has every column, 0 where nothing is said.
 
-    The source's part is ||w e^||; a part that came through the stream's plan before, if any, is in the same row.
+    `source_part` is the largest of all.
     """
-    name = next(row.names(target.spec)[0] for row in target.rows if row.path == EMBEDDINGS)
-    held = (target.params[EMBEDDINGS], blended.params[EMBEDDINGS])
-    own, now = (np.asarray(to_host(x), np.float64) for x in held)
-    size = max(float(np.linalg.norm(own)), 1e-30)
-    mapped = blended.mapped.astype(np.float64)
-    transported, part = float(np.linalg.norm(mapped)), float(np.linalg.norm(blended.weight[:, None] * mapped))
-    earlier = table.get(name, {}).get("source_part", 0.0)
-    row = {
-        "transported_to_target_norm": transported / size,
-        "raw_transported_to_target_norm": transported / size,
-        "effective_update": float(np.linalg.norm(now - own)) / size,
-        "cosine": float((own * mapped).sum()) / (size * max(transported, 1e-30)),
-        "source_part": max(part / size, earlier),
-        "dropped_mean": 0.0,
-        "alpha": float(blended.weight.mean()),
-        "beta": -float(blended.weight.mean()),
-    }
-    return {**table, name: row}
+    table: dict[str, dict[str, float]] = {}
+    for part in parts:
+        for name, cells in part.items():
+            row = table.setdefault(name, dict.fromkeys((*COLUMNS, "alpha", "beta"), 0.0))
+            largest = max(row["source_part"], cells.get("source_part", 0.0))
+            row |= {**cells, "source_part": largest}
+    columns = dict.fromkeys(column for row in table.values() for column in row)
+    return {name: {column: row.get(column, 0.0) for column in columns} for name, row in table.items()}
 
 
-def with_solved(
-    table: Mapping[str, Mapping[str, float]], target: Model, before: Params, solved: Solved, paths: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """The table with what the solve changed: `solved` is the norm of its change over the target's.
+def require_transfer(table: Table, *, allow_negligible: bool) -> str | None:
+    """Refuses a merge in which nothing came from the source.
 
-    `source_solved` is the same if a round listened to the source, and 0 if all took the true tokens alone. Tensors that
-    were solved for without anything having been transported into them get rows.
+    Measurable is the largest ||alpha Mask W^|| / ||W_T|| over tensors from 1e-3 on, or as large a change of a tensor
+    that was solved for by the source's predictions.
+
+    Args:
+        table: The update table.
+        allow_negligible: Whether to return a warning instead.
+
+    Returns:
+        The warning; None where something came from the source.
+
+    Raises:
+        NoTransferError: Nothing measurable came from the source.
     """
-    found = {name: {**row, "solved": 0.0, "source_solved": 0.0} for name, row in table.items()}
-    rows: dict[str, ParamSpec] = {row.path: row for row in target.rows}
-    for path in paths:
-        names = rows[path].names(target.spec)
-        held = (np.asarray(to_host(x[path]), np.float64) for x in (target.params, before, solved.params))
-        old, was, now = (x.reshape(len(names), -1) for x in held)
-        size = np.maximum(np.linalg.norm(old, axis=1), 1e-30)
-        change, whole = np.linalg.norm(now - was, axis=1) / size, np.linalg.norm(now - old, axis=1) / size
-        for layer, name in enumerate(names):
-            row = found.setdefault(name, dict.fromkeys((*COLUMNS, "alpha", "beta"), 0.0))
-            row["effective_update"], row["solved"] = float(whole[layer]), float(change[layer])
-            row["source_solved"] = float(change[layer]) if solved.from_source else 0.0
-    return found
-
-
-def require_transfer(table: Mapping[str, Mapping[str, float]], *, allow_negligible: bool) -> str | None:
-    """Raises NoTransferError if no tensor got a measurable part from the source (`allow_negligible`: a warning).
-
-    Measurable: the largest ||alpha Mask W^|| / ||W_T|| over tensors is at least 1e-3, or the change of one that was
-    solved for by the source's word.
-    """
-    largest = max((max(row["source_part"], row.get("source_solved", 0.0)) for row in table.values()), default=0.0)
+    largest = max((row.get(column, 0.0) for row in table.values() for column in SOURCE_COLUMNS), default=0.0)
     if largest >= NEGLIGIBLE:
         return None
     message = (

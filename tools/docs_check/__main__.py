@@ -1,4 +1,4 @@
-"""Runs every command of the documents exactly as printed and compares what it prints with what they show.
+"""Runs every command of the documents exactly as printed, and compares the output with the one that they show.
 
     python -m tools.docs_check                  # all documents; `make docs-check`
     python -m tools.docs_check README.md        # one
@@ -6,7 +6,7 @@
     python -m tools.docs_check --long           # also what the documents mark `# takes ...`
 
 Commands marked `# needs ...` (the hub, a network, another machine) are parsed only. The others run in a temporary copy
-of the checkout, without the hub.
+of the checkout, without the hub. Notebooks are executed, and their outputs compared with the stored ones.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import typer
 
 from tmjax import cli
 from tmjax.errors import InputError
-from tools.docs_check.check import ROOT, Runner, documents, static_faults
+from tools.docs_check.check import ROOT, Runner, documents, notebooks, static_faults
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,7 +34,7 @@ def check(
 ) -> None:
     """Checks the documents; fails if something in them is not so."""
     begin = time.perf_counter()
-    paths = documents() if not names else [ROOT / name for name in names]
+    paths = [*documents(), *notebooks()] if not names else [ROOT / name for name in names]
     gone = [path for path in paths if not path.is_file()]
     if gone:
         raise InputError(f"no document {gone[0]}")

@@ -1,6 +1,7 @@
-"""The two checks: what can be known without running anything, and what commands do when they are run as printed."""
+"""The two checks: faults that show without running anything, and commands run exactly as printed."""
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -12,19 +13,38 @@ from pathlib import Path
 from tools.docs_check.blocks import PROGRAMS, SHELL, Block, Command, Document, commands, read_document
 from tools.docs_check.compare import table_fault, text_fault
 from tools.docs_check.dry import Dry, is_pattern, recipe_fault
+from tools.docs_check.notebook import notebook_faults
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-#: Blocks that are neither run nor compared: formulas.
+#: Blocks that are neither run nor compared: formulas. Directives of MyST (`{toctree}`) are the site's to check.
 PLAIN = ("formula",)
+#: A table of contents of the site.
+TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```", re.MULTILINE | re.DOTALL)
 #: Seconds after which a command counts as hanging.
 LIMIT = 3600
 #: It runs this check.
 ITSELF = ("make test", "make test-slow", "make docs-check")
 
 
+def contents(index: Path) -> list[str]:
+    """Returns the pages that the tables of contents of a page name, in order."""
+    tables = TOCTREE.findall(index.read_text(encoding="utf-8"))
+    lines = [line.strip() for table in tables for line in table.splitlines()]
+    return [line for line in lines if line and not line.startswith(":")]
+
+
 def documents(root: Path = ROOT) -> list[Path]:
-    """The documents of a checkout, in the order in which a newcomer reads them."""
-    return [root / "README.md", *sorted(root.glob("docs/*.md")), *sorted(root.glob("experiments/**/README.md"))]
+    """Returns the documents of a checkout, in the order in which a newcomer reads them; notebooks are apart."""
+    index = root / "docs/index.md"
+    pages = [root / "docs" / f"{name}.md" for name in contents(index)]
+    first = [root / "README.md", index, *(page for page in pages if page.is_file()), root / "CONTRIBUTING.md"]
+    others = [*sorted(root.glob("docs/**/*.md")), *sorted(root.glob("experiments/**/README.md"))]
+    return list(dict.fromkeys([*first, *others]))
+
+
+def notebooks(root: Path = ROOT) -> list[Path]:
+    """Returns the notebooks of a checkout."""
+    return sorted(root.glob("docs/*.ipynb"))
 
 
 def shell(document: Document) -> Iterator[tuple[Block, list[Command]]]:
@@ -35,11 +55,14 @@ def shell(document: Document) -> Iterator[tuple[Block, list[Command]]]:
 
 
 def static_faults(paths: list[Path], root: Path = ROOT) -> list[str]:
-    """What is wrong with documents, found without running a command; each fault begins with its place."""
+    """Finds faults of documents without running a command; each fault begins with its place."""
     found: list[str] = []
     dry = Dry(root)
     read: list[Document] = []
     for path in paths:
+        if path.suffix == ".ipynb":
+            found += notebook_faults(path)
+            continue
         try:
             read.append(read_document(path))
         except ValueError as error:
@@ -73,7 +96,7 @@ def _block_faults(block: Block, dry: Dry) -> list[str]:
     elif block.language == "text":
         if block.note is None:
             fault = "nothing says what prints this: <!-- docs-check: printed by COMMAND, within X -->"
-    elif block.language not in PLAIN:
+    elif block.language not in PLAIN and not block.language.startswith("{"):
         fault = f"the check knows no blocks of {block.language}"
     return [] if fault is None else [f"{block.place}: {fault}"]
 
@@ -102,13 +125,15 @@ class Runner:
         for name in ("bin", "lib", "pyvenv.cfg"):
             if (Path(sys.prefix) / name).exists():
                 (venv / name).symlink_to(Path(sys.prefix) / name)
-        for name in ("core.stamp", "test.stamp"):
+        for name in ("core.stamp", "test.stamp", "docs.stamp"):
             (venv / name).touch()
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         self.environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
 
     def document(self, path: Path) -> list[str]:
-        """Runs one document of the copy in order; returns what failed or is not as shown."""
+        """Runs one document of the copy in order; returns faults: failures, and output that differs."""
+        if path.suffix == ".ipynb":
+            return self._run(path.name, [sys.executable, "-m", "tools.docs_check.notebook", str(path)], path.name)
         read = read_document(path)
         found: list[str] = []
         for block in read.blocks:

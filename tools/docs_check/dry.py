@@ -18,7 +18,8 @@ import typer
 
 from tmjax import cli
 from tmjax.errors import TmjaxError
-from tmjax.recipes.merge import build_recipe, read_recipe
+from tmjax.recipes.base import read_recipe
+from tmjax.transfer.recipe import build_recipe
 
 #: Stands for something: DIR, T|RUN, FILE...; a command with one is a pattern, not for running as it is.
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*(\|[A-Z_]+)*(\.\.\.)?(:[A-Z]+)?|\.\.\.|…")

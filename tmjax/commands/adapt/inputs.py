@@ -1,4 +1,4 @@
-"""What an adaptation names: models, a merge to begin from, training texts, scorers; loaded when first asked for."""
+"""Inputs of an adaptation: models, a merge to begin from, training texts, scorers; loaded when first used."""
 
 import functools
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tmjax.activations.store import read
 from tmjax.align import storage as alignment_store
 from tmjax.align.alignment import Alignment
 from tmjax.checkpoints.description import describe
@@ -13,28 +14,42 @@ from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model
 from tmjax.checkpoints.model import Model
 from tmjax.commands.held_out import HeldOut
-from tmjax.commands.merge.aligned import Warn
+from tmjax.commands.progress import Warn
 from tmjax.errors import InputError, summarise
 from tmjax.evaluate.bits import Scorer
 from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
-from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
-from tmjax.runs.directory import RECIPE, read_manifest, sha256_checkpoint
+from tmjax.recipes.base import read_recipe
+from tmjax.recipes.merge import Recipe
+from tmjax.runs.hashes import sha256_checkpoint
+from tmjax.runs.manifest import load_manifest
+from tmjax.runs.run_files import RECIPE
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.teacher.vocabulary_map import require_shared
 from tmjax.text.documents import Texts
 from tmjax.text.rows import Rows, TokenisedDocument, pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.train.optimizer import TrainConfig
 from tmjax.train.texts import TrainingTexts, leaked, read_training_texts
-from tmjax.transfer.apply import Coefficients
+from tmjax.transfer.contribution import Coefficients
+from tmjax.transfer.recipe import build_recipe
+from tmjax.transfer.source_view import PairedActivations, SourceView
 
 
-class AdaptInputs(HeldOut):
-    """What an adaptation names, loaded when first asked for."""
+class AdaptInputs:
+    """Inputs of an adaptation, loaded when first used.
+
+    Args:
+        recipe: The recipe.
+
+    Raises:
+        InputError: The target is a run without an alignment.
+    """
 
     def __init__(self, recipe: AdaptRecipe) -> None:
         self.recipe = recipe
+        self.held_out = HeldOut(recipe)
         target = Path(recipe.place(recipe.target))
-        self.run = target if read_manifest(target) is not None else None
+        self.run = target if load_manifest(target) is not None else None
         if self.run is not None and not (self.run / "alignment").is_dir():
             raise InputError(f"{self.run} is a run without an alignment; give a run of tmjax merge, or a checkpoint")
 
@@ -45,7 +60,7 @@ class AdaptInputs(HeldOut):
 
     @property
     def names(self) -> dict[str, str | None]:
-        """Where source and target lie: of a run those that were merged, unless the recipe names a source."""
+        """Names of source and target: of a run those that were merged, unless the recipe names a source."""
         run, recipe = self.run_recipe, self.recipe
         if run is None:
             return {"source": recipe.source, "target": recipe.target}
@@ -53,7 +68,7 @@ class AdaptInputs(HeldOut):
 
     @functools.cached_property
     def located(self) -> dict[str, str | None]:
-        """Where source and target are now."""
+        """Present paths of source and target."""
         own, run = self.recipe, self.run_recipe
         of_run = {name for name in ("source", "target") if run and (name == "target" or not own.source)}
         return {name: given and (run if name in of_run else own).place(given) for name, given in self.names.items()}
@@ -61,18 +76,18 @@ class AdaptInputs(HeldOut):
     def merge_recipe(self) -> Recipe:
         """The merge that has to be done for this adaptation, in a folder of its run.
 
-        Residual-frozen training is of transported weights, so weights alone are merged unless told otherwise.
+        Residual-frozen training is of transported weights, so weights alone are merged by default.
         """
         own, plain = self.recipe, {"preset": "barycentric"}
-        told = self.run_recipe.model_dump(mode="json") if self.run_recipe is not None else plain | own.merge
+        settings = self.run_recipe.model_dump(mode="json") if self.run_recipe is not None else plain | own.merge
         shared = {name: getattr(own, name) for name in ("texts", "valid", "alpha", "mesh", "dtype", "seed")}
         given = {name: value for name, value in shared.items() if value is not None}
         if own.max_texts is not None:
-            given["activations"] = told.get("activations", {}) | {"max_texts": own.max_texts}
+            given["activations"] = settings.get("activations", {}) | {"max_texts": own.max_texts}
         known = {} if self.run_recipe is None else self.run_recipe.places
         given["places"] = known | own.places
         out = {"out": str(Path(own.out) / "merge"), "test": None, "controls": False}
-        return build_recipe(told | given | self.names | out)
+        return build_recipe(settings | given | self.names | out)
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -106,11 +121,11 @@ class AdaptInputs(HeldOut):
 
     @functools.cached_property
     def texts(self) -> TrainingTexts:
-        """What is trained on."""
+        """The given training texts."""
         return read_training_texts(self.recipe.place(self.recipe.texts)).first(self.recipe.max_texts)
 
     def rows_of(self, texts: Texts) -> tuple[Rows, list[list[TokenisedDocument]]]:
-        """Spans of texts that both models read; documents of the target, then of the source."""
+        """Returns spans of texts that both models read, and the documents of the target, then of the source."""
         tokenizers = [self.tokenizer, load_tokenizer(self.source.directory, self.source.spec.vocab)]
         return pair_rows(texts, tokenizers, pooling="span", max_tokens=self.recipe.max_tokens)
 
@@ -119,40 +134,49 @@ class AdaptInputs(HeldOut):
         """The alignment of the run that is adapted."""
         return alignment_store.load(self.run / "alignment")
 
+    def merged_source(self) -> SourceView:
+        """Returns the source of the run that is adapted, as its operators see it."""
+        folder = self.run / "activations"
+        return SourceView(
+            self.source,
+            alignment=lambda: self.alignment,
+            activations=lambda: PairedActivations(*(read(folder / name) for name in ("target", "source"))),
+        )
+
     @functools.cached_property
     def coefficients(self) -> Coefficients:
         """The alpha and beta of every projection in the run that is adapted."""
-        told = read_manifest(self.run).get("coefficients")
-        if told is None:
+        facts = load_manifest(self.run).coefficients
+        if facts is None:
             raise InputError(f"{self.run} has an alignment and no merge; run tmjax fuse {self.run} first")
-        return {role: (item["alpha"], item["beta"]) for role, item in told["by_role"].items()}
+        return {role: (item.alpha, item.beta) for role, item in facts.by_role.items()}
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every input."""
         models = {name: sha256_checkpoint(resolve(path)) for name, path in self.located.items() if path}
-        texts = {"texts": self.texts.texts, "valid": self.valid, "test": self.test}
+        texts = {"texts": self.texts.texts, "valid": self.held_out.valid, "test": self.held_out.test}
         return models | {name: value.sha256 for name, value in texts.items() if value is not None}
 
     @functools.cached_property
     def notes(self) -> dict[str, list[str]]:
-        """What a user should know of source and target and nothing refuses; see `Model.notes`."""
+        """Notes of the checkpoints of source and target; see `Model.notes`."""
         return {name: list(checkpoint_notes(path)) for name, path in self.located.items() if path}
 
     def scorer(self, model: Model, texts: Texts) -> Scorer:
         """Scorer of `texts` for models of this architecture."""
         options = self.recipe.evaluation
-        how: dict[str, Any] = {"batch_tokens": options.batch_tokens, "max_tokens": options.max_tokens}
+        limits: dict[str, Any] = {"batch_tokens": options.batch_tokens, "max_tokens": options.max_tokens}
         tokenizer = load_tokenizer(model.directory, model.spec.vocab)
-        return Scorer(model.spec, tokenizer, texts, dtype=self.dtype, layout=self.layout, **how)
+        return Scorer(model.spec, tokenizer, texts, dtype=self.dtype, layout=self.layout, **limits)
 
     @functools.cached_property
     def valid_scorer(self) -> Scorer:
         """Scorer of the validation texts under the target's architecture."""
-        return self.scorer(self.target, self.valid)
+        return self.scorer(self.target, self.held_out.valid)
 
     def check(self, warn: Warn) -> None:
-        """Loads everything, so that whatever is wrong is said before anything is written; warns of leaks."""
+        """Loads everything, so that faults are reported before anything is written; warns of leaks."""
         recipe = self.recipe
         training = recipe.training
         if (recipe.terms or recipe.mode in WITH_SOURCE) and not self.names["source"]:
@@ -161,23 +185,23 @@ class AdaptInputs(HeldOut):
             raise InputError("init merged takes a source to merge: give --source, or a run of tmjax merge as --target")
         if recipe.guidance.layers == "plan" and "guidance" in recipe.terms and self.run is None:
             raise InputError("guidance.layers plan takes a run of tmjax merge as --target")
-        if self.valid is None and (len(training.schedules) > 1 or training.patience is not None):
+        if self.held_out.valid is None and (len(training.schedules) > 1 or training.patience is not None):
             raise InputError("steps, learning rates and early stop are chosen on validation texts: give --valid FILE")
         for steps in training.steps:
-            training.config(steps, training.lr[0], recipe.dtype)
+            TrainConfig.of(training, steps, training.lr[0], recipe.dtype)
         if recipe.terms and self.texts.dialogues is not None:
             raise InputError(f"{recipe.texts} holds dialogues; mode {recipe.mode} reads plain documents (a text field)")
         spec = self.target.spec
         if spec.learned_positions and recipe.max_tokens > spec.max_positions:
             raise InputError(f"max_tokens is {recipe.max_tokens}, the model learned {spec.max_positions} positions")
-        for name, heldout in (("test", self.test), ("validation", self.valid)):
-            found = [] if heldout is None else leaked(self.texts.texts, heldout)
-            if found:
+        for name, heldout in (("test", self.held_out.test), ("validation", self.held_out.valid)):
+            leaks = [] if heldout is None else leaked(self.texts.texts, heldout)
+            if leaks:
                 warn(
-                    f"{len(found)} of {len(heldout)} {name} documents are inside the training texts {recipe.texts}; "
-                    f"what is measured on them is memory: {summarise(found)}"
+                    f"{len(leaks)} of {len(heldout)} {name} documents are inside the training texts {recipe.texts}; "
+                    f"scores on them measure memory: {summarise(leaks)}"
                 )
-        _ = self.other_texts
+        _ = self.held_out.other_texts
         if "guidance" in recipe.terms:
             self.rows_of(self.texts.texts)
         if "distillation" in recipe.terms:

@@ -1,7 +1,7 @@
 """The stages of an adaptation, each with its input hash: features, training of every arm, evaluation, report."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +11,44 @@ import numpy as np
 import tmjax
 from tmjax.checkpoints import hf
 from tmjax.checkpoints.model import Model
+from tmjax.commands.adapt.arm_data import DataOfArms
 from tmjax.commands.adapt.arms import ADAPTED, Arm, arms_of
 from tmjax.commands.adapt.inputs import AdaptInputs
-from tmjax.commands.adapt.material import Material
 from tmjax.commands.adapt.start import Show, Starts
-from tmjax.commands.adapt.training_log import StepLog
+from tmjax.commands.adapt.training import ArmTrainer, Schedule
 from tmjax.commands.forgetting import measure_forgetting
-from tmjax.commands.merge.aligned import Warn, refuse_nested, tell_notes
+from tmjax.commands.merge.session import refuse_nested
 from tmjax.commands.notes import note_blank, note_hidden
+from tmjax.commands.progress import Warn, silent, tell_notes
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import atomic_directory, remove
 from tmjax.files.lock import OutputLock
-from tmjax.recipes.adapt import AdaptRecipe, TrainingOptions, build_adapt_recipe
-from tmjax.recipes.merge import dump_recipe
+from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe
+from tmjax.recipes.base import dump_recipe
 from tmjax.report.training import adapted_card, write_training_report
-from tmjax.runs.directory import RunDirectory, digest, read_manifest
-from tmjax.train.checkpoints import Checkpoints
-from tmjax.train.data import Batches
-from tmjax.train.loop import Facts, Trainer, TrainResult
+from tmjax.runs.directory import RunDirectory, resumes
+from tmjax.runs.hashes import digest
+from tmjax.runs.manifest import InputFacts, Manifest, Record, ScheduleFacts, TrainingFacts, load_manifest
+from tmjax.teacher.stages import TeacherStages
 from tmjax.train.modes import Lora
 from tmjax.train.peft import write_adapter
-from tmjax.train.step import Objective, padding_of
 
 _INPUTS = ("source", "target", "texts", "valid", "test")
-
-
-def schedule_name(training: TrainingOptions, steps: int, lr: float) -> str:
-    """The folder of one schedule: `lr-X`, with the number of steps where the recipe has several."""
-    return f"lr-{lr:g}" + (f"-steps-{steps}" if len(training.steps) > 1 else "")
 
 
 class Adapt:
     """One run of an adaptation; every stage resumes, training from its newest checkpoint.
 
-    `arms` and the (steps, learning rate) pairs that each tries are those of the recipe, unless others are given: a
-    study has more arms than one run.
+    Args:
+        recipe: The recipe.
+        overwrite: Whether another run in the output is replaced.
+        show: Called with (stage, done, all, note) while a stage runs.
+        warn: Called with a line that the user should read.
+        arms: The arms by name; those of the recipe unless given. A study has more arms than one run.
+        schedules: The (steps, learning rate) pairs that each arm tries; those of the recipe unless given.
+
+    Raises:
+        InputError: An input is wrong, or the output is not a run of this recipe.
     """
 
     def __init__(
@@ -54,152 +57,91 @@ class Adapt:
         *,
         overwrite: bool = False,
         show: Show = lambda stage, done, total, note: None,
-        warn: Warn = lambda message: None,
+        warn: Warn = silent,
         arms: Mapping[str, Arm] | None = None,
-        schedules: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+        schedules: Mapping[str, Sequence[Schedule]] | None = None,
     ) -> None:
         for line in recipe.moved():
             warn(line)
         recipe = recipe.placed()
         self.recipe, self.inputs = recipe, AdaptInputs(recipe)
         self.show, self.warn = show, warn
-        self.starts = Starts(self.inputs, show, warn)
-        path = Path(recipe.out)
-        refuse_nested(recipe)
-        with OutputLock(path):
-            key = self._begin(path, overwrite=overwrite)
-        self._key = key
         self.arms = dict(arms or arms_of(recipe))
         self.schedules = schedules or dict.fromkeys(self.arms, recipe.training.schedules)
-        self.material = Material(self.run, key, self.inputs, self.starts, show)
+        self.starts = Starts(self.inputs, show, warn)
+        refuse_nested(recipe)
+        path = Path(recipe.out)
+        with OutputLock(path):
+            self._key = self._input_hashes()
+            self.run = self._begin(path, overwrite=overwrite)
+        data = DataOfArms(TeacherStages(self.run, self._step, warn), self._key, self.inputs, self.starts)
+        self.trainer = ArmTrainer(self.inputs, self.starts, data, self.run.path / "training", self._key, show)
 
-    def _begin(self, path: Path, *, overwrite: bool) -> dict[str, str]:
-        """Creates or resumes the run directory, after everything that it needs was found to be good; its key."""
-        recipe, warn = self.recipe, self.warn
-        hashes = self.inputs.hashes
-        told = recipe.model_dump(mode="json", exclude={"out", "mesh", "other_texts", "places", *_INPUTS})
-        key = {"recipe": digest(told)} | hashes
+    def _step(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.show(stage, done, total, "")
+
+    def _input_hashes(self) -> dict[str, str]:
+        """Hashes of all that decides the results of the run."""
+        without = {"out", "mesh", "other_texts", "places", *_INPUTS}
+        key = {"recipe": digest(self.recipe.model_dump(mode="json", exclude=without))} | self.inputs.hashes
         if self.inputs.run is not None:
-            key["run"] = digest(read_manifest(self.inputs.run)["outputs"])
-        previous = read_manifest(path)
-        if previous is None or previous.get("key") != key:
-            self.inputs.check(warn)
-            tell_notes(self.inputs.notes, warn)
-        inputs = self.inputs
-        note_blank([inputs.texts.texts, inputs.valid, inputs.test, *inputs.other_texts.values()], warn)
-        layout = self.inputs.layout
-        named = self.inputs.names | {name: getattr(recipe, name) for name in ("texts", "valid", "test")}
-        header = {
-            "tmjax": tmjax.__version__,
-            "seed": recipe.seed,
-            "inputs": {name: {"path": named[name], "sha256": value} for name, value in hashes.items()},
-            "notes": self.inputs.notes,
-            "evaluation": {},
-            "source_gain": None,
-            "update": {},
-            "alignment": {},
-            "training": {},
-            "written": {},
-            "taught": {},
-        }
-        here = {"mesh": layout.sizes, "devices": layout.devices, "platform": jax.devices()[0].platform}
-        self.run = RunDirectory.start(path, dump_recipe(recipe), header, key=key, overwrite=overwrite, here=here)
-        self.run.show = lambda stage, done, total: self.show(stage, done, total, "")
+            key["run"] = digest(load_manifest(self.inputs.run).to_json({"outputs"})["outputs"])
         return key
 
-    # Training.
-
-    def _train(self, name: str, arm: Arm, steps: int, lr: float) -> tuple[TrainResult, Objective, dict[str, Any]]:
-        recipe, inputs, training = self.recipe, self.inputs, self.recipe.training
-        if arm.anneal is not None:
-            training = training.model_copy(update={"anneal": arm.anneal})
-        kind, trained, frozen = self.starts.of(name, arm.mode, arm.start)
-        guidance, lessons, facts = None, None, {}
-        if "guidance" in arm.terms:
-            guidance, maps, statistics, explained = self.material.guidance(arm)
-            frozen = frozen | statistics
-            facts = {"source_layers": guidance.layers, "explained_at_start": explained}
-            trained = trained | maps
-        if "distillation" in arm.terms:
-            lessons = self.material.taught(arm)
-            facts["taught_positions"] = len(lessons.document)
-        documents, counts = self.material.texts(arm.writer).documents(inputs.tokenizer)
-        facts["texts"] = len(documents)
-        data = Batches(
-            documents,
-            tokens=training.tokens_per_step,
+    def _begin(self, path: Path, *, overwrite: bool) -> RunDirectory:
+        """Creates or resumes the run directory, after all inputs have been checked."""
+        recipe, inputs, layout = self.recipe, self.inputs, self.inputs.layout
+        if not resumes(path, self._key):
+            inputs.check(self.warn)
+            tell_notes(inputs.notes, self.warn)
+        texts = inputs.held_out
+        note_blank([inputs.texts.texts, texts.valid, texts.test, *texts.other_texts.values()], self.warn)
+        names = inputs.names | {name: getattr(recipe, name) for name in ("texts", "valid", "test")}
+        header = Manifest(
+            tmjax=tmjax.__version__,
             seed=recipe.seed,
-            lengths=training.row_lengths,
-            max_tokens=recipe.max_tokens,
-            counts=counts,
-            guidance=guidance,
-            lessons=lessons,
-            multiple=inputs.layout.batch_multiple,
+            inputs={name: InputFacts(path=names[name], sha256=value) for name, value in inputs.hashes.items()},
+            notes=inputs.notes,
+            training={},
+            generated={},
+            teacher={},
+            key=self._key,
+            mesh=layout.sizes,
+            devices=layout.devices,
+            platform=jax.devices()[0].platform,
         )
-        config = training.config(
-            steps,
-            lr,
-            recipe.dtype,
-            guide_weight=0.0 if guidance is None else recipe.guidance.weight,
-            teach_weight=0.0 if lessons is None else recipe.distillation.weight,
+        return RunDirectory.start(
+            path,
+            dump_recipe(recipe),
+            header,
+            overwrite=overwrite,
+            show=lambda stage, done, total: self.show(stage, done, total, ""),
         )
-        padding = padding_of(inputs.tokenizer.known(inputs.target.spec.vocab))
-        objective = Objective(inputs.target.spec, config, kind, inputs.layout.mesh, padding)
-        what = schedule_name(training, steps, lr)
-        folder = self.run.path / "training" / name / what
-        keeper = Checkpoints(folder / "checkpoints", [self._key, name, steps, lr], keep=training.keep)
-        log = StepLog(folder / "log.csv")
 
-        def progress(fact: Facts) -> None:
-            log.add(fact)
-            note = f"loss {fact.loss:.3f}, {fact.tokens / fact.seconds:,.0f} tokens/s"
-            note += "" if log.valid is None else f", validation {log.valid:.4f} bits/byte"
-            self.show(f"{name} {what}", fact.step, config.steps, note)
+    def _arm_key(self, name: str, schedules: Sequence[Schedule]) -> list[Any]:
+        """The part of a stage's key that distinguishes an arm and its schedules, beside the recipe."""
+        description, own = self.arms[name].description(), list(schedules)
+        if own == self.recipe.training.schedules:
+            return [description]
+        return [description, [list(item) for item in own]]
 
-        score = None if inputs.valid is None else (lambda params: inputs.valid_scorer(params).bits_per_byte)
-        trainer = Trainer(
-            objective,
-            inputs.layout,
-            validate=score,
-            validate_every=training.validate_every,
-            patience=training.patience,
-            keeper=keeper,
-            keep_every=training.keep_every,
-            progress=progress,
-        )
-        try:
-            result = trainer.run(trained, frozen, data)
-        finally:
-            keeper.close()
-            log.close()
-        chosen = result.selection
-        facts |= {
-            "lr": lr,
-            "folder": what,
-            "planned_steps": steps,
-            "steps": result.steps,
-            "stopped_early": result.stopped_early,
-            "best_step": result.steps if chosen is None else chosen.step,
-            "valid_bits_per_byte": None if chosen is None else chosen.loss,
-            "valid_history": [] if chosen is None else [list(item) for item in chosen.history],
-            "shapes": [list(shape) for shape in sorted({(data.rows(i), n) for i, n in enumerate(data.shapes)})],
-        }
-        return result, objective, facts
+    def train(self, name: str, schedules: Sequence[Schedule] | None = None) -> Path:
+        """Trains one arm with every schedule and writes the best on validation text as a checkpoint.
 
-    def _told(self, name: str) -> list[Any]:
-        """What decides, beside the recipe, what an arm becomes."""
-        arm, own = self.arms[name], list(self.schedules[name])
-        told = [arm.told()]
-        return told if own == self.recipe.training.schedules else [*told, [list(item) for item in own]]
+        Args:
+            name: The arm.
+            schedules: The (steps, learning rate) pairs to try; those of the run unless given.
 
-    def train(self, name: str) -> Path:
-        """The checkpoint of one arm: trained with every schedule, the best on validation text folded and kept."""
+        Returns:
+            The path of the checkpoint.
+        """
         arm = self.arms[name]
+        schedules = self.schedules[name] if schedules is None else schedules
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             tried, best = [], None
-            for steps, lr in self.schedules[name]:
-                result, objective, facts = self._train(name, arm, steps, lr)
+            for schedule in schedules:
+                result, objective, facts = self.trainer.train(name, arm, schedule)
                 tried.append(facts)
                 if best is None or facts["valid_bits_per_byte"] < best[2]["valid_bits_per_byte"]:
                     best = (result, objective, facts)
@@ -210,80 +152,102 @@ class Adapt:
                 with atomic_directory(self.run.path / "adapter", overwrite=True) as adapter:
                     base = self.inputs.names["target"]
                     write_adapter(objective.mode, target.spec, target.rows, result.trained, adapter, base=base)
-            what = {"mode": arm.mode, "terms": sorted(arm.terms), "writer": arm.writer, "init": arm.start}
-            told = {("training", name): facts | what | {"tried": tried}}
+            settings = {"mode": arm.mode, "terms": sorted(arm.terms), "texts_by": arm.texts_by, "init": arm.start}
+            trained = TrainingFacts(**facts, **settings, tried=[ScheduleFacts(**item) for item in tried])
+            merge = None
             if self.recipe.merges and name == ADAPTED:
-                merge = read_manifest(self.inputs.run) if self.inputs.run else self.starts.merge().run.manifest
-                told |= {name: merge[name] for name in ("update", "alignment")}
-            return told
+                merge = load_manifest(self.inputs.run) if self.inputs.run else self.starts.merge().run.manifest
+
+            def record(manifest: Manifest) -> None:
+                manifest.record("training", name, trained)
+                if merge is not None:
+                    manifest.update, manifest.alignment = merge.update, merge.alignment
+
+            return record
 
         output = "merged" if name == ADAPTED else f"controls/{name}"
-        path = self.run.stage(f"train:{name}", [self._key, name, *self._told(name)], output, work)
+        path = self.run.stage(f"train:{name}", [self._key, name, *self._arm_key(name, schedules)], output, work)
         for checkpoints in (self.run.path / "training" / name).glob("*/checkpoints"):
             remove(checkpoints)  # needed until the result is there
         return path
 
-    # What came of it.
-
     def evaluate(self, checkpoints: Mapping[str, Path]) -> None:
-        """Scores every arm's checkpoint on the test texts, with paired intervals and the gain due to the source."""
+        """Scores every arm on the test texts, with paired intervals and the gain due to the source.
+
+        Args:
+            checkpoints: The path of every arm's checkpoint.
+        """
         inputs = self.inputs
-        if inputs.test is None:
+        if inputs.held_out.test is None:
             return
 
-        def work(partial: Path) -> dict[Any, Any]:
-            scorer = inputs.scorer(inputs.target, inputs.test)
+        def work(partial: Path) -> Record:
+            scorer = inputs.scorer(inputs.target, inputs.held_out.test)
             scores = {"target": scorer(inputs.target.params)}
             if inputs.names["source"]:
-                scores["source"] = inputs.scorer(inputs.source, inputs.test)(inputs.source.params)
+                scores["source"] = inputs.scorer(inputs.source, inputs.held_out.test)(inputs.source.params)
             for done, (arm, path) in enumerate(checkpoints.items()):
                 scores[arm] = scorer(inputs.load(path).params)
                 self.show("evaluate", done + 1, len(checkpoints), "")
             with partial.open("wb") as stream:
                 np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             note_hidden(scores, self.warn)
-            return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed, merged=ADAPTED)
+            options = self.recipe.evaluation
+            return evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed, merged=ADAPTED).record
 
         key = [self._key, list(checkpoints), self.recipe.evaluation.model_dump()]
         self.run.stage("evaluate", key, "scores.npz", work)
 
     def all(self) -> dict[str, Any]:
-        """Every stage of the recipe; returns the manifest."""
+        """Runs every stage of the recipe; returns the manifest."""
         checkpoints = {name: self.train(name) for name in self.arms}
         self.evaluate(checkpoints)
         inputs = self.inputs
         measure_forgetting(
             self.run,
-            inputs.other_texts,
+            inputs.held_out.other_texts,
             lambda texts: inputs.scorer(inputs.target, texts),
             lambda: (inputs.target.params, inputs.load(checkpoints[ADAPTED]).params),
             arm=ADAPTED,
-            key=[self._key, *self._told(ADAPTED)],
+            key=[self._key, *self._arm_key(ADAPTED, self.schedules[ADAPTED])],
             options=self.recipe.evaluation,
             seed=self.recipe.seed,
         )
 
         def card(partial: Path) -> None:
-            partial.write_text(adapted_card(self.recipe, self.run.manifest), encoding="utf-8")
+            partial.write_text(adapted_card(self.recipe, self.run.manifest.to_json()), encoding="utf-8")
 
         def report(partial: Path) -> None:
-            write_training_report(partial, self.run.path, self.recipe, self.run.manifest)
+            write_training_report(partial, self.run.path, self.recipe, self.run.manifest.to_json())
 
-        facts = {name: self.run.manifest.get(name) for name in ("evaluation", "source_gain", "training")}
-        facts |= {"forgetting": self.run.manifest["forgetting"]} if "forgetting" in self.run.manifest else {}
-        self.run.stage("card", facts, "merged/README.md", card)
-        self.run.stage("report", facts, "report.html", report)
-        return self.run.manifest
+        key = self.run.manifest.to_json({"evaluation", "source_gain", "training", "forgetting"})
+        self.run.stage("card", key, "merged/README.md", card)
+        self.run.stage("report", key, "report.html", report)
+        return self.run.manifest.to_json()
 
 
 def adapt(*, overwrite: bool = False, **recipe: Any) -> tuple[Model, dict[str, Any]]:
-    """`tmjax adapt` in Python: the adapted model and the run's manifest.
+    """Adapts a target as `tmjax adapt` does.
 
-    `recipe` are the keys of its recipe: at least `target`, `texts` and `out`, mostly `source`, `valid` and `mode`;
-    paths as on the command line. What is in `out` already is not done again. Raises InputError naming wrong keys.
+    Stages that have finished in `out` are not run again.
+
+    Args:
+        overwrite: Whether another run in `out` is replaced.
+        **recipe: The keys of the recipe: at least `target`, `texts` and `out`, mostly `source`, `valid` and `mode`;
+            paths as on the command line.
+
+    Returns:
+        The adapted model and the run's manifest.
+
+    Raises:
+        InputError: Keys or inputs are wrong.
     """
-    told = build_adapt_recipe({name: str(x) if isinstance(x, Path) else x for name, x in recipe.items()})
-    run = Adapt(told, overwrite=overwrite, warn=lambda message: warnings.warn(message, stacklevel=2))
+    values = {name: str(x) if isinstance(x, Path) else x for name, x in recipe.items()}
+    run = Adapt(
+        build_adapt_recipe(values),
+        overwrite=overwrite,
+        warn=lambda message: warnings.warn(message, stacklevel=2),
+    )
     try:
         manifest = run.all()
     finally:

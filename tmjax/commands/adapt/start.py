@@ -1,38 +1,56 @@
-"""What the training of an arm begins from: the target or a merge, as trained and frozen arrays of a mode."""
+"""Where the training of an arm begins: the target or a merge, as trained and frozen arrays of a mode."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tmjax.align.alignment import Alignment
+from tmjax.commands.adapt.arms import Arm
 from tmjax.commands.adapt.inputs import AdaptInputs
-from tmjax.commands.merge.aligned import Warn
 from tmjax.commands.merge.run import Merge
+from tmjax.commands.progress import Warn
 from tmjax.models.spec import projections
 from tmjax.train.modes import FrozenBase, Lora, Mode, Plain, residuals, shardings_of
-from tmjax.transfer.apply import Coefficients, fuse_params, transport_model
+from tmjax.transfer.chain import chain_of
 from tmjax.transfer.coefficients.grid import fixed
+from tmjax.transfer.contribution import Coefficients, Context, Contribution
 from tmjax.transfer.controls import CONTROLS
+from tmjax.transfer.operator import Chain
+from tmjax.transfer.source_view import SourceView
 from tmjax.typing import Array, Params
 
-#: (stage, steps done, steps in all, what else is to be said) while a stage runs.
+#: Called with (stage, steps done, all steps, a note) while a stage runs.
 Show = Callable[[str, int, int, str], None]
-#: Placebos of the modes in which a source takes part.
-PLACEBOS = ("control:shuffled_rows", "control:random_source")
+
+
+class _Transported(NamedTuple):
+    """What an arm transports: contributions, their coefficients, and the merge's checkpoint.
+
+    There is no checkpoint where contributions with the coefficients are the whole merge.
+    """
+
+    contributions: list[Contribution]
+    coefficients: Coefficients
+    checkpoint: Path | None
 
 
 class Starts:
-    """Makes what the arms of one adaptation begin from."""
+    """Makes the arrays at which the arms of one adaptation begin.
+
+    Args:
+        inputs: Inputs of the adaptation.
+        show: Called while a merge inside the run goes on.
+        warn: Called with a line that the user should read.
+    """
 
     def __init__(self, inputs: AdaptInputs, show: Show, warn: Warn) -> None:
         self.inputs, self.show, self.warn = inputs, show, warn
         self._merged: Merge | None = None
 
     def merge(self) -> Merge:
-        """The merge inside this run, for modes that need one which the target does not bring."""
+        """Returns the merge inside this run, for modes that need one where the target is not a run."""
         if self._merged is None:
             self._merged = Merge(
                 self.inputs.merge_recipe(),
@@ -41,37 +59,40 @@ class Starts:
             )
         return self._merged
 
-    def _aligned(self, arm: str) -> tuple[Alignment, Coefficients, Params, Path | None]:
-        """Alignment, coefficients and source parameters of an arm whose start or residual is transported.
-
-        Also the checkpoint of the merge, unless transported weights with the coefficients are all there is to it.
-        """
-        inputs, options = self.inputs, self.inputs.recipe
-        if arm not in PLACEBOS and inputs.run is not None:
-            alignment, coefficients = inputs.alignment, inputs.coefficients
-            whole = (inputs.run_recipe.solves or inputs.run_recipe.blends) and options.alpha is None
-            solved = inputs.run / "merged" if whole else None
-            if options.alpha is not None:
-                coefficients = fixed(options.alpha, inputs.run_recipe.fusion, tuple(coefficients)).coefficients
-            return alignment, coefficients, inputs.source.params, solved
+    def _transported(self, arm: Arm) -> _Transported:
+        """Returns contributions and coefficients of an arm whose start or residual is transported."""
+        inputs, alpha = self.inputs, self.inputs.recipe.alpha
+        if arm.merge_control is None and inputs.run is not None:
+            recipe, coefficients = inputs.run_recipe, inputs.coefficients
+            if alpha is not None:
+                coefficients = fixed(alpha, recipe.coefficients, tuple(coefficients)).coefficients
+            chain = chain_of(recipe.model_copy(update={"alpha": alpha if recipe.alpha is None else recipe.alpha}))
+            contributions = self._contributions(chain, inputs.merged_source())
+            whole = all(step.contributes for step in chain)
+            return _Transported(contributions, coefficients, None if whole else inputs.run / "merged")
         merge = self.merge()
-        if arm in PLACEBOS:
-            control = CONTROLS[arm]
-            path = merge.control(control)
-            facts = merge.run.manifest["controls"][arm]
-            alignment = merge.control_alignment(control)
-            params = merge.random_source() if control.random_source else inputs.source.params
-        else:
-            path = merge.fuse()
-            facts, alignment, params = merge.run.manifest["coefficients"], merge.align(), inputs.source.params
-        pairs = {r: (item["alpha"], item["beta"]) for r, item in facts["by_role"].items()}
-        return alignment, pairs, params, path if merge.recipe.solves or merge.recipe.blends else None
+        control = None if arm.merge_control is None else CONTROLS[arm.merge_control]
+        path = merge.fuse() if control is None else merge.control(control)
+        manifest = merge.run.manifest
+        facts = manifest.coefficients if control is None else manifest.controls[control.name]
+        pairs = {role: (item.alpha, item.beta) for role, item in facts.by_role.items()}
+        contributions = self._contributions(merge.inputs.chain, merge.view(control))
+        whole = all(step.contributes for step in merge.inputs.chain)
+        return _Transported(contributions, pairs, None if whole else path)
 
-    def of(self, arm: str, mode: str, start: str) -> tuple[Mode, dict[str, Array], dict[str, Any]]:
-        """Mode, trained and frozen arrays (float32) before the first step; guidance comes on top."""
+    def _contributions(self, chain: Chain, source: SourceView) -> list[Contribution]:
+        """Returns the contributions of a merge's operators."""
+        target = self.inputs.target
+        context = Context(target=target, load_model=self.inputs.load)
+        return [
+            step.operator.contribute(target.params, source, step.options, context) for step in chain if step.contributes
+        ]
+
+    def of(self, arm: Arm) -> tuple[Mode, dict[str, Array], dict[str, Any]]:
+        """Returns mode, trained and frozen arrays (float32) before the first step; guidance comes on top."""
         inputs, recipe = self.inputs, self.inputs.recipe
         target, layout = inputs.target, inputs.layout
-        rank = recipe.lora.rank if mode == "lora" else 0
+        rank = recipe.lora.rank if arm.mode == "lora" else 0
         places = shardings_of(layout, target.rows, target.spec, rank)
 
         def put(path: str, value: Any) -> Array:
@@ -79,28 +100,28 @@ class Starts:
             return jax.device_put(copy, places[path]) if path in places else copy
 
         params: Params = target.params
-        held = {}
-        if mode == "residual-frozen" or start == "merged":
-            fusion = (inputs.run_recipe or self.merge().recipe).fusion
-            alignment, pairs, source, solved = self._aligned(arm)
-            moved = transport_model(alignment, target.rows, target.params, inputs.source.rows, source, fusion)
-            if start == "merged" and solved is not None:
-                params = inputs.load(solved).params
-            elif start == "merged":
-                params = fuse_params(target.rows, target.params, moved, pairs, bias_rule=fusion.bias)
-            if mode == "residual-frozen":
-                held = residuals(target.rows, moved, {role: alpha for role, (alpha, _) in pairs.items()})
+        frozen = {}
+        if arm.mode == "residual-frozen" or arm.start == "merged":
+            contributions, pairs, checkpoint = self._transported(arm)
+            if arm.start == "merged" and checkpoint is not None:
+                params = inputs.load(checkpoint).params
+            elif arm.start == "merged":
+                for each in contributions:
+                    params = each.rule(params, each.items, pairs)
+            if arm.mode == "residual-frozen":
+                moved = {role: item for each in contributions for role, item in each.items.items() if each.projections}
+                frozen = residuals(target.rows, moved, {role: alpha for role, (alpha, _) in pairs.items()})
         base = {path: put(path, value) for path, value in params.items()}
-        if mode == "lora":
+        if arm.mode == "lora":
             rows, roles = projections(target.rows), recipe.lora.roles
             paths = tuple(row.path for role, row in rows.items() if role in (roles or rows))
             lora = Lora(paths, rank, recipe.lora.alpha)
             return lora, lora.start(base, jax.random.key(recipe.seed), places), base
-        if mode != "residual-frozen":
+        if arm.mode != "residual-frozen":
             return Plain(), base, {}
-        if start == "merged":
-            base |= {path: put(path, base[path] - item.value()) for path, item in held.items()}
+        if arm.start == "merged":
+            base |= {path: put(path, base[path] - item.value()) for path, item in frozen.items()}
         if recipe.residual.variant == "frozen_delta":
-            return Plain(), base, held
-        deltas = {path: put(path, item.delta) for path, item in held.items()}
-        return FrozenBase(), deltas, base | {f"residual.{p}": item._replace(delta=None) for p, item in held.items()}
+            return Plain(), base, frozen
+        deltas = {path: put(path, item.delta) for path, item in frozen.items()}
+        return FrozenBase(), deltas, base | {f"residual.{p}": item._replace(delta=None) for p, item in frozen.items()}

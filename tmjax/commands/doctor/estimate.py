@@ -8,15 +8,14 @@ from typing import Any, Protocol
 
 import jax
 
-from tmjax.align.alignment import needed_sites, plan_site, solver_of
+from tmjax.align.alignment import plan_site, solver_of
 from tmjax.align.pairs import band
-from tmjax.models.sites import SITES
-from tmjax.models.spec import DecoderSpec, ParamSpec, projections
-from tmjax.ot import MemoryBoundSolver
+from tmjax.align.sizes import Sites, Tabled
+from tmjax.models.spec import ParamSpec, projections
 from tmjax.recipes.merge import Recipe
 from tmjax.sharding.memory import solver_mib
-from tmjax.transfer.operators import embeddings as lexical
-from tmjax.transfer.operators import predictions as solve
+from tmjax.transfer.chain import chain_of
+from tmjax.transfer.contribution import Shape
 
 #: Iterations of the solver that times assume; easy sites take fewer, small epsilons more.
 ITERATIONS = 300
@@ -28,13 +27,6 @@ FORWARD_SHARE = 1 / 3
 COMPILE = (5.0, 1.0)
 #: What Python and its libraries take before anything is loaded.
 LIBRARIES = 2**29
-
-
-class Tabled(Protocol):
-    """A model's architecture and its tensor table."""
-
-    spec: DecoderSpec
-    rows: tuple[ParamSpec, ...]
 
 
 class Sized(Tabled, Protocol):
@@ -59,28 +51,6 @@ class Reading:
     assumed: bool
 
 
-@dataclass(frozen=True)
-class Sites:
-    """Units (target, source) of every site whose activations are needed, and which of them have plans."""
-
-    units: Mapping[str, tuple[int, int]]
-    plans: tuple[str, ...]
-
-
-def sites_of(target: Tabled, source: Tabled, chosen: Mapping[str, ParamSpec], structure: str = "none") -> Sites:
-    """The sites that the transport of these projections needs, for this `alignment.structure`."""
-    theirs = projections(source.rows)
-    units: dict[str, tuple[int, int]] = {}
-    for role, row in chosen.items():
-        shapes = row.shape(target.spec), theirs[role].shape(source.spec)
-        units[row.output_site], units[row.input_site] = (tuple(shape[end] for shape in shapes) for end in (0, 1))
-        units.setdefault(plan_site(row.output_site), units[row.output_site])
-    sites = needed_sites(chosen.values(), structure)
-    for site in sites:
-        units.setdefault(site, tuple(side.spec.axis_size(SITES[site]) for side in (target, source)))
-    return Sites({site: units[site] for site in sites}, tuple(dict.fromkeys(plan_site(site) for site in sites)))
-
-
 def _pairs(target: Sized, source: Sized, recipe: Recipe) -> int:
     """Most pairs of layers that are solved at a site."""
     layers = target.spec.layers, source.spec.layers
@@ -96,20 +66,10 @@ def _kept(target: Sized, source: Sized, recipe: Recipe) -> int:
     return pairs if top is None else min(pairs, target.spec.layers * top)
 
 
-def require_room(sites: Sites, rows: int, recipe: Recipe) -> None:
-    """Raises InputError if `alignment.memory_mib` is too little for the solver to work on a pair of some site."""
-    solver = solver_of(recipe.alignment)
-    if isinstance(solver, MemoryBoundSolver):
-        solver = solver.with_memory(solver_mib(recipe.alignment.memory_mib))
-        for site in sites.plans:
-            solver.form(sites.units[site], 1, rows if recipe.activations.keep else 0)
-
-
 def memory(
     target: Sized,
     source: Sized,
     sites: Sites,
-    chosen: Mapping[str, ParamSpec],
     reading: Reading,
     recipe: Recipe,
     shards: int,
@@ -149,21 +109,21 @@ def memory(
     if not recipe.activations.keep:
         store = sum(8 * math.prod(layers) * n * k for n, k in sites.units.values())
         largest = max(item["moments"] + item["kept"] for item in by_site.values())
-    transported = sum(4 * math.prod(row.stacked_shape(target.spec)) for row in chosen.values())
+    shapes = Shape(target.spec, target.rows), Shape(source.spec, source.rows)
+    tokens = recipe.evaluation.batch_tokens
+    extra = [(step, step.operator.memory(*shapes, step.options, tokens)) for step in chain_of(recipe)]
+    contributed = sum(size for step, size in extra if step.contributes)
     stages = {
         "libraries": LIBRARIES,
         "weights of both models": weights,
         "activations (on disk)" if recipe.activations.keep else "moments": store,
         "alignment: largest site, solver": LIBRARIES + weights + largest + solver + stored,
         "alignment (on disk)": stored,
-        "fusion": LIBRARIES + weights + stored + transported + 4 * target.parameters,
+        "fusion": LIBRARIES + weights + stored + contributed + 4 * target.parameters,
     }
-    if recipe.blends:
-        blending = lexical.memory(target.spec, source.spec)
-        stages["blending embeddings"] = LIBRARIES + weights + 4 * target.parameters + blending
-    if recipe.solves:
-        solving = solve.memory(target.spec, target.rows, recipe.fusion.solve, recipe.evaluation.batch_tokens)
-        stages["solving for predictions"] = LIBRARIES + weights + 4 * target.parameters + solving
+    for step, size in extra:
+        if not step.contributes:
+            stages[f"operator {step.operator.name}"] = LIBRARIES + weights + 4 * target.parameters + size
     in_memory = [value for name, value in stages.items() if "on disk" not in name]
     return {
         "stages": stages,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tmjax.align.alignment import solver_of
+from tmjax.align.sizes import require_room, sites_of
 from tmjax.align.streaming import require_streamable
 from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.formats.container import any_weights, no_weights
@@ -17,10 +18,10 @@ from tmjax.checkpoints.formats.weights import has_safetensors, weight_files
 from tmjax.checkpoints.headers import open_headers
 from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.orbax import is_orbax
-from tmjax.commands.doctor.estimate import Reading, memory, require_room, sites_of, time
+from tmjax.commands.doctor.estimate import Reading, memory, time
 from tmjax.commands.merge.inputs import WITHOUT
 from tmjax.errors import InputError
-from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec, Rotary, projections, shared_projections
+from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec, Rotary, projections
 from tmjax.ot import ShapeCheckingSolver
 from tmjax.recipes.merge import Recipe
 from tmjax.sharding.mesh import AUTO, Layout
@@ -28,6 +29,8 @@ from tmjax.teacher.vocabulary_map import few_shared, require_shared
 from tmjax.text.documents import read_texts
 from tmjax.text.rows import pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.transfer.chain import chain_of, chain_projections, needs_of
+from tmjax.transfer.operator import Chain
 
 #: Rows and tokens that are assumed where no texts are given.
 ASSUMED = Reading(rows=10_000, target_tokens=15_000, source_tokens=15_000, assumed=True)
@@ -78,6 +81,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         name: _tried(problems, lambda s=side: load_tokenizer(s.directory, s.spec.vocab)) if side else None
         for name, side in sides.items()
     }
+    chain = _tried(problems, lambda: chain_of(recipe))
     widths = [side.spec.hidden for side in sides.values() if side]
     layout = _tried(problems, lambda: Layout(recipe.mesh or AUTO, widths))
     report: dict[str, Any] = {
@@ -85,6 +89,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         "problems": problems,
         "notes": notes,
         "models": {name: _model(side) if side else None for name, side in sides.items()},
+        "operators": operators(chain) if chain else None,
         "projections": None,
         "differences": None,
         "tokenizers": None,
@@ -105,7 +110,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         report["tokenizers"] = overlap(tokenizers["target"], tokenizers["source"])
         if report["tokenizers"]["share_of_target"] < 0.05:
             notes.append("the tokenizers share next to no token: rows pair whole words, as they do in any case")
-        if texts and recipe.solves:
+        if texts and chain and "teacher" in needs_of(chain):
             shared = _tried(problems, lambda: _shared_positions(recipe, tokenizers))
             few = shared and few_shared(*shared)
             notes += [few] if few else []
@@ -113,18 +118,19 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
     if all(sides.values()):
         target, source = sides["target"], sides["source"]
         report["differences"] = differences(target.spec, source.spec)
-        report["projections"] = mapped(target, source, recipe)
-        chosen = _tried(problems, lambda: shared_projections(target.rows, source.rows, recipe.fusion.roles))
+        report["projections"] = mapped(target, source, chain or ())
+        chosen = _tried(problems, lambda: chain_projections(chain or (), target.rows, source.rows))
         if chosen is not None and not chosen:
             problems.append("the two models share no projection that could be transported")
         solvable = _tried(problems, lambda: _require_solver(recipe, target, source, chosen or {}))
         if chosen and reading and layout and solvable:
             report["rows"] = dataclasses.asdict(reading)
             sites = sites_of(target, source, chosen, recipe.alignment.structure)
+            rows = reading.rows if recipe.activations.keep else 0
             # Of rows that are only assumed it is no more than a hint.
-            _tried(notes if reading.assumed else problems, lambda: require_room(sites, reading.rows, recipe))
+            _tried(notes if reading.assumed else problems, lambda: require_room(sites, rows, recipe.alignment))
             shards = layout.sizes["fsdp"] * layout.sizes["tensor"]
-            report["memory"] = memory(target, source, sites, chosen, reading, recipe, shards)
+            report["memory"] = memory(target, source, sites, reading, recipe, shards)
             rebuilt = {site for site, item in report["memory"]["sites"].items() if item["kept_as"] != "dense"}
             report["time"] = time(target, source, sites, chosen, reading, recipe, layout.devices, rebuilt)
             held = report["memory"]["available"]
@@ -231,21 +237,33 @@ def differences(target: DecoderSpec, source: DecoderSpec) -> list[dict[str, Any]
     ]
 
 
-def mapped(target: Side, source: Side, recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
-    """`mapped`: projections that both models have, with shapes [out, in]; `left_out`: the others, with the reason."""
+def operators(chain: Chain) -> list[dict[str, Any]]:
+    """Returns the operators that run, in order, with their needs and whether they choose on validation texts."""
+    return [
+        {"name": step.operator.name, "needs": sorted(step.operator.needs), "chooses": step.operator.chooses}
+        for step in chain
+    ]
+
+
+def mapped(target: Side, source: Side, chain: Chain) -> dict[str, list[dict[str, Any]]]:
+    """Lists the projections that are aligned.
+
+    Returns:
+        `mapped`: projections that both models have, with shapes [out, in]; `left_out`: the others, with the reason.
+    """
     ours, theirs = projections(target.rows), projections(source.rows)
+    asked = [getattr(step.options, "roles", None) for step in chain if "alignment" in step.operator.needs]
+    named = None if not asked or None in asked else {role for roles in asked for role in roles}
     both, rest = [], []
     for role in dict.fromkeys((*ours, *theirs)):
         if role not in ours or role not in theirs:
             lacking = "source" if role in ours else "target"
             rest.append({"role": role, "reason": f"the {lacking} has none"})
-        elif recipe.fusion.roles is not None and role not in recipe.fusion.roles:
-            rest.append({"role": role, "reason": "not in fusion.roles"})
+        elif named is not None and role not in named:
+            rest.append({"role": role, "reason": "not in the roles of any operator"})
         else:
             shapes = [list(row[role].shape(side.spec)) for row, side in ((ours, target), (theirs, source))]
             both.append({"role": role, "target_shape": shapes[0], "source_shape": shapes[1]})
-    for kind in ("embeddings and head", "norms"):
-        rest.append({"role": kind, "reason": "stay the target's"})
     return {"mapped": both, "left_out": rest}
 
 

@@ -44,6 +44,15 @@ def model_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     return ("", "target", "source"), rows
 
 
+def operator_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows of the operators, in order."""
+    rows = [
+        (item["name"], ", ".join(item["needs"]) or "nothing", "yes" if item["chooses"] else "no")
+        for item in report["operators"]
+    ]
+    return ("operator", "needs of the source", "chooses on validation texts"), rows
+
+
 def projection_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """Header and rows of what is transported and what is not."""
     held = report["projections"]
@@ -116,6 +125,8 @@ def doctor_summary(report: Mapping[str, Any]) -> Group:
 def _parts(report: Mapping[str, Any]) -> Iterator[object]:
     if any(report["models"].values()):
         yield rich_table("Models", *model_rows(report))
+    if report["operators"]:
+        yield rich_table("Operators", *operator_rows(report))
     if report["projections"]:
         yield rich_table("Projections", *projection_rows(report))
     if report["differences"]:

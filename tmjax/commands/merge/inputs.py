@@ -1,30 +1,32 @@
 """What a recipe names: models, tokenizers, texts, mesh; loaded when first asked for."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from tmjax.align.alignment import solver_of
+from tmjax.align.sizes import require_room, sites_of
 from tmjax.align.streaming import require_streamable
 from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model
 from tmjax.checkpoints.model import Model
-from tmjax.commands.doctor.estimate import require_room, sites_of
 from tmjax.commands.held_out import HeldOut
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer
-from tmjax.models.spec import ParamSpec, shared_projections
+from tmjax.models.spec import ParamSpec
 from tmjax.recipes.merge import Recipe
-from tmjax.runs.directory import sha256_checkpoint
+from tmjax.runs.hashes import sha256_checkpoint
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.teacher.vocabulary_map import require_shared
 from tmjax.text.documents import Texts, read_texts
 from tmjax.text.rows import Rows, TokenisedDocument, pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
+from tmjax.transfer.chain import chain_of, chain_projections, needs_of
+from tmjax.transfer.operator import Chain
 from tmjax.typing import Params
 
 #: What to do where a source's probabilities cannot be read as those of the target's tokens.
@@ -32,14 +34,53 @@ WITHOUT = "merge without the source's predictions: preset barycentric"
 
 
 @dataclass(frozen=True)
-class Inputs(HeldOut):
-    """What a recipe names, loaded when first asked for."""
+class Inputs:
+    """Inputs that a recipe names, loaded when first asked for.
+
+    `like` are inputs of a recipe that names the same files: what both have in common is loaded once.
+    """
 
     recipe: Recipe
+    like: "Inputs | None" = None
+
+    @functools.cached_property
+    def held_out(self) -> HeldOut:
+        """Texts that nothing is fitted on."""
+        return HeldOut(self.recipe)
+
+    @property
+    def valid(self) -> Texts | None:
+        """The validation texts."""
+        return self.held_out.valid
+
+    @property
+    def test(self) -> Texts | None:
+        """The test texts."""
+        return self.held_out.test
+
+    @property
+    def other_texts(self) -> Mapping[str, Texts]:
+        """Texts of other languages or domains, by the names that they were given by."""
+        return self.held_out.other_texts
+
+    @functools.cached_property
+    def chain(self) -> Chain:
+        """The operators that run."""
+        return chain_of(self.recipe)
+
+    def _same(self, name: str) -> object:
+        """An input of `like`; None where there is none."""
+        return None if self.like is None else getattr(self.like, name)
+
+    @property
+    def _same_activations(self) -> bool:
+        return self.like is not None and self.recipe.activations == self.like.recipe.activations
 
     @functools.cached_property
     def layout(self) -> Layout:
         """The device mesh; chosen over all devices unless the recipe says otherwise."""
+        if self.like is not None:
+            return self.like.layout
         both = [self.recipe.place(name) for name in (self.recipe.source, self.recipe.target)]
         return Layout(self.recipe.mesh or AUTO, [describe(config_directory(name)).spec.hidden for name in both])
 
@@ -56,22 +97,22 @@ class Inputs(HeldOut):
     @functools.cached_property
     def source(self) -> Model:
         """The source model."""
-        return load_model(self.recipe.place(self.recipe.source), placement=self.layout.place)
+        return self._same("source") or load_model(self.recipe.place(self.recipe.source), placement=self.layout.place)
 
     @functools.cached_property
     def target(self) -> Model:
         """The target model."""
-        return load_model(self.recipe.place(self.recipe.target), placement=self.layout.place)
+        return self._same("target") or load_model(self.recipe.place(self.recipe.target), placement=self.layout.place)
 
     @functools.cached_property
     def source_tokenizer(self) -> TextTokenizer:
         """The source's tokenizer."""
-        return load_tokenizer(self.source.directory, self.source.spec.vocab)
+        return self._same("source_tokenizer") or load_tokenizer(self.source.directory, self.source.spec.vocab)
 
     @functools.cached_property
     def target_tokenizer(self) -> TextTokenizer:
         """The target's tokenizer."""
-        return load_tokenizer(self.target.directory, self.target.spec.vocab)
+        return self._same("target_tokenizer") or load_tokenizer(self.target.directory, self.target.spec.vocab)
 
     @functools.cached_property
     def all_texts(self) -> Texts:
@@ -81,11 +122,15 @@ class Inputs(HeldOut):
     @functools.cached_property
     def texts(self) -> Texts:
         """The calibration texts."""
+        if self._same_activations:
+            return self.like.texts
         return self.all_texts.part(self.recipe.activations.max_texts, self.recipe.seed)
 
     @functools.cached_property
     def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
         """Shared rows of the calibration texts; documents of the target, then of the source."""
+        if self._same_activations:
+            return self.like.rows
         options = self.recipe.activations
         tokenizers = [self.target_tokenizer, self.source_tokenizer]
         return pair_rows(self.texts, tokenizers, pooling=options.pooling, max_tokens=options.max_tokens)
@@ -93,17 +138,21 @@ class Inputs(HeldOut):
     @functools.cached_property
     def projections(self) -> dict[str, ParamSpec]:
         """The target's rows of the projections that are transported, by role."""
-        return shared_projections(self.target.rows, self.source.rows, self.recipe.fusion.roles)
+        return chain_projections(self.chain, self.target.rows, self.source.rows)
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """Checkpoints that operators name as a base: `base`, or `base-1`, `base-2` of several."""
+        names = list(dict.fromkeys(self.recipe.bases().values()))
+        return {f"base-{number}" if len(names) > 1 else "base": name for number, name in enumerate(names, 1)}
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every input."""
-        named = {"source": self.recipe.source, "target": self.recipe.target, "base": self.recipe.fusion.base}
-        models = {
-            name: sha256_checkpoint(resolve(self.recipe.place(path)))
-            for name, path in named.items()
-            if path is not None
-        }
+        if self._same_activations:
+            return self.like.hashes
+        named = {"source": self.recipe.source, "target": self.recipe.target} | self.bases
+        models = {name: sha256_checkpoint(resolve(self.recipe.place(path))) for name, path in named.items()}
         texts = {name: getattr(self, name) for name in ("texts", "valid", "test")}
         return models | {name: value.sha256 for name, value in texts.items() if value is not None}
 
@@ -134,31 +183,40 @@ class Inputs(HeldOut):
 
     @property
     def validation(self) -> dict[str, Callable[[Params], float]]:
-        """What `fuse` chooses by: bits per byte on the validation texts, and on the part that screens candidates."""
-        most = self.recipe.fusion.screen_texts
-        found = {"loss": lambda params: self.valid_scorer(params).bits_per_byte}
-        if self.valid is not None and most is not None and most < len(self.valid):
-            found["screen"] = lambda params: self._screen_scorer(params).bits_per_byte
-        return found
+        """Losses that operators choose by: bits per byte on the validation texts, and on the part for screening."""
+        if self.valid is None:
+            return {}
+        limit = self.recipe.screen_texts
+        losses = {"loss": lambda params: self.valid_scorer(params).bits_per_byte}
+        if limit is not None and limit < len(self.valid):
+            losses["screen"] = lambda params: self._screen_scorer(params).bits_per_byte
+        return losses
 
     @functools.cached_property
     def _screen_scorer(self) -> Scorer:
-        return self.scorer(self.target, self.target_tokenizer, self.valid.spread(self.recipe.fusion.screen_texts))
+        return self.scorer(self.target, self.target_tokenizer, self.valid.spread(self.recipe.screen_texts))
 
     def check(self) -> None:
         """Loads everything, so that whatever is wrong is said before anything is written."""
-        if self.recipe.alpha is None and self.recipe.valid is None:
+        recipe, needs = self.recipe, needs_of(self.chain)
+        if not self.chain:
+            raise InputError("at a fixed alpha no operator of this recipe is left: they all choose on validation texts")
+        chosen = [step for step in self.chain if step.contributes or step.operator.chooses]
+        if recipe.alpha is None and recipe.valid is None and chosen:
             raise InputError("alpha is chosen on validation texts: give --valid FILE, or fix it with --alpha X")
-        solver_of(self.recipe.alignment)
-        if not self.recipe.activations.keep:
-            require_streamable(self.recipe.alignment)
-        if self.recipe.fusion.transport == "regression" and not self.recipe.activations.keep:
-            raise InputError("fusion.transport: regression needs the activations; set activations.keep: true")
+        solver_of(recipe.alignment)
+        if not recipe.activations.keep:
+            require_streamable(recipe.alignment)
+            for step in self.chain:
+                if "activations" in step.operator.needs:
+                    raise InputError(
+                        f"the operator {step.operator.name} needs the activations; set activations.keep: true"
+                    )
         for name in ("layout", "texts", "valid", "test", "other_texts", "target", "source", "rows"):
             getattr(self, name)
-        if self.recipe.controls and self.recipe.same_size_source is not None:
-            load_tokenizer(load_model(self.recipe.place(self.recipe.same_size_source)).directory)
-        if self.recipe.solves:
+        if recipe.controls and recipe.same_size_source is not None:
+            load_tokenizer(load_model(recipe.place(recipe.same_size_source)).directory)
+        if "teacher" in needs:
             require_shared(self.target_tokenizer, self.source_tokenizer, self.texts.texts, otherwise=WITHOUT)
-        sites = sites_of(self.target, self.source, self.projections, self.recipe.alignment.structure)
-        require_room(sites, len(self.rows[0]), self.recipe)
+        sites = sites_of(self.target, self.source, self.projections, recipe.alignment.structure)
+        require_room(sites, len(self.rows[0]) if recipe.activations.keep else 0, recipe.alignment)

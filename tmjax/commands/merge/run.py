@@ -1,7 +1,6 @@
-"""The stages of a merge, each with its input hash: alignment, fuse, controls, evaluate, report."""
+"""The stages of a merge, each with its input hash: alignment, fusion, controls, evaluation, report."""
 
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,159 +8,155 @@ import numpy as np
 
 from tmjax.align.alignment import Alignment
 from tmjax.checkpoints import hf
-from tmjax.checkpoints.hub import read_json
 from tmjax.checkpoints.load import load_model
 from tmjax.commands.forgetting import measure_forgetting
-from tmjax.commands.merge.aligned import AlignmentRun
+from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.other_sources import other_sources
 from tmjax.commands.merge.samples import sample_texts
-from tmjax.commands.merge.teacher_data import Predictions
+from tmjax.commands.merge.session import open_session
+from tmjax.commands.merge.source_stages import SourceStages
 from tmjax.commands.notes import note_hidden
+from tmjax.commands.progress import Progress, Warn, quiet, silent
 from tmjax.commands.report import REPORT, SAMPLES
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_json
-from tmjax.models.spec import DecoderSpec
-from tmjax.recipes.merge import Recipe, build_recipe, read_recipe
+from tmjax.files.jsonfile import read_json
+from tmjax.recipes.base import read_recipe
+from tmjax.recipes.merge import Recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
-from tmjax.runs.directory import RECIPE, read_manifest
+from tmjax.runs.manifest import (
+    CoefficientFacts,
+    ControlFacts,
+    Manifest,
+    Record,
+    find_manifest,
+    read_manifest,
+)
+from tmjax.runs.run_files import RECIPE
 from tmjax.sharding import hosts
-from tmjax.train.data import Batch, Batches
-from tmjax.train.step import next_token_loss
-from tmjax.transfer.coefficients.grid import Fit
-from tmjax.transfer.coefficients.learned import BatchLoss
-from tmjax.transfer.controls import CONTROLS, Control, derangement, plan_permutations
-from tmjax.transfer.merge import Regressed, fuse
-from tmjax.transfer.operators.embeddings import Blended, Lexicon, read_lexicon
-from tmjax.transfer.operators.predictions import Solved
+from tmjax.transfer.chain import Merged, apply_chain, fit_facts, needs_of
+from tmjax.transfer.controls import CONTROLS, Control, Draw
+from tmjax.transfer.recipe import build_recipe
+from tmjax.transfer.source_view import SourceView
 from tmjax.transfer.update_table import require_transfer
-from tmjax.typing import ArrayLike, Params
+from tmjax.typing import Params
+
+MERGED = "merged"
 
 
-class Merge(AlignmentRun):
-    """One run of a recipe; every stage resumes."""
+class Merge:
+    """One run of a recipe; every stage resumes.
 
-    def _fuse(
-        self, arm: str, alignment: Alignment, control: Control | None, source: Params, partial: Path
-    ) -> dict[Any, Any]:
-        """Transports, chooses coefficients on `valid`, writes the checkpoint of one arm; returns manifest facts."""
-        inputs = self.inputs
-        fused = fuse(
-            alignment,
-            inputs.target,
-            inputs.source,
-            self.recipe.fusion,
-            alpha=self.recipe.alpha,
-            **inputs.validation,
-            training=self._training(),
-            activations=self._regressed(control),
-            lexicon=self._lexicon(control) if self.recipe.blends else None,
-            wanted=Predictions(self).wanted(control) if self.recipe.solves else None,
-            source_params=source,
-            permutations=plan_permutations(alignment, self.recipe.seed) if control and control.permute_plan else None,
-            zero_source=control is not None and control.zero_source,
-            progress=self.step(arm),
-            dtype=inputs.dtype,
-            layout=inputs.layout,
-            known=inputs.target_tokenizer.known(inputs.target.spec.vocab),
-        )
+    Attributes:
+        session: Recipe, inputs and run directory.
+        source: Stages that measure the source.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        overwrite: bool = False,
+        amend: bool = False,
+        progress: Progress = quiet,
+        warn: Warn = silent,
+    ) -> None:
+        self.session = open_session(recipe, overwrite=overwrite, amend=amend, progress=progress, warn=warn)
+        self.recipe, self.inputs, self.run = self.session.recipe, self.session.inputs, self.session.run
+        self.source = SourceStages(self.session)
+
+    def fuse_key(self, arm: str) -> object:
+        """Returns what decides the checkpoint of an arm."""
+        return fuse_key(self.source, arm)
+
+    # Arms.
+
+    def view(self, control: Control | None = None) -> SourceView:
+        """Returns the source as an arm may know it: as it is, or as a control leaves it."""
+        view = self.source.view()
         if control is None:
-            warning = require_transfer(fused.table, allow_negligible=self.recipe.allow_negligible)
-            if warning:
-                self.warn(warning)
-        hf.write(fused.model, partial, max_shard_size=self.recipe.export.max_shard_size)
-        facts = _fit_facts(fused.fit)
-        also = {"lexical": _blend_facts(fused.blended)} if fused.blended else {}
-        also |= {"solve": _solve_facts(fused.solved)} if fused.solved else {}
-        if control is None:
-            return {"update": fused.table, "coefficients": facts} | also
-        return {("controls", arm): facts | {"update": fused.table} | also}
+            return view
+        vocab = self.inputs.target.spec.vocab
+        draw = Draw(self.recipe.seed, vocab, self.inputs.target_tokenizer.known(vocab))
+        return control.intervene(view, draw)
 
-    def _lexicon(self, control: Control | None) -> Lexicon:
-        """The target's tokens as the source reads them; for controls given other tokens' source embeddings.
+    def _merge(self, arm: str, view: SourceView, partial: Path) -> Merged:
+        """Applies the operators to what an arm knows of the source, and writes the checkpoint."""
+        merged = apply_chain(self.inputs.chain, view, merge_context(self.session, arm))
+        hf.write(merged.model, partial, max_shard_size=self.recipe.export.max_shard_size)
+        return merged
 
-        Rows shuffled: before the map is fitted; plan permuted: what the map, rightly fitted, makes of other tokens.
-        """
-        inputs, seed = self.inputs, self.recipe.seed
-        vocabularies = inputs.target.spec.vocab, inputs.source.spec.vocab
-        found = read_lexicon(inputs.target_tokenizer, inputs.source_tokenizer, inputs.texts.texts, vocabularies)
-        if control and control.shuffle_rows:
-            return found._replace(before=derangement(len(found.ids), seed))
-        if control and control.permute_plan:
-            return found._replace(after=derangement(len(found.ids), seed))
-        return found
-
-    def _training(self) -> tuple[Iterable[Batch], BatchLoss] | None:
-        """Calibration batches, the same for all arms, and the target's loss, where coefficients are learned."""
-        options = self.recipe.fusion
-        if options.fit != "learned" or self.recipe.alpha is not None:
-            return None
-        tokenizer, spec = self.inputs.target_tokenizer, self.inputs.target.spec
-        documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(self.inputs.texts.texts)]
-        longest = min(spec.max_positions, self.recipe.activations.max_tokens)
-        data = Batches(
-            documents, tokens=options.learning.batch_tokens, seed=self.recipe.seed, lengths=2, max_tokens=longest
-        )
-        return data, _token_loss(spec)
-
-    def _regressed(self, control: Control | None) -> Regressed | None:
-        """The activations that a closed-form transport solves on, the control's where it has its own."""
-        if self.recipe.fusion.transport != "regression" or not self.recipe.activations.keep:
-            return None
-        random = control is not None and control.random_source
-        shuffled = control is not None and control.shuffle_rows
-        held = self.activations("target"), self.activations("random_source" if random else "source")
-        return Regressed(*held, derangement(len(held[1].rows), self.recipe.seed) if shuffled else None)
+    def align(self) -> Alignment:
+        """Returns the alignment of target and source."""
+        return self.source.align()
 
     def fuse(self) -> Path:
-        """The merged checkpoint."""
-        alignment = self.align()
+        """Makes the merged checkpoint; returns its path."""
+        if "alignment" in needs_of(self.inputs.chain):
+            self.align()
 
-        def work(partial: Path) -> dict[Any, Any]:
-            return self._fuse("fuse", alignment, None, self.inputs.source.params, partial)
+        def work(partial: Path) -> Record:
+            merged = self._merge("fuse", self.view(), partial)
+            warning = require_transfer(merged.table, allow_negligible=self.recipe.allow_negligible)
+            if warning:
+                self.session.warn(warning)
 
-        return self.run.stage("fuse", self._fuse_key("merged"), "merged", work)
+            def record(manifest: Manifest) -> None:
+                manifest.update = {name: dict(row) for name, row in merged.table.items()}
+                if merged.fit is not None:
+                    manifest.coefficients = CoefficientFacts(**fit_facts(merged.fit))
+                manifest.operators = dict(merged.facts)
+
+            return record
+
+        return self.session.stage("fuse", self.fuse_key(MERGED), MERGED, work)
 
     def control(self, control: Control) -> Path:
-        """The checkpoint of one control arm: intervenes before alignment, then everything is run again."""
+        """Makes the checkpoint of one control arm; returns its path."""
 
-        def work(partial: Path) -> dict[Any, Any]:
-            params = self.random_source() if control.random_source else self.inputs.source.params
-            return self._fuse(control.name, self.control_alignment(control), control, params, partial)
+        def work(partial: Path) -> Record:
+            merged = self._merge(control.name, self.view(control), partial)
+            coefficients = {} if merged.fit is None else fit_facts(merged.fit)
+            table = {name: dict(row) for name, row in merged.table.items()}
+            facts = ControlFacts(**coefficients, update=table, operators=dict(merged.facts))
+            return lambda manifest: manifest.record("controls", control.name, facts)
 
-        return self.run.stage(control.name, self._fuse_key(control.name), f"controls/{control.name}", work)
+        return self.session.stage(control.name, self.fuse_key(control.name), f"controls/{control.name}", work)
 
     def from_other_sources(self) -> dict[str, tuple[Path, object]]:
-        """By arm, the checkpoint of the same merge from another source, and its input hash."""
-        found = {}
-        for arm, told in other_sources(self.recipe).items():
-            amend = hosts.agree(read_manifest(Path(told.out)) is not None)
+        """Makes the same merge from other sources; returns checkpoint and input hash by arm."""
+        results = {}
+        for arm, recipe in other_sources(self.recipe).items():
+            amend = hosts.agree(find_manifest(Path(recipe.out)) is not None)
             other = Merge(
-                told,
+                recipe,
                 amend=amend,
-                progress=lambda stage, done, total, arm=arm: self.progress(f"{arm}, {stage}", done, total),
-                warn=lambda message, arm=arm: self.warn(f"{arm}: {message}"),
+                progress=lambda stage, done, total, arm=arm: self.session.progress(f"{arm}, {stage}", done, total),
+                warn=lambda message, arm=arm: self.session.warn(f"{arm}: {message}"),
             )
-            found[arm] = other.fuse(), other._fuse_key("merged")
-        return found
+            results[arm] = other.fuse(), other.fuse_key(MERGED)
+        return results
 
-    def evaluate(self, checkpoints: Mapping[str, Path], also: Sequence[object] = ()) -> None:
+    # Results.
+
+    def evaluate(self, checkpoints: Mapping[str, Path], other_keys: Sequence[object] = ()) -> None:
         """Scores every arm's checkpoint on the test texts, with paired intervals and the gain due to the source.
 
-        `also` are the input hashes of checkpoints that are not this run's own.
+        `other_keys` are the input hashes of checkpoints that are not this run's own.
         """
-        inputs = self.inputs
+        inputs, session = self.inputs, self.session
         if inputs.recipe.test is None:
             return
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             scores: dict[str, Scores] = {}
 
             def score(arm: str, scorer: Scorer, params: Params) -> None:
                 scores[arm] = scorer(params)
-                self.progress("evaluate", len(scores), 2 + len(checkpoints))
+                session.progress("evaluate", len(scores), 2 + len(checkpoints))
 
             scorer = inputs.scorer(inputs.target, inputs.target_tokenizer, inputs.test)
             score("target", scorer, inputs.target.params)
@@ -172,106 +167,78 @@ class Merge(AlignmentRun):
             if hosts.is_first():
                 with partial.open("wb") as stream:
                     np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
-            note_hidden(scores, self.warn)
-            return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed)
+            note_hidden(scores, session.warn)
+            return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed).record
 
-        keys = [*(self._fuse_key(arm) for arm in checkpoints), *also]
-        self.run.stage(
-            "evaluate", [keys, inputs.hashes["test"], self.recipe.evaluation.model_dump()], "scores.npz", work
-        )
+        keys = [*(self.fuse_key(arm) for arm in checkpoints), *other_keys]
+        options = self.recipe.evaluation.model_dump()
+        session.stage("evaluate", [keys, inputs.hashes["test"], options], "scores.npz", work)
 
     def samples(self, merged: Path) -> Path:
-        """What target and merged model write after beginnings of the test texts."""
+        """Makes texts of target and merged model after beginnings of the test texts; returns their file."""
         inputs = self.inputs
         texts = inputs.test or inputs.valid or inputs.texts
 
         def work(partial: Path) -> None:
             models = {"target": inputs.target, "merged": load_model(merged, placement=inputs.layout.place)}
-            written = sample_texts(models, texts, self.recipe.seed, inputs.layout)
+            samples = sample_texts(models, texts, self.recipe.seed, inputs.layout)
             if hosts.is_first():
-                write_json(partial, {"samples": written})
+                write_json(partial, {"samples": samples})
 
-        return self.run.stage("samples", [self._fuse_key("merged"), texts.sha256], SAMPLES, work)
+        return self.session.stage("samples", [self.fuse_key(MERGED), texts.sha256], SAMPLES, work)
 
     def all(self) -> dict[str, Any]:
-        """Every stage of the recipe; returns the manifest."""
+        """Runs every stage of the recipe; returns the manifest as it stands in the file."""
         merged = self.fuse()
-        checkpoints = {"merged": merged}
+        checkpoints = {MERGED: merged}
         if self.recipe.controls:
             checkpoints |= {name: self.control(control) for name, control in CONTROLS.items()}
         others = self.from_other_sources()
         checkpoints |= {arm: path for arm, (path, _) in others.items()}
         self.evaluate(checkpoints, [key for _, key in others.values()])
+        self._forgetting(merged)
+        self._pages(merged, self.samples(merged))
+        return self.run.manifest.to_json()
+
+    def _forgetting(self, merged: Path) -> None:
         inputs = self.inputs
         measure_forgetting(
             self.run,
             inputs.other_texts,
             lambda texts: inputs.scorer(inputs.target, inputs.target_tokenizer, texts),
             lambda: (inputs.target.params, load_model(merged, placement=inputs.layout.place).params),
-            arm="merged",
-            key=self._fuse_key("merged"),
+            arm=MERGED,
+            key=self.fuse_key(MERGED),
             options=self.recipe.evaluation,
             seed=self.recipe.seed,
         )
-        samples = self.samples(merged)
-        alignment = self.align()
+
+    def _pages(self, merged: Path, samples: Path) -> None:
+        """Writes model card and report."""
+        alignment = self.align() if "alignment" in needs_of(self.inputs.chain) else None
 
         def card(partial: Path) -> None:
-            partial.write_text(model_card(self.recipe, self.run.manifest), encoding="utf-8")
+            partial.write_text(model_card(self.recipe, self.run.manifest.to_json()), encoding="utf-8")
 
         def report(partial: Path) -> None:
-            write_report(
-                partial, self.run.path, self.recipe, self.run.manifest, alignment, read_json(samples)["samples"]
-            )
+            manifest, texts = self.run.manifest.to_json(), read_json(samples)["samples"]
+            write_report(partial, self.run.path, self.recipe, manifest, alignment, texts)
 
-        facts = {name: self.run.manifest.get(name) for name in ("evaluation", "coefficients", "source_gain", "update")}
-        facts |= {"forgetting": self.run.manifest["forgetting"]} if "forgetting" in self.run.manifest else {}
-        self.run.stage("card", facts, f"{merged.name}/README.md", card, joint=False)
-        self.run.stage("report", facts, REPORT, report, joint=False)
-        return self.run.manifest
+        sections = {"evaluation", "coefficients", "source_gain", "update", "operators", "forgetting"}
+        key = self.run.manifest.to_json(sections)
+        self.run.stage("card", key, f"{merged.name}/README.md", card, joint=False)
+        self.run.stage("report", key, REPORT, report, joint=False)
 
 
-@functools.cache
-def _token_loss(spec: DecoderSpec) -> BatchLoss:
-    """The same function object for every arm, so that nothing is compiled again."""
-    return functools.partial(next_token_loss, spec)
-
-
-def _blend_facts(blended: Blended) -> dict[str, Any]:
-    """What was chosen (None: nothing), and validation bits per byte without and with it."""
-    return {"chosen": blended.chosen, "valid_bits_per_byte": list(blended.losses), "trials": blended.trials}
-
-
-def _solve_facts(solved: Solved) -> dict[str, Any]:
-    """What the rounds of a solve chose, and how many positions they heard of."""
-    return {
-        "valid_bits_per_byte": solved.losses,
-        "rounds": solved.chosen,
-        "trials": solved.trials,
-        "positions": dict(zip(("true", "source", "all"), solved.positions, strict=True)),
-    }
-
-
-def _mean(value: ArrayLike | float) -> float:
-    return float(np.mean(np.asarray(value, np.float64)))
-
-
-def _fit_facts(chosen: Fit) -> dict[str, Any]:
-    """Coefficients by role (means, if learned: by layer they are in the update table), and what was tried."""
-    return {
-        "by_role": {
-            role: {"alpha": _mean(alpha), "beta": _mean(beta)} for role, (alpha, beta) in chosen.coefficients.items()
-        },
-        "valid_bits_per_byte": chosen.loss,
-        "trials": [
-            {"loss": trial.loss, "coefficients": {role: list(pair) for role, pair in trial.coefficients.items()}}
-            for trial in chosen.trials
-        ],
-    }
+def fuse_key(source: SourceStages, arm: str) -> object:
+    """Returns what decides the checkpoint of an arm, given what decides the alignment."""
+    sections = {"operators", "coefficients", "screen_texts", "alpha", "evaluation", "export", "seed"}
+    options = source.recipe.model_dump(mode="json", include=sections)
+    return [arm, source.alignment_key(), options, source.inputs.hashes.get("valid")]
 
 
 def open_run(path: Path, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe of an existing run, with changes; raises InputError if `path` is not a run."""
+    """Returns the recipe of an existing run, with changes; raises InputError if `path` is not a run."""
     if read_manifest(path) is None:
         raise InputError(f"{path} is not a run of tmjax (no manifest.json)")
     return build_recipe(read_recipe(path / RECIPE) | {"out": str(path)} | dict(changes))

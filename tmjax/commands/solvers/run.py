@@ -9,13 +9,15 @@ from typing import Any
 import pydantic
 
 from tmjax.align.alignment import align, plan_site, solver_of
+from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.run import Merge
+from tmjax.commands.progress import Progress, Warn, quiet, silent
 from tmjax.commands.solvers.variants import SolverProblem, SolverRow, measure_site, summarise
 from tmjax.errors import InputError
 from tmjax.files.atomic import write_json
-from tmjax.recipes.merge import AlignmentOptions
+from tmjax.recipes.merge import AlignmentOptions, Recipe
 from tmjax.report.solver_page import write_solver_report
-from tmjax.transfer.merge import fuse
+from tmjax.transfer.chain import apply_chain
 
 
 def parse_solver(text: str, options: AlignmentOptions) -> AlignmentOptions:
@@ -45,23 +47,30 @@ def parse_solver(text: str, options: AlignmentOptions) -> AlignmentOptions:
     return found
 
 
-class SolverComparison(Merge):
+class SolverComparison:
     """A run whose stages are activations and, per solver, its problems, its maps and its merge."""
+
+    def __init__(
+        self, recipe: Recipe, *, overwrite: bool = False, progress: Progress = quiet, warn: Warn = silent
+    ) -> None:
+        self.merge = Merge(recipe, overwrite=overwrite, progress=progress, warn=warn)
+        self.run = self.merge.run
 
     def compare(self, names: list[str]) -> dict[str, Any]:
         """Measures every solver; returns the manifest, with `solvers` (a line each) and `solver_sites` (per site)."""
-        if not self.recipe.activations.keep:
+        merge, session = self.merge, self.merge.session
+        if not merge.recipe.activations.keep:
             raise InputError("solvers are judged on held-out rows of activations; set activations.keep: true")
-        settings = {name: parse_solver(name, self.recipe.alignment) for name in names}
-        target, source = self.activations("target"), self.activations("source")
-        projections = self.inputs.projections
+        settings = {name: parse_solver(name, merge.recipe.alignment) for name in names}
+        pair = merge.view().activations()
+        projections = merge.inputs.projections
         sites = list(
             dict.fromkeys(plan_site(s) for row in projections.values() for s in (row.input_site, row.output_site))
         )
 
         @functools.cache
         def problem(site: str, centred: bool) -> SolverProblem:
-            return SolverProblem.of(site, target, source, centred=centred)
+            return SolverProblem.of(site, pair.target, pair.source, centred=centred)
 
         rows: list[SolverRow] = []
         merges: dict[str, float] = {}
@@ -74,39 +83,37 @@ class SolverComparison(Merge):
                     measured.append(
                         measure_site(name, solver, problem(site, options.centred), memory_mib=options.memory_mib)
                     )
-                    self.progress(name, done + 1, len(sites) + 1)
-                result = {"sites": [dataclasses.asdict(row) for row in measured], "bits_per_byte": self._merge(options)}
-                self.progress(name, len(sites) + 1, len(sites) + 1)
-                write_json(partial, result)
+                    session.progress(name, done + 1, len(sites) + 1)
+                bits = self._bits_per_byte(options)
+                session.progress(name, len(sites) + 1, len(sites) + 1)
+                write_json(partial, {"sites": [dataclasses.asdict(row) for row in measured], "bits_per_byte": bits})
 
-            key = [self._fuse_key(name), options.model_dump(mode="json"), self.inputs.hashes.get("test")]
-            file = self.run.stage(f"solver:{name}", key, f"solvers/{name}.json", work)
-            held = json.loads(file.read_text(encoding="utf-8"))
-            rows += [SolverRow(**row) for row in held["sites"]]
-            if held["bits_per_byte"] is not None:
-                merges[name] = held["bits_per_byte"]
-        self.run.manifest["solvers"] = summarise(rows, merges)
-        self.run.manifest["solver_sites"] = [dataclasses.asdict(row) for row in rows]
+            key = [merge.fuse_key(name), options.model_dump(mode="json"), merge.inputs.hashes.get("test")]
+            file = session.stage(f"solver:{name}", key, f"solvers/{name}.json", work)
+            result = json.loads(file.read_text(encoding="utf-8"))
+            rows += [SolverRow(**row) for row in result["sites"]]
+            if result["bits_per_byte"] is not None:
+                merges[name] = result["bits_per_byte"]
+        self.run.manifest.solvers = summarise(rows, merges)
+        self.run.manifest.solver_sites = [dataclasses.asdict(row) for row in rows]
         self.run.save()
-        write_solver_report(self.run.path, self.run.manifest)
-        return self.run.manifest
+        manifest = self.run.manifest.to_json()
+        write_solver_report(self.run.path, manifest)
+        return manifest
 
-    def _merge(self, options: AlignmentOptions) -> float | None:
+    def _bits_per_byte(self, options: AlignmentOptions) -> float | None:
         """Bits per byte on the test texts of the merge made with these plans; None without test texts.
 
-        Weights alone are transported: blended embeddings and solved predictions would hide what the plans do.
+        Only contributions are fused: blended embeddings and solved predictions would hide what the plans do.
         """
-        if self.inputs.test is None:
+        merge, inputs = self.merge, self.merge.inputs
+        if inputs.test is None:
             return None
-        models = tuple((model.spec, model.params) for model in (self.inputs.target, self.inputs.source))
-        held = self.activations("target"), self.activations("source")
-        fused = fuse(
-            align(*held, self.inputs.projections, options, models=models),
-            self.inputs.target,
-            self.inputs.source,
-            self.recipe.fusion.model_copy(update={"lexical": None, "solve": None}),
-            alpha=self.recipe.alpha,
-            **self.inputs.validation,
-        )
-        scorer = self.inputs.scorer(self.inputs.target, self.inputs.target_tokenizer, self.inputs.test)
-        return scorer(fused.model.params).bits_per_byte
+        models = tuple((model.spec, model.params) for model in (inputs.target, inputs.source))
+        view = merge.view()
+        alignment = align(*view.activations(), inputs.projections, options, models=models)
+        chain = tuple(step for step in inputs.chain if step.contributes)
+        context = merge_context(merge.session, "merge")
+        merged = apply_chain(chain, dataclasses.replace(view, alignment=lambda: alignment), context)
+        scorer = inputs.scorer(inputs.target, inputs.target_tokenizer, inputs.test)
+        return scorer(merged.model.params).bits_per_byte

@@ -11,14 +11,17 @@ import numpy as np
 import yaml
 
 from tmjax.errors import InputError
-from tmjax.recipes.merge import ALL_ROLES, ATTENTION_ROLES, Recipe, build_recipe
+from tmjax.recipes.base import ALL_ROLES, ATTENTION_ROLES
+from tmjax.recipes.merge import Recipe
+from tmjax.transfer.operator import read_chain
+from tmjax.transfer.recipe import build_recipe
 
 Value: TypeAlias = str | bool | int | float | None
 #: One value per swept key.
 Setting: TypeAlias = dict[str, Value]
 
 #: Short names of recipe keys.
-SHORT: Mapping[str, str] = {"beta": "fusion.beta", "epsilon": "alignment.epsilon", "solver": "alignment.solver"}
+SHORT: Mapping[str, str] = {"beta": "coefficients.beta", "epsilon": "alignment.epsilon", "solver": "alignment.solver"}
 #: What `alpha.NAME` and `beta.NAME` set, the most particular last.
 PARTS: Mapping[str, tuple[str, ...]] = {
     "attention": ATTENTION_ROLES,
@@ -28,9 +31,12 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 #: Most settings of one sweep.
 MOST = 100_000
 #: What every setting of a sweep shares (inputs, yardstick), and what only other commands use.
-FIXED = ("source", "target", "texts", "valid", "test", "out", "preset", "controls", "allow_negligible", "mesh")
-_CHOOSES = tuple(f"fusion.{key}" for key in ("alphas", "betas", "groups", "lexical", "solve"))
-FIXED_UNDER = ("evaluation", "export", *_CHOOSES)
+FIXED = (
+    *("source", "target", "texts", "valid", "test", "out", "preset", "controls", "allow_negligible", "mesh"),
+    "screen_texts",
+)
+_CHOICE = tuple(f"coefficients.{key}" for key in ("fit", "alphas", "betas", "groups", "learning"))
+FIXED_UNDER = ("evaluation", "export", *_CHOICE)
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _STEPS = re.compile(rf"({_NUMBER}):({_NUMBER}):({_NUMBER})")
@@ -120,6 +126,7 @@ def is_part(key: str) -> bool:
 def parse_axes(texts: Sequence[str], recipe: Recipe, *, random: bool) -> list[Axis]:
     """All axes, each value checked against the recipe; raises InputError."""
     axes = [parse_axis(text) for text in texts]
+    choosing = [step.operator.name for step in read_chain(recipe.operators) if step.operator.chooses]
     keys = [SHORT.get(axis.key, axis.key) for axis in axes]
     for key in keys:
         if keys.count(key) > 1:
@@ -127,7 +134,7 @@ def parse_axes(texts: Sequence[str], recipe: Recipe, *, random: bool) -> list[Ax
     if not axes:
         raise InputError("nothing to sweep: give --grid key=value,value")
     for axis, key in zip(axes, keys, strict=True):
-        if key in FIXED or any(key == name or key.startswith(f"{name}.") for name in FIXED_UNDER):
+        if key in FIXED or any(key == name or key.startswith(f"{name}.") for name in (*FIXED_UNDER, *choosing)):
             raise InputError(f"--grid {axis.key}: every setting of a sweep shares it; it cannot be swept")
         if axis.range and not random:
             raise InputError(f"--grid {axis.key}: a range low..high is drawn from: give --random N, or low:high:step")
@@ -143,7 +150,9 @@ def parse_axes(texts: Sequence[str], recipe: Recipe, *, random: bool) -> list[Ax
                 raise InputError(f"--grid {axis.key}={_shown(value)}: {error}") from None
     named = {key.partition(".")[2] for key in keys if key == "alpha" or key.startswith("alpha.")}
     covered = {role for part in named for role in (PARTS[part] if part else ALL_ROLES)}
-    if recipe.alpha is None and not covered >= set(recipe.fusion.roles or ALL_ROLES):
+    options = [step.options for step in read_chain(recipe.operators) if step.contributes]
+    needed = {role for item in options for role in getattr(item, "roles", None) or ALL_ROLES}
+    if recipe.alpha is None and not covered >= needed:
         raise InputError(
             "a sweep does not choose alpha by itself: sweep it (--grid alpha=0:0.3:0.02) or give --alpha X"
         )
@@ -173,20 +182,33 @@ def recipe_of(recipe: Recipe, setting: Mapping[str, Value]) -> Recipe:
 
     Raises InputError for unknown keys and for values that the recipe refuses.
     """
-    told = recipe.model_dump(mode="json")
+    values = recipe.model_dump(mode="json")
     for name, value in setting.items():
         if is_part(name):
             if name.startswith("alpha") or value != "tied":
                 _check_coefficient(name, value)
             continue
-        place = told
         *parents, last = SHORT.get(name, name).split(".")
-        for parent in parents:
-            place = place.get(parent) if isinstance(place, dict) else None
+        place = _section(values, parents)
         if not isinstance(place, dict) or (last not in place and parents != ["alignment", "solver_options"]):
             raise InputError(f"{name} is not a key of the recipe")
         place[last] = value
-    return build_recipe(told)
+    return build_recipe(values)
+
+
+def _section(values: dict[str, Any], parents: list[str]) -> Any:
+    """The section that holds a key: of the recipe, or the options of an operator, which is named without its place."""
+    if parents and parents[0] == "operators":
+        parents = parents[1:]
+    operators = {name: options for entry in values["operators"] for name, options in entry.items()}
+    if parents and parents[0] in operators and parents[0] not in values:
+        place: Any = operators[parents[0]]
+        parents = parents[1:]
+    else:
+        place = values
+    for parent in parents:
+        place = place.get(parent) if isinstance(place, dict) else None
+    return place
 
 
 def _check_coefficient(name: str, value: Value) -> None:
@@ -221,7 +243,7 @@ def make_settings(axes: Sequence[Axis], recipe: Recipe, *, random: int | None = 
 
 def coefficients_of(recipe: Recipe, setting: Mapping[str, Any], roles: Sequence[str]) -> dict[str, tuple[float, float]]:
     """(alpha, beta) of every role: those of all roles, then of its kind, then its own; a tied beta is minus alpha."""
-    beta_of_all = setting.get("beta", setting.get("fusion.beta", recipe.fusion.beta))
+    beta_of_all = setting.get("beta", setting.get("coefficients.beta", recipe.coefficients.beta))
     result = {}
     for role in roles:
         alpha, beta = setting.get("alpha", recipe.alpha), beta_of_all

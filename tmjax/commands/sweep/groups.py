@@ -7,7 +7,7 @@ from tmjax.commands.sweep.grid import Setting, is_part, recipe_of
 from tmjax.recipes.merge import Recipe
 
 #: Keys that change nothing but the coefficients of a fusion (and `seed`, which draws the settings, not the merge).
-NUMBERS = frozenset({"alpha", "beta", "fusion.beta", "seed"})
+NUMBERS = frozenset({"alpha", "beta", "coefficients.beta", "seed"})
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,12 @@ def make_groups(recipe: Recipe, settings: Sequence[Setting]) -> list[Group]:
     seen: dict[str, int] = {}
     keyed = []
     for group in groups:
-        told = group.recipe.model_dump(mode="json")
-        activations = [told["dtype"], told["activations"], told["fusion"]["roles"]]
-        alignment = [*activations, told["alignment"]]
-        transport = [*alignment, {key: value for key, value in told["fusion"].items() if key != "mask_top_k"}]
+        values = group.recipe.model_dump(mode="json")
+        options = [(name, options) for entry in values["operators"] for name, options in entry.items()]
+        roles = [own.get("roles") for _, own in options]
+        activations = [values["dtype"], values["activations"], roles]
+        alignment = [*activations, values["alignment"]]
+        unmasked = [(name, {key: x for key, x in own.items() if key != "mask_top_k"}) for name, own in options]
+        transport = [*alignment, unmasked]
         keyed.append(tuple(first(part) for part in (activations, alignment, transport)))
     return [group for _, group in sorted(zip(keyed, groups, strict=True), key=lambda item: item[0])]

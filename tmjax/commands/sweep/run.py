@@ -15,9 +15,12 @@ import numpy as np
 from tmjax.align.alignment import solver_of
 from tmjax.align.streaming import require_streamable
 from tmjax.checkpoints import hf
-from tmjax.commands.merge.aligned import AlignmentRun, Progress, Warn, quiet
+from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.inputs import Inputs
+from tmjax.commands.merge.session import Session, open_session
+from tmjax.commands.merge.source_stages import SourceStages
 from tmjax.commands.notes import note_hidden
+from tmjax.commands.progress import Progress, Warn, quiet, silent
 from tmjax.commands.sweep.grid import coefficients_of, make_settings, parse_axes
 from tmjax.commands.sweep.groups import Group, make_groups
 from tmjax.commands.sweep.results import Result, best_of, has_parquet, read_csv, write_csv, write_parquet
@@ -25,78 +28,108 @@ from tmjax.commands.sweep.score import SettingsScorer
 from tmjax.errors import InputError
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_json
-from tmjax.models.spec import projections
-from tmjax.recipes.merge import FusionOptions, Recipe
+from tmjax.recipes.merge import CoefficientOptions, Recipe
 from tmjax.report.sweep_page import write_sweep_report
-from tmjax.runs.directory import RunDirectory, digest
+from tmjax.runs.directory import RunDirectory
+from tmjax.runs.hashes import digest
+from tmjax.runs.manifest import AlignmentRecord, BestSetting, Coefficient, Manifest, Record, SweepFacts
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts
-from tmjax.transfer.apply import Coefficients, Transported, fuse_params, transport_model
-from tmjax.transfer.masks import masks
-from tmjax.transfer.update_table import require_transfer, update_table
+from tmjax.transfer.contribution import Coefficients, Contribution
+from tmjax.transfer.operator import Chain, Step, read_chain
+from tmjax.transfer.projections import with_masks
+from tmjax.transfer.update_table import joined_table, require_transfer
 
 #: Called with the rows so far and the number of all settings.
 Show = Callable[[Sequence[Mapping[str, Any]], int], None]
-#: What no setting changes, and what changes only with the settings of activations.
-_SHARED = ("layout", "source", "target", "source_tokenizer", "target_tokenizer", "valid", "test")
-_OF_ACTIVATIONS = ("texts", "rows", "hashes")
 
 
-class _SharedStages:
-    """A run in which every stage has a name and a folder of its own for each input hash, so that variants share it."""
+@dataclasses.dataclass(frozen=True)
+class SharedSession:
+    """The session of one variant, whose stages have a name and a folder for each input hash, so that variants share."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        self._run = run
+    recipe: Recipe
+    inputs: Inputs
+    run: RunDirectory
+    progress: Progress
+    warn: Warn
 
-    def stage(self, name: str, key: object, output: str, work: Callable[[Path], Mapping[Any, Any] | None]) -> Path:
+    def step(self, stage: str) -> Callable[[int, int], None]:
+        """Returns a callback that shows how far a stage is."""
+        return lambda done, total: self.progress(stage, done, total)
+
+    def stage(self, name: str, key: object, output: str, work: Callable[[Path], AlignmentRecord | None]) -> Path:
+        """Runs a stage unless it is finished for this input hash."""
         label = digest(key)[:8]
 
-        def labelled(partial: Path) -> dict[Any, Any]:
-            facts = work(partial) or {}
-            return {("shared", label, *(k if isinstance(k, tuple) else (k,))): value for k, value in facts.items()}
+        def labelled(partial: Path) -> Record:
+            record = work(partial)
 
-        return self._run.stage(f"{name}:{label}", key, f"shared/{label}/{output}", labelled)
+            def shared(manifest: Manifest) -> None:
+                if record is not None:
+                    record(manifest.shared_facts(label))
 
+            return shared
 
-class _Variant(AlignmentRun):
-    """The alignment of one recipe of a sweep, inside the sweep's run directory."""
-
-    def __init__(self, recipe: Recipe, sweep: "Sweep") -> None:
-        self.recipe, self.inputs = recipe, Inputs(recipe)
-        same = recipe.activations == sweep.recipe.activations
-        for name in _SHARED + (_OF_ACTIVATIONS if same else ()):
-            self.inputs.__dict__[name] = getattr(sweep.inputs, name)
-        self.progress, self.warn, self.run = sweep.progress, sweep.warn, _SharedStages(sweep.run)
-        self._alignment = None
-
-    def transport_key(self) -> list[object]:
-        """What decides the transported weights; masks are put on afterwards."""
-        told = self.recipe.fusion.model_dump(mode="json", include={"map", "roles", "norm_match", "bias"})
-        return [self._alignment_key(), told]
-
-    def transport(self) -> dict[str, Transported]:
-        """The transported weights, without masks."""
-        target, source = self.inputs.target, self.inputs.source
-        plain = FusionOptions()
-        for name in ("embeddings", "norms", "fit", "trust", "base", "transport"):
-            if getattr(self.recipe.fusion, name) != getattr(plain, name):
-                raise InputError(
-                    f"a sweep fuses transported projections by given coefficients: leave fusion.{name} out"
-                )
-        options = self.recipe.fusion.model_copy(update={"mask_top_k": None})
-        return transport_model(self.align(), target.rows, target.params, source.rows, source.params, options)
-
-    def masked(self, transported: Mapping[str, Transported]) -> dict[str, Transported]:
-        """The same with the masks of this recipe."""
-        rows, top_k = projections(self.inputs.target.rows), self.recipe.fusion.mask_top_k
-        pairs = {role: masks(self.align(), rows[role], top_k) for role in transported}
-        return {
-            role: dataclasses.replace(item, weight_mask=pairs[role][0], bias_mask=pairs[role][1])
-            for role, item in transported.items()
-        }
+        return self.run.stage(f"{name}:{label}", key, f"shared/{label}/{output}", labelled)
 
 
-class Sweep(AlignmentRun):
+def contributing(recipe: Recipe) -> Chain:
+    """Returns the operators that a sweep can fuse by given coefficients; those that choose on text are left out.
+
+    Raises:
+        InputError: Another operator is in the list, none is left, or coefficients are to be learned.
+    """
+    if recipe.coefficients.fit != CoefficientOptions().fit:
+        raise InputError("a sweep fuses contributions by given coefficients: leave coefficients.fit out")
+    steps = [step for step in read_chain(recipe.operators) if not step.operator.chooses]
+    others = [step.operator.name for step in steps if not step.contributes]
+    if others:
+        raise InputError(f"a sweep fuses contributions by given coefficients: leave the operator {others[0]} out")
+    if not steps:
+        raise InputError(
+            "a sweep fuses contributions by given coefficients: add an operator that has some, as transport"
+        )
+    return tuple(steps)
+
+
+class Variant:
+    """Alignment and contributions of one recipe of a sweep, inside the sweep's run directory."""
+
+    def __init__(self, recipe: Recipe, session: Session) -> None:
+        inputs = Inputs(recipe, like=session.inputs)
+        self.session = SharedSession(recipe, inputs, session.run, session.progress, session.warn)
+        self.recipe, self.inputs, self.source = recipe, inputs, SourceStages(self.session)
+
+    def key(self) -> list[object]:
+        """Returns what decides the contributions; masks are put on afterwards."""
+        options = [
+            [step.operator.name, {**step.options.model_dump(mode="json"), "mask_top_k": None}]
+            for step in contributing(self.recipe)
+        ]
+        return [self.source.alignment_key(), options]
+
+    def contributions(self) -> list[Contribution]:
+        """Makes the contributions, without masks."""
+        view, context = self.source.view(), merge_context(self.session, "transport")
+        results = []
+        for step in contributing(self.recipe):
+            options = step.options
+            if "mask_top_k" in type(options).model_fields:
+                options = options.model_copy(update={"mask_top_k": None})
+            results.append(step.operator.contribute(self.inputs.target.params, view, options, context))
+        return results
+
+    def masked(self, contributions: Sequence[Contribution]) -> list[Contribution]:
+        """Puts the masks of this recipe on."""
+        limits = [getattr(step.options, "mask_top_k", None) for step in contributing(self.recipe)]
+        return [
+            each if limit is None else with_masks(each, self.source.align(), limit)
+            for each, limit in zip(contributions, limits, strict=True)
+        ]
+
+
+class Sweep:
     """A run of many settings; what is finished is kept, batch by batch."""
 
     def __init__(
@@ -108,7 +141,7 @@ class Sweep(AlignmentRun):
         write_best: bool = False,
         overwrite: bool = False,
         progress: Progress = quiet,
-        warn: Warn = lambda message: None,
+        warn: Warn = silent,
         show: Show = lambda rows, total: None,
     ) -> None:
         if recipe.valid is None:
@@ -119,14 +152,16 @@ class Sweep(AlignmentRun):
         self.settings = make_settings(self.axes, recipe, random=random)
         self.groups = make_groups(recipe, self.settings)
         for group in self.groups:
+            contributing(group.recipe)
             solver_of(group.recipe.alignment)
             if not group.recipe.activations.keep:
                 require_streamable(group.recipe.alignment)
         self.random, self.write_best, self.show = random, write_best, show
-        told = {"grid": list(grid), "random": random}
-        super().__init__(recipe, overwrite=overwrite, progress=progress, warn=warn, also={"sweep": digest(told)})
+        settings = {"sweep": digest({"grid": list(grid), "random": random})}
+        self.session = open_session(recipe, overwrite=overwrite, progress=progress, warn=warn, extra_key=settings)
+        self.recipe, self.inputs, self.run = self.session.recipe, self.session.inputs, self.session.run
         self._scorers: dict[tuple[str, str, bool], SettingsScorer] = {}
-        self._held: tuple[list[object], dict[str, Transported]] | None = None
+        self._latest: tuple[list[object], list[Contribution]] | None = None
 
     def _scorer(self, recipe: Recipe, which: str, *, stored: bool = False) -> SettingsScorer:
         """Scorer of the `valid` or `test` texts."""
@@ -146,47 +181,53 @@ class Sweep(AlignmentRun):
             )
         return self._scorers[name]
 
-    def _transported(self, variant: _Variant) -> dict[str, Transported]:
-        """The transported weights with masks; those of the last group are kept, of which the next may need all."""
-        key = variant.transport_key()
-        if self._held is None or self._held[0] != key:
-            self._held = None  # before the next are made
-            self._held = (key, variant.transport())
-        return variant.masked(self._held[1])
+    def _contributions(self, variant: Variant) -> list[Contribution]:
+        """The contributions with masks; those of the last group are kept, of which the next may need all."""
+        key = variant.key()
+        if self._latest is None or self._latest[0] != key:
+            self._latest = None  # before the next are made
+            self._latest = (key, variant.contributions())
+        return variant.masked(self._latest[1])
 
     def _coefficients(self, group: Group, number: int) -> dict[str, tuple[float, float]]:
-        return coefficients_of(group.recipe, self.settings[number], sorted(self.inputs.projections))
+        """Coefficients of every role that an operator contributes to."""
+        roles = {role for step in contributing(group.recipe) for role in self._roles_of(step)}
+        return coefficients_of(group.recipe, self.settings[number], sorted(roles))
+
+    def _roles_of(self, step: Step) -> Sequence[str]:
+        """Roles that an operator contributes to: its own (`roles(options)`), or the projections that are aligned."""
+        own = getattr(step.operator, "roles", None)
+        return sorted(self.inputs.projections) if own is None else own(step.options)
 
     def _results(self, number: int, group: Group) -> Iterator[list[Result]]:
         """Results of one group, batch by batch; those on disk are read."""
-        variant = _Variant(group.recipe, self)
+        variant = Variant(group.recipe, self.session)
 
         def result(member: int, bits: float | None, seconds: float, reason: str = "") -> Result:
             setting = self.settings[member]
             return Result(member, setting, bits, seconds, setting.get("seed", self.recipe.seed), number, reason)
 
         # Settings that come to the same coefficients are scored once.
-        wanted: dict[tuple[Any, ...], list[int]] = {}
+        members: dict[tuple[Any, ...], list[int]] = {}
         for member in group.members:
-            wanted.setdefault(tuple(self._coefficients(group, member).items()), []).append(member)
-        scorer, items = self._scorer(group.recipe, "valid"), list(wanted.items())
-        place = functools.cache(lambda: scorer.place(self._transported(variant)))
+            members.setdefault(tuple(self._coefficients(group, member).items()), []).append(member)
+        scorer, items = self._scorer(group.recipe, "valid"), list(members.items())
+        place = functools.cache(lambda: scorer.place(self._contributions(variant)))
         options = self.recipe.evaluation.model_dump(include={"batch_tokens", "max_tokens"})
-        shared = [variant.transport_key(), group.recipe.fusion.mask_top_k, self.inputs.hashes["valid"], options]
+        limits = [getattr(step.options, "mask_top_k", None) for step in contributing(group.recipe)]
+        shared = [variant.key(), limits, self.inputs.hashes["valid"], options]
         for start in range(0, len(items), scorer.batch):
             batch = items[start : start + scorer.batch]
             file = self.run.path / "settings" / f"{digest([shared, [pairs for pairs, _ in batch]])}.json"
             try:
-                held = hosts.agree(_read(file)) or self._score(
-                    file, scorer, place(), [dict(p) for p, _ in batch], group.recipe
-                )
+                scores = hosts.agree(_read(file)) or self._score(file, scorer, place(), [dict(p) for p, _ in batch])
             except InputError as error:
                 yield [result(member, None, 0.0, str(error)) for _, members in items[start:] for member in members]
                 return
             missing = "the model's log-likelihoods hold NaN or infinity"
             yield [
-                result(member, bits, held["seconds"], missing if bits is None else "")
-                for bits, (_, members) in zip(held["bits_per_byte"], batch, strict=True)
+                result(member, bits, scores["seconds"], missing if bits is None else "")
+                for bits, (_, members) in zip(scores["bits_per_byte"], batch, strict=True)
                 for member in members
             ]
 
@@ -194,26 +235,25 @@ class Sweep(AlignmentRun):
         self,
         file: Path,
         scorer: SettingsScorer,
-        transported: Mapping[str, Transported],
+        contributions: Sequence[Contribution],
         settings: Sequence[Coefficients],
-        recipe: Recipe,
     ) -> dict[str, Any]:
         compiling, started = scorer.compile_seconds, time.perf_counter()
-        bits = scorer.bits_per_byte(scorer(transported, settings, bias_rule=recipe.fusion.bias))
+        bits = scorer.bits_per_byte(scorer(contributions, settings))
         seconds = time.perf_counter() - started - (scorer.compile_seconds - compiling)
-        held = {
+        scores = {
             "bits_per_byte": [float(value) if np.isfinite(value) else None for value in bits],
             "seconds": round(seconds / len(settings), 6),
         }
         if hosts.is_first():
             file.parent.mkdir(exist_ok=True)
-            write_json(file, held)
-        return held
+            write_json(file, scores)
+        return scores
 
     def sweep(self) -> dict[str, Any]:
         """Scores all settings; the best one and the target are measured on the test texts. Returns the manifest."""
 
-        def work(partial: Path) -> dict[Any, Any]:
+        def work(partial: Path) -> Record:
             results: list[Result] = []
             rows: list[dict[str, Any]] = []
             for number, group in enumerate(self.groups):
@@ -229,86 +269,103 @@ class Sweep(AlignmentRun):
                 write_csv(partial, results)
                 if has_parquet():
                     write_parquet(self.run.path / "results.parquet", results)
-            label = digest(_Variant(self.groups[best.group].recipe, self)._alignment_key())[:8]
-            return {"sweep": self._facts(results, best), "alignment": self.run.manifest["shared"][label]["alignment"]}
+            label = digest(Variant(self.groups[best.group].recipe, self.session).source.alignment_key())[:8]
+            facts = self._facts(results, best)
 
-        told = [self.settings, [self._fuse_options(group.recipe) for group in self.groups], self.inputs.hashes["valid"]]
-        self.run.stage("sweep", told, "results.csv", work)
-        self._best(told)
+            def record(manifest: Manifest) -> None:
+                manifest.sweep = facts
+                manifest.alignment = manifest.shared_facts(label).alignment or {}
+
+            return record
+
+        key = [self.settings, [self._fuse_options(group.recipe) for group in self.groups], self.inputs.hashes["valid"]]
+        self.run.stage("sweep", key, "results.csv", work)
+        self._best(key)
 
         def report(partial: Path) -> None:
-            write_sweep_report(partial, self.run.path, self.run.manifest, self.rows())
+            write_sweep_report(partial, self.run.path, self.run.manifest.to_json(), self.rows())
 
-        self.run.stage(
-            "report", [self.run.manifest["sweep"], self.run.manifest["evaluation"]], "sweep.html", report, joint=False
-        )
-        return self.run.manifest
+        key = self.run.manifest.to_json({"sweep", "evaluation"})
+        self.run.stage("report", key, "sweep.html", report, joint=False)
+        return self.run.manifest.to_json()
 
     def rows(self) -> list[dict[str, Any]]:
         """The finished sweep's table, a mapping per setting."""
         return read_csv(self.run.path / "results.csv")
 
     def _fuse_options(self, recipe: Recipe) -> list[object]:
-        return [_Variant(recipe, self)._alignment_key(), recipe.fusion.model_dump(mode="json"), recipe.alpha]
+        variant = Variant(recipe, self.session)
+        options = recipe.model_dump(mode="json", include={"operators", "coefficients", "alpha"})
+        return [variant.source.alignment_key(), options]
 
-    def _facts(self, results: Sequence[Result], best: Result) -> dict[str, Any]:
+    def _facts(self, results: Sequence[Result], best: Result) -> SweepFacts:
         scorers = self._scorers.values()
         done = [result.seconds for result in results if result.bits_per_byte is not None]
         pairs = self._coefficients(self.groups[best.group], best.number)
-        return {
-            "keys": list(self.settings[0]),
-            "settings": len(results),
-            "random": self.random,
-            "groups": len(self.groups),
-            "devices": max(scorer.devices for scorer in scorers),
-            "failed": sum(result.bits_per_byte is None for result in results),
-            "compilations": sum(scorer.compilations for scorer in scorers),
-            "compile_seconds": round(sum(scorer.compile_seconds for scorer in scorers), 3),
-            "seconds_per_setting": round(float(np.median(done)), 6),
-            "best": {
-                "setting": best.number,
-                "values": best.setting,
-                "valid_bits_per_byte": best.bits_per_byte,
-                "coefficients": {role: {"alpha": alpha, "beta": beta} for role, (alpha, beta) in pairs.items()},
-            },
-        }
+        return SweepFacts(
+            keys=list(self.settings[0]),
+            settings=len(results),
+            random=self.random,
+            groups=len(self.groups),
+            devices=max(scorer.devices for scorer in scorers),
+            failed=sum(result.bits_per_byte is None for result in results),
+            compilations=sum(scorer.compilations for scorer in scorers),
+            compile_seconds=round(sum(scorer.compile_seconds for scorer in scorers), 3),
+            seconds_per_setting=round(float(np.median(done)), 6),
+            best=BestSetting(
+                setting=best.number,
+                values=best.setting,
+                valid_bits_per_byte=best.bits_per_byte,
+                coefficients={role: Coefficient(alpha=alpha, beta=beta) for role, (alpha, beta) in pairs.items()},
+            ),
+        )
 
-    def _best(self, told: object) -> None:
+    def _best(self, settings_key: object) -> None:
         """Measures the best setting and the target on the test texts, once, and writes its checkpoint if asked to."""
-        best = self.run.manifest["sweep"]["best"]
-        group = next(group for group in self.groups if best["setting"] in group.members)
-        pairs = self._coefficients(group, best["setting"])
-        variant = _Variant(group.recipe, self)
+        best = self.run.manifest.sweep.best
+        group = next(group for group in self.groups if best.setting in group.members)
+        pairs = self._coefficients(group, best.setting)
+        variant, target = Variant(group.recipe, self.session), self.inputs.target
 
-        def evaluate(partial: Path) -> dict[Any, Any]:
+        def evaluate(partial: Path) -> Record:
             scorer = self._scorer(group.recipe, "test", stored=True)
             arms = {"target": dict.fromkeys(pairs, (0.0, 0.0)), "best": pairs}
-            transported = scorer.place(self._transported(variant))
-            both = [scorer(transported, [setting], bias_rule=group.recipe.fusion.bias)[0] for setting in arms.values()]
+            contributions = scorer.place(self._contributions(variant))
+            both = [scorer(contributions, [setting])[0] for setting in arms.values()]
             scores = {arm: scorer.scores(nll) for arm, nll in zip(arms, both, strict=True)}
             if hosts.is_first():
                 with partial.open("wb") as stream:
                     np.savez(stream, bytes=scores["best"].bytes, **{arm: value.nll for arm, value in scores.items()})
             options = self.recipe.evaluation
-            note_hidden(scores, self.warn)
-            facts = evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed)
-            return {"evaluation": facts["evaluation"], ("sweep", "test_compilations"): scorer.compilations}
+            note_hidden(scores, self.session.warn)
+            evaluated = evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed)
 
-        def write(partial: Path) -> dict[Any, Any]:
-            target, transported = self.inputs.target, self._transported(variant)
-            fused = fuse_params(target.rows, target.params, transported, pairs, bias_rule=group.recipe.fusion.bias)
-            table = update_table(target.spec, target.rows, target.params, fused, transported, pairs)
+            def record(manifest: Manifest) -> None:
+                evaluated.record(manifest)
+                manifest.sweep.test_compilations = scorer.compilations
+
+            return record
+
+        def write(partial: Path) -> Record:
+            contributions, fused = self._contributions(variant), dict(target.params)
+            for each in contributions:
+                fused = each.rule(fused, each.items, pairs)
+            table = joined_table(each.rule.rows(target.params, fused, each.items, pairs) for each in contributions)
             if warning := require_transfer(table, allow_negligible=True):
-                self.warn(warning)
+                self.session.warn(warning)
             hf.write(target.with_params(fused), partial, max_shard_size=self.recipe.export.max_shard_size)
-            return {"update": table}
+
+            def record(manifest: Manifest) -> None:
+                manifest.update = table
+
+            return record
 
         if self.inputs.test is not None:
             options = self.recipe.evaluation.model_dump()
-            key = [told, best, self.inputs.hashes["test"], options, self.recipe.seed]
+            key = [settings_key, best.model_dump(), self.inputs.hashes["test"], options, self.recipe.seed]
             self.run.stage("evaluate", key, "scores.npz", evaluate)
         if self.write_best:
-            self.run.stage("best", [told, best], "best", write)
+            self.run.stage("best", [settings_key, best.model_dump()], "best", write)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

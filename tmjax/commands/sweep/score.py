@@ -8,6 +8,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from tmjax.sharding.mesh import AXES, Layout
 from tmjax.text.documents import Texts
 from tmjax.text.tokenizer import TextTokenizer
 from tmjax.text.unknown import hidden_nats
-from tmjax.transfer.apply import Coefficients, Transported, fuse_params
+from tmjax.transfer.contribution import Coefficients, Contribution, Rule
 from tmjax.typing import Array, Params
 
 #: Nodes per chunk on a CPU, whose caches hold the activations of about so many.
@@ -34,6 +35,11 @@ ACCELERATOR_BYTES = 2**32
 #: A batch is about this many floating-point operations per device: seconds, after which results are kept and shown.
 BATCH_OPERATIONS = 2e11
 MOST_AT_ONCE = 16
+
+
+def _roles(contributions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Roles of all contributions, in the order in which their coefficients are handed over."""
+    return sorted(role for items in contributions for role in items)
 
 
 class SettingsScorer:
@@ -91,19 +97,19 @@ class SettingsScorer:
     def _everywhere(self, tree: object) -> object:
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
 
-    def place(self, transported: Mapping[str, Transported]) -> dict[str, Transported]:
-        """The transport on every device that scores."""
-        return self._everywhere(dict(transported))
+    def place(self, contributions: Sequence[Contribution]) -> tuple[Contribution, ...]:
+        """Puts contributions on every device that scores."""
+        return tuple(replace(each, items=self._everywhere(dict(each.items))) for each in contributions)
 
-    def _program(self, bias_rule: str, arguments: tuple[Any, ...]) -> Callable[..., Array]:
+    def _program(self, rules: tuple[Rule, ...], arguments: tuple[Any, ...]) -> Callable[..., Array]:
         leaves, structure = jax.tree.flatten(arguments)
-        shape = (bias_rule, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        shape = (rules, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if shape not in self._programs:
             started = time.perf_counter()
             whole, split = PartitionSpec(), PartitionSpec(self._axis)
             # Where parameters are split too (fsdp, tensor), those axes stay the compiler's.
             program = jax.shard_map(
-                functools.partial(self._score, bias_rule=bias_rule),
+                functools.partial(self._score, rules=rules),
                 mesh=self._mesh,
                 in_specs=(whole, whole, whole, split),
                 out_specs=split,
@@ -122,40 +128,41 @@ class SettingsScorer:
     def _score(
         self,
         params: Params,
-        transported: Mapping[str, Transported],
+        contributions: tuple[Any, ...],
         packed: Packed,
         pairs_sr2: Array,
         *,
-        bias_rule: str,
+        rules: tuple[Rule, ...],
     ) -> Array:
         """Sums [S, C, B] of the texts in all chunks under every setting."""
 
         def one(pairs_r2: Array) -> Array:
             pairs = {
-                role: (pairs_r2[number, 0], pairs_r2[number, 1]) for number, role in enumerate(sorted(transported))
+                role: (pairs_r2[number, 0], pairs_r2[number, 1]) for number, role in enumerate(_roles(contributions))
             }
-            fused = fuse_params(self.target.rows, params, transported, pairs, bias_rule=bias_rule)
+            fused = params
+            for rule, items in zip(rules, contributions, strict=True):
+                fused = rule(fused, items, pairs)
             if self.stored:
                 fused = {path: value.astype(params[path].dtype) for path, value in fused.items()}
             return jax.lax.map(lambda chunk: packed_nll(self.target.spec, fused, chunk, self.dtype), packed)
 
         return jax.lax.map(one, pairs_sr2, batch_size=self._at_once if self._at_once > 1 else None)
 
-    def __call__(
-        self, transported: Mapping[str, Transported], settings: Sequence[Coefficients], *, bias_rule: str
-    ) -> np.ndarray:
+    def __call__(self, contributions: Sequence[Contribution], settings: Sequence[Coefficients]) -> np.ndarray:
         """Negative log-likelihood [S, D] in nats of every document under every setting, hidden bytes charged, float64.
 
-        `settings` are at most `batch`, each with the coefficients of every role of `transported` (see `place`).
+        `settings` are at most `batch`, each with the coefficients of every role of the contributions (see `place`).
         """
-        told = np.asarray([[pairs[role] for role in sorted(transported)] for pairs in settings], np.float32)
-        filled = np.concatenate([told, np.repeat(told[-1:], self.batch - len(told), axis=0)])
+        items, rules = tuple(each.items for each in contributions), tuple(each.rule for each in contributions)
+        values = np.asarray([[pairs[role] for role in _roles(items)] for pairs in settings], np.float32)
+        filled = np.concatenate([values, np.repeat(values[-1:], self.batch - len(values), axis=0)])
         placed = jax.device_put(filled, NamedSharding(self._mesh, PartitionSpec(self._axis)))
-        arguments = (self._params, transported, self._placed, placed)
-        sums = self._program(bias_rule, arguments)(*arguments)
-        values = self._chunks.sums(to_host(sums).astype(np.float64), len(self._cut.pieces))[: len(told)]
-        nll = np.zeros((len(told), len(self._cut.bytes)))
-        np.add.at(nll, (slice(None), [document for document, _ in self._cut.pieces]), values)
+        arguments = (self._params, items, self._placed, placed)
+        sums = self._program(rules, arguments)(*arguments)
+        sums = self._chunks.sums(to_host(sums).astype(np.float64), len(self._cut.pieces))[: len(values)]
+        nll = np.zeros((len(values), len(self._cut.bytes)))
+        np.add.at(nll, (slice(None), [document for document, _ in self._cut.pieces]), sums)
         return nll + hidden_nats(self._cut.hidden.unknown)
 
     def scores(self, nll: np.ndarray) -> Scores:

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tmjax.recipes.merge import ALL_ROLES, FusionOptions
-from tmjax.transfer.apply import Coefficients
+from tmjax.recipes.base import ALL_ROLES
+from tmjax.recipes.merge import CoefficientOptions
+from tmjax.transfer.contribution import Coefficients
 
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "all": {"all": ("q", "k", "v", "o", "gate", "up", "down", "embed", "norm")},
@@ -30,13 +31,13 @@ class Fit:
     trials: list[Trial] = field(default_factory=list)
 
 
-def fixed(alpha: float, options: FusionOptions, roles: Sequence[str] = ALL_ROLES) -> Fit:
+def fixed(alpha: float, options: CoefficientOptions, roles: Sequence[str] = ALL_ROLES) -> Fit:
     """The same alpha for each of the `roles`; beta as the recipe says (`fit` counts as tied: fitting is off)."""
     beta = options.beta if isinstance(options.beta, float | int) else -alpha
     return Fit({role: (alpha, float(beta)) for role in roles})
 
 
-def candidates(options: FusionOptions) -> list[tuple[float, float]]:
+def candidates(options: CoefficientOptions) -> list[tuple[float, float]]:
     """The (alpha, beta) pairs tried for one group, smallest alpha first."""
     alphas = sorted(options.alphas)
     if options.beta == "tied":
@@ -46,7 +47,7 @@ def candidates(options: FusionOptions) -> list[tuple[float, float]]:
 
 
 def fit(
-    options: FusionOptions,
+    options: CoefficientOptions,
     loss: Callable[[Coefficients], float],
     progress: Callable[[int, int], None],
     roles: Sequence[str] = ALL_ROLES,
@@ -60,6 +61,7 @@ def fit(
     """
     grid = candidates(options)
     groups = [[role for role in group if role in roles] for group in GROUPS[options.groups].values()]
+    groups.append([role for role in roles if role not in {name for group in groups for name in group}])
     groups = [group for group in groups if group]
     chosen = dict.fromkeys(roles, grid[0])
     trials: list[Trial] = []

@@ -13,14 +13,11 @@ import optax
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.recipes.merge import LearningOptions
-from tmjax.transfer.apply import Transported, fuse_params
 from tmjax.transfer.coefficients.grid import Fit, Trial
+from tmjax.transfer.contribution import BatchLoss, Rule
 from tmjax.transfer.masks import READS_NEURONS
-from tmjax.transfer.operators.residual_stream import Stream, fuse_stream
 from tmjax.typing import Array, Params
 
-#: Loss of parameters on a batch, a traceable function; and of parameters on the validation texts.
-BatchLoss = Callable[[Params, Any], Array]
 #: Parameters from what is fused (any tree of arrays) and coefficients, traceable.
 Combine = Callable[[Any, Any], Params]
 #: What is learned: alpha and beta by role, in the shape of `coefficient_shape`.
@@ -69,39 +66,39 @@ def expanded(spec: DecoderSpec, rows: Mapping[str, ParamSpec], learned: Learned)
 class FuseLearned:
     """`combine` of a merge; hashable, so that every arm of a comparison runs the same compiled program.
 
-    `held` is the target's parameters, the transported projections and the stream.
+    It takes the parameters and the items of all contributions, each with its rule.
     """
 
     spec: DecoderSpec
-    rows: tuple[ParamSpec, ...]
-    bias_rule: str
-    trust: float | None
+    param_specs: tuple[ParamSpec, ...]
+    rules: tuple[Rule, ...]
 
-    def __call__(self, held: tuple[Params, Mapping[str, Transported], Stream], learned: Learned) -> Params:
-        """The fused parameters."""
-        params, transported, stream = held
-        wide = expanded(self.spec, projections(self.rows), learned)
-        fused = fuse_params(self.rows, params, transported, wide, bias_rule=self.bias_rule, trust=self.trust)
-        return fuse_stream(fused, stream, learned)
+    def __call__(self, arrays: tuple[Params, tuple[Any, ...]], learned: Learned) -> Params:
+        """Returns the fused parameters."""
+        params, contributions = arrays
+        wide = expanded(self.spec, projections(self.param_specs), learned)
+        for rule, items in zip(self.rules, contributions, strict=True):
+            params = rule(params, items, wide)
+        return params
 
 
 @functools.partial(jax.jit, static_argnames="combine")
-def _combined(combine: Combine, held: Any, learned: Learned) -> Params:
-    return combine(held, learned)
+def _combined(combine: Combine, arrays: Any, learned: Learned) -> Params:
+    return combine(arrays, learned)
 
 
 @functools.partial(jax.jit, static_argnames=("combine", "loss", "lr"))
 def _step(
-    combine: Combine, loss: BatchLoss, lr: float, held: Any, learned: Learned, state: optax.OptState, batch: Any
+    combine: Combine, loss: BatchLoss, lr: float, arrays: Any, learned: Learned, state: optax.OptState, batch: Any
 ) -> tuple[Learned, optax.OptState, Array]:
-    value, gradient = jax.value_and_grad(lambda x: loss(combine(held, x), batch))(learned)
+    value, gradient = jax.value_and_grad(lambda x: loss(combine(arrays, x), batch))(learned)
     updates, state = optax.adam(lr).update(gradient, state)
     return optax.apply_updates(learned, updates), state, value
 
 
 def learn(
     combine: Combine,
-    held: Any,
+    arrays: Any,
     begin: Learned,
     batches: Iterable[Any],
     loss: BatchLoss,
@@ -109,27 +106,27 @@ def learn(
     options: LearningOptions,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fit:
-    """Learns coefficients from `begin` by Adam on `loss(combine(held, coefficients), batch)`.
+    """Learns coefficients from `begin` by Adam on `loss(combine(arrays, coefficients), batch)`.
 
     `valid` scores the parameters before the first step and after every `check_every`; the best is returned, so that it
     is never worse there than where it began. `trials` are these scores. Raises InputError if the batches end early,
     NonFiniteError if the loss is no number any more.
     """
     learned, state = begin, optax.adam(options.lr).init(begin)
-    best = (valid(_combined(combine, held, begin)), 0, begin)
+    best = (valid(_combined(combine, arrays, begin)), 0, begin)
     trials = [Trial(_means(begin), best[0])]
     source = iter(batches)
     for number in range(1, options.steps + 1):
         batch = next(source, None)
         if batch is None:
             raise InputError(f"the calibration batches ended after {number - 1} of {options.steps} steps")
-        learned, state, value = _step(combine, loss, options.lr, held, learned, state, batch)
+        learned, state, value = _step(combine, loss, options.lr, arrays, learned, state, batch)
         progress(number, options.steps)
         if number % options.check_every and number < options.steps:
             continue
         if not np.isfinite(float(value)):
             raise NonFiniteError(f"the loss became {float(value)} while coefficients were learned; lower learning.lr")
-        score = valid(_combined(combine, held, learned))
+        score = valid(_combined(combine, arrays, learned))
         trials.append(Trial(_means(learned), score))
         if score < best[0]:
             best = (score, number, learned)

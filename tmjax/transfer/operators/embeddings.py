@@ -1,4 +1,4 @@
-"""Lexical transport: what the source's embeddings know of words goes into the embeddings of the target.
+"""Blended embeddings: the source's embeddings, mapped through the texts of tokens, enter those of the target.
 
 Every token of the target is written, as it stands within a text, by the source's tokenizer. The mean x of the source's
 embeddings over these pieces is mapped to the target's space by a weighted ridge regression, fitted on the tokens that
@@ -10,46 +10,50 @@ The token's embedding becomes (1 - w) e + w e^ with w = alpha kappa / (kappa + c
 too. Validation text chooses alpha and kappa, or that nothing changes.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
 
+from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
-from tmjax.models.spec import DecoderSpec
-from tmjax.recipes.merge import LexicalOptions
+from tmjax.recipes.base import Positive, PositiveFloat, Section
 from tmjax.sharding.hosts import to_host
-from tmjax.text.tokenizer import TextTokenizer
-from tmjax.text.writing import write_within
+from tmjax.text.token_map import TokenMap
+from tmjax.transfer.contribution import Applied, Context, Shape
+from tmjax.transfer.source_view import SourceView
+from tmjax.transfer.update_table import Table
 from tmjax.typing import Array, ArrayLike, Params
 
 #: Path of the table of embeddings.
 EMBEDDINGS = "embed.weight"
-#: Tokens whose pieces are gathered at a time.
-_TOKENS = 4096
 
 
-class Lexicon(NamedTuple):
-    """The target's tokens as the source reads them.
+class EmbeddingOptions(Section):
+    """Options of the operator `embeddings`: a token that occurs c times moves by alpha kappa / (kappa + c)."""
 
-    `ids` [n]: tokens that are text to both; `pieces`: the source's tokens of each; `counts` [n]: how often each occurs
-    in the calibration texts. For controls, which of the n tokens' source embeddings each gets `before` the fit, and
-    which one's mapped embedding `after` it; the token's own where None.
-    """
-
-    ids: np.ndarray
-    pieces: tuple[tuple[int, ...], ...]
-    counts: np.ndarray
-    before: np.ndarray | None = None
-    after: np.ndarray | None = None
+    alphas: Annotated[
+        tuple[PositiveFloat, ...], Field(min_length=1, description="Alphas tried on the validation texts.")
+    ] = (0.1, 0.3, 0.6, 1.0)
+    kappas: Annotated[
+        tuple[PositiveFloat, ...], Field(min_length=1, description="Kappas tried on the validation texts.")
+    ] = (3.0, 30.0, 300.0, 3000.0)
+    frequent: Annotated[
+        Positive, Field(description="The map is fitted on tokens that occur so often in the calibration texts.")
+    ] = 3
+    ridge: Annotated[
+        PositiveFloat, Field(description="Penalty of the map, in units of the source embeddings' mean variance.")
+    ] = 0.1
 
 
 @dataclass(frozen=True)
 class Blended:
-    """The parameters, what was chosen (None: no trial was better than no change) and what it came to.
+    """The parameters, the chosen trial (None: none was better than no change) and its validation scores.
 
     `losses`: validation bits per byte without and with it; `mapped` [V, embed] float32 is e^ (the target's own where a
     token is no text), `weight` [V] w as chosen.
@@ -61,52 +65,6 @@ class Blended:
     trials: int
     mapped: np.ndarray
     weight: np.ndarray
-
-
-def memory(target: DecoderSpec, source: DecoderSpec) -> int:
-    """Bytes that blending holds beside the parameters: four tables like the target's, the source's and its means."""
-    return 4 * (4 * target.vocab * target.hidden + (source.vocab + target.vocab) * source.hidden)
-
-
-def read_lexicon(
-    target: TextTokenizer, source: TextTokenizer, texts: Sequence[str], vocabularies: tuple[int, int]
-) -> Lexicon:
-    """The lexicon of two tokenizers, counted in texts; `vocabularies` are the rows of both models' embeddings.
-
-    Raises InputError if no token of the target is text that the source reads.
-    """
-    own, theirs = vocabularies
-    seen = np.zeros(own, np.int64)
-    for encoding in target.encode(texts):
-        np.add.at(seen, [i for i in encoding.ids if i < own], 1)
-    # Tokens that are a part of a character are no text; second choices, as <0x41> is where A is a token, stand in none.
-    plain = sorted((number, text) for text, number in target.vocabulary.written().items() if number < own)
-    plain = [(number, text) for number, text in plain if _is_text(text)]
-    written = write_within(source, [text for _, text in plain])
-    kept = [(number, ids) for (number, _), ids in zip(plain, written, strict=True) if ids and max(ids) < theirs]
-    if not kept:
-        raise InputError("no token of the target is text that the source's tokenizer reads; set fusion.lexical: null")
-    ids = np.array([number for number, _ in kept])
-    return Lexicon(ids, tuple(pieces for _, pieces in kept), seen[ids].astype(np.float64))
-
-
-def _is_text(text: bytes) -> bool:
-    try:
-        return "\N{REPLACEMENT CHARACTER}" not in text.decode()
-    except UnicodeDecodeError:
-        return False
-
-
-def source_rows(lexicon: Lexicon, embeddings: np.ndarray) -> np.ndarray:
-    """x [n, k] float32: the mean of the source's `embeddings` over every token's pieces."""
-    found = np.empty((len(lexicon.ids), embeddings.shape[1]), np.float32)
-    for first in range(0, len(found), _TOKENS):
-        part = lexicon.pieces[first : first + _TOKENS]
-        lengths = np.array([len(pieces) for pieces in part])
-        rows = np.asarray(embeddings[np.concatenate(part)], np.float32)
-        sums = np.add.reduceat(rows, np.cumsum(lengths) - lengths, axis=0)
-        found[first : first + _TOKENS] = sums / lengths[:, None]
-    return found if lexicon.before is None else found[lexicon.before]
 
 
 def ridge_map(x: np.ndarray, y: np.ndarray, counts: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
@@ -126,29 +84,36 @@ def ridge_map(x: np.ndarray, y: np.ndarray, counts: np.ndarray, ridge: float) ->
 
 
 def mapped_embeddings(
-    lexicon: Lexicon, own: np.ndarray, theirs: np.ndarray, options: LexicalOptions, *, zero_source: bool = False
+    token_map: TokenMap, target_ve: np.ndarray, source_vk: np.ndarray, options: EmbeddingOptions
 ) -> np.ndarray:
-    """e^ [V, embed] float32 from the two models' embeddings: the target's `own` rows where a token is no text.
+    """Maps the source's embeddings to the target's space.
 
-    With `zero_source` every token gets the mean of what is frequent. Raises InputError if too few tokens are.
+    Args:
+        token_map: The target's tokens in the source's vocabulary.
+        target_ve: Embeddings of the target.
+        source_vk: Embeddings of the source.
+        options: Threshold of frequent tokens and penalty.
+
+    Returns:
+        e^ [V, embed] float32; the target's own rows where a token is no text.
+
+    Raises:
+        InputError: Too few tokens are frequent.
     """
-    frequent = lexicon.counts >= options.frequent
+    frequent = token_map.counts >= options.frequent
     if frequent.sum() < 2:
         raise InputError(
             f"no two tokens occur {options.frequent} times in the calibration texts; give more text, lower "
-            "fusion.lexical.frequent or set fusion.lexical: null"
+            "embeddings.frequent or leave out the operator embeddings"
         )
-    found = np.array(own, np.float32)
+    result = np.array(target_ve, np.float32)
     # Tokens that are frequent are few, so what is fitted on is small, whatever the vocabulary.
-    counts, held = lexicon.counts[frequent], found[lexicon.ids[frequent]]
-    if zero_source:
-        found[lexicon.ids] = counts @ held.astype(np.float64) / counts.sum()
-        return found
-    rows = source_rows(lexicon, theirs)
-    weight, shift = ridge_map(rows[frequent], held, counts, options.ridge)
+    goal = result[token_map.ids[frequent]]
+    rows = token_map.mean_rows(source_vk)
+    weight, shift = ridge_map(rows[frequent], goal, token_map.counts[frequent], options.ridge)
     mapped = rows @ weight.astype(np.float32) + shift.astype(np.float32)
-    found[lexicon.ids] = mapped if lexicon.after is None else mapped[lexicon.after]
-    return found
+    result[token_map.ids] = mapped if token_map.order is None else mapped[token_map.order]
+    return result
 
 
 @jax.jit
@@ -159,28 +124,38 @@ def _blended(own: ArrayLike, mapped: ArrayLike, weight_v: ArrayLike) -> Array:
 
 def blend(
     params: Params,
-    source: Params,
-    lexicon: Lexicon,
-    options: LexicalOptions,
+    source_vk: np.ndarray,
+    token_map: TokenMap,
+    options: EmbeddingOptions,
     loss: Callable[[Params], float],
     *,
     screen: Callable[[Params], float] | None = None,
-    zero_source: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Blended:
-    """Blends the source's embeddings into `params` as `loss` (on validation text) is least; perhaps not at all.
+    """Blends the source's embeddings into parameters by the trial with the smallest loss, or by none.
 
-    With a `screen`, a cheaper loss, trials are compared by that, and the best of them is held to `loss`. Every arm of a
-    comparison makes the same trials. Raises InputError as `mapped_embeddings` does.
+    Args:
+        params: Parameters of the target.
+        source_vk: Embeddings of the source.
+        token_map: The target's tokens in the source's vocabulary.
+        options: Alphas and kappas to try, and the fit of the map.
+        loss: Bits per byte of parameters on validation text.
+        screen: A cheaper loss, by which trials are compared; the best of them is held to `loss`.
+        progress: Called with trials done and trials in all.
+
+    Returns:
+        The result; every arm of a comparison makes the same trials.
+
+    Raises:
+        InputError: Too few tokens are frequent.
     """
     own = np.asarray(to_host(params[EMBEDDINGS]), np.float32)
-    theirs = np.asarray(to_host(source[EMBEDDINGS]))
-    mapped = mapped_embeddings(lexicon, own, theirs, options, zero_source=zero_source)
+    mapped = mapped_embeddings(token_map, own, source_vk, options)
 
     def weights(alpha: float, kappa: float) -> np.ndarray:
-        found = np.zeros(len(own), np.float32)
-        found[lexicon.ids] = alpha * kappa / (kappa + lexicon.counts)
-        return found
+        result = np.zeros(len(own), np.float32)
+        result[token_map.ids] = alpha * kappa / (kappa + token_map.counts)
+        return result
 
     tried = [{"alpha": alpha, "kappa": kappa} for alpha in options.alphas for kappa in options.kappas]
     before, best = loss(params), (np.inf, -1)
@@ -195,3 +170,68 @@ def blend(
     if after >= before:
         return Blended(params, None, (before, before), len(tried), mapped, np.zeros(len(own), np.float32))
     return Blended(moved, tried[number], (before, after), len(tried), mapped, weight)
+
+
+def blended_rows(target: Model, blended: Blended, contribution: float = 1.0) -> Table:
+    """Returns the row of the embeddings, (1 - w) e + w e^: `alpha` is the mean of w over tokens, `beta` minus it.
+
+    The source's part is ||w e^||, times the factor on the source's contribution.
+    """
+    name = next(row.names(target.spec)[0] for row in target.rows if row.path == EMBEDDINGS)
+    arrays = (target.params[EMBEDDINGS], blended.params[EMBEDDINGS])
+    own, now = (np.asarray(to_host(x), np.float64) for x in arrays)
+    size = max(float(np.linalg.norm(own)), 1e-30)
+    mapped = blended.mapped.astype(np.float64)
+    transported, part = float(np.linalg.norm(mapped)), float(np.linalg.norm(blended.weight[:, None] * mapped))
+    return {
+        name: {
+            "transported_to_target_norm": contribution * transported / size,
+            "raw_transported_to_target_norm": contribution * transported / size,
+            "effective_update": float(np.linalg.norm(now - own)) / size,
+            "cosine": float((own * mapped).sum()) / (size * max(transported, 1e-30)),
+            "source_part": contribution * part / size,
+            "dropped_mean": 0.0,
+            "alpha": float(blended.weight.mean()),
+            "beta": -float(blended.weight.mean()),
+        }
+    }
+
+
+class Embeddings:
+    """The source's embeddings, mapped through the texts of tokens and blended into the target's."""
+
+    name: ClassVar[str] = "embeddings"
+    options: ClassVar[type[Section]] = EmbeddingOptions
+    needs: ClassVar[frozenset[str]] = frozenset({"token_map"})
+    chooses: ClassVar[bool] = True
+
+    def apply(self, params: Params, source: SourceView, options: EmbeddingOptions, context: Context) -> Applied:
+        """Blends embeddings as validation text chooses; see `operator.Operator`."""
+        assert context.loss is not None
+        theirs = np.asarray(to_host(source.model.params[EMBEDDINGS]))
+        if source.contribution != 1:
+            theirs = theirs.astype(np.float32) * source.contribution
+        blended = blend(
+            params,
+            theirs,
+            source.token_map(),
+            options,
+            context.loss,
+            screen=context.screen,
+            progress=context.progress,
+        )
+        facts = {
+            "chosen": blended.chosen,
+            "valid_bits_per_byte": list(blended.losses),
+            "trials": blended.trials,
+        }
+        rows = functools.partial(blended_rows, context.target, blended, source.contribution)
+        return Applied(blended.params, facts, lambda final: rows())
+
+    def memory(self, target: Shape, source: Shape, options: EmbeddingOptions, batch_tokens: int) -> int:
+        """Estimates four tables like the target's, the source's and its means."""
+        own, theirs = target.spec, source.spec
+        return 4 * (4 * own.vocab * own.hidden + (theirs.vocab + own.vocab) * theirs.hidden)
+
+
+OPERATOR = Embeddings()

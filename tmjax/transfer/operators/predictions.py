@@ -1,398 +1,150 @@
-"""Rounds of ridge regressions toward wanted predictions: what the source says comes next, beside what comes in truth.
+"""Predictions: after the operators before it, the target is solved for toward the source's predictions of its tokens.
 
-At every position of the calibration texts the true next token, and the source's probabilities where both models read
-the same text so far, say how logits and the last residual stream should change. The change of a projection that turns
-its inputs x into the wanted changes y is a ridge regression in closed form,
-
-    dW = Y (A + lambda tr(A) / n I)^-1,  Y = mean of y x^T,  A = mean of x x^T,
-
-as Benzing (2022) steps in FOOF; the read-out is solved per token with its own curvature, the mean of p (1 - p). What
-writes the residual stream is solved as if nothing came after it, so nothing is propagated back through a block.
-Validation text says how much of a change is taken, and what the source's word weighs. There is no optimiser; read
-strictly, what a round does to the read-out and to the last block is one damped Gauss-Newton step.
+The prediction targets are the true next tokens of the calibration texts, and the source's probabilities where both
+models have read the same text. How weights are solved for is in `transfer.prediction_solver`.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from tmjax.activations.joined import Joined, run_joined
-from tmjax.errors import NonFiniteError
-from tmjax.models.decoder import ForwardPlan, bind
-from tmjax.models.spec import DecoderSpec, ParamSpec, projections
-from tmjax.recipes.merge import SolveOptions
+from tmjax.activations.joined import Joined, join
+from tmjax.checkpoints.model import Model
+from tmjax.errors import InputError
+from tmjax.models.spec import DecoderSpec
+from tmjax.recipes.base import Section
 from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
-from tmjax.typing import Array, ArrayLike, Params
-
-#: What the source's word weighs beside the true tokens, position for position.
-WEIGHTS = (0.0, 0.3, 1.0, 3.0)
-#: What an arm without a source multiplies its steps by where others try weights: as many trials for all.
-INSTEAD = (1.0, 0.25, 0.7, 2.0)
-#: First steps (read-out, projections), and what later trials of a round multiply them by.
-STEPS = (0.12, 0.05)
-FACTORS = ((0.5, 1.0), (1.0, 0.5), (1.5, 1.5))
-#: Projections that write the residual stream.
-WRITERS = ("o", "down")
-#: Logits are made for about this many entries (token x vocabulary) at a time: of a batch on an accelerator, of a part
-#: of one on a CPU, whose caches hold about so many; but for at least so many tokens.
-LOGIT_ENTRIES, CPU_ENTRIES, LEAST_TOKENS = 2**26, 2**20, 512
-_EXACT = jax.lax.Precision.HIGHEST
+from tmjax.teacher.probabilities import Search, TeacherProbabilities
+from tmjax.transfer.contribution import Applied, Context, Shape
+from tmjax.transfer.prediction_solver import (
+    PredictionOptions,
+    PredictionTargets,
+    Solved,
+    Solver,
+    batch_tokens,
+    logits_at_once,
+)
+from tmjax.transfer.source_view import SourceView, TeacherData
+from tmjax.transfer.update_table import Table
+from tmjax.typing import Params
 
 
-def batch_tokens(vocab: int, most: int) -> int:
-    """Tokens of a batch, at most `most` of them unless that is too few to read the unembedding for."""
-    return max(LEAST_TOKENS, min(most, LOGIT_ENTRIES // vocab))
+def prediction_targets(
+    spec: DecoderSpec, data: TeacherData, tokens: int, layout: Layout | None = None
+) -> list[PredictionTargets]:
+    """Joins texts in rows and attaches the source's probabilities to their tokens.
 
+    Args:
+        spec: Architecture of the target.
+        data: Texts and probabilities.
+        tokens: Tokens per batch, as an evaluation would take; see `prediction_solver.batch_tokens`.
+        layout: Devices.
 
-class Wanted(NamedTuple):
-    """A batch of texts, joined in rows, and what the source says follows.
-
-    `own`: whether the texts' own tokens are wanted too. At every token of the rows [B, T], `token` [B, T, K] int32 and
-    their probabilities `weight` [B, T, K] float32, zero where nothing is said.
+    Returns:
+        Batches of the calibration texts, whose own next tokens are targets too, then of the generated ones.
     """
+    limit = batch_tokens(spec.vocab, tokens)
+    batches = []
+    for first, part in ((0, data.documents[: data.given]), (data.given, data.documents[data.given :])):
+        for batch in join(spec, list(part), limit, layout or Layout()):
+            batches.append(PredictionTargets(batch, first == 0, *_attached(data.probabilities, batch, first)))
+    return batches
 
-    texts: Joined
-    own: bool
-    token: ArrayLike
-    weight: ArrayLike
+
+def _attached(probabilities: TeacherProbabilities | None, batch: Joined, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and probabilities [B, T, K] at the tokens of a batch, whose texts count from `first`."""
+    keep = Search().keep if probabilities is None else probabilities.ids.shape[1]
+    ids, weight = (np.zeros((*batch.ids.shape, keep), kind) for kind in (np.int32, np.float32))
+    if probabilities is not None:
+        # Rows of the probabilities are in the order of documents and of positions: found by one key for both.
+        span = 1 + int(max(probabilities.position.max(), batch.place.max()))
+        keys = probabilities.document.astype(np.int64) * span + probabilities.position
+        asked = (batch.text.astype(np.int64) + first) * span + batch.place
+        row = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+        known = (batch.text >= 0) & (keys[row] == asked)
+        ids[known], weight[known] = probabilities.ids[row[known]], probabilities.weight[row[known]]
+    return ids, weight
 
 
-class Sums(NamedTuple):
-    """Means over positions: wanted changes times inputs, of the true tokens and of the source's word; input Grams.
+def solved_rows(target: Model, before: Params, solved: Solved, paths: tuple[str, ...]) -> Table:
+    """Returns the rows of everything that was solved for.
 
-    `wanted` [2, V, embed] and `gram` [embed, embed] are the read-out's, `curvature` [V] its mean of p (1 - p);
-    `inner` [2, L, out, in] by path and `grams` [L, in, in] by input site the projections'. `count` [3]: positions
-    of the true tokens, of the source's word, of all texts.
+    `solved` is the norm of its change over the target's. `source_solved` is the same if a round listened to the source,
+    and 0 if all took the true tokens alone.
     """
-
-    wanted: Array
-    gram: Array
-    curvature: Array
-    inner: dict[str, Array]
-    grams: dict[str, Array]
-    count: Array
-
-
-def _at_once(vocab: int, tokens: int) -> int:
-    """Tokens of a batch of `tokens` whose logits are made at the same time."""
-    return tokens if jax.default_backend() != "cpu" else min(tokens, max(LEAST_TOKENS, CPU_ENTRIES // vocab))
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "own", "readout", "writers", "dtype", "mesh"))
-def _sums(
-    spec: DecoderSpec,
-    params: Params,
-    texts: Joined,
-    token: Array,
-    weight: Array,
-    own: bool,
-    readout: str,
-    writers: tuple[tuple[str, str], ...],
-    dtype: jnp.dtype,
-    mesh: Mesh | None,
-) -> Sums:
-    """Sums over one batch; `writers` are (path, input site)."""
-    real = (texts.text >= 0).astype(jnp.float32)
-    sites = ("resid", *dict.fromkeys(site for _, site in writers))
-    captured = run_joined(bind(spec, params), texts, ForwardPlan(dtype, tuple(sites), mesh=mesh)).captured
-    last = captured.pop("resid")[-1]
-    rows, tokens, _ = last.shape
-    # Parts of the token axis, not of the batch: the batch is what a mesh splits.
-    count = -(-tokens // max(1, _at_once(spec.vocab, rows * tokens) // rows))
-    size = -(-tokens // count)
-
-    def logits(weight: Array, stream: Array) -> tuple[Array, Array]:
-        decoder = bind(spec, {**params, readout: weight})
-        states = decoder.norm(stream)
-        return decoder.logits(states), states
-
-    def cut(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, 0), (0, count * size - tokens), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(rows, count, size, *x.shape[2:]), 1, 0)
-
-    def whole(x: Array) -> Array:
-        """[pieces, B, size, ...] as [B, T, ...]."""
-        return jnp.moveaxis(x, 0, 1).reshape(rows, count * size, *x.shape[3:])[:, :tokens]
-
-    def piece(total: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        stream, label, real, token, weight = part
-        found, back, states = jax.vjp(logits, jnp.asarray(params[readout], jnp.float32), stream, has_aux=True)
-        p = jax.nn.softmax(found)
-        row, place = jnp.ogrid[: p.shape[0], : p.shape[1]]
-        said = jnp.sum(weight, axis=-1)
-        # What is wanted of the logits: minus the slope of the loss, q - p as often as a token is wanted.
-        wanted = [(-said[..., None] * p).at[row[..., None], place[..., None], token].add(weight)]
-        if own:
-            wanted.insert(0, (-real[..., None] * p).at[row, place, jnp.maximum(label, 0)].add(real))
-        moved, asked = zip(*map(back, wanted), strict=True)
-        total = total[0] + jnp.stack(moved), total[1] + jnp.sum(real[..., None] * p * (1 - p), axis=(0, 1))
-        return total, (jnp.stack(asked, axis=2).astype(jnp.float32), states.astype(jnp.float32))
-
-    kinds = 1 + own
-    start = jnp.zeros((kinds, *params[readout].shape)), jnp.zeros(spec.vocab)
-    parts = tuple(map(cut, (last, jnp.asarray(texts.label), real, token, weight)))
-    (wanted, curvature), pieces = jax.lax.scan(piece, start, parts)
-    asked, states = map(whole, pieces)
-    hidden = states * real[..., None]
-    inputs = {site: x.astype(jnp.float32) * real[:, :, None] for site, x in captured.items()}
-
-    def both(x: Array) -> Array:
-        """For the true tokens and for the source's word, the former zero if they are not wanted."""
-        return x if own else jnp.concatenate([jnp.zeros_like(x), x])
-
-    return Sums(
-        both(wanted),
-        jnp.einsum("bte,btf->ef", hidden, hidden, precision=_EXACT),
-        curvature,
-        {path: both(jnp.einsum("btso,lbti->sloi", asked, inputs[site], precision=_EXACT)) for path, site in writers},
-        {site: jnp.einsum("lbti,lbtj->lij", x, x, precision=_EXACT) for site, x in inputs.items()},
-        jnp.stack([own * jnp.sum(real), jnp.sum(weight), jnp.sum(real)]),
-    )
+    specs, table = {row.path: row for row in target.rows}, {}
+    for path in paths:
+        names = specs[path].names(target.spec)
+        arrays = (np.asarray(to_host(x[path]), np.float64) for x in (target.params, before, solved.params))
+        old, previous, new = (x.reshape(len(names), -1) for x in arrays)
+        size = np.maximum(np.linalg.norm(old, axis=1), 1e-30)
+        change, whole = np.linalg.norm(new - previous, axis=1) / size, np.linalg.norm(new - old, axis=1) / size
+        for layer, name in enumerate(names):
+            table[name] = {
+                "effective_update": float(whole[layer]),
+                "solved": float(change[layer]),
+                "source_solved": float(change[layer]) if solved.from_source else 0.0,
+            }
+    return table
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _added(total: Sums, more: Sums) -> Sums:
-    return jax.tree.map(jnp.add, total, more)
+def _facts(solved: Solved) -> Mapping[str, Any]:
+    """Choices of the rounds, and how many positions they had."""
+    return {
+        "valid_bits_per_byte": solved.losses,
+        "rounds": solved.chosen,
+        "trials": solved.trials,
+        "positions": dict(zip(("true", "source", "all"), solved.positions, strict=True)),
+    }
 
 
-@jax.jit
-def _means(sums: Sums) -> Sums:
-    seen = sums.count[2]
-    each = jnp.maximum(sums.count[:2], 1e-30)
+class Predictions:
+    """Ridge regressions toward the source's predictions."""
 
-    def both(x: Array) -> Array:
-        return x / each.reshape(2, *[1] * (x.ndim - 1))
+    name: ClassVar[str] = "predictions"
+    options: ClassVar[type[Section]] = PredictionOptions
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    chooses: ClassVar[bool] = True
 
-    return Sums(
-        both(sums.wanted),
-        sums.gram / seen,
-        sums.curvature / seen,
-        {path: both(x) for path, x in sums.inner.items()},
-        {site: x / seen for site, x in sums.grams.items()},
-        sums.count,
-    )
+    def apply(self, params: Params, source: SourceView, options: PredictionOptions, context: Context) -> Applied:
+        """Solves round by round as validation text chooses; see `operator.Operator`."""
+        target = context.target
+        assert context.loss is not None
+        batches = prediction_targets(target.spec, source.teacher(), context.batch_tokens, context.layout)
+        if not batches:
+            raise InputError("the operator predictions has no text to read; give more text")
+        solver = Solver(
+            target.spec,
+            target.rows,
+            target.params,
+            options,
+            dtype=context.dtype,
+            layout=context.layout,
+            known=context.known_v,
+        )
+        solved = solver.solve(params, batches, context.loss, context.progress, context.screen)
+        rows = functools.partial(solved_rows, target, params, solved, solver.paths)
+        return Applied(solved.params, _facts(solved), lambda final: rows())
 
-
-@functools.partial(jax.jit, static_argnames="ridge")
-def _right_solve(gram: Array, values: Array, ridge: float) -> Array:
-    """values (gram + ridge tr(gram) / n I)^-1 for symmetric gram [..., n, n] and values [2, ..., out, n]."""
-    n = gram.shape[-1]
-    mean = jnp.trace(gram, axis1=-2, axis2=-1) / n
-    held = gram + ridge * mean[..., None, None] * jnp.eye(n)
-    # Both right-hand sides as more rows of one.
-    rows = jnp.moveaxis(values, 0, -3).reshape(*gram.shape[:-2], -1, n)
-    solved = jnp.swapaxes(jnp.linalg.solve(held, jnp.swapaxes(rows, -1, -2)), -1, -2)
-    return jnp.moveaxis(solved.reshape(*gram.shape[:-2], 2, -1, n), -3, 0)
-
-
-def _norm(x: Array) -> Array:
-    return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-
-
-@functools.partial(jax.jit, static_argnames="trust")
-def _moved(
-    now: dict[str, Array],
-    start: dict[str, ArrayLike],
-    direction: dict[str, Array],
-    step: dict[str, Array],
-    weight: Array,
-    trust: float | None,
-) -> dict[str, Array]:
-    """The tensors after `step` (in units of their norms) in the mixed direction, each within `trust` of its start."""
-    found = {}
-    for path, value in now.items():
-        change = direction[path][0] + weight * direction[path][1]
-        value = value + step[path] * change * _norm(value) / jnp.maximum(_norm(change), 1e-30)
-        if trust is not None:
-            first = start[path].astype(jnp.float32)
-            far, limit = _norm(value - first), trust * _norm(first)
-            value = first + (value - first) * jnp.where(far > limit, limit / jnp.maximum(far, 1e-30), 1.0)
-        found[path] = value
-    return found
+    def memory(self, target: Shape, source: Shape, options: PredictionOptions, batch_tokens: int) -> int:
+        """Estimates what a round holds: sums, changes, moved tensors."""
+        return solver_memory(target, options, batch_tokens)
 
 
-def finite(loss: Callable[[Params], float], params: Params) -> float:
-    """The loss, infinity if it is not finite: of a step too far, worse than any other and no reason to end a merge."""
-    try:
-        found = loss(params)
-    except NonFiniteError:
-        return math.inf
-    return found if math.isfinite(found) else math.inf
-
-
-class _Trial(NamedTuple):
-    """Validation bits per byte at a weight of the source's word and steps (read-out, projections)."""
-
-    loss: float
-    weight: float
-    steps: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Solved:
-    """What the rounds came to: parameters, validation bits per byte before and after each, choices, trials made.
-
-    `positions`: of the true tokens, of the source's word (by its probability), of all texts.
-    """
-
-    params: Params
-    losses: list[float]
-    chosen: list[dict[str, float]]
-    trials: int
-    positions: tuple[float, ...]
-
-    @property
-    def from_source(self) -> bool:
-        """Whether any round that was taken listened to the source."""
-        return any(item["weight"] > 0 for item in self.chosen)
-
-
-def memory(spec: DecoderSpec, rows: tuple[ParamSpec, ...], options: SolveOptions, tokens: int) -> int:
-    """Bytes that a round holds beside the parameters, with batches of so many tokens: sums, changes, moved tensors."""
-    by_path = {row.path: row for row in rows}
-    held = Solver(spec, rows, {}, options)
-    size = {path: math.prod(by_path[path].stacked_shape(spec)) for path in held.paths}
-    inputs = {site: by_path[path].shape(spec)[1] for path, site in held.writers}
+def solver_memory(target: Shape, options: PredictionOptions, tokens: int) -> int:
+    """Estimates the bytes of a round with batches of so many tokens."""
+    spec, by_path = target.spec, {row.path: row for row in target.param_specs}
+    solver = Solver(spec, target.param_specs, {}, options)
+    size = {path: math.prod(by_path[path].stacked_shape(spec)) for path in solver.paths}
+    inputs = {site: by_path[path].shape(spec)[1] for path, site in solver.writers}
     grams = spec.hidden**2 + spec.layers * sum(width**2 for width in inputs.values())
     # Two right-hand sides in both copies of the sums and in the changes, and one moved tensor.
-    logits = spec.vocab * _at_once(spec.vocab, batch_tokens(spec.vocab, tokens))
+    logits = spec.vocab * logits_at_once(spec.vocab, batch_tokens(spec.vocab, tokens))
     return 4 * (2 * grams + 7 * sum(size.values()) + 6 * logits)
 
 
-@dataclass(frozen=True)
-class Solver:
-    """Solves a model's read-out, and with `reach: direct` what writes its residual stream.
-
-    `start` are the parameters that the trust cap is about; `silent`: the source says nothing (the control `shrink`),
-    and other steps are tried in place of weights. `known` [V] bool are the rows of the read-out that are tokens, where
-    some are not: those stay as they are.
-    """
-
-    spec: DecoderSpec
-    rows: tuple[ParamSpec, ...]
-    start: Params
-    options: SolveOptions
-    silent: bool = False
-    trust: float | None = None
-    dtype: jnp.dtype = jnp.float32
-    layout: Layout = field(default_factory=Layout)
-    known: np.ndarray | None = None
-
-    @property
-    def readout(self) -> str:
-        """Path of the read-out, which may be the embeddings too."""
-        return "embed.weight" if self.spec.tied_embeddings else "head.weight"
-
-    @property
-    def writers(self) -> tuple[tuple[str, str], ...]:
-        """(path, input site) of the projections that move."""
-        rows = projections(self.rows)
-        roles = WRITERS if self.options.reach == "direct" else ()
-        return tuple((rows[role].path, rows[role].input_site) for role in roles if role in rows)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Paths of everything that moves."""
-        return (self.readout, *(path for path, _ in self.writers))
-
-    def sums(self, params: Params, batches: Sequence[Wanted]) -> Sums:
-        """What the solve needs of the texts under these parameters."""
-        total: Sums | None = None
-        how = self.readout, self.writers, self.dtype, self.layout.mesh
-        for batch in batches:
-            place = self.layout.place_batch
-            arrays = Joined(*map(place, batch.texts)), place(batch.token), place(batch.weight)
-            found = _sums(self.spec, params, *arrays, batch.own, *how)
-            total = jax.block_until_ready(found if total is None else _added(total, found))
-        assert total is not None
-        return jax.block_until_ready(_means(total))
-
-    def directions(self, sums: Sums) -> dict[str, Array]:
-        """The solved changes by path, [2, ...]: for the true tokens, for the source's word."""
-        ridge = self.options.ridge
-        seen = sums.curvature + self.options.prior_tokens / sums.count[2]
-        readout = _right_solve(sums.gram, sums.wanted, ridge) / seen[:, None]
-        found = {self.readout: readout if self.known is None else jnp.where(self.known[:, None], readout, 0.0)}
-        for path, site in self.writers:
-            # One at a time: several LAPACK calls in one program can lock up the thread pool of XLA's CPU backend.
-            found[path] = jax.block_until_ready(_right_solve(sums.grams[site], sums.inner[path], ridge))
-        return found
-
-    def moved(
-        self, params: Params, directions: dict[str, Array], weight: float, steps: tuple[float, float]
-    ) -> dict[str, ArrayLike]:
-        """The parameters after steps of these sizes (read-out, projections)."""
-        sizes = {path: jnp.float32(steps[path != self.readout]) for path in self.paths}
-        now, first = ({path: held[path] for path in self.paths} for held in (params, self.start))
-        return {**params, **_moved(now, first, directions, sizes, jnp.float32(weight), self.trust)}
-
-    def _tried(
-        self,
-        params: Params,
-        directions: dict[str, Array],
-        steps: tuple[float, float],
-        loss: Callable[[Params], float],
-    ) -> list[_Trial]:
-        """All weights at these steps, then other steps at the best weight.
-
-        In every round: the first ones often take the true tokens alone, and hear the source once these are learnt.
-        """
-
-        def attempt(weight: float, step: tuple[float, float]) -> _Trial:
-            return _Trial(finite(loss, self.moved(params, directions, weight, step)), weight, step)
-
-        if self.silent:
-            tried = [attempt(0.0, (a * steps[0], a * steps[1])) for a in INSTEAD]
-        else:
-            tried = [attempt(other, steps) for other in WEIGHTS]
-        _, weight, taken = min(tried)
-        return tried + [attempt(weight, (a * taken[0], b * taken[1])) for a, b in FACTORS]
-
-    def solve(
-        self,
-        params: Params,
-        batches: Sequence[Wanted],
-        loss: Callable[[Params], float],
-        progress: Callable[[int, int], None] = lambda done, total: None,
-        screen: Callable[[Params], float] | None = None,
-    ) -> Solved:
-        """At most `rounds` solves; every arm tries as many weights of the source's word and steps on `loss`.
-
-        With a `screen`, a cheaper loss, a round's trials are compared by that, and the best of them is held to `loss`.
-        A round without a better trial halves the steps. Raises NonFiniteError if no trial of a round has a finite loss.
-        """
-        params = {**params, **{path: jnp.asarray(params[path], jnp.float32) for path in self.paths}}
-        steps, failures, trials = STEPS, 0, 0
-        losses, chosen, positions = [loss(params)], [], ()
-        for number in range(self.options.rounds):
-            sums = self.sums(params, batches)
-            positions = tuple(float(x) for x in to_host(sums.count))
-            directions = self.directions(sums)
-            tried = self._tried(params, directions, steps, screen or loss)
-            trials += len(tried)
-            best = min(tried)
-            if math.isinf(best.loss):
-                raise NonFiniteError("the predictions of the model that is solved for are not finite")
-            moved = self.moved(params, directions, best.weight, best.steps)
-            if screen is not None:
-                best = best._replace(loss=finite(loss, moved))
-            if best.loss < losses[-1]:
-                params = moved
-                steps, failures = best.steps, 0
-                losses.append(best.loss)
-                chosen.append({"weight": best.weight, "readout": best.steps[0], "projections": best.steps[1]})
-            else:
-                steps, failures = (steps[0] / 2, steps[1] / 2), failures + 1
-            progress(number + 1, self.options.rounds)
-            if failures == self.options.patience:
-                break
-        progress(self.options.rounds, self.options.rounds)
-        return Solved(params, losses, chosen, trials, positions)
+OPERATOR = Predictions()

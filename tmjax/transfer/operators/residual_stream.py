@@ -9,18 +9,38 @@ units: g^_i = sum_j B_ji g_j s'_j / s_i.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
 
 from tmjax.align.alignment import Alignment
 from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
-from tmjax.models.spec import ParamSpec
-from tmjax.recipes.merge import FusionOptions
+from tmjax.models.spec import DecoderSpec, ParamSpec
+from tmjax.recipes.base import Section
 from tmjax.text.tokenizer import load_tokenizer, shared_tokens
-from tmjax.transfer.apply import Coefficients
+from tmjax.transfer.contribution import Coefficients, Context, Contribution, Shape
+from tmjax.transfer.source_view import SourceView
+from tmjax.transfer.update_table import Table
 from tmjax.typing import Array, ArrayLike, Params, pytree_dataclass
+
+
+class ResidualStreamOptions(Section):
+    """Options of the operator `residual_stream`."""
+
+    embeddings: Annotated[
+        Literal["keep", "shared"],
+        Field(description="`shared` transports embeddings and output rows of tokens that both models have."),
+    ] = "shared"
+    norms: Annotated[
+        Literal["keep", "transported"], Field(description="`transported` transports norms of the residual stream.")
+    ] = "transported"
+    norm_match: Annotated[
+        bool, Field(description="Whether tables are rescaled to the norm of the target's rows that they may change.")
+    ] = True
+
 
 #: Norms by path, and the site that they write; the two behind a branch write what is added to the stream.
 _NORM_SITES = {
@@ -55,10 +75,10 @@ class _Maps:
 class _StreamPlan:
     """The stream's plan and scales, and which pairs of layers stand for the stream's two ends."""
 
-    def __init__(self, alignment: Alignment, permutation: np.ndarray | None) -> None:
+    def __init__(self, alignment: Alignment) -> None:
         if "resid" not in alignment.plans:
             raise InputError("embeddings and norms need the residual stream's plan: set alignment.structure: full")
-        self.alignment, self.permutation = alignment, permutation
+        self.alignment, self.order = alignment, alignment.source_order.get("resid")
         self.weights = np.asarray(next(iter(alignment.layer_plans.values())).weights)
         kept = np.nonzero(self.weights.sum(axis=1) > 0)[0]
         self.ends = tuple((layer, int(self.weights[layer].argmax())) for layer in (kept[0], kept[-1]))
@@ -68,8 +88,8 @@ class _StreamPlan:
         q = np.asarray(plan.matrix(), np.float64)
         rows, columns = (size if w is None else np.asarray(w) for w, size in zip((rows, columns), q.shape, strict=True))
         ahead, back = q * np.reshape(rows, (-1, 1)), q.T * np.reshape(columns, (-1, 1))
-        if self.permutation is not None:
-            order = np.argsort(self.permutation[layer, source_layer])
+        if self.order is not None:
+            order = np.argsort(self.order[layer, source_layer])
             ahead, back = ahead[:, order], back[order]
         return _Maps(ahead, back)
 
@@ -77,39 +97,34 @@ class _StreamPlan:
         """s [n] and 1 / s' [k] of a site."""
         pair = (self.alignment.target, layer), (self.alignment.source, source_layer)
         s, other = (np.asarray(side[site].scale(self.alignment.centred)[at], np.float64) for side, at in pair)
-        if self.permutation is not None:
-            other = other[np.argsort(self.permutation[layer, source_layer])]
+        if self.order is not None:
+            other = other[np.argsort(self.order[layer, source_layer])]
         return s, np.where(other > 0, 1.0 / np.where(other > 0, other, 1.0), 0.0)
 
 
 def transport_stream(
-    alignment: Alignment,
-    target: Model,
-    source: Model,
-    options: FusionOptions,
-    *,
-    source_params: Params | None = None,
-    permutations: Mapping[str, np.ndarray] | None = None,
+    alignment: Alignment, target: Model, source: Model, options: ResidualStreamOptions
 ) -> dict[str, dict[str, Moved]]:
-    """Transports what the options ask for; norms of queries and keys stay. Raises InputError without a stream's plan.
+    """Transports embeddings, output rows and norms; norms of queries and keys stay.
 
-    With `options.norm_match` tables are scaled to the norm of the target's rows that they may change.
+    Raises:
+        InputError: The alignment has no plan of the residual stream, or there is nothing to transport.
     """
     if options.embeddings == "keep" and options.norms == "keep":
         return {}
-    params = source.params if source_params is None else source_params
-    stream = _StreamPlan(alignment, None if permutations is None else permutations["resid"])
-    found: dict[str, dict[str, Moved]] = {}
+    params = source.params
+    stream = _StreamPlan(alignment)
+    moved: dict[str, dict[str, Moved]] = {}
     if options.norms == "transported":
-        found["norm"] = _norms(stream, target, source, params)
+        moved["norm"] = _norms(stream, target, source, params)
     if options.embeddings == "shared":
-        found["embed"] = _tables(stream, target, source, params, norms=options.norms == "transported")
-    if not found.get("norm", {"": None}) or not found.get("embed", {"": None}):
+        moved["embed"] = _tables(stream, target, source, params, norms=options.norms == "transported")
+    if not moved.get("norm", {"": None}) or not moved.get("embed", {"": None}):
         raise InputError("the two models have no norms or no tokens in common that could be transported")
     if options.norm_match:
-        tables = found.get("embed", {})
+        tables = moved.get("embed", {})
         tables |= {path: _matched(item, target.params[path]) for path, item in tables.items()}
-    return found
+    return moved
 
 
 def _matched(item: Moved, old: ArrayLike) -> Moved:
@@ -196,50 +211,82 @@ def _moved(value: np.ndarray, mask: np.ndarray | float = 1.0) -> Moved:
     return Moved(jnp.asarray(value, jnp.float32), np.asarray(mask, np.float32))
 
 
-def fuse_stream(params: Params, stream: Stream, coefficients: Coefficients) -> dict[str, ArrayLike]:
-    """W + mask (alpha W^ + beta W) of every parameter of the stream (float32), the rest as they are."""
-    fused = dict(params)
-    for role, items in stream.items():
-        alpha, beta = (jnp.float32(value) for value in coefficients[role])
-        for path, item in items.items():
-            old = jnp.asarray(params[path], jnp.float32)
-            fused[path] = old + item.mask * (alpha * item.value + beta * old)
-    return fused
+@dataclass(frozen=True)
+class FuseStream:
+    """Rule by which parameters of the residual stream enter: W + mask (alpha W^ + beta W); see `contribution.Rule`."""
+
+    spec: DecoderSpec
+    param_specs: tuple[ParamSpec, ...]
+
+    def __call__(self, params: Params, items: Stream, coefficients: Coefficients) -> dict[str, ArrayLike]:
+        """Returns the parameters with the items fused in (float32), the rest as they are."""
+        fused = dict(params)
+        for role, moved in items.items():
+            alpha, beta = (jnp.float32(value) for value in coefficients[role])
+            for path, item in moved.items():
+                old = jnp.asarray(params[path], jnp.float32)
+                fused[path] = old + item.mask * (alpha * item.value + beta * old)
+        return fused
+
+    def scaled(self, items: Stream, factor: float) -> dict[str, dict[str, Moved]]:
+        """Returns the items with the source's contribution multiplied by a factor."""
+        return {
+            role: {path: replace(item, value=item.value * factor) for path, item in moved.items()}
+            for role, moved in items.items()
+        }
+
+    def rows(self, target: Params, fused: Params, items: Stream, coefficients: Coefficients) -> Table:
+        """Returns the rows of the update table, under Hugging Face names."""
+        specs, table = {row.path: row for row in self.param_specs}, {}
+        for role, moved in items.items():
+            alpha, beta = (float(value) for value in coefficients[role])
+            for path, item in moved.items():
+                old, new = (np.asarray(x[path], np.float64) for x in (target, fused))
+                names, lead = specs[path].names(self.spec), (len(old) if specs[path].stacked else 1)
+                mask, value = (np.broadcast_to(np.asarray(x, np.float64), old.shape) for x in (item.mask, item.value))
+                split = [x.reshape(lead, -1) for x in (old, new, mask, value)]
+                for name, w, after, kept, share in zip(names, *split, strict=True):
+                    size = max(float(np.linalg.norm(w * kept)), 1e-30)
+                    whole = max(float(np.linalg.norm(w)), 1e-30)
+                    transported = float(np.linalg.norm(share * kept))
+                    table[name] = {
+                        "transported_to_target_norm": transported / size,
+                        "raw_transported_to_target_norm": transported / size,
+                        "effective_update": float(np.linalg.norm(after - w)) / whole,
+                        "cosine": float((w * kept * share).sum()) / (size * max(transported, 1e-30)),
+                        "source_part": abs(alpha) * transported / whole,
+                        "dropped_mean": 0.0,
+                        "alpha": alpha,
+                        "beta": beta,
+                    }
+        return table
 
 
-def stream_without_source(stream: Stream) -> dict[str, dict[str, Moved]]:
-    """The same with the source's contribution set to zero."""
-    return {
-        role: {path: replace(item, value=item.value * 0) for path, item in items.items()}
-        for role, items in stream.items()
-    }
+class ResidualStream:
+    """Embeddings, output rows and norms through the plan of the residual stream."""
+
+    name: ClassVar[str] = "residual_stream"
+    options: ClassVar[type[Section]] = ResidualStreamOptions
+    needs: ClassVar[frozenset[str]] = frozenset({"alignment"})
+    chooses: ClassVar[bool] = False
+
+    def roles(self, options: ResidualStreamOptions) -> tuple[str, ...]:
+        """Returns the roles that it contributes to."""
+        moved = {"embed": options.embeddings == "shared", "norm": options.norms == "transported"}
+        return tuple(role for role, is_moved in moved.items() if is_moved)
+
+    def contribute(
+        self, params: Params, source: SourceView, options: ResidualStreamOptions, context: Context
+    ) -> Contribution:
+        """Transports what reads or writes the residual stream; see `operator.Contributor`."""
+        target = context.target
+        items = transport_stream(source.alignment(), replace(target, params=params), source.model, options)
+        return Contribution(items, FuseStream(target.spec, target.rows))
+
+    def memory(self, target: Shape, source: Shape, options: ResidualStreamOptions, batch_tokens: int) -> int:
+        """Estimates the bytes of transported tables, made in float64."""
+        tables = 1 if target.spec.tied_embeddings else 2
+        return (options.embeddings == "shared") * 8 * tables * target.spec.vocab * target.spec.hidden
 
 
-def stream_table(
-    target: Model, fused: Params, stream: Stream, coefficients: Coefficients
-) -> dict[str, dict[str, float]]:
-    """Rows of `update_table` for the stream's parameters, under their Hugging Face names."""
-    rows: dict[str, ParamSpec] = {row.path: row for row in target.rows}
-    table = {}
-    for role, items in stream.items():
-        alpha, beta = (float(value) for value in coefficients[role])
-        for path, item in items.items():
-            old, new = (np.asarray(x[path], np.float64) for x in (target.params, fused))
-            names, lead = rows[path].names(target.spec), (len(old) if rows[path].stacked else 1)
-            mask, value = (np.broadcast_to(np.asarray(x, np.float64), old.shape) for x in (item.mask, item.value))
-            split = [x.reshape(lead, -1) for x in (old, new, mask, value)]
-            for name, w, after, kept, moved in zip(names, *split, strict=True):
-                size = max(float(np.linalg.norm(w * kept)), 1e-30)
-                whole = max(float(np.linalg.norm(w)), 1e-30)
-                transported = float(np.linalg.norm(moved * kept))
-                table[name] = {
-                    "transported_to_target_norm": transported / size,
-                    "raw_transported_to_target_norm": transported / size,
-                    "effective_update": float(np.linalg.norm(after - w)) / whole,
-                    "cosine": float((w * kept * moved).sum()) / (size * max(transported, 1e-30)),
-                    "source_part": abs(alpha) * transported / whole,
-                    "dropped_mean": 0.0,
-                    "alpha": alpha,
-                    "beta": beta,
-                }
-    return table
+OPERATOR = ResidualStream()

@@ -1,78 +1,45 @@
-"""Transport of one projection: source weights seen through the plans, for every target layer at once.
+"""Transport of weights: the source's projections seen through the plans, for every target layer at once.
 
-`paper` (METHOD section 1.5): W^_l = sum_m P_eff[l, m] Q_out W_m Q_in^T, b^_l = sum_m P_eff[l, m] Q_out b_m.
-`barycentric` (DESIGN section 4): W^_l = sum_m p_lm M_out W_m N_in with M = diag(s) diag(1/a) Q diag(1/s') from source
-to target and N = diag(s') diag(1/b) Q^T diag(1/s) back, and b^_l = sum_m p_lm (mu_out + M_out (b_m - mu'_out + W_m
-(mu'_in - N_in mu_in))).
+`paper` (arXiv:2602.05495): W^_l = sum_m P_eff[l, m] Q_out W_m Q_in^T, b^_l = sum_m P_eff[l, m] Q_out b_m.
+`barycentric`: W^_l = sum_m p_lm M_out W_m N_in with M = diag(s) diag(1/a) Q diag(1/s') from source to target and
+N = diag(s') diag(1/b) Q^T diag(1/s) back, and b^_l = sum_m p_lm (mu_out + M_out (b_m - mu'_out + W_m (mu'_in - N_in
+mu_in))).
 """
 
 import functools
-from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
+from pydantic import Field
 
-from tmjax.align.alignment import Alignment, plan_site
-from tmjax.align.plans import SitePlans
+from tmjax.align.alignment import Alignment
 from tmjax.errors import InputError
-from tmjax.models.spec import ParamSpec
-from tmjax.ot import Plan
-from tmjax.typing import Array, ArrayLike, pytree_dataclass
-
-_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-
-@pytree_dataclass
-@dataclass(frozen=True)
-class Side:
-    """What the transport knows of one side (input or output) of a projection.
-
-    Means and scales [layer, unit] of target and source; `permutation` [L, M, k] of the source units, the identity but
-    for the control `permuted_plan`.
-    """
-
-    plans: SitePlans
-    mean: ArrayLike
-    scale: ArrayLike
-    source_mean: ArrayLike
-    source_scale: ArrayLike
-    permutation: ArrayLike | None = None
+from tmjax.models.spec import ParamSpec, biases, projections
+from tmjax.recipes.base import Section
+from tmjax.transfer.contribution import Context, Contribution, Shape
+from tmjax.transfer.maps import Side, dot, reordered, scaled_plan, side
+from tmjax.transfer.projections import (
+    ProjectionOptions,
+    Transported,
+    base_params,
+    projection_contribution,
+    projections_memory,
+    sharding_of,
+    transport_projections,
+)
+from tmjax.transfer.source_view import SourceView
+from tmjax.typing import Array, ArrayLike, Params
 
 
-def side(alignment: Alignment, site: str, permutation: np.ndarray | None = None) -> Side:
-    """The side of a projection that lies at `site`.
+class TransportOptions(ProjectionOptions):
+    """Options of the operator `transport`."""
 
-    Plans between real units need no scales; and queries and keys keep no means: what the logits see is q and k whole.
-    """
-    target, source = alignment.target[site], alignment.source[site]
-    plans, centred = alignment.plans[plan_site(site)], alignment.centred
-    means = [both.centre(centred and not (plans.real_units and site in ("q", "k"))) for both in (target, source)]
-    scales = [both.scale(centred) for both in (target, source)]
-    if plans.real_units:
-        scales = [scale * 0 + 1 for scale in scales]
-    return Side(plans, means[0], scales[0], means[1], scales[1], permutation)
-
-
-def _inverse(x: Array) -> Array:
-    """1 / x, 0 for dead units."""
-    return jnp.where(x > 0, 1.0 / jnp.where(x > 0, x, 1.0), 0.0)
-
-
-def _scales(end: Side, layer: Array, source: Array) -> tuple[Plan, Array, Array, Array, Array]:
-    """The plan of a pair of layers; what M multiplies rows of Q by [n] and its columns [k]; the same of N, Q^T."""
-    plan, weight_target, weight_source = end.plans.pair(layer, source)
-    s, s_source = jnp.asarray(end.scale)[layer], jnp.asarray(end.source_scale)[source]
-    weight_target = s.shape[0] if weight_target is None else weight_target
-    weight_source = s_source.shape[0] if weight_source is None else weight_source
-    return plan, s * weight_target, _inverse(s_source), s_source * weight_source, _inverse(s)
-
-
-def _permuted(x: Array, end: Side, layer: Array, source: Array, axis: int) -> Array:
-    if end.permutation is None:
-        return x
-    return jnp.take(x, jnp.asarray(end.permutation)[layer, source], axis=axis)
+    map: Annotated[
+        Literal["paper", "barycentric"],
+        Field(description="How plans become maps: as the paper prints it, or barycentric with unit scales and means."),
+    ] = "barycentric"
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "sharding"))
@@ -93,20 +60,20 @@ def transport(
     """
 
     def pair(layer: Array, source: Array) -> tuple[Array, Array]:
-        w = _permuted(w_moi[source].astype(jnp.float32), out, layer, source, 0)
-        w = _permuted(w, into, layer, source, 1)
-        b = _permuted(b_mo[source].astype(jnp.float32), out, layer, source, 0)
-        q_out, m_rows, m_columns, _, _ = _scales(out, layer, source)
-        q_in, _, _, n_rows, n_columns = _scales(into, layer, source)
+        w = reordered(w_moi[source].astype(jnp.float32), out, layer, source, 0)
+        w = reordered(w, into, layer, source, 1)
+        b = reordered(b_mo[source].astype(jnp.float32), out, layer, source, 0)
+        q_out, m_rows, m_columns, _, _ = scaled_plan(out, layer, source)
+        q_in, _, _, n_rows, n_columns = scaled_plan(into, layer, source)
         if kind == "paper":
             moved = q_in.apply(w.T).T
             both = q_out.apply(jnp.concatenate([moved, b[:, None]], axis=1))
             return both[:, :-1], both[:, -1]
         # W N = (N^T W^T)^T with N^T = diag(1/s) Q diag(1/b) diag(s').
         moved = (n_columns[:, None] * q_in.reversed().apply(n_rows[:, None] * w.T)).T
-        source_in = _permuted(jnp.asarray(into.source_mean)[source], into, layer, source, 0)
-        source_out = _permuted(jnp.asarray(out.source_mean)[source], out, layer, source, 0)
-        inner = b - source_out + _dot(w, source_in) - _dot(moved, jnp.asarray(into.mean)[layer])
+        source_in = reordered(jnp.asarray(into.source_mean)[source], into, layer, source, 0)
+        source_out = reordered(jnp.asarray(out.source_mean)[source], out, layer, source, 0)
+        inner = b - source_out + dot(w, source_in) - dot(moved, jnp.asarray(into.mean)[layer])
         both = m_rows[:, None] * q_out.apply(m_columns[:, None] * jnp.concatenate([moved, inner[:, None]], axis=1))
         return both[:, :-1], jnp.asarray(out.mean)[layer] + both[:, -1]
 
@@ -127,14 +94,6 @@ def transport(
     return weight if sharding is None else jax.lax.with_sharding_constraint(weight, sharding), bias
 
 
-def mapped_outputs(end: Side, layer: int, source_layer: int, y_rk: Array) -> Array:
-    """M (y - mean) [N, n] for the source's activations y [N, k] of a site: what they mean in the target's units."""
-    _, rows, columns, _, _ = _scales(end, layer, source_layer)
-    plan = end.plans.pair(layer, source_layer)[0]
-    y = _permuted(y_rk - jnp.asarray(jnp.mean(y_rk, axis=0)), end, layer, source_layer, 1)
-    return (rows[:, None] * plan.apply(columns[:, None] * y.T)).T
-
-
 def transport_projection(
     alignment: Alignment,
     row: ParamSpec,
@@ -142,16 +101,87 @@ def transport_projection(
     bias: ArrayLike | None,
     *,
     kind: str,
-    permutations: dict[str, np.ndarray] | None = None,
     sharding: NamedSharding | None = None,
 ) -> tuple[Array, Array]:
-    """Transports one projection of the source (stacked weight and bias) for all target layers; see the module."""
-    permutations = permutations or {}
+    """Transports one projection of the source for all target layers.
+
+    Args:
+        alignment: Alignment of the two models.
+        row: The target's row of the projection.
+        weight: The source's stacked weights [M, out', in'].
+        bias: Its stacked biases [M, out'], if it has any.
+        kind: `paper` or `barycentric`; see the module.
+        sharding: Where W^ lies.
+
+    Returns:
+        W^ [L, out, in] and b^ [L, out], float32.
+
+    Raises:
+        InputError: `paper` with plans between groups of units.
+    """
     if kind == "paper" and any(plans.real_units for plans in alignment.plans.values()):
-        raise InputError("fusion.map: paper takes plans of single units; set alignment.structure: none")
-    into, out = (side(alignment, site, permutations.get(plan_site(site))) for site in (row.input_site, row.output_site))
+        raise InputError("transport.map: paper takes plans of single units; set alignment.structure: none")
+    into, out = (side(alignment, site) for site in (row.input_site, row.output_site))
     plan = alignment.layer_plans[row.role]
     weights = jnp.asarray(plan.effective if kind == "paper" else plan.weights)
     zero = jnp.zeros(weight.shape[:2], jnp.float32)
     bias = zero if bias is None else jnp.asarray(bias)
     return transport(into, out, weights, jnp.asarray(weight), bias, kind=kind, sharding=sharding)
+
+
+def transport_model(
+    alignment: Alignment,
+    param_specs: tuple[ParamSpec, ...],
+    target: Params,
+    source_specs: tuple[ParamSpec, ...],
+    source: Params,
+    options: TransportOptions,
+    *,
+    base: Params | None = None,
+) -> dict[str, Transported]:
+    """Transports every projection that the options name, by role; raises InputError for a role that a model lacks."""
+    weights, offsets = projections(source_specs), biases(source_specs)
+
+    def make(row: ParamSpec) -> tuple[Array, Array]:
+        return transport_projection(
+            alignment,
+            row,
+            source[weights[row.role].path],
+            source[offsets[row.role].path] if row.role in offsets else None,
+            kind=options.map,
+            sharding=sharding_of(target[row.path]),
+        )
+
+    return transport_projections(alignment, param_specs, target, source_specs, options, make, base)
+
+
+class Transport:
+    """Transported weights of the source, fused with coefficients alpha and beta."""
+
+    name: ClassVar[str] = "transport"
+    options: ClassVar[type[Section]] = TransportOptions
+    needs: ClassVar[frozenset[str]] = frozenset({"alignment"})
+    chooses: ClassVar[bool] = False
+
+    def contribute(
+        self, params: Params, source: SourceView, options: TransportOptions, context: Context
+    ) -> Contribution:
+        """Transports the source's projections; see `operator.Contributor`."""
+        target, model = context.target, source.model
+        items = transport_model(
+            source.alignment(),
+            target.rows,
+            params,
+            model.rows,
+            model.params,
+            options,
+            base=base_params(options, context),
+        )
+        return projection_contribution(target, options, items)
+
+    def memory(self, target: Shape, source: Shape, options: TransportOptions, batch_tokens: int) -> int:
+        """Estimates the bytes of the transported weights."""
+        return projections_memory(target, source, options)
+
+
+OPERATOR = Transport()

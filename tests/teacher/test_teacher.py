@@ -16,15 +16,17 @@ from tmjax.models.decoder import forward, init_params
 from tmjax.sharding.mesh import Layout
 from tmjax.teacher import branches
 from tmjax.teacher.branches import Branches, Reader
-from tmjax.teacher.generation import Writing, chosen_texts, familiar, openings, written_texts
-from tmjax.teacher.probabilities import Search, Taught, teach
+from tmjax.teacher.generation import Generation, chosen_texts, familiar, generate_texts, openings
+from tmjax.teacher.model import Teacher
+from tmjax.teacher.probabilities import Search, TeacherProbabilities, probabilities_at
 from tmjax.teacher.vocabulary_map import Crossing
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.train import loss
 from tmjax.train.data import Batches
-from tmjax.train.loss import Teaching
+from tmjax.train.loss import TeacherTokens
 from tmjax.train.modes import Plain
-from tmjax.train.step import Objective, TrainConfig, Weights, start, step
+from tmjax.train.optimizer import TrainConfig, Weights
+from tmjax.train.step import Objective, start, step
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_a_text_that_was_cut_shares_what_both_have_read(crossing, verses) -> Non
 def test_nothing_shared_is_said(llama_dir, crossing) -> None:
     model = load_model(llama_dir)
     with pytest.raises(InputError, match="no position"):
-        teach(model.spec, model.params, crossing, [[0, 5, 6]], [np.zeros((0, 2), np.int32)])
+        probabilities_at(Teacher.of(model), crossing, [[0, 5, 6]], [np.zeros((0, 2), np.int32)])
 
 
 def test_the_longest_token_is_nearly_always_what_the_tokenizer_takes(crossing, verses) -> None:
@@ -159,7 +161,8 @@ def test_one_step_in_the_same_vocabulary_is_the_sources_own_distribution(llama_d
     (encoded, _), (readings, _) = same.read(verses[:3])
     documents = [[tokenizer.prefix, *encoding.ids[:20]] for encoding in encoded]
     pairs = [same.shared_positions(reading.first(20), reading.first(20)) for reading in readings]
-    found = teach(model.spec, model.params, same, documents, pairs, search=Search(steps=1, keep=8), batch_tokens=64)
+    search = Search(steps=1, keep=8)
+    found = probabilities_at(Teacher.of(model), same, documents, pairs, search=search, batch_tokens=64)
     assert len(found.document) == sum(map(len, documents))
     for number, document in enumerate(documents):
         p = np.array(jax.nn.softmax(forward(model.spec, model.params, jnp.asarray(document)[None])[0], axis=-1))
@@ -172,11 +175,11 @@ def test_one_step_in_the_same_vocabulary_is_the_sources_own_distribution(llama_d
 def test_chains_are_followed_as_by_hand(crossing, llama_dir, verses) -> None:
     """Two positions of one verse: all tokens of every distribution, open ones followed by texts of their own."""
     model = load_model(llama_dir)
-    search = Search(steps=3, candidates=4096, least=0.02, branches=100, keep=64)
+    search = Search(steps=3, candidates=4096, min_probability=0.02, branches=100, keep=64)
     (_, (other,)), ((own,), (source,)) = crossing.read(verses[:1])
     pairs = crossing.shared_positions(own, source)[[2, 7]]
     document = [crossing.source.prefix, *other.ids]
-    found = teach(model.spec, model.params, crossing, [document], [pairs], search=search)
+    found = probabilities_at(Teacher.of(model), crossing, [document], [pairs], search=search)
 
     @functools.cache
     def after(text: tuple[int, ...]) -> np.ndarray:
@@ -189,7 +192,7 @@ def test_chains_are_followed_as_by_hand(crossing, llama_dir, verses) -> None:
         nonlocal followed
         readings = crossing.readings(held)
         for token, p in enumerate(mass * after(text)):
-            if readings.is_open[token] and p >= search.least and left > 1:
+            if readings.is_open[token] and p >= search.min_probability and left > 1:
                 followed += 1
                 read((*text, token), held + crossing.piece(token), p, left - 1, into)
             elif readings.token[token] >= 0:
@@ -216,8 +219,8 @@ def test_divergence_and_its_gradient_are_those_of_whole_logits(cap, scale, monke
     head, hidden = (rng.normal(0, 1, s).astype(np.float32) for s in ((spec.vocab, 24), (3, 10, 24)))
     labels, weight = rng.integers(0, spec.vocab, (3, 10)), rng.random((3, 10)).astype(np.float32)
     ids = np.stack([rng.permutation(spec.vocab)[:5] for _ in range(30)]).reshape(3, 10, 5).astype(np.int32)
-    taught = rng.dirichlet(np.ones(6), (3, 10))[..., :5].astype(np.float32)
-    taught[0, 0, 3:] = 0  # a list that is shorter
+    q_btk = rng.dirichlet(np.ones(6), (3, 10))[..., :5].astype(np.float32)
+    q_btk[0, 0, 3:] = 0  # a list that is shorter
     mask = (rng.random((3, 10)) < 0.7).astype(np.float32)
 
     def whole(head, hidden):
@@ -225,7 +228,7 @@ def test_divergence_and_its_gradient_are_those_of_whole_logits(cap, scale, monke
         log_p = jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap))
         text = -jnp.sum(log_p[np.arange(30), labels.reshape(-1)] * weight.reshape(-1))
         total = 0.0
-        for row, (i, q) in enumerate(zip(ids.reshape(30, 5), taught.reshape(30, 5), strict=True)):
+        for row, (i, q) in enumerate(zip(ids.reshape(30, 5), q_btk.reshape(30, 5), strict=True)):
             i, q = i[q > 0], q[q > 0]
             rest = 1 - q.sum()
             listed = jnp.sum(q * (np.log(q) - log_p[row, i]))
@@ -234,7 +237,7 @@ def test_divergence_and_its_gradient_are_those_of_whole_logits(cap, scale, monke
         return text + total, (text, total)
 
     def blocks(head, hidden):
-        total, *parts = loss.summed_losses(spec, head, hidden, labels, weight, Teaching(ids, taught, mask))
+        total, *parts = loss.summed_losses(spec, head, hidden, labels, weight, TeacherTokens(ids, q_btk, mask))
         return total, parts
 
     (value, parts), slopes = jax.jit(jax.value_and_grad(blocks, argnums=(0, 1), has_aux=True))(head, hidden)
@@ -244,72 +247,69 @@ def test_divergence_and_its_gradient_are_those_of_whole_logits(cap, scale, monke
         np.testing.assert_allclose(slope, want, atol=2e-5 * np.abs(want).max())
 
 
-def test_what_is_taught_lies_at_its_pieces_positions_and_weights_fall() -> None:
+def test_distributions_lie_at_their_pieces_positions_and_weights_fall() -> None:
     documents = [list(range(5, 15)), list(range(20, 24))]
     ids, weight = np.arange(12, dtype=np.int32).reshape(6, 2), np.full((6, 2), 0.25, np.float32)
-    taught = Taught(np.array([0, 0, 0, 1, 1, 1]), np.array([0, 4, 8, 0, 1, 2]), ids, weight)
-    data = Batches(documents, tokens=64, seed=0, lengths=1, max_tokens=6, lessons=taught)
+    probabilities = TeacherProbabilities(np.array([0, 0, 0, 1, 1, 1]), np.array([0, 4, 8, 0, 1, 2]), ids, weight)
+    data = Batches(documents, tokens=64, seed=0, lengths=1, max_tokens=6, teacher=probabilities)
     batch = next(iter(data))
     for row, inputs in enumerate(batch.ids_bt):
-        for column in np.nonzero(batch.teaching.mask_bt[row])[0]:
+        for column in np.nonzero(batch.teacher.mask_bt[row])[0]:
             document = 0 if inputs[column] < 20 else 1
             position = inputs[column] - (5 if document == 0 else 20)
-            number = np.nonzero((taught.document == document) & (taught.position == position))[0][0]
-            assert batch.teaching.ids_btk[row, column].tolist() == ids[number].tolist()
-    assert batch.teaching.mask_bt.sum() > 0
-    config = TrainConfig(steps=5, warmup=1, guide_weight=2.0, teach_weight=4.0, anneal=0.25)
+            number = np.nonzero((probabilities.document == document) & (probabilities.position == position))[0][0]
+            assert batch.teacher.ids_btk[row, column].tolist() == ids[number].tolist()
+    assert batch.teacher.mask_bt.sum() > 0
+    config = TrainConfig(steps=5, warmup=1, guide_weight=2.0, teacher_weight=4.0, anneal=0.25)
     weights = [Weights.at(config, count) for count in range(5)]
-    assert [float(w.taught) for w in (weights[0], weights[2], weights[4])] == [4.0, 2.5, 1.0]
+    assert [float(w.teacher) for w in (weights[0], weights[2], weights[4])] == [4.0, 2.5, 1.0]
     assert float(weights[4].guide) == 0.5
 
 
-def test_accumulated_lessons_are_one_batchs() -> None:
+def test_accumulated_distributions_are_one_batchs() -> None:
     rng = np.random.default_rng(1)
     documents = [rng.integers(0, SPEC.vocab, 17).tolist() for _ in range(8)]
     rows = np.repeat(np.arange(8), 16)
     ids = np.stack([rng.permutation(SPEC.vocab)[:4] for _ in rows]).astype(np.int32)
-    taught = Taught(
+    probabilities = TeacherProbabilities(
         rows, np.tile(np.arange(16), 8), ids, rng.dirichlet(np.ones(5), len(rows))[:, :4].astype(np.float32)
     )
-    keep = (rows % 3 > 0) | (taught.position < 5)
-    taught = Taught(*(part[keep] for part in taught))
-    config = TrainConfig(steps=4, warmup=1, lr=1e-2, teach_weight=3.0)
+    keep = (rows % 3 > 0) | (probabilities.position < 5)
+    probabilities = TeacherProbabilities(*(part[keep] for part in probabilities))
+    config = TrainConfig(steps=4, warmup=1, lr=1e-2, teacher_weight=3.0)
 
     def first(tokens: int, count: int) -> tuple[np.ndarray, float]:
-        data = iter(Batches(documents, tokens=tokens, seed=0, lengths=1, lessons=taught))
+        data = iter(Batches(documents, tokens=tokens, seed=0, lengths=1, teacher=probabilities))
         batches = [next(data) for _ in range(count)]
         objective = Objective(SPEC, config, Plain())
         state, losses = step(objective, start(objective, dict(init_params(SPEC, jax.random.key(0)))), {}, batches, 0.01)
-        return np.asarray(state.trained["norm.weight"]), float(losses.taught)
+        return np.asarray(state.trained["norm.weight"]), float(losses.teacher)
 
     (one, divergence), (two, same) = first(128, 1), first(64, 2)
     assert divergence == pytest.approx(same, rel=1e-4) and divergence > 0.1
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 
-# Written texts.
+# Generated texts.
 
 
-def test_written_texts_do_not_depend_on_batches(llama_dir, verses) -> None:
+def test_generated_texts_do_not_depend_on_batches(llama_dir, verses) -> None:
     model, tokenizer = load_model(llama_dir), load_tokenizer(llama_dir)
-    how = Writing(texts=6, tokens=40)
-    told = [
-        written_texts(model.spec, model.params, tokenizer, verses, dataclasses.replace(how, batch=batch), seed=3)
-        for batch in (2, 6)
-    ]
-    begun = openings(verses, how, 3)
+    settings, teacher = Generation(texts=6, tokens=40), Teacher(model.spec, model.params, tokenizer)
+    told = [generate_texts(teacher, verses, dataclasses.replace(settings, batch=batch), seed=3) for batch in (2, 6)]
+    begun = openings(verses, settings, 3)
     assert told[0] == told[1] and len(set(told[0])) == 6
     for text, opening in zip(told[0], begun, strict=True):
         assert text.startswith(opening.strip()) and 1 <= len(opening.split()) <= 3
         assert any(verse.startswith(opening) for verse in verses)
-    assert openings(verses, how, 4) != begun
+    assert openings(verses, settings, 4) != begun
 
 
 def test_foreign_empty_and_repeated_texts_are_left_out() -> None:
-    kept = familiar(np.array([1.0, 5.0, 2.0, 3.0]), np.linspace(1, 2, 101), most=1.5)
+    kept = familiar(np.array([1.0, 5.0, 2.0, 3.0]), np.linspace(1, 2, 101), maximum=1.5)
     assert kept.tolist() == [True, False, True, False]
     texts = chosen_texts("x", ["a", "b", "", "a", "c"], np.array([True, False, True, True, True]))
-    assert texts.texts == ("a", "c") and texts.ids == ("written:0", "written:4")
-    with pytest.raises(InputError, match=r"none of the 2 texts .* raise written.foreign"):
+    assert texts.texts == ("a", "c") and texts.ids == ("generated:0", "generated:4")
+    with pytest.raises(InputError, match=r"none of the 2 texts .* raise generation.foreign"):
         chosen_texts("x", ["a", "b"], np.array([False, False]))
     assert len(chosen_texts("x", ["a", "b"], np.array([False, False]), required=False)) == 0

@@ -20,7 +20,8 @@ from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.train.data import ROW_STEP, Batches, make_batch, row_lengths, split
 from tmjax.train.loop import train
-from tmjax.train.step import TrainConfig, decayed, next_token_loss, train_step
+from tmjax.train.optimizer import TrainConfig, decayed
+from tmjax.train.step import next_token_loss, train_step
 from tools import train_pair as tool
 
 transformers.utils.logging.disable_progress_bar()

@@ -21,17 +21,19 @@ from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.decoder import ForwardPlan, bind, init_params
 from tmjax.models.families import FAMILIES
 from tmjax.sharding.mesh import Layout
+from tmjax.teacher.features import by_depth, last_tokens
 from tmjax.text.documents import Texts, read_texts
 from tmjax.text.rows import pair_rows
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.train import loss
 from tmjax.train.checkpoints import Checkpoints
 from tmjax.train.data import Batch, Batches, Guide, make_batch, split
-from tmjax.train.guidance import SourceFeatures, by_depth, last_tokens, start_maps
+from tmjax.train.guidance import SourceFeatures, start_maps
 from tmjax.train.loop import Trainer, train
 from tmjax.train.modes import FrozenBase, Lora, Plain, Residual, shardings_of
+from tmjax.train.optimizer import TrainConfig
 from tmjax.train.peft import write_adapter
-from tmjax.train.step import Objective, TrainConfig, fold, guide_error, next_token_loss, start, train_step
+from tmjax.train.step import Objective, fold, guide_error, next_token_loss, start, train_step
 from tmjax.train.texts import leaked, read_training_texts
 
 #: One batch shape and one configuration for most tests here, so one compilation of a step.
@@ -425,10 +427,10 @@ def test_leaks_are_found_whatever_case_and_punctuation() -> None:
 def test_an_arm_with_an_option_of_its_own_is_another_stage() -> None:
     plain = Arm("sft", "target", frozenset({"guidance", "distillation"}))
     told = [
-        arm.told()
+        arm.description()
         for arm in (plain, dataclasses.replace(plain, metric="fisher"), dataclasses.replace(plain, anneal=0.0))
     ]
     assert len(set(told)) == 3
     # Runs that were made before arms had options go on where they were.
     assert "metric" not in told[0] and "anneal" not in told[0]
-    assert told[0] == Arm("sft", "target", frozenset({"distillation", "guidance"})).told()
+    assert told[0] == Arm("sft", "target", frozenset({"distillation", "guidance"})).description()

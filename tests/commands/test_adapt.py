@@ -22,7 +22,7 @@ import tmjax
 from tmjax import cli
 from tmjax.checkpoints.hf import export
 from tmjax.checkpoints.load import load_model
-from tmjax.runs.directory import read_manifest
+from tmjax.runs.manifest import read_manifest
 from tmjax.runs.run_files import split
 from tmjax.text.documents import read_texts
 from tmjax.train.modes import Plain, Residual
@@ -250,6 +250,7 @@ WRONG = {
     "column": (["--texts"], ["--texts", "{tmp}/body.jsonl"], "line 1 has body; it needs text"),
     "dialogues": (["--texts"], ["--texts", "{tmp}/talk.jsonl"], "mode guided reads plain documents"),
     "mesh": ([], ["--mesh", "data=1024"], "needs 1024 devices"),
+    "former key": ([], ["{tmp}/former.yaml"], "written: this key is called generation now"),
     "run without alignment": (["--target"], ["--target", "{tmp}/run"], "is a run without an alignment"),
 }
 
@@ -259,12 +260,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(case, short, flags, capsys
     without, more, message = WRONG[case]
     (tmp_path / "body.jsonl").write_text('{"body": "x"}\n')
     (tmp_path / "talk.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (tmp_path / "former.yaml").write_text(yaml.safe_dump(SHORT | {"written": {"texts": 4}}))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/manifest.json").write_text('{"tmjax": "0", "stages": {}}')
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))
     given = [part for name, value in pairs.items() if name not in without for part in (name, value)]
     more = [part.format(tmp=tmp_path) for part in more]
-    code, out, error = run(capsys, short, *given, *more, "--out", tmp_path / "out")
+    recipe = [] if more and more[0].endswith(".yaml") else [short]
+    code, out, error = run(capsys, *recipe, *more, *given, "--out", tmp_path / "out")
     last = error.strip().splitlines()[-1]
     assert code == 2 and not out and last.startswith("tmjax: error: ") and message in last and "Traceback" not in error
     assert not (tmp_path / "out").exists()
@@ -285,27 +288,27 @@ def test_a_loss_that_is_no_number_is_one_line_and_keeps_the_state(short, flags, 
 
 # Terms that bring more of the source.
 
-WRITTEN = SHORT | {"max_texts": 12, "written": {"texts": 10, "tokens": 24}, "distillation": {"steps": 2}}
+GENERATED = SHORT | {"max_texts": 12, "generation": {"texts": 10, "tokens": 24}, "distillation": {"steps": 2}}
 
 
-def test_distilled_on_written_texts_through_python(texts, llama_dir, qwen2_dir, tmp_path) -> None:
-    told = WRITTEN | {"combine": ["distillation", "written"], "mode": "combined", "valid": texts["valid"]}
+def test_distilled_on_generated_texts_through_python(texts, llama_dir, qwen2_dir, tmp_path) -> None:
+    told = GENERATED | {"combine": ["distillation", "generated"], "mode": "combined", "valid": texts["valid"]}
     told |= {"training": SHORT["training"] | {"steps": [3, 6], "warmup": 1}}
     model, manifest = tmjax.adapt(
         target=qwen2_dir, source=llama_dir, texts=texts["calibration"], out=tmp_path / "run", **told
     )
     facts = manifest["training"]["adapted"]
-    written = read_texts(str(tmp_path / "run/written/source.jsonl"))
-    assert facts["terms"] == ["distillation", "written"] and facts["texts"] == 12 + len(written)
-    assert 5 < len(written) <= 10 and manifest["written"]["source"]["kept"] == len(written)
+    generated = read_texts(str(tmp_path / "run/generated/source.jsonl"))
+    assert facts["terms"] == ["distillation", "generated"] and facts["texts"] == 12 + len(generated)
+    assert 5 < len(generated) <= 10 and manifest["generated"]["source"]["kept"] == len(generated)
     assert [item["planned_steps"] for item in facts["tried"]] == [3, 6]
-    taught = manifest["taught"]["source-on-source"]
-    assert facts["taught_positions"] == taught["positions"] and 0.8 < taught["positions"] / taught["of"] <= 1
-    assert 0.5 < taught["mass"] <= 1.0001
+    shared = manifest["teacher"]["source-on-source"]
+    assert facts["teacher_positions"] == shared["positions"] and 0.8 < shared["positions"] / shared["of"] <= 1
+    assert 0.5 < shared["mass"] <= 1.0001
     with (tmp_path / "run/training/adapted/lr-0.0003-steps-6/log.csv").open(newline="") as stream:
         rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(stream)]
-    assert all(row["loss"] == pytest.approx(row["text"] + row["taught"], rel=1e-5) for row in rows)
-    assert rows[-1]["taught"] < rows[0]["taught"]
+    assert all(row["loss"] == pytest.approx(row["text"] + row["teacher"], rel=1e-5) for row in rows)
+    assert rows[-1]["teacher"] < rows[0]["teacher"]
     held = safetensors.numpy.load_file(tmp_path / "run/merged/model.safetensors")
     np.testing.assert_array_equal(held["model.norm.weight"], np.asarray(model.params["norm.weight"]))
 
@@ -313,7 +316,7 @@ def test_distilled_on_written_texts_through_python(texts, llama_dir, qwen2_dir, 
 @pytest.mark.slow
 def test_all_terms_with_controls(flags, tmp_path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(WRITTEN | {"guidance": {"metric": "fisher"}}))
+    recipe.write_text(yaml.safe_dump(GENERATED | {"guidance": {"metric": "fisher"}}))
     out = tmp_path / "run"
     assert cli.run(["adapt", str(recipe), *flags, "--out", str(out), "--mode", "combined", "--controls"]) == 0
     manifest = read_manifest(out)
@@ -326,6 +329,6 @@ def test_all_terms_with_controls(flags, tmp_path) -> None:
     )
     explained = {arm: facts.get("explained_at_start") for arm, facts in manifest["training"].items()}
     assert np.mean(explained["adapted"]) > np.mean(explained["control:shuffled_rows"])
-    writers = {arm: facts["writer"] for arm, facts in manifest["training"].items()}
-    assert writers["control:shuffled_rows"] == "target" and writers["control:random_source"] == "random_source"
+    texts_by = {arm: facts["texts_by"] for arm, facts in manifest["training"].items()}
+    assert texts_by["control:shuffled_rows"] == "target" and texts_by["control:random_source"] == "random_source"
     assert manifest["source_gain"]["best_control"] in manifest["evaluation"]

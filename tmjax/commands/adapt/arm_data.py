@@ -1,0 +1,194 @@
+"""The data of every arm: texts, features and probabilities, of the source or of what a control has in its place."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from tmjax.activations.store import Activations
+from tmjax.checkpoints.model import Model
+from tmjax.commands.adapt.arms import Arm
+from tmjax.commands.adapt.inputs import AdaptInputs
+from tmjax.commands.adapt.start import Starts
+from tmjax.models.decoder import init_params
+from tmjax.teacher.features import by_depth, by_plan, read_out_metric
+from tmjax.teacher.generation import Generation, TextFilter
+from tmjax.teacher.model import Teacher
+from tmjax.teacher.probabilities import Search, TeacherProbabilities
+from tmjax.teacher.stages import TeacherStages
+from tmjax.text.documents import Texts
+from tmjax.text.rows import Rows, TokenisedDocument
+from tmjax.train.guidance import SourceFeatures, start_maps
+from tmjax.train.modes import shardings_of
+from tmjax.train.texts import TrainingTexts
+from tmjax.transfer.controls import derangement
+from tmjax.typing import Array, Params
+
+
+@dataclass(frozen=True)
+class ArmData:
+    """All that one arm is trained on; a control has replaced the source's part of it.
+
+    Attributes:
+        texts: The training texts.
+        guidance: Source features at the spans of the texts, if the arm is guided.
+        maps: Initial maps of guidance, to be trained.
+        statistics: Frozen statistics of guidance.
+        probabilities: A teacher's probabilities on the texts, if the arm is distilled.
+        facts: Facts of these for the manifest.
+    """
+
+    texts: TrainingTexts
+    guidance: SourceFeatures | None
+    maps: dict[str, Array]
+    statistics: dict[str, Array]
+    probabilities: TeacherProbabilities | None
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DataOfArms:
+    """Makes the data of arms; the teacher's part are stages of the run.
+
+    Attributes:
+        stages: Stages of the run that ask a teacher.
+        key: Input hash of the run.
+        inputs: Inputs of the adaptation.
+        starts: Where the arms begin.
+    """
+
+    stages: TeacherStages
+    key: object
+    inputs: AdaptInputs
+    starts: Starts
+    # On the object: models and texts go when the run does.
+    _texts: dict[str | None, TrainingTexts] = field(default_factory=dict)
+    _spans: dict[str | None, tuple[Rows, list[list[TokenisedDocument]]]] = field(default_factory=dict)
+
+    def of(self, arm: Arm) -> ArmData:
+        """Returns the data of an arm. The arrays are fresh: training donates them."""
+        guidance, maps, statistics, probabilities, facts = None, {}, {}, None, {}
+        if "guidance" in arm.terms:
+            guidance = self._guidance(arm)
+            penalty = self.inputs.recipe.guidance.penalty
+            maps, statistics, explained = start_maps(self._target_features(arm), guidance, penalty=penalty)
+            facts = {"source_layers": guidance.layers, "explained_at_start": explained}
+        if "distillation" in arm.terms:
+            probabilities = self._probabilities(arm)
+            facts["teacher_positions"] = len(probabilities.document)
+        return ArmData(self.texts(arm.texts_by), guidance, maps, statistics, probabilities, facts)
+
+    def texts(self, texts_by: str | None) -> TrainingTexts:
+        """Returns the given texts, followed by texts that a model generates, if any."""
+        if texts_by not in self._texts:
+            given = self.inputs.texts
+            self._texts[texts_by] = given if texts_by is None else self._with_generated(given.texts, texts_by)
+        return self._texts[texts_by]
+
+    def _with_generated(self, given: Texts, texts_by: str) -> TrainingTexts:
+        generated, repeat = self._generated(texts_by), self.inputs.recipe.generation.repeat
+        ids = [f"{name}:{turn}" for turn in range(repeat) for name in given.ids]
+        return TrainingTexts(Texts(given.path, (*ids, *generated.ids), (*given.texts * repeat, *generated.texts)))
+
+    def _generated(self, texts_by: str) -> Texts:
+        """Texts that a model generates: of another model than the source at most as many as are kept of the source's.
+
+        Only the source's are filtered: a control is not to profit from what the target finds familiar.
+        """
+        inputs, options = self.inputs, self.inputs.recipe.generation
+        by_source = texts_by == "source"
+        settings = TextFilter(
+            judge=self._bits_per_byte if by_source else None,
+            foreign=options.foreign,
+            max_texts=None if by_source else len(self._generated("source")),
+        )
+        return self.stages.generated_texts(
+            texts_by,
+            [self.key, texts_by, options.model_dump()],
+            lambda: self._teacher(texts_by),
+            inputs.texts.texts,
+            Generation.of(options),
+            seed=inputs.recipe.seed,
+            settings=settings,
+        )
+
+    def _bits_per_byte(self, texts: Texts) -> np.ndarray:
+        """Bits per byte of every text under the target [N]."""
+        inputs = self.inputs
+        scores = inputs.scorer(inputs.target, texts)(inputs.target.params)
+        return scores.nll / np.log(2) / scores.bytes
+
+    def _model(self, name: str) -> tuple[Model, Params]:
+        """`target`, `source`, or `random_source`: the source's architecture with fresh random weights."""
+        inputs = self.inputs
+        model = inputs.target if name == "target" else inputs.source
+        if name != "random_source":
+            return model, model.params
+        places = shardings_of(inputs.layout, model.rows, model.spec)
+        return model, init_params(model.spec, jax.random.key(inputs.recipe.seed), places)
+
+    def _teacher(self, name: str) -> Teacher:
+        model, params = self._model(name)
+        return Teacher.of(model, params, dtype=self.inputs.dtype, layout=self.inputs.layout)
+
+    def _spans_of(self, arm: Arm) -> tuple[Rows, list[list[TokenisedDocument]]]:
+        """Spans of an arm's texts that both models read; documents of the target, then of the source."""
+        if arm.texts_by not in self._spans:
+            self._spans[arm.texts_by] = self.inputs.rows_of(self.texts(arm.texts_by).texts)
+        return self._spans[arm.texts_by]
+
+    def _target_features(self, arm: Arm) -> Activations:
+        """Stored features of the model at which training begins, at the spans of an arm's texts."""
+        inputs, start = self.inputs, self.inputs.recipe.start
+
+        def features_of() -> tuple[Teacher, Rows, list[TokenisedDocument]]:
+            rows, (documents, _) = self._spans_of(arm)
+            params = self.starts.of(Arm("sft", start))[1]
+            return Teacher.of(inputs.target, params, dtype=inputs.dtype, layout=inputs.layout), rows, documents
+
+        key = [self.key, "target", start, arm.texts_by]
+        return self.stages.features(_on("target", arm), key, features_of)
+
+    def _guidance(self, arm: Arm) -> SourceFeatures:
+        """Standardised source features of an arm, the control's where it has its own."""
+        inputs, options = self.inputs, self.inputs.recipe.guidance
+
+        def features_of() -> tuple[Teacher, Rows, list[TokenisedDocument]]:
+            rows, (_, documents) = self._spans_of(arm)
+            return self._teacher(arm.teacher), rows, documents
+
+        key = [self.key, arm.teacher, None, arm.texts_by]
+        stored = self.stages.features(_on(arm.teacher, arm), key, features_of)
+        layers = by_depth(inputs.target.spec.layers, stored.layers)
+        if options.layers == "plan":
+            layers = by_plan(list(inputs.alignment.layer_plans.values()))
+        metric = None
+        if (arm.metric or options.metric) == "fisher":
+            model, params = self._model(arm.teacher)
+            metric = read_out_metric(model.spec, params, stored)
+        features = SourceFeatures.of(stored, self._spans_of(arm)[1][0], layers, metric)
+        return features.reordered(derangement(len(stored.rows), inputs.recipe.seed)) if arm.shuffled else features
+
+    def _probabilities(self, arm: Arm) -> TeacherProbabilities:
+        """The teacher's probabilities on an arm's texts, the control's where it has its own."""
+        recipe, name = self.inputs.recipe, _on(arm.teacher, arm)
+        probabilities = self.stages.probabilities(
+            name,
+            [self.key, arm.teacher, arm.texts_by, recipe.distillation.model_dump()],
+            lambda: self._teacher(arm.teacher),
+            self.inputs.tokenizer,
+            self.texts(arm.texts_by).texts.texts,
+            max_tokens=recipe.max_tokens,
+            search=Search.of(recipe.distillation),
+        )
+        if arm.teacher == "source":
+            self.stages.warn_few_shared(name)
+        if not arm.shuffled:
+            return probabilities
+        return probabilities.reordered(derangement(len(probabilities.document), recipe.seed))
+
+
+def _on(model: str, arm: Arm) -> str:
+    """The name of a stage about a model on an arm's texts."""
+    return f"{model}-on-{arm.texts_by}" if arm.texts_by else model

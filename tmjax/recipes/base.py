@@ -1,0 +1,185 @@
+"""Common parts of all recipes: frozen sections, places of inputs, validation of plain values, YAML files."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from tmjax.errors import InputError, summarise
+
+Alpha = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+ALL_ROLES: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+ATTENTION_ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
+#: Generated texts with more bits per byte under the target than this many times the given ones are left out.
+FOREIGN = 1.5
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class Placed(Section):
+    """A recipe that names inputs; `places` maps local ones to their absolute paths at the time it was stored."""
+
+    if TYPE_CHECKING:
+        out: str
+        valid: str | None
+        test: str | None
+        other_texts: tuple[str, ...]
+        places: dict[str, str]
+
+    def inputs(self) -> dict[str, str]:
+        """Names of all inputs, by their keys."""
+        names: dict[str, str | None] = {key: getattr(self, key, None) for key in _PATHS}
+        names |= self.bases()
+        names |= {f"other_texts.{number}": name for number, name in enumerate(getattr(self, "other_texts", ()))}
+        return {key: name for key, name in names.items() if name is not None}
+
+    def bases(self) -> dict[str, str]:
+        """Returns further checkpoints that settings name, by their keys."""
+        return {}
+
+    def place(self, name: str) -> str:
+        """Returns the path of a named input: its stored place if that exists, else the name itself.
+
+        A relative name is resolved against the working directory, then against the folders above the run, which may
+        have been moved together with its inputs.
+        """
+        given, stored = Path(name).expanduser(), self.places.get(name)
+        if stored is None or (given.exists() and (not Path(stored).exists() or given.samefile(stored))):
+            return name
+        if Path(stored).exists() or given.is_absolute():
+            return stored
+        above = (folder / name for folder in Path(self.out).absolute().parents)
+        return next((str(place) for place in above if place.exists()), name)
+
+    def moved(self) -> list[str]:
+        """Returns a line for every input that is no longer at its stored place; raises InputError for a missing one."""
+        lines = []
+        for key, name in self.inputs().items():
+            stored, place = self.places.get(name), self.place(name)
+            if stored is None or Path(stored).exists():
+                continue
+            if not Path(place).expanduser().exists():
+                raise InputError(f"{key} {name} is neither here nor where it was ({stored}); put it back to either")
+            lines.append(f"{key} {name} is no longer at {stored}: {Path(place).absolute()} is taken")
+        return lines
+
+    def placed(self: "P") -> "P":
+        """Returns the recipe with the present places of its local inputs."""
+        now = {name: Path(self.place(name)).expanduser() for name in self.inputs().values()}
+        return self.model_copy(update={"places": {n: os.path.abspath(p) for n, p in now.items() if p.exists()}})
+
+
+_PATHS = ("source", "target", "texts", "valid", "test", "same_size_source")
+R = TypeVar("R", bound=Section)
+P = TypeVar("P", bound=Placed)
+
+
+class EvaluationOptions(Section):
+    """How bits per byte and their intervals are computed."""
+
+    draws: Positive = 10000
+    batch_tokens: Positive = 4096
+    max_tokens: Positive | None = None
+
+
+class ExportOptions(Section):
+    """How the merged checkpoint is written."""
+
+    max_shard_size: str = "5GB"
+
+
+def checked(kind: type[R], values: dict[str, Any], renamed: Mapping[str, str] | None = None, *, place: str = "") -> R:
+    """Builds a recipe of a kind from plain values.
+
+    Args:
+        kind: The class of the recipe.
+        values: Its values, nested as in a recipe file.
+        renamed: Former keys (dotted) and their present names, for the error.
+        place: Key under which the section stands in its recipe, for the error.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: Values are wrong or keys unknown; all faults are listed.
+    """
+    try:
+        return kind.model_validate(values)
+    except pydantic.ValidationError as error:
+        lead = (place,) if place else ()
+        keys = [(".".join(map(str, (*lead, *fault["loc"]))), fault) for fault in error.errors()]
+        faults = [f"{key}: {_plain(fault, (renamed or {}).get(key))}" for key, fault in keys]
+        raise InputError(f"recipe: {summarise(faults)}") from None
+
+
+class _TwiceError(Exception):
+    """A key that a mapping has twice, with its lines."""
+
+
+class _Loader(yaml.SafeLoader):
+    """A YAML loader that refuses duplicate keys; PyYAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        """The mapping of a node; raises if a key is there twice."""
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = self.construct_object(key), key.start_mark.line + 1
+            if name in lines:
+                raise _TwiceError(f"{name} twice (lines {lines[name]} and {line})")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Reads the mapping of a YAML recipe file, without validation."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from None
+    except _TwiceError as error:
+        raise InputError(f"recipe {path} has the key {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {path} does not hold a mapping")
+    return values
+
+
+def dump_recipe(recipe: Section, *, places: bool = True) -> str:
+    """Returns the recipe as YAML with every default; without `places` the paths of local inputs are left out."""
+    values = recipe.model_dump(mode="json")
+    if not (places and values.get("places")):
+        values.pop("places", None)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _plain(fault: Any, renamed: str | None) -> str:
+    if fault["type"] != "extra_forbidden":
+        return fault["msg"]
+    return "unknown key" if renamed is None else f"this key is called {renamed} now"
+
+
+def found_near(recipe: P, base: Path) -> P:
+    """Returns the recipe with relative paths resolved against `base` where a file exists only there."""
+
+    def near(name: str | None) -> str | None:
+        if name is None or Path(recipe.place(name)).exists():
+            return name
+        return str(base / name) if (base / name).exists() else name
+
+    paths: dict[str, Any] = {key: near(getattr(recipe, key)) for key in _PATHS if hasattr(recipe, key)}
+    paths["other_texts"] = tuple(near(name) for name in getattr(recipe, "other_texts", ()))
+    return recipe.model_copy(update=paths)

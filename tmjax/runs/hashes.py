@@ -1,0 +1,34 @@
+"""Hashes of recipes and inputs, by which runs and stages are known again."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from tmjax.checkpoints.formats.weights import weight_files
+from tmjax.checkpoints.hub import COMPANIONS, CONFIG_NAME, extra_templates
+
+_BLOCK = 2**22
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_files(files: list[Path]) -> str:
+    """SHA-256 over names and contents of files, in name order."""
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        total.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                total.update(block)
+    return total.hexdigest()
+
+
+def sha256_checkpoint(directory: Path) -> str:
+    """Hash of what a checkpoint directory says: weights, index, config, tokenizer; of an orbax directory every file."""
+    named = {directory / name for name in (CONFIG_NAME, *COMPANIONS, "tmjax.json")}
+    files = [*(file for file in named if file.is_file()), *weight_files(directory)]
+    nested = [file for name in ("params", "hf") for file in (directory / name).rglob("*") if file.is_file()]
+    return sha256_files(files + nested + extra_templates(directory))

@@ -1,0 +1,15 @@
+"""Memory of this process."""
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+
+def peak_rss_mib() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    with contextlib.suppress(OSError, StopIteration):  # getrusage begins at what the parent process held
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -1,0 +1,166 @@
+"""Stages of a run that ask a teacher: generated texts, probabilities of the target's tokens, features."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tmjax.activations import store
+from tmjax.activations.store import Activations
+from tmjax.errors import InputError
+from tmjax.runs.directory import RunDirectory
+from tmjax.runs.manifest import GeneratedFacts, Record, TeacherFacts
+from tmjax.sharding import hosts
+from tmjax.teacher.features import capture_features
+from tmjax.teacher.generation import Generation, TextFilter, filter_texts, generate_texts
+from tmjax.teacher.model import Teacher
+from tmjax.teacher.probabilities import Search, TeacherProbabilities, probabilities_of_texts
+from tmjax.teacher.vocabulary_map import few_shared
+from tmjax.text.documents import Texts, read_texts
+from tmjax.text.rows import Rows, TokenisedDocument
+from tmjax.text.tokenizer import TextTokenizer
+
+#: Makes the teacher when its stage has to be run: models are not loaded for stages that are finished.
+TeacherFactory = Callable[[], Teacher]
+
+
+@dataclass(frozen=True)
+class TeacherStages:
+    """Teacher data as stages of a run: each is computed once and read from its file afterwards.
+
+    Every stage takes a `name`, which distinguishes teachers and texts, and a `key`, the JSON value that decides its
+    result.
+
+    Attributes:
+        run: The run directory.
+        step: Returns, for the name of a stage, what is called with (done, total) while it runs.
+        warn: Called with a line that the user should read.
+    """
+
+    run: RunDirectory
+    step: Callable[[str], Callable[[int, int], None]]
+    warn: Callable[[str], None]
+
+    def generated_texts(
+        self,
+        name: str,
+        key: object,
+        teacher: TeacherFactory,
+        given: Texts,
+        generation: Generation,
+        *,
+        seed: int,
+        settings: TextFilter,
+    ) -> Texts:
+        """Runs the stage `generate:NAME`, which writes `generated/NAME.jsonl`.
+
+        Args:
+            name: Who generates.
+            key: Input hash of the stage.
+            teacher: Makes the model that generates.
+            given: Texts whose first words are the prompts.
+            generation: Number of texts and sampling.
+            seed: Seed of prompts and samples.
+            settings: Which texts are kept.
+
+        Returns:
+            The kept texts; none of them is possible only with `settings.without`.
+
+        Raises:
+            InputError: No text is of use and `settings.without` is None.
+        """
+        stage = f"generate:{name}"
+
+        def work(partial: Path) -> Record:
+            texts = generate_texts(teacher(), given.texts, generation, seed=seed, progress=self.step(stage))
+            kept, facts = filter_texts(name, texts, given, settings)
+            if hosts.is_first():
+                with partial.open("w", encoding="utf-8") as stream:
+                    for number, text in zip(kept.ids, kept.texts, strict=True):
+                        stream.write(json.dumps({"id": number, "text": text}, ensure_ascii=False) + "\n")
+            if not facts["kept"]:
+                self.warn(
+                    f"of {facts['asked']} texts by {name} {facts['foreign']} are foreign to the target and none is of "
+                    f"use; {settings.without}"
+                )
+            return lambda manifest: manifest.record("generated", name, GeneratedFacts(**facts))
+
+        path = self.run.stage(stage, key, f"generated/{name}.jsonl", work)
+        kept = self.run.manifest.generated[name].kept
+        return read_texts(str(path)) if kept else Texts(str(path), (), ())
+
+    def probabilities(
+        self,
+        name: str,
+        key: object,
+        teacher: TeacherFactory,
+        target: TextTokenizer,
+        texts: Sequence[str],
+        *,
+        max_tokens: int,
+        search: Search | None = None,
+        advice: str | None = None,
+    ) -> TeacherProbabilities:
+        """Runs the stage `teacher:NAME`, which writes `teacher/NAME.npz`.
+
+        Args:
+            name: Teacher and texts.
+            key: Input hash of the stage.
+            teacher: Makes the model whose probabilities are wanted.
+            target: The tokenizer of the tokens whose probabilities are wanted.
+            texts: The texts.
+            max_tokens: Most tokens of a text, in both vocabularies, prefix included.
+            search: How far continuations are followed.
+            advice: What to do where no probability can be computed, appended to the error.
+
+        Returns:
+            Probabilities of the target's tokens.
+
+        Raises:
+            InputError: The two tokenizers share no position.
+        """
+        stage = f"teacher:{name}"
+
+        def work(partial: Path) -> Record:
+            try:
+                probabilities, facts = probabilities_of_texts(
+                    teacher(), target, texts, max_tokens=max_tokens, search=search, progress=self.step(stage)
+                )
+            except InputError as error:
+                raise InputError(f"{error}; {advice}") if advice else error from None
+            if hosts.is_first():
+                probabilities.save(partial)
+            return lambda manifest: manifest.record("teacher", name, TeacherFacts(**facts))
+
+        return TeacherProbabilities.load(self.run.stage(stage, key, f"teacher/{name}.npz", work))
+
+    def warn_few_shared(self, name: str) -> None:
+        """Warns if the finished stage `teacher:NAME` has probabilities at few of the target's positions."""
+        facts = self.run.manifest.teacher[name]
+        warning = few_shared(facts.positions, facts.of)
+        if warning:
+            self.warn(warning)
+
+    def features(
+        self,
+        name: str,
+        key: object,
+        inputs: Callable[[], tuple[Teacher, Rows, Sequence[TokenisedDocument]]],
+    ) -> Activations:
+        """Runs the stage `features:NAME`, which writes the activation store `features/NAME`.
+
+        Args:
+            name: Model and texts.
+            key: Input hash of the stage.
+            inputs: Makes the model, the spans, and the texts in the model's own tokens.
+
+        Returns:
+            The stored features.
+        """
+        stage = f"features:{name}"
+
+        def work(partial: Path) -> None:
+            teacher, rows, documents = inputs()
+            capture_features(teacher, rows, documents, partial, self.step(stage))
+
+        return store.read(self.run.stage(stage, key, f"features/{name}", work))

@@ -1,0 +1,152 @@
+"""Transfer operators: the interface, what they are given and what they return, and how they are found by name.
+
+A merge is a list of operators, applied in order, as an optax optimiser is a chain of transformations. An operator is
+one file: its options, its needs, `apply` (or `contribute`) and its memory estimate. Recipes, doctor, sweep, controls,
+update table and report go by this interface alone.
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from tmjax.errors import InputError
+from tmjax.plugins import load_plugin, offered
+from tmjax.recipes.base import Section, checked
+from tmjax.transfer import operators
+from tmjax.transfer.contribution import Applied, Context, Contribution, Shape
+from tmjax.transfer.source_view import SourceView
+from tmjax.typing import Params
+
+#: Group of entry points under which packages offer operators.
+ENTRY_POINTS = "tmjax.operators"
+#: What an operator may ask of the source, by the names of the fields of `SourceView`.
+NEEDS = ("alignment", "activations", "features", "token_map", "teacher")
+
+
+class Described(Protocol):
+    """What every operator says of itself.
+
+    Attributes:
+        name: Its name in recipes.
+        options: Its options, a Section whose fields have descriptions.
+        needs: What it asks of the source; of `NEEDS`.
+        chooses: Whether it chooses on validation texts; such an operator is left out at a fixed alpha.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[type[Section]]
+    needs: ClassVar[frozenset[str]]
+    chooses: ClassVar[bool]
+
+    def memory(self, target: Shape, source: Shape, options: Any, batch_tokens: int) -> int:
+        """Estimates the bytes that it holds beside the parameters."""
+        ...
+
+
+@runtime_checkable
+class Operator(Described, Protocol):
+    """An operator that changes parameters by itself."""
+
+    def apply(self, params: Params, source: SourceView, options: Any, context: Context) -> Applied:
+        """Applies the operator.
+
+        Args:
+            params: The target's parameters as the operators before have left them.
+            source: The source, as this arm may know it. What is computed from it is multiplied by
+                `source.contribution`.
+            options: An object of the class `options`.
+            context: Target, validation loss, devices, seed.
+
+        Returns:
+            Parameters, manifest entries and rows of the update table.
+        """
+        ...
+
+
+@runtime_checkable
+class Contributor(Described, Protocol):
+    """An operator whose result enters with coefficients, which are chosen jointly with those of its neighbours."""
+
+    def contribute(self, params: Params, source: SourceView, options: Any, context: Context) -> Contribution:
+        """Computes what the source contributes; arguments as those of `Operator.apply`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of an operator list: the operator and its options."""
+
+    operator: Operator | Contributor
+    options: Any
+
+    @property
+    def contributes(self) -> bool:
+        """Whether coefficients are chosen for it."""
+        return isinstance(self.operator, Contributor)
+
+
+Chain = tuple[Step, ...]
+
+
+@functools.cache
+def builtin_operators() -> Mapping[str, Operator | Contributor]:
+    """Finds the operators of this package: every module of `transfer.operators` with an `OPERATOR`."""
+    modules = [
+        importlib.import_module(f"{operators.__name__}.{entry.name}")
+        for entry in pkgutil.iter_modules(operators.__path__)
+    ]
+    found = [module.OPERATOR for module in modules if hasattr(module, "OPERATOR")]
+    return {operator.name: operator for operator in found}
+
+
+def find_operator(name: str) -> Operator | Contributor:
+    """Finds an operator.
+
+    Args:
+        name: A name of this package's, of an entry point of the group `tmjax.operators`, a dotted path
+            `package.module:NAME`, or `FILE.py:NAME`; NAME is an operator or its class.
+
+    Raises:
+        InputError: There is none, or it lacks a part of the interface.
+    """
+    builtin = builtin_operators()
+    if name in builtin:
+        return builtin[name]
+    found = load_plugin(name, ENTRY_POINTS, "operator")
+    if found is None:
+        known = ", ".join((*builtin, *sorted(offered(ENTRY_POINTS))))
+        raise InputError(f"operator {name!r} is not known; known are {known}")
+    operator = found() if isinstance(found, type) else found
+    lacking = [part for part in ("name", "options", "needs", "chooses", "memory") if not hasattr(operator, part)]
+    if not isinstance(operator, Operator | Contributor):
+        lacking += ["apply or contribute"]
+    if lacking:
+        raise InputError(f"operator {name!r} lacks {', '.join(lacking)}")
+    if set(operator.needs) - set(NEEDS):
+        raise InputError(
+            f"operator {name!r} needs {', '.join(sorted(set(operator.needs) - set(NEEDS)))}, "
+            f"which no source has; there are {', '.join(NEEDS)}"
+        )
+    return operator
+
+
+def read_chain(entries: Iterable[Any]) -> Chain:
+    """Reads an operator list: `[{name: options}, ...]`, or a name alone where no option is set.
+
+    Raises:
+        InputError: An operator is not known, or options are wrong; all faults of an entry in one line.
+    """
+    steps = []
+    for number, entry in enumerate(entries):
+        place = f"operators.{number}"
+        if isinstance(entry, str):
+            entry = {entry: {}}
+        if not isinstance(entry, Mapping) or len(entry) != 1:
+            raise InputError(f"recipe: {place}: write one operator per entry, as - transport: {{...}}")
+        ((name, values),) = entry.items()
+        operator = find_operator(name)
+        steps.append(Step(operator, checked(operator.options, dict(values or {}), place=f"{place}.{operator.name}")))
+    return tuple(steps)
