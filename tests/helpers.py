@@ -91,7 +91,7 @@ def refused(directory: Path, *fragments: str, kind: type[Exception] = Checkpoint
 @functools.partial(jax.jit, static_argnums=0)
 def _following_nll(spec: DecoderSpec, params: Params, ids_t: jax.Array) -> jax.Array:
     model = bind(spec, params)
-    hidden, _ = model.hidden(ids_t[None, :-1], jnp.float32, (), lambda x: x)
+    hidden = model.run(ids_t[None, :-1]).hidden
     logs = jax.nn.log_softmax(model.logits(hidden[0]))
     return -jnp.take_along_axis(logs, ids_t[1:, None], axis=1)[:, 0]
 

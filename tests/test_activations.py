@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tmjax.activations import store
-from tmjax.activations.capture import capture, pooled_forward
+from tmjax.activations.capture import CaptureOptions, capture, pooled_forward
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError, RowMismatchError
-from tmjax.models.decoder import bind
+from tmjax.models.decoder import ForwardPlan, bind
 from tmjax.models.sites import SITES
 from tmjax.text.buckets import bucket_length, bucketed
 from tmjax.text.documents import Texts, read_texts
@@ -123,7 +123,9 @@ def captured(qwen2_dir, repo, tmp_path_factory):
     texts = read_texts(str(repo / "experiments/swahili/texts/swahili.valid.jsonl")).first(40)
     rows, (documents, _) = pair_rows(texts, [tokenizer] * 2, pooling="span", max_tokens=512)
     before = pooled_forward._cache_size()
-    held = capture(model.spec, model.params, rows, documents, tmp_path_factory.mktemp("a"), batch_tokens=1024)
+    held = capture(
+        model.spec, model.params, rows, documents, tmp_path_factory.mktemp("a"), CaptureOptions(batch_tokens=1024)
+    )
     return model, rows, documents, held, pooled_forward._cache_size() - before
 
 
@@ -132,7 +134,7 @@ def test_capture_is_the_mean_over_the_tokens_of_each_piece(captured) -> None:
     assert set(held.sites) == set(SITES) and held.layers == 4
     for number in (0, 7, 39):
         ids = jnp.asarray([documents[number].ids])
-        _, plain = bind(model.spec, model.params).hidden(ids, jnp.float32, tuple(SITES), lambda x: x)
+        plain = bind(model.spec, model.params).run(ids, ForwardPlan(sites=tuple(SITES))).captured
         first = int(np.searchsorted(rows.document, number))
         for site, values in plain.items():
             ours = held.site(site)[:, first : first + len(documents[number].rows)]

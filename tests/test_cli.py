@@ -420,7 +420,7 @@ RECIPE_DEFECTS = {
     "two in one entry": ("operators: [{transport: {}, embeddings: {}}]\n", "write one operator per entry"),
     "old section": ("fusion: {solve: {rounds: 3}}\n", "fusion.solve is now operators: [..., {predictions: {...}}]"),
     "alpha in the grid": ("coefficients: {alphas: [0.1, 2]}\n", "coefficients.alphas.1"),
-    "solver": ("alignment: {solver: magic}\n", "solver 'magic' is not known; known are sinkhorn"),
+    "solver": ("alignment: {solver: magic}\n", "solver 'magic' is not known; known are assignment"),
     "not a mapping": ("- a\n", "does not hold a mapping"),
     "not YAML": ("a: [\n", "is not YAML"),
     "two faults": ("alpha: -1\nseed: x\n", "alpha: Input should be greater"),

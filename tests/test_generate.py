@@ -15,7 +15,7 @@ from tmjax.errors import InputError
 from tmjax.models import generate
 from tmjax.models.cache import empty_cache, extend, prompt_tables, step_tables
 from tmjax.models.decoder import bind, forward, init_params
-from tmjax.models.generate import write
+from tmjax.models.generate import DecodingOptions
 from tmjax.models.sample import Sampling, choose, kept_weights
 from tmjax.sharding.mesh import Layout
 from tools.family_cases import CASES, TOLERANCE, VOCAB, deviation, make_reference
@@ -92,6 +92,13 @@ def test_logits_through_the_cache_are_those_of_transformers(name, tmp_path):
         assert deviation(ours[row], forced_logits(reference, ids, told)) < TOLERANCE
 
 
+def generated(
+    spec, params, asked, new_tokens, *, numbers=None, layout=None, finished=lambda row, ids: False, **options
+) -> list[list[int]]:
+    options = DecodingOptions(new_tokens, **options)
+    return generate.generate(spec, params, asked, options, numbers=numbers, layout=layout, finished=finished)
+
+
 def greedy(reference, ids: list[int], new: int) -> list[int]:
     """What transformers writes after one prompt."""
     reference.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=None)
@@ -106,7 +113,7 @@ def test_bundled_checkpoints(which, request):
     model = load_model(directory)
     reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     asked = prompts(model.spec.vocab, (1, 9, 40))
-    assert write(model.spec, model.params, asked, 50, prompt_tokens=48, rows=5) == [
+    assert generated(model.spec, model.params, asked, 50, prompt_tokens=48, rows=5) == [
         greedy(reference, ids, 50) for ids in asked
     ]
 
@@ -116,7 +123,7 @@ def test_longrope_is_read_anew_where_its_frequencies_change(tmp_path):
     model = load_model(tmp_path)
     asked = prompts(VOCAB, (80, 100, 118, 128, 129))
     told = []
-    ours = write(model.spec, model.params, asked, NEW, finished=lambda row, ids: told.append((row, list(ids))))
+    ours = generated(model.spec, model.params, asked, NEW, finished=lambda row, ids: told.append((row, list(ids))))
     assert ours == [greedy(reference, ids, NEW) for ids in asked]
     # Whoever watches sees one text grow.
     assert all(ours[row][: len(ids)] == ids for row, ids in told)
@@ -154,33 +161,33 @@ def test_rows_end_at_an_end_token_or_where_the_caller_says(tiny, monkeypatch):
     spec, params = tiny
     monkeypatch.setattr(generate, "STRETCH", 4)
     asked = prompts(spec.vocab, (4, 5, 6))
-    free = write(spec, params, asked, 12)
+    free = generated(spec, params, asked, 12)
     end = free[0][5]
-    ended = write(spec, params, asked, 12, ends=[end])
+    ended = generated(spec, params, asked, 12, ends=[end])
     assert ended == [ids[: ids.index(end)] if end in ids else ids for ids in free]
-    stopped = write(spec, params, asked, 12, finished=lambda row, ids: row == 1 and len(ids) >= 2)
+    stopped = generated(spec, params, asked, 12, finished=lambda row, ids: row == 1 and len(ids) >= 2)
     assert [stopped[0], stopped[2]] == [free[0], free[2]]
     assert stopped[1] == free[1][:5]  # the first token and a stretch
 
 
 def test_no_new_compilation_for_texts_of_the_same_padded_shape(tiny):
     spec, params = tiny
-    write(spec, params, prompts(spec.vocab, (4, 5)), 20, prompt_tokens=16, rows=4)
-    before = generate._begin._cache_size(), generate._go_on._cache_size()
-    write(spec, params, prompts(spec.vocab, (2, 3, 7)), 25, prompt_tokens=16, rows=4)
-    assert (generate._begin._cache_size(), generate._go_on._cache_size()) == before
+    generated(spec, params, prompts(spec.vocab, (4, 5)), 20, prompt_tokens=16, rows=4)
+    before = generate._begin._cache_size(), generate._continue._cache_size()
+    generated(spec, params, prompts(spec.vocab, (2, 3, 7)), 25, prompt_tokens=16, rows=4)
+    assert (generate._begin._cache_size(), generate._continue._cache_size()) == before
 
 
 def test_draws_do_not_depend_on_the_batch_or_the_mesh(llama_dir):
     layout = Layout("data=2,fsdp=2")
     model, sampling = load_model(llama_dir), Sampling(0.9, top_p=0.9)
     asked = prompts(model.spec.vocab, (4, 5, 6, 7, 8))
-    together = write(model.spec, model.params, asked, 20, sampling=sampling, seed=3)
-    alone = write(model.spec, model.params, [asked[3]], 20, sampling=sampling, seed=3, numbers=[3])
+    together = generated(model.spec, model.params, asked, 20, sampling=sampling, seed=3)
+    alone = generated(model.spec, model.params, [asked[3]], 20, sampling=sampling, seed=3, numbers=[3])
     assert together[3] == alone[0]
     placed = load_model(llama_dir, placement=layout.place)
-    assert write(placed.spec, placed.params, asked, 20, sampling=sampling, seed=3, layout=layout) == together
-    assert write(model.spec, model.params, asked, 20, sampling=sampling, seed=4) != together
+    assert generated(placed.spec, placed.params, asked, 20, sampling=sampling, seed=3, layout=layout) == together
+    assert generated(model.spec, model.params, asked, 20, sampling=sampling, seed=4) != together
 
 
 @pytest.mark.parametrize(
@@ -213,9 +220,9 @@ def test_draws_follow_the_distribution():
 def test_what_cannot_be_written_is_refused(tiny):
     spec, params = tiny
     with pytest.raises(InputError, match="at least one token"):
-        write(spec, params, [[1], []], 4)
+        generated(spec, params, [[1], []], 4)
     with pytest.raises(InputError, match="64 positions"):
-        write(dataclasses.replace(spec, learned_positions=True), params, [[1] * 60], 5)
+        generated(dataclasses.replace(spec, learned_positions=True), params, [[1] * 60], 5)
     with pytest.raises(InputError, match="temperature"):
         Sampling(-1.0)
     with pytest.raises(InputError, match="top_p"):

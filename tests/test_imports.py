@@ -13,7 +13,8 @@ import pytest
 
 #: Top-level modules and folders of the package, lowest level first; those on one level do not see each other.
 LEVELS = (
-    ("typing", "errors", "interrupt", "allocator"),
+    ("errors",),
+    ("typing", "interrupt", "allocator", "plugins"),
     ("files",),
     ("sharding", "ot"),
     ("models",),

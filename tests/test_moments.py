@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmjax.activations.blocks import GROUP_BATCHES, _cut, paired_blocks
-from tmjax.activations.capture import capture, pooled_forward
+from tmjax.activations.capture import CaptureOptions, capture, pooled_forward
 from tmjax.align.moments import Moments, correlations, merge, start, unit_statistics, update
 from tmjax.align.statistics import Statistics, statistics
 from tmjax.checkpoints.load import load_model
@@ -202,7 +202,7 @@ def test_paired_blocks_are_the_rows_that_capture_stores(pair, tmp_path, mesh) ->
     before = pooled_forward._cache_size()
     blocks = list(
         paired_blocks(
-            *readers, rows, sites=SOME, block_rows=100, batch_tokens=96, layout=Layout(mesh),
+            *readers, rows, CaptureOptions(SOME, 96, layout=Layout(mesh)), block_rows=100,
             progress=lambda done, total: seen.append((done, total)),
         )
     )  # fmt: skip
@@ -217,7 +217,7 @@ def test_paired_blocks_are_the_rows_that_capture_stores(pair, tmp_path, mesh) ->
     for side, (spec, params, documents) in enumerate(readers):
         directory = tmp_path / str(side)
         directory.mkdir()
-        held = capture(spec, params, rows, documents, directory, sites=SOME)
+        held = capture(spec, params, rows, documents, directory, CaptureOptions(SOME))
         for site in SOME:
             ours = np.concatenate([block[side][site] for block in blocks], axis=1)
             assert ours.dtype == np.float32 and not ours[:, ~masks].any()
@@ -228,9 +228,9 @@ def test_paired_blocks_are_the_rows_that_capture_stores(pair, tmp_path, mesh) ->
 def test_streamed_moments_are_those_of_captured_activations(pair, tmp_path) -> None:
     rows, readers = pair
     spec, params, documents = readers[0]
-    x = np.asarray(capture(spec, params, rows, documents, tmp_path, sites=SOME[:1]).site("q"))
+    x = np.asarray(capture(spec, params, rows, documents, tmp_path, CaptureOptions(SOME[:1])).site("q"))
     state = None
-    for ours, theirs, mask in paired_blocks(readers[0], readers[0], rows, sites=SOME[:1], block_rows=64):
+    for ours, theirs, mask in paired_blocks(readers[0], readers[0], rows, CaptureOptions(SOME[:1]), block_rows=64):
         if state is None:
             state = start(len(ours["q"]), len(theirs["q"]), ours["q"].shape[2], theirs["q"].shape[2])
         state = update(state, ours["q"], theirs["q"], mask)
@@ -257,7 +257,7 @@ def test_only_one_group_and_one_block_are_held() -> None:
 def test_documents_of_other_rows_and_overflow_are_errors(pair) -> None:
     rows, (target, source) = pair
     with pytest.raises(InputError, match="no site nowhere"):
-        paired_blocks(target, source, rows, sites=["nowhere"])
+        paired_blocks(target, source, rows, CaptureOptions(["nowhere"]))
     with pytest.raises(RowMismatchError, match="source has 39 documents, the rows name document 39"):
         paired_blocks(target, (*source[:2], source[2][:-1]), rows)
     fewer = Rows(rows.texts_sha256, "span", rows.document[1:], rows.start[1:], rows.end[1:])
@@ -266,4 +266,4 @@ def test_documents_of_other_rows_and_overflow_are_errors(pair) -> None:
     spec, params, documents = target
     broken = (spec, {name: value * np.float32("inf") for name, value in params.items()}, documents)
     with pytest.raises(NonFiniteError, match="hold NaN or infinity"):
-        next(paired_blocks(broken, source, rows, sites=SOME, batch_tokens=256))
+        next(paired_blocks(broken, source, rows, CaptureOptions(SOME, 256)))

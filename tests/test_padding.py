@@ -13,7 +13,7 @@ from tmjax.checkpoints.load import load_model
 from tmjax.commands.merge.teacher_data import exchanged_tokens
 from tmjax.models.decoder import init_params
 from tmjax.models.families import family_of
-from tmjax.models.generate import write
+from tmjax.models.generate import DecodingOptions, generate
 from tmjax.models.sample import Sampling
 from tmjax.recipes.merge import SolveOptions
 from tmjax.sharding.mesh import Layout
@@ -69,9 +69,10 @@ def test_no_row_of_padding_is_written(padded, llama_dir) -> None:
     tokenizer = load_tokenizer(llama_dir, spec.vocab)
     known = tokenizer.known(spec.vocab)
     assert known.sum() == spec.vocab - EXTRA
-    written = [write(spec, params, [[0, 5]] * 4, 16, sampling=Sampling(1.0), known=held) for held in (None, known)]
-    assert max(max(ids) for ids in written[0]) >= spec.vocab - EXTRA  # padding is likely indeed
-    assert all(known[ids].all() for ids in written[1])
+    options = [DecodingOptions(16, sampling=Sampling(1.0), known=rows) for rows in (None, known)]
+    free, restricted = (generate(spec, params, [[0, 5]] * 4, each) for each in options)
+    assert max(map(max, free)) >= spec.vocab - EXTRA  # padding is likely indeed
+    assert all(known[ids].all() for ids in restricted)
 
 
 def test_a_permuted_plan_exchanges_tokens_alone() -> None:

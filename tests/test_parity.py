@@ -25,7 +25,7 @@ from tmjax.checkpoints import hf
 from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
 from tmjax.checkpoints.load import load_model
 from tmjax.checkpoints.model import Model
-from tmjax.models.decoder import bind, forward, parameter_shapes
+from tmjax.models.decoder import ForwardPlan, bind, forward, parameter_shapes
 from tmjax.models.families import FAMILIES
 from tmjax.models.rotary import inverse_frequencies
 from tmjax.models.sites import SITES
@@ -206,7 +206,7 @@ def test_logits_and_sites(pair):
 
     @jax.jit
     def capture(params: Params) -> dict[str, jax.Array]:
-        final, captured = bind(spec, params).hidden(ids, jnp.float32, spec.sites, lambda x: x)
+        final, captured, _ = bind(spec, params).run(ids, ForwardPlan(sites=spec.sites))
         return captured | {"final": final[None]}
 
     our_sites = {site: np.asarray(value) for site, value in capture(dict(pair.model.params)).items()}
@@ -529,7 +529,7 @@ def test_only_the_sites_asked_for_are_captured(llama_dir):
 
     @functools.partial(jax.jit, static_argnums=1)
     def capture(params: Params, sites: tuple[str, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return bind(model.spec, params).hidden(ids, jnp.float32, sites, lambda x: x.sum(axis=1))
+        return bind(model.spec, params).run(ids, ForwardPlan(sites=sites, collect=lambda x: x.sum(axis=1)))[:2]
 
     plain, nothing = capture(model.params, ())
     hidden, pooled = capture(model.params, ("k", "resid"))

@@ -99,7 +99,7 @@ def losses(model, params, said: list[Said]) -> tuple[jax.Array, jax.Array]:
     for text in said:
         ids = jnp.asarray(text.ids)
         decoder = bind(model.spec, params)
-        hidden, _ = decoder.hidden(ids[None, :-1], jnp.float32, (), lambda x: x)
+        hidden = decoder.run(ids[None, :-1]).hidden
         logs = jax.nn.log_softmax(decoder.logits(hidden[0]))
         if text.own:
             totals[0] -= jnp.sum(jnp.take_along_axis(logs, ids[1:, None], axis=1))

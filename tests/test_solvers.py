@@ -3,6 +3,7 @@
 import functools
 import itertools
 import sys
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from tmjax import ot
 from tmjax.align.alignment import Alignment, solver_of
 from tmjax.align.plans import solve_site
 from tmjax.align.storage import load, save
+from tmjax.commands.solvers.run import parse_solver
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.ot.result import certify
 from tmjax.recipes.merge import AlignmentOptions
@@ -24,13 +26,9 @@ NAMES = tuple(ot.SOLVERS)
 OPTIONS = {"lowrank": {"rank": 4, "epsilon": 0.03}, "lrgw": {"rank": 4, "epsilon": 0.01, "marginal_iterations": 2000}}
 
 
-def having(**wanted: bool) -> tuple[str, ...]:
-    """Solvers with these capabilities."""
-    return tuple(
-        name
-        for name in NAMES
-        if all(getattr(ot.capabilities_of(ot.SOLVERS[name]), key) == value for key, value in wanted.items())
-    )
+def having(**properties: bool) -> tuple[str, ...]:
+    """Solvers whose results have these properties."""
+    return tuple(name for name in NAMES if properties.items() <= vars(ot.SOLVERS[name].properties).items())
 
 
 def activations(n: int, k: int, rows: int = ROWS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +73,7 @@ def magnitude(result: ot.OTResult) -> np.ndarray:
 
 def check_marginals(name: str, problem: ot.Problem, result: ot.OTResult) -> None:
     """In float64 from the plan, not from its certificate, and the certificate against it."""
-    can, q = ot.capabilities_of(ot.SOLVERS[name]), magnitude(result)
+    properties, q = ot.SOLVERS[name].properties, magnitude(result)
     assert np.isfinite(np.asarray(result.matrix())).all() and q.min() >= 0
     error_a = np.abs(q.sum(-1) - np.asarray(problem.a)).sum(-1)
     error_b = np.abs(q.sum(-2) - np.asarray(problem.b)).sum(-1)
@@ -83,8 +81,8 @@ def check_marginals(name: str, problem: ot.Problem, result: ot.OTResult) -> None
     np.testing.assert_allclose(result.error_b, error_b, atol=2e-6)
     converged = np.atleast_1d(result.converged)
     # What is random at the start and not convex may fail on a problem, and then says so.
-    assert converged.all() if can.equivariant else converged[0]
-    for holds, error in ((can.rows, error_a), (can.balanced, error_b)):
+    assert converged.all() if properties.equivariant else converged[0]
+    for holds, error in ((properties.rows, error_a), (properties.balanced, error_b)):
         assert not holds or (error.max() <= 1e-3 and np.atleast_1d(error)[converged].max() <= 1e-4)
 
 
@@ -116,7 +114,7 @@ def test_certificate_costs_and_apply(name):
     value = np.random.default_rng(1).normal(size=(5, UNITS, 3)).astype(np.float32)
     np.testing.assert_allclose(result.apply(value), q @ value, atol=1e-5)
     np.testing.assert_allclose(result.apply_transpose(value), np.asarray(back) @ value, atol=1e-5)
-    if ot.capabilities_of(ot.SOLVERS[name]).map_only:
+    if ot.SOLVERS[name].properties.map_only:
         assert np.isnan(result.transport_cost).all() and np.isnan(result.marginal_error).all()
     else:
         cost = np.asarray(result.plan.price(problem), np.float64)
@@ -126,45 +124,45 @@ def test_certificate_costs_and_apply(name):
 @pytest.mark.parametrize("name", having(map_only=False))
 def test_faulty_units(name):
     """Equal units are treated alike where the solver is told nothing apart; the constant layer has no preference."""
-    can, q = ot.capabilities_of(ot.SOLVERS[name]), np.asarray(solved(name).matrix())
-    smooth = can.equivariant and not can.equal_sizes and not isinstance(solved(name).plan, ot.MatchPlan | ot.EdgePlan)
-    if smooth and name != "network_simplex":
+    solver, properties = ot.SOLVERS[name], ot.SOLVERS[name].properties
+    q, matches = np.asarray(solved(name).matrix()), isinstance(solved(name).plan, ot.MatchPlan | ot.EdgePlan)
+    smooth = properties.equivariant and not matches and name != "network_simplex"
+    if smooth:
         np.testing.assert_allclose(q[3][0], q[3][1], atol=1e-3 * np.abs(q[3]).max())
-    if smooth and not can.signed and not can.needs_features and name != "network_simplex":
+    if smooth and not properties.signed and not issubclass(solver, ot.FeatureSolver):
         np.testing.assert_allclose(q[4], q[4].mean(), rtol=1e-3)
-    if can.signed:
+    if properties.signed:
         assert not q[4].any() and (q[3] < 0).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(1, 10), (3, 30)])
 def test_one_unit_and_ten_times_more_units(name, shape):
-    can = ot.capabilities_of(ot.SOLVERS[name])
+    properties = ot.SOLVERS[name].properties
     problem = problem_of(*activations(*shape))
     solver = ot.make_solver(name, **OPTIONS.get(name, {}))
-    if can.equal_sizes:
+    if isinstance(solver, ot.ShapeCheckingSolver):
         with pytest.raises(InputError, match="equal sizes"):
             ot.solve(problem, solver)
         return
     result = ot.solve(problem, solver)
     assert result.matrix().shape == shape
-    if can.map_only:
+    if properties.map_only:
         assert bool(result.converged)
         return
     check_marginals(name, problem, result)
-    if shape[0] == 1 and can.balanced and not can.signed:
+    if shape[0] == 1 and properties.balanced and not properties.signed:
         np.testing.assert_allclose(result.matrix(), np.full(shape, 0.1), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_and_missing_features_are_refused(name):
-    can = ot.capabilities_of(ot.SOLVERS[name])
     problem, solver = square(), ot.make_solver(name)
     with pytest.raises(NonFiniteError, match="NaN"):
         ot.solve(ot.Problem(problem.cost.at[0, 1, 2].set(jnp.nan), problem.a, problem.b, problem.features), solver)
     with pytest.raises(NonFiniteError, match="marginals"):
         ot.solve(ot.Problem(problem.cost, problem.a.at[0, 0].set(jnp.nan), problem.b, problem.features), solver)
-    if can.needs_features:
+    if isinstance(solver, ot.FeatureSolver):
         zx, zy = problem.features
         with pytest.raises(InputError, match="needs the activations"):
             ot.solve(ot.Problem(problem.cost, problem.a, problem.b), solver)
@@ -330,12 +328,58 @@ def test_unbalanced_tends_to_balanced():
         ("unbalanced", {"tau_a": 1.5}, "tau_a"),
         ("fgw", {"fused_penalty": 0.0}, "positive"),
         ("ridge", {"penalty": 0.0}, "penalty"),
-        ("magic", {}, "known are sinkhorn"),
+        ("magic", {}, "known are assignment, .*sinkhorn"),
     ],
 )
 def test_wrong_options_are_refused(name, options, message):
     with pytest.raises(InputError, match=message):
         ot.make_solver(name, **options)
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from tmjax import ot
+from tmjax.ot.result import certify
+
+
+@dataclass(frozen=True)
+class Independent:
+    name = "independent"
+    properties = ot.ResultProperties()
+    mass: float = 1.0
+
+    def solve_one(self, problem):
+        return certify(problem, ot.DensePlan(problem.a[:, None] * problem.b), iterations=1, threshold=1e-6)
+
+
+class Nothing:
+    name = "nothing"
+"""
+
+
+def test_a_solver_in_a_file_of_its_own_is_named_in_a_recipe(tmp_path, monkeypatch):
+    (tmp_path / "independent_solver.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("independent_solver:Independent", f"{tmp_path / 'independent_solver.py'}:Independent"):
+        solver = solver_of(AlignmentOptions(solver=name, solver_options={"mass": 2}))
+        assert solver.name == "independent" and solver.mass == 2.0 and ot.solve(square(), solver).converged.all()
+    assert parse_solver(f"{name}:mass=3", AlignmentOptions()).solver_options == {"mass": 3}
+    for name, message in (
+        ("independent_solver:Nothing", "no frozen dataclass"),
+        ("independent_solver:Missing", "cannot be imported"),
+        ("no_such_module:Solver", "cannot be imported"),
+        (f"{tmp_path / 'none.py'}:Solver", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ot.make_solver(name)
+
+
+def test_an_entry_point_offers_a_solver(monkeypatch):
+    entry = metadata.EntryPoint("theirs", "tmjax.ot.solvers.greedy:Greedy", "tmjax.solvers")
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [entry] if group == "tmjax.solvers" else [])
+    assert ot.make_solver("theirs").name == "greedy"
+    with pytest.raises(InputError, match="unbalanced, theirs"):
+        ot.make_solver("magic")
 
 
 def test_recipes_name_solvers_and_their_options():
@@ -346,13 +390,13 @@ def test_recipes_name_solvers_and_their_options():
     with pytest.raises(InputError, match="no option"):
         solver_of(AlignmentOptions(solver="greedy", solver_options={"rank": 3}))
     for name in having(map_only=True):
-        assert ot.capabilities_of(solver_of(AlignmentOptions(solver=name))).map_only
+        assert solver_of(AlignmentOptions(solver=name)).properties.map_only
 
 
 def test_non_uniform_marginals_are_refused_by_one_to_one_solvers():
     problem = square()
     tilted = ot.Problem(problem.cost, problem.a.at[:, 0].mul(1.5), problem.b)
-    for name in having(equal_sizes=True):
+    for name in (name for name in NAMES if issubclass(ot.SOLVERS[name], ot.ShapeCheckingSolver)):
         with pytest.raises(InputError, match="uniform"):
             ot.solve(tilted, ot.make_solver(name))
 
@@ -389,7 +433,7 @@ def test_every_form_of_plan_survives_the_disk(tmp_path, name, rows, form, stored
     assert type(again.held) is type(plans.held) and again.stored == stored
     direct = ot.solve(problem_of(x, np.stack([y] * 5)), solver)
     # Where the path is not that of a convex problem, costs that differ in the last bit stop elsewhere.
-    atol = 1e-6 if ot.capabilities_of(solver).equivariant and name != "gw" else 1e-3
+    atol = 1e-6 if solver.properties.equivariant and name != "gw" else 1e-3
     for layer in range(5):
         np.testing.assert_array_equal(again.plan(layer, 0), plans.plan(layer, 0))
         np.testing.assert_allclose(again.plan(layer, 0), direct.matrix()[layer], atol=atol)

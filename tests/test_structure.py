@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from reparametrise import deepened, disguised, params_of, scrambled, widened, with_spec
 
+from tmjax.activations.capture import CaptureOptions
 from tmjax.activations.extract import extract_activations
 from tmjax.align import storage as store
 from tmjax.align.alignment import Alignment, align, needed_sites
@@ -86,7 +87,7 @@ def _logits(model: Model, texts: Texts) -> np.ndarray:
 
 def _aligned(target: Model, source: Model, texts: Texts, options: AlignmentOptions, path: Path) -> Alignment:
     sites = needed_sites(target.projections.values(), options.structure)
-    held = extract_activations(target, source, texts, path, sites=sites)
+    held = extract_activations(target, source, texts, path, options=CaptureOptions(sites))
     models = tuple((model.spec, model.params) for model in (target, source))
     found = align(*held, target.projections, options, models=models)
     saved = path / "alignment"
@@ -197,7 +198,7 @@ def test_what_does_not_recover(tiny, verses, tmp_path, options):
 def test_what_a_structure_needs_is_said(tiny, verses, tmp_path):
     model = tiny("gpt_neox")
     sites = needed_sites(model.projections.values(), "full")
-    held = extract_activations(model, model, verses[0].first(3), tmp_path / "run", sites=sites)
+    held = extract_activations(model, model, verses[0].first(3), tmp_path / "run", options=CaptureOptions(sites))
     with pytest.raises(InputError, match="pass models"):
         align(*held, model.projections, HARD)
     for options, message in (({"solver": "ridge"}, "couplings"), ({"gain": True}, r"alignment\.gain")):

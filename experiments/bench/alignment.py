@@ -25,6 +25,7 @@ import typer
 from baseline import streaming_sinkhorn
 
 from tmjax import ot
+from tmjax.activations.capture import CaptureOptions
 from tmjax.activations.extract import extract_activations
 from tmjax.checkpoints.load import load_model
 from tmjax.ot.solvers.ott_jax import Geometry, LinearProblem
@@ -56,7 +57,8 @@ def real_activations(site: str, texts: int) -> tuple[np.ndarray, np.ndarray]:
     target, source = (load_model(PAIR / name) for name in ("target", "source"))
     read = read_texts(str(PAIR / "texts/swahili.calibration.jsonl")).first(texts)
     with tempfile.TemporaryDirectory() as folder:
-        both = extract_activations(target, source, read, Path(folder) / "activations", sites=(site,))
+        options = CaptureOptions((site,))
+        both = extract_activations(target, source, read, Path(folder) / "activations", options=options)
         return tuple(np.array(one.site(site))[:, :ROWS] for one in both)
 
 

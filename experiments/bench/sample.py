@@ -19,7 +19,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tmjax.checkpoints.load import load_model
-from tmjax.models.generate import write
+from tmjax.models.generate import DecodingOptions, generate
 from tmjax.models.sample import Sampling
 from tmjax.text.documents import read_texts
 from tools.script import script
@@ -63,7 +63,7 @@ def main(directory: str) -> None:
         return out[:, padded:]
 
     def ours(sampling: Sampling) -> list[list[int]]:
-        return write(model.spec, model.params, prompts, NEW, sampling=sampling)
+        return generate(model.spec, model.params, prompts, DecodingOptions(NEW, sampling=sampling))
 
     def with_threads(count: int) -> float:
         torch.set_num_threads(count)

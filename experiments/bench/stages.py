@@ -15,12 +15,12 @@ import numpy as np
 from flops import forward_flops
 
 from tmjax.activations.blocks import paired_blocks
-from tmjax.activations.capture import batch_limit, capture, pooled_forward
+from tmjax.activations.capture import CaptureOptions, capture, pooled_forward
 from tmjax.align.alignment import Alignment, needed_sites
 from tmjax.align.alignment import align as align_models
 from tmjax.align.streaming import align_moments, gather
 from tmjax.checkpoints.model import Model
-from tmjax.models.decoder import bind
+from tmjax.models.decoder import ForwardPlan, bind
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.recipes.merge import AlignmentOptions
@@ -90,22 +90,21 @@ class Setting:
         """Tokens of every text."""
         return [len(document.ids) for document in self.documents]
 
-    def reading(self, *specs: DecoderSpec) -> dict:
+    def reading(self, *specs: DecoderSpec) -> CaptureOptions:
         """How these models read, for `capture` and `paired_blocks`."""
         whole = max(4 * s.layers * sum(s.axis_size(SITES[site]) for site in self.sites) for s in specs)
-        return {
-            "sites": self.sites,
-            "batch_tokens": self.batch_tokens,
-            # Unless told, what lets a batch have all its tokens.
-            "memory_mib": self.memory_mib or 1 + whole * self.batch_tokens // 2**20,
-            "dtype": self.dtype,
-            "layout": self.layout,
-        }
+        return CaptureOptions(
+            self.sites,
+            self.batch_tokens,
+            # Unless given, as much as lets a batch have all its tokens.
+            self.memory_mib or 1 + whole * self.batch_tokens // 2**20,
+            self.dtype,
+            self.layout,
+        )
 
     def texts_per_batch(self, spec: DecoderSpec) -> int:
         """As `capture` makes batches."""
-        how = self.reading(spec)
-        limit = batch_limit(spec, self.sites, self.documents, how["batch_tokens"], how["memory_mib"])
+        limit = self.reading(spec).batch_limit(spec, self.sites, self.documents)
         return max(1, min(limit // bucket_length(self.lengths[0]), len(self.documents)))
 
     def rate(self, flops: float, seconds: float) -> dict:
@@ -119,7 +118,7 @@ def final_states(
     spec: DecoderSpec, params: Mapping, ids_bt: jax.Array, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None = None
 ) -> jax.Array:
     """The model alone, up to its last states [B, T, embed]: what an extraction runs, without the head."""
-    return bind(spec, params).hidden(ids_bt, dtype, (), lambda x: x, mesh)[0]
+    return bind(spec, params).run(ids_bt, ForwardPlan(dtype, mesh=mesh)).hidden
 
 
 def forward(setting: Setting, clock: Clock, side: str, model: Model, repeats: int = 5) -> None:
@@ -164,7 +163,7 @@ def extract(setting: Setting, clock: Clock, models: Mapping[str, Model], keep: b
         readers = [(model.spec, model.params, setting.documents) for model in models.values()]
         reading = setting.reading(*(model.spec for model in models.values()))
         with clock.stage("extract") as entry:
-            blocks = paired_blocks(*readers, setting.rows, **reading)
+            blocks = paired_blocks(*readers, setting.rows, reading)
             held = jax.block_until_ready(gather(blocks, setting.projections.values()))
         entry |= setting.rate(sum(flops.values()), entry["seconds"] - entry["compiling"])
         return held
@@ -176,11 +175,11 @@ def extract(setting: Setting, clock: Clock, models: Mapping[str, Model], keep: b
         held = {name: getattr(setting.rows, name)[chosen] for name in ("document", "start", "end")}
         with tempfile.TemporaryDirectory(dir=setting.folder) as scratch:
             some = replace(setting.rows, **held), setting.documents[:few]
-            capture(model.spec, model.params, *some, Path(scratch), **reading)
+            capture(model.spec, model.params, *some, Path(scratch), reading)
         directory = setting.folder / f"activations-{side}"
         directory.mkdir()
         with clock.stage(f"extract {side}") as entry:
-            found.append(capture(model.spec, model.params, setting.rows, setting.documents, directory, **reading))
+            found.append(capture(model.spec, model.params, setting.rows, setting.documents, directory, reading))
         entry |= setting.rate(flops[side], entry["seconds"])
     return found
 

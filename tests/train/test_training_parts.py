@@ -12,13 +12,13 @@ import pytest
 import safetensors.numpy
 from helpers import SPEC
 
-from tmjax.activations.capture import capture
+from tmjax.activations.capture import CaptureOptions, capture
 from tmjax.checkpoints import hf
 from tmjax.checkpoints.load import load_model
 from tmjax.checkpoints.model import Model
 from tmjax.commands.adapt.arms import Arm
 from tmjax.errors import InputError, NonFiniteError
-from tmjax.models.decoder import bind, init_params
+from tmjax.models.decoder import ForwardPlan, bind, init_params
 from tmjax.models.families import FAMILIES
 from tmjax.sharding.mesh import Layout
 from tmjax.teacher.span_features import by_depth, last_tokens
@@ -272,7 +272,7 @@ def features(read, tmp_path_factory):
     held = []
     for model, texts in zip((target, source), spoken, strict=True):
         folder = tmp_path_factory.mktemp("features")
-        held.append(capture(model.spec, model.params, rows, last_tokens(texts), folder, sites=("resid",)))
+        held.append(capture(model.spec, model.params, rows, last_tokens(texts), folder, CaptureOptions(("resid",))))
     return held
 
 
@@ -283,7 +283,7 @@ def test_features_are_the_residual_stream_at_the_last_token_of_every_span(read, 
     upto = text[: rows.end[number]]
     ids = np.asarray([[tokenizers[1].prefix, *tokenizers[1].encode([upto])[0].ids]])
     model = bind(source.spec, source.params)
-    _, found = model.hidden(ids, jnp.float32, ("resid",), lambda x: x)
+    found = model.run(ids, ForwardPlan(sites=("resid",))).captured
     np.testing.assert_allclose(features[1].site("resid")[:, number], found["resid"][:, 0, -1], rtol=2e-3, atol=2e-3)
 
 

@@ -5,14 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from tmjax.activations.capture import batch_limit, pooled_batches, require_finite, require_readable
+from tmjax.activations.capture import CaptureOptions, pooled_batches, require_finite, require_readable
 from tmjax.errors import RowMismatchError
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.hosts import to_host
-from tmjax.sharding.mesh import Layout
 from tmjax.text.buckets import Batch, bucket_length
 from tmjax.text.rows import Rows, TokenisedDocument
 from tmjax.typing import Params
@@ -144,34 +142,41 @@ def paired_blocks(
     target: Reader,
     source: Reader,
     rows: Rows,
+    options: CaptureOptions | None = None,
     *,
-    sites: Sequence[str] | None = None,
     block_rows: int = 512,
-    batch_tokens: int = 8192,
-    memory_mib: int | None = None,
-    dtype: jnp.dtype = jnp.float32,
-    layout: Layout | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Block]:
-    """Runs both models over the documents and yields their pooled activations in blocks of `block_rows` rows.
+    """Runs both models over the documents and yields their pooled activations in blocks of rows.
 
-    A block is ({site: [L, block_rows, n]}, {site: [M, block_rows, k]}, mask [block_rows]): float32, fresh arrays; row i
-    of both is the same piece of text, in the order of `rows`. The last block is padded with zeros where the mask (bool)
-    is False. `target` and `source` are (spec, params, documents) with the documents of one `pair_rows`.
+    Documents are read in groups of at most GROUP_BATCHES batches; only one group and one block are in memory. There is
+    one compilation per model and bucket of lengths.
 
-    Documents are read in groups of at most GROUP_BATCHES batches; only one group and one block are held. Batches are
-    those of `capture`: `batch_tokens`, `memory_mib` and `layout` mean the same, `progress` counts the
-    batches of both models, and there is one compilation per model and bucket of lengths. Raises, before anything runs,
-    RowMismatchError if the documents are not those of `rows` and InputError for an unknown site or token id; while it
-    runs, NonFiniteError if an activation is NaN or infinite.
+    Args:
+        target: (spec, params, documents) of the target.
+        source: The same of the source, with the documents of the same `pair_rows`.
+        rows: Pieces of text that are the rows.
+        options: Sites, batches and devices, as for `capture`.
+        block_rows: Rows of a block.
+        progress: Called with the batches done and the number of both models' batches.
+
+    Returns:
+        An iterator of blocks ({site: [L, block_rows, n]}, {site: [M, block_rows, k]}, mask [block_rows]): float32,
+        fresh arrays, in the order of `rows`. The last block is padded with zeros where the mask (bool) is False.
+
+    Raises:
+        RowMismatchError: The documents are not those of `rows`; raised before anything runs.
+        InputError: A site or token id is unknown; raised before anything runs.
+        NonFiniteError: An activation is NaN or infinite; raised while it runs.
     """
-    readers, layout = (target, source), layout or Layout()
+    options = CaptureOptions() if options is None else options
+    readers, sites, layout = (target, source), options.sites, options.layout
     if sites is None:
         sites = tuple(site for site in target[0].sites if site in source[0].sites)
     for name, (spec, _, documents) in zip(("target", "source"), readers, strict=True):
         require_readable(spec, documents, sites)
         _require_rows(name, documents, rows)
-    limits = [batch_limit(spec, sites, documents, batch_tokens, memory_mib) for spec, _, documents in readers]
+    limits = [options.batch_limit(spec, sites, documents) for spec, _, documents in readers]
     groups = _groups([documents for _, _, documents in readers], limits)
     sides = []
     for reader, limit in zip(readers, limits, strict=True):
@@ -185,6 +190,6 @@ def paired_blocks(
 
     def pieces() -> Iterator[Sequence[Values]]:
         for number in range(len(groups)):
-            yield [side.read(number, tick, sites=sites, dtype=dtype, layout=layout) for side in sides]
+            yield [side.read(number, tick, sites=sites, dtype=options.dtype, layout=layout) for side in sides]
 
     return _cut(pieces(), block_rows)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from tmjax.activations import store
 from tmjax.errors import InputError, NonFiniteError
-from tmjax.models.decoder import bind
+from tmjax.models.decoder import ForwardPlan, bind
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding import hosts
@@ -20,6 +21,32 @@ from tmjax.sharding.mesh import Layout, constrain
 from tmjax.text.buckets import Batch, bucket_length, bucketed
 from tmjax.text.rows import Rows, TokenisedDocument
 from tmjax.typing import Array, Params
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """Which activations are captured, and in which batches on which devices.
+
+    Attributes:
+        sites: Sites; None: all that the models have.
+        batch_tokens: Largest number of padded tokens in a batch.
+        memory_mib: Memory of a batch's pooled activations, which may make it smaller; None: a share of the device's.
+        dtype: Dtype of the forward pass.
+        layout: Devices, on which the parameters must lie too; one device unless given.
+    """
+
+    sites: Sequence[str] | None = None
+    batch_tokens: int = 8192
+    memory_mib: int | None = None
+    dtype: jnp.dtype = jnp.float32
+    layout: Layout = field(default_factory=Layout)
+
+    def batch_limit(self, spec: DecoderSpec, sites: Sequence[str], documents: Sequence[TokenisedDocument]) -> int:
+        """Padded tokens of a batch: `batch_tokens`, or fewer where its rows' activations exceed the memory."""
+        row_bytes = 4 * spec.layers * sum(spec.axis_size(SITES[site]) for site in sites)
+        rows = max(len(document.rows) / bucket_length(len(document.ids)) for document in documents)  # per padded token
+        memory = (self.memory_mib or share_mib(16, 48)) * 2**20
+        return max(1, min(self.batch_tokens, int(memory / (row_bytes * max(rows, 1 / self.batch_tokens)))))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "sites", "dtype", "mesh"))
@@ -40,7 +67,7 @@ def pooled_forward(
     def pool(x_btu: Array) -> Array:
         return jnp.einsum("brt,btu->bru", weights_brt, x_btu.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
-    _, captured = bind(spec, params).hidden(ids_bt, dtype, sites, pool, mesh)
+    captured = bind(spec, params).run(ids_bt, ForwardPlan(dtype, sites, pool, mesh)).captured
     return {site: constrain(mesh, x, (None, "batch", None, None)) for site, x in captured.items()}
 
 
@@ -69,20 +96,6 @@ def require_readable(spec: DecoderSpec, documents: Sequence[TokenisedDocument], 
             f"a text has {longest} tokens, the model learned {spec.max_positions} positions; lower"
             " activations.max_tokens"
         )
-
-
-def batch_limit(
-    spec: DecoderSpec,
-    sites: Sequence[str],
-    documents: Sequence[TokenisedDocument],
-    batch_tokens: int,
-    memory_mib: int | None,
-) -> int:
-    """Padded tokens of a batch: `batch_tokens`, or fewer where the activations of its rows exceed the memory."""
-    row_bytes = 4 * spec.layers * sum(spec.axis_size(SITES[site]) for site in sites)
-    rows = max(len(document.rows) / bucket_length(len(document.ids)) for document in documents)  # per padded token
-    memory = (memory_mib or share_mib(16, 48)) * 2**20
-    return max(1, min(batch_tokens, int(memory / (row_bytes * max(rows, 1 / batch_tokens)))))
 
 
 def pooled_batches(
@@ -123,30 +136,39 @@ def capture(
     rows: Rows,
     documents: Sequence[TokenisedDocument],
     directory: Path,
+    options: CaptureOptions | None = None,
     *,
-    sites: Sequence[str] | None = None,
-    batch_tokens: int = 8192,
-    memory_mib: int | None = None,
-    dtype: jnp.dtype = jnp.float32,
-    layout: Layout | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> store.Activations:
-    """Runs the model over all documents and writes `[layer, row, unit]` of every site into `directory`, which exists.
+    """Runs a model over all documents and writes its pooled activations.
 
-    Batches are of at most `batch_tokens` padded tokens, fewer where the pooled activations of that many rows would
-    exceed `memory_mib`. Batches lie on the mesh of `layout` (one device unless given), where `params` must be too; of
-    several processes, which share `directory`, each writes the rows of its documents. Raises NonFiniteError if an
-    activation is NaN or infinite.
+    Of several processes, which share `directory`, each writes the rows of its documents.
+
+    Args:
+        spec: Architecture.
+        params: Parameters by Flax path.
+        rows: Pieces of text that are the rows.
+        documents: The documents as the model reads them, with the tokens of every row.
+        directory: Existing directory, into which `[layer, row, unit]` float32 of every site is written.
+        options: Sites, batches and devices.
+        progress: Called with the batches done and their number.
+
+    Returns:
+        The stored activations.
+
+    Raises:
+        InputError: A site or token id is unknown, or a text is too long.
+        NonFiniteError: An activation is NaN or infinite.
     """
-    layout = layout or Layout()
-    sites = spec.sites if sites is None else sites
+    options = CaptureOptions() if options is None else options
+    sites, layout = spec.sites if options.sites is None else options.sites, options.layout
     require_readable(spec, documents, sites)
     if hosts.is_first():
         store.create(directory, rows, spec.layers, {site: spec.axis_size(SITES[site]) for site in sites})
     hosts.barrier("activation store")
     counts = [len(document.rows) for document in documents]
     first_row = np.concatenate([[0], np.cumsum(counts)])
-    limit = batch_limit(spec, sites, documents, batch_tokens, memory_mib)
+    limit = options.batch_limit(spec, sites, documents)
     used = [number for number, count in enumerate(counts) if count]
     lengths = [len(documents[n].ids) for n in used]
     batches = list(bucketed(lengths, batch_tokens=limit, multiple=layout.batch_multiple))
@@ -155,7 +177,7 @@ def capture(
     for batch in batches:
         widest[batch.tokens] = max(widest.get(batch.tokens, 1), *(counts[n] for n in batch.documents))
     padded = [(batch, widest[batch.tokens]) for batch in batches]
-    pooled = pooled_batches(spec, params, documents, padded, sites=sites, dtype=dtype, layout=layout)
+    pooled = pooled_batches(spec, params, documents, padded, sites=sites, dtype=options.dtype, layout=layout)
     for done, (batch, captured) in enumerate(pooled):
         for site, values in captured.items():
             for start, part in hosts.local_parts(values, axis=1):

@@ -1,11 +1,8 @@
 """`extract_activations`: two models read the same texts, row by row."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
-
-from tmjax.activations.capture import capture
+from tmjax.activations.capture import CaptureOptions, capture
 from tmjax.activations.store import Activations
 from tmjax.checkpoints.model import Model
 from tmjax.files.atomic import atomic_directory
@@ -23,22 +20,35 @@ def extract_activations(
     *,
     pooling: Pooling = "span",
     max_tokens: int = 512,
-    batch_tokens: int = 8192,
-    sites: Sequence[str] | None = None,
-    dtype: jnp.dtype = jnp.float32,
+    options: CaptureOptions | None = None,
     overwrite: bool = False,
 ) -> tuple[Activations, Activations]:
-    """Writes `out`/target and `out`/source and returns both: `[layer, row, unit]` float32 of its sites (or `sites`).
+    """Captures the activations of two models at the same pieces of the same texts, row by row.
 
-    Row i of both is the same piece of the same text. Raises InputError if the models share no piece, or `out` exists.
+    Args:
+        target: Target model.
+        source: Source model.
+        texts: Documents that both read.
+        out: Directory, into which `target` and `source` are written.
+        pooling: Pieces of text that are the rows: `span` or `sequence`.
+        max_tokens: Largest number of tokens of a document that is read.
+        options: Sites, batches and devices.
+        overwrite: Whether existing activations may be replaced.
+
+    Returns:
+        The stored activations of the target and of the source, `[layer, row, unit]` float32 of every site.
+
+    Raises:
+        InputError: The models share no piece of text, or `out` exists.
     """
+    options = CaptureOptions() if options is None else options
     tokenizers = [load_tokenizer(model.directory, model.spec.vocab) for model in (target, source)]
     rows, documents = pair_rows(texts, tokenizers, pooling=pooling, max_tokens=max_tokens)
     found = []
     for name, model, read in zip(("target", "source"), (target, source), documents, strict=True):
         path = Path(out) / name
-        wanted = model.spec.sites if sites is None else sites
+        sites = model.spec.sites if options.sites is None else options.sites
         with atomic_directory(path, overwrite=overwrite) as partial:
-            capture(model.spec, model.params, rows, read, partial, sites=wanted, batch_tokens=batch_tokens, dtype=dtype)
-        found.append(Activations(path, rows, model.spec.layers, {s: model.spec.axis_size(SITES[s]) for s in wanted}))
+            capture(model.spec, model.params, rows, read, partial, options)
+        found.append(Activations(path, rows, model.spec.layers, {s: model.spec.axis_size(SITES[s]) for s in sites}))
     return found[0], found[1]

@@ -5,16 +5,14 @@ of equal shape share compiled programs, also those of different sets of texts.
 """
 
 import bisect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from tmjax.models.decoder import Collect, Decoder
-from tmjax.models.layers import attention
+from tmjax.models.decoder import Decoder, ForwardPlan, ForwardResult, TokenContext
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import Layout
@@ -93,15 +91,8 @@ def batch_size(rows: int, most: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def joined_hidden(
-    model: Decoder,
-    batch: Joined,
-    dtype: jnp.dtype,
-    sites: Collection[str] = (),
-    collect: Collect = lambda x: x,
-    mesh: Mesh | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """Final normed states [B, T, embed] and activations of `sites`: those of `Decoder.hidden` on each text alone."""
+def run_joined(model: Decoder, batch: Joined, plan: ForwardPlan) -> ForwardResult:
+    """Runs the decoder over joined texts: states and activations are those of `Decoder.run` on each text alone."""
     spec, index = model.spec, jnp.arange(batch.ids.shape[1])
     distance = index[:, None] - index
     same = (batch.text[:, :, None] == batch.text[:, None, :])[:, None, None]
@@ -110,4 +101,4 @@ def joined_hidden(
     def mask(window: Array) -> Array:
         return same & (distance >= 0) & (distance < window)
 
-    return model.run(batch.ids, batch.place, (cos, sin), mask, attention, dtype, sites, collect, mesh)
+    return model.run(batch.ids, plan, TokenContext(batch.place, (cos, sin), mask))

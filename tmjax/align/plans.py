@@ -17,17 +17,20 @@ from tmjax.ot import (
     EdgePlan,
     EntropicPlan,
     FeatureCost,
+    FeatureSolver,
     HeadMap,
+    HostSolver,
     LinearMap,
     LowRankPlan,
     MatchPlan,
+    MemoryBoundSolver,
     OTResult,
     Plan,
     Problem,
     SignedPlan,
     Solver,
     SparsePlan,
-    capabilities_of,
+    check_shape,
     prepared,
     solve_each,
 )
@@ -188,23 +191,23 @@ def map_gains(zx_nt: Array, zy_nk: Array, to_target_nt: Array, to_source_nk: Arr
 
 def _kept(site: Site, solver: Solver, gain: bool, form: str, top_k: int | None) -> Callable[..., _Kept]:
     """What to do with the result of a pair of layers."""
-    can = capabilities_of(solver)
+    properties = solver.properties
 
     def finish(pair: Array, problem: Problem, result: OTResult) -> _Kept:
         plan = result.plan.attach(problem)
         n, k = problem.cost.shape
         cost, error = result.transport_cost, result.marginal_error
         to_x = to_y = None
-        if gain or can.map_only:
+        if gain or properties.map_only:
             zx, zy = site.problem(pair[0], pair[1]).features
             to_x, to_y = plan.apply(zy.T).T, plan.apply_transpose(zx.T).T
-        if can.map_only:
+        if properties.map_only:
             # Maps have no transport cost; what they leave unexplained takes its place among layers.
             alive = jnp.sum(zx * zx, axis=0) > 0
             left = jnp.where(alive, jnp.sum(jnp.square(zx - to_x), axis=0), 0.0)
             cost = jnp.sum(left) / jnp.maximum(jnp.sum(alive), 1)
             weights = jnp.ones((n,)), jnp.ones((k,))
-        elif can.balanced:
+        elif properties.balanced:
             weights = jnp.full((n,), jnp.float32(n)), jnp.full((k,), jnp.float32(k))
         else:
             q = plan.magnitude()
@@ -212,7 +215,7 @@ def _kept(site: Site, solver: Solver, gain: bool, form: str, top_k: int | None) 
         if gain:
             gains = map_gains(zx, zy, to_x * weights[0], to_y * weights[1])
             weights = weights[0] * gains[0], weights[1] * gains[1]
-        elif can.balanced:
+        elif properties.balanced:
             weights = None, None
         if form == "sparse":
             plan = SparsePlan.of(plan, top_k)
@@ -248,24 +251,26 @@ def _solve_pairs(
     )
 
 
-def _solve_on_host(site: Site, pairs: np.ndarray, solver: Solver, gain: bool, form: str, top_k: int | None) -> _Kept:
+def _solve_on_host(
+    site: Site, pairs: np.ndarray, solver: HostSolver, gain: bool, form: str, top_k: int | None
+) -> _Kept:
     """The same for solvers that run in NumPy."""
     finish = _kept(site, solver, gain, form, top_k)
     found = []
     for pair in pairs:
         problem = prepared(site.problem(*pair), solver)
-        found.append(finish(pair, problem, solver.solve_one(jax.device_get(problem))))
+        found.append(finish(pair, problem, solver.solve_on_host(jax.device_get(problem))))
     return jax.tree.map(lambda *x: jnp.stack(x), *found)
 
 
 def _form(site: Site, solver: Solver, pairs: int, top_k: int | None) -> str:
     """In which form plans are kept: `own` (factors, matches, maps), `sparse`, `dense` or `potentials`."""
     n, k = site.units
-    can = capabilities_of(solver)
+    properties = solver.properties
     dense = 4 * pairs * n * k
-    if top_k is not None and not can.map_only:
+    if top_k is not None and not properties.map_only:
         return "sparse" if SparsePlan.bytes(n, k, top_k) * pairs < dense else "dense"
-    if not can.potentials:
+    if not properties.potentials:
         return "own"
     if isinstance(site, CorrelationSite):
         return "dense"
@@ -295,21 +300,20 @@ def solve_pairs(
     largest of their row or column. `mesh`: pairs are split over its devices. Raises InputError for what the solver or
     the site cannot do.
     """
-    can = capabilities_of(solver)
+    on_host, uses_features = isinstance(solver, HostSolver), isinstance(solver, FeatureSolver)
     layers, sources = site.layers
     n, k = site.units
-    if can.equal_sizes and n != k:
-        raise InputError(f"solver {solver.name!r} matches units one to one: it needs equal sizes, not {n} and {k}")
-    if isinstance(site, CorrelationSite) and (can.needs_features or gain):
-        what = f"solver {solver.name!r}" if can.needs_features else "alignment.gain"
-        raise InputError(f"{what} needs the activations, which were not kept; set activations.keep: true")
+    check_shape(solver, n, k)
+    if isinstance(site, CorrelationSite) and (uses_features or gain):
+        setting = f"solver {solver.name!r}" if uses_features else "alignment.gain"
+        raise InputError(f"{setting} needs the activations, which were not kept; set activations.keep: true")
     memory_mib = solver_mib(memory_mib)
-    if hasattr(solver, "memory_mib"):
-        solver = replace(solver, memory_mib=memory_mib)
+    if isinstance(solver, MemoryBoundSolver):
+        solver = solver.with_memory(memory_mib)
     wanted_lm = np.ones((layers, sources), bool) if wanted_lm is None else wanted_lm
     pairs = np.argwhere(wanted_lm).astype(np.int32)
     form = _form(site, solver, len(pairs), top_k)
-    devices = 1 if mesh is None or can.host else mesh.size
+    devices = 1 if mesh is None or on_host else mesh.size
     # What comes back of a chunk takes no more than half the memory.
     most = max(1, min(CHUNK, memory_mib * 2**20 // (8 * n * k))) if form in ("dense", "own") else CHUNK
     size = min(-(-len(pairs) // devices), most) * devices
@@ -317,7 +321,7 @@ def solve_pairs(
     parts = []
     for start in range(0, len(padded), size):
         chunk = padded[start : start + size]
-        if can.host:
+        if on_host:
             part = _solve_on_host(site, chunk, solver, gain, form, top_k)
         else:
             part = _solve_pairs(site, jnp.asarray(chunk), solver, gain, form, top_k, mesh)
@@ -358,7 +362,7 @@ def solve_site(
     entries, every = rows * (layers * n + sources * k), layers * sources * n * k
     shapes = FeatureSite(*(np.broadcast_to(np.float16(0), side.shape) for side in (x_lnu, y_mnu)))
     form = _form(shapes, solver, pairs, top_k)
-    needed = form == "potentials" or capabilities_of(solver).needs_features or gain
+    needed = form == "potentials" or isinstance(solver, FeatureSolver) or gain
     if not needed and every < entries and 8 * entries > solver_mib(memory_mib) * 2**20:
         site = CorrelationSite.of(x_lnu, y_mnu, centred=centred)
     else:

@@ -1,12 +1,13 @@
 """Sizes of the sites that an alignment needs, and whether the solver has room for them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from tmjax.align.alignment import needed_sites, plan_site, solver_of
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
+from tmjax.ot import MemoryBoundSolver
 from tmjax.recipes.merge import AlignmentOptions
 from tmjax.sharding.memory import solver_mib
 
@@ -46,7 +47,7 @@ def require_room(sites: Sites, rows: int, options: AlignmentOptions) -> None:
     `rows` are the rows of kept activations, 0 where sums are kept.
     """
     solver = solver_of(options)
-    if hasattr(solver, "form"):
-        solver = replace(solver, memory_mib=solver_mib(options.memory_mib))
+    if isinstance(solver, MemoryBoundSolver):
+        solver = solver.with_memory(solver_mib(options.memory_mib))
         for site in sites.plans:
             solver.form(sites.units[site], 1, rows)

@@ -20,7 +20,7 @@ from tmjax.align.statistics import Statistics
 from tmjax.align.structure.structured import Described, require_structure
 from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
-from tmjax.ot import capabilities_of
+from tmjax.ot import FeatureSolver
 from tmjax.recipes.merge import AlignmentOptions
 
 
@@ -28,7 +28,7 @@ def require_streamable(options: AlignmentOptions) -> None:
     """Raises InputError if the options need all rows at once."""
     solver = solver_of(options)
     require_structure(options, solver)
-    if capabilities_of(solver).needs_features or options.gain:
+    if isinstance(solver, FeatureSolver) or options.gain:
         what = "alignment.gain" if options.gain else f"solver {solver.name!r}"
         raise InputError(f"{what} needs the activations themselves; set activations.keep: true")
 

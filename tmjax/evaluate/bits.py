@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tmjax.activations.joined import Joined, join, joined_hidden
+from tmjax.activations.joined import Joined, join, run_joined
 from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError, NonFiniteError
-from tmjax.models.decoder import bind
+from tmjax.models.decoder import ForwardPlan, bind
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
@@ -38,7 +38,7 @@ LEAST_ROWS = 512
 def token_nll(spec: DecoderSpec, params: Params, batch: Joined, dtype: jnp.dtype, mesh: Mesh | None = None) -> Array:
     """-ln p(next token | tokens before it in its text) [B, T] float32, 0 where no token follows."""
     model = bind(spec, params)
-    hidden, _ = joined_hidden(model, batch, dtype, mesh=mesh)
+    hidden = run_joined(model, batch, ForwardPlan(dtype, mesh=mesh)).hidden
     rows, tokens, _ = hidden.shape
     # Pieces of the token axis, not of the batch: the batch is what a mesh splits.
     most = max(-(-LEAST_ROWS // rows), LOGIT_ENTRIES // (rows * spec.vocab))

@@ -23,7 +23,7 @@ from tmjax.checkpoints.load import config_directory, load_model
 from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
 from tmjax.evaluate.continuations import Continuation, ContinuationScorer
-from tmjax.models.generate import write
+from tmjax.models.generate import DecodingOptions, generate
 from tmjax.models.sample import Sampling
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.text.buckets import bucketed
@@ -60,7 +60,8 @@ class TmjaxLM(TemplateLM):
         max_batch_size: object = None,
         device: object = None,
     ) -> None:
-        # The last three are the harness's, which always passes them: tokens, not requests, make a batch here.
+        # More parameters than elsewhere: lm-eval makes a model from the `key=value` pairs of `--model_args`, each of
+        # them a parameter. The last three it always passes itself: tokens, not requests, make a batch.
         super().__init__()
         if isinstance(pretrained, Model):
             # Its parameters lie where the caller put them.
@@ -250,23 +251,26 @@ class TmjaxLM(TemplateLM):
         tokens, multiple = 4 * self.scorer.batch_tokens, self.layout.batch_multiple
         for batch in bucketed(lengths, batch_tokens=tokens, multiple=multiple):
             rows = batch.documents
-            written = write(
+            options = DecodingOptions(
+                new,
+                ends=self._ends,
+                known=self._written,
+                sampling=sampling,
+                seed=self.seed,
+                prompt_tokens=batch.tokens - new,
+                rows=batch.size,
+                dtype=self.dtype,
+            )
+            generated = generate(
                 self.model.spec,
                 self.model.params,
                 [prompts[row] for row in rows],
-                new,
-                ends=self._ends,
-                sampling=sampling,
-                seed=self.seed,
+                options,
                 numbers=[numbers[row] for row in rows],
-                prompt_tokens=batch.tokens - new,
-                rows=batch.size,
-                known=self._written,
-                dtype=self.dtype,
                 layout=self.layout,
                 finished=lambda _row, ids: any(stop and stop in text_of(ids) for stop in until),
             )
-            for row, ids in zip(rows, written, strict=True):
+            for row, ids in zip(rows, generated, strict=True):
                 result[row] = postprocess_generated_text(text_of(ids), stop=until, think_end_token=None)
         return result
 

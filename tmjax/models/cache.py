@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tmjax.models.decoder import After, Carried, bind
+from tmjax.models.decoder import After, Carried, ForwardPlan, TokenContext, bind
 from tmjax.models.layers import Attend, einsum
 from tmjax.models.rotary import inverse_frequencies
 from tmjax.models.spec import DecoderSpec
@@ -90,7 +90,8 @@ def read_after(
     made = jnp.zeros((spec.layers, len(ids_bt), spec.kv_heads, new, spec.head_dim), cache.keys.dtype)
     carried = tuple(constrain(mesh, x, (None, "batch", None, None, None)) for x in (made, made))
     model = bind(spec, params)
-    hidden, _, (keys, values) = model.carry(carried, ids_bt, place, tables, mask, enter, made.dtype, mesh=mesh)
+    context = TokenContext(place, tables, mask, enter, carried)
+    hidden, _, (keys, values) = model.run(ids_bt, ForwardPlan(made.dtype, mesh=mesh), context)
     return hidden, Cache(keys, values, fresh, jnp.int32(new), cache.length + count_b)
 
 

@@ -4,7 +4,9 @@ Parameters live in a flat mapping from dotted Flax path to array; `forward` and 
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +20,75 @@ from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import constrain
 from tmjax.typing import Array, ArrayLike, Params
 
-#: What is done with the activations [B, T, unit] of a recorded site inside the scanned forward.
+#: Maps the activations [B, T, unit] of a recorded site to the array that is kept of them.
 Collect = Callable[[Array], Array]
-#: What layers hand on to each other beside the stream.
+#: Arrays that a layer's attention hands on to the next layer's, beside the residual stream.
 Carried = tuple[Array, ...]
-#: Given what is carried and a layer's number: the layer's attention, and what it has made of the carried.
+#: Given the carried arrays and a layer's number: the layer's attention, and a function that returns the carried arrays
+#: after the attention has run.
 After = Callable[[], Carried]
 Enter = Callable[[Carried, Array], tuple[Attend, After]]
 
 
-def _stateless(attend: Attend) -> Enter:
+def stateless(attend: Attend) -> Enter:
+    """The same attention in every layer, with nothing carried."""
     return lambda carried, _layer: (attend, lambda: carried)
+
+
+SELF_ATTENTION: Enter = stateless(attention)
+
+
+def keep_all(x_btu: Array) -> Array:
+    """Keeps the activations of a recorded site as they are."""
+    return x_btu
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """How a forward pass is computed and which activations it returns; hashable, nothing in it is traced.
+
+    Attributes:
+        dtype: Dtype of the residual stream and of all matrix products.
+        sites: Sites whose activations are returned.
+        collect: Applied to the activations [B, T, unit] of each of these sites in every layer.
+        mesh: Mesh by whose axes the activations of all sites are laid out; None is one device.
+        remat: Keep only the residual stream between blocks for a gradient, and compute the rest again.
+        unroll: Blocks in one turn of the loop over layers: a longer program, fewer copies for a gradient.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    sites: tuple[str, ...] = ()
+    collect: Collect = keep_all
+    mesh: Mesh | None = None
+    remat: bool = False
+    unroll: int = 1
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """Where the tokens of a forward pass stand, and which of them each one attends to.
+
+    Attributes:
+        positions: Positions in their texts, [T] or [B, T].
+        tables: Cosines and sines at these positions, [rotary, T, planes] or [rotary, B, T, planes].
+        mask: Given a layer's window, the mask that is handed to its attention.
+        enter: The attention of every layer; the default is `attention`, which carries nothing.
+        carried: Arrays handed to the first layer.
+    """
+
+    positions: Array
+    tables: tuple[Array, Array]
+    mask: Callable[[Array], Array]
+    enter: Enter = SELF_ATTENTION
+    carried: Carried = ()
+
+
+class ForwardResult(NamedTuple):
+    """Final normed states [B, T, embed], collected activations [layer, ...] by site, arrays after the last layer."""
+
+    hidden: Array
+    captured: dict[str, Array]
+    carried: Carried
 
 
 class Embedding(nnx.Module):
@@ -56,89 +116,21 @@ class Decoder(nnx.Module):
         if not spec.tied_embeddings:
             self.head = Linear(spec.hidden, spec.vocab, rngs=rngs)
 
-    def hidden(
-        self,
-        ids_bt: Array,
-        dtype: jnp.dtype,
-        sites: Collection[str],
-        collect: Collect,
-        mesh: Mesh | None = None,
-        *,
-        remat: bool = False,
-        unroll: int = 1,
-    ) -> tuple[Array, dict[str, Array]]:
-        """Final normed states [B, T, embed] and `collect`ed activations [layer, ...] of each named site.
+    def run(self, ids_bt: Array, plan: ForwardPlan | None = None, context: TokenContext | None = None) -> ForwardResult:
+        """Runs the decoder over token ids, without its head.
 
-        With a mesh, the activations of every site are laid out by the logical axis of its units. `remat`: a gradient
-        keeps only the residual stream between blocks and computes what is in them again. `unroll` blocks make one turn
-        of the loop over layers: a longer program, with fewer copies of what a gradient keeps.
+        Args:
+            ids_bt: Token ids [B, T].
+            plan: Dtype, recorded sites and layout; None is float32 on one device, no site recorded.
+            context: Positions and attention of the tokens. None: every row is one text from position 0 on, padded on
+                the right.
+
+        Returns:
+            Final normed states [B, T, embed], the recorded activations and the carried arrays.
         """
-        position = jnp.arange(ids_bt.shape[1])
-        distance = position[:, None] - position[None, :]
-        tables = rotary_tables(self.spec.rotaries, self.spec.head_dim, position)
-
-        def mask(window: Array) -> Array:
-            return (distance >= 0) & (distance < window)
-
-        return self.run(
-            ids_bt, position, tables, mask, attention, dtype, sites, collect, mesh, remat=remat, unroll=unroll
-        )
-
-    def run(
-        self,
-        ids_bt: Array,
-        position_t: Array,
-        tables: tuple[Array, Array],
-        mask: Callable[[Array], Array],
-        attend: Attend,
-        dtype: jnp.dtype,
-        sites: Collection[str] = (),
-        collect: Collect = lambda x: x,
-        mesh: Mesh | None = None,
-        *,
-        remat: bool = False,
-        unroll: int = 1,
-    ) -> tuple[Array, dict[str, Array]]:
-        """`hidden` of tokens at any positions [T]: `tables` [rotary, T, planes] are theirs.
-
-        `attend` is `attention` or what takes its place; it is given `mask(window)` of every layer.
-        """
-        hidden, captured, _ = self.carry(
-            (),
-            ids_bt,
-            position_t,
-            tables,
-            mask,
-            _stateless(attend),
-            dtype,
-            sites,
-            collect,
-            mesh,
-            remat=remat,
-            unroll=unroll,
-        )
-        return hidden, captured
-
-    def carry(
-        self,
-        carried: Carried,
-        ids_bt: Array,
-        position_t: Array,
-        tables: tuple[Array, Array],
-        mask: Callable[[Array], Array],
-        enter: Enter,
-        dtype: jnp.dtype,
-        sites: Collection[str] = (),
-        collect: Collect = lambda x: x,
-        mesh: Mesh | None = None,
-        *,
-        remat: bool = False,
-        unroll: int = 1,
-    ) -> tuple[Array, dict[str, Array], Carried]:
-        """`run` in which attention reads and changes `carried`, arrays that are handed from layer to layer.
-
-        Positions may be [B, T] and `tables` [rotary, B, T, planes].
-        """
+        plan = ForwardPlan() if plan is None else plan
+        context = self._texts(ids_bt.shape[1]) if context is None else context
+        dtype, sites, mesh, tables = plan.dtype, plan.sites, plan.mesh, context.tables
         spec = self.spec
         scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         number = jnp.arange(1, spec.layers + 1, dtype=jnp.float32)
@@ -159,11 +151,11 @@ class Decoder(nnx.Module):
             def record(site: str, value: Array) -> Array:
                 value = constrain(mesh, value, ("batch", None, SITES[site]))
                 if site in sites:
-                    captured[site] = collect(value)
+                    captured[site] = plan.collect(value)
                 return value
 
-            attend, after = enter(carried, number)
-            place = LayerPlace((tables[0][kind], tables[1][kind]), mask(window), scale, attend)
+            attend, after = context.enter(carried, number)
+            place = LayerPlace((tables[0][kind], tables[1][kind]), context.mask(window), scale, attend)
             x = nnx.merge(graph, state)(x, place, record)
             return (x, after()), captured
 
@@ -172,13 +164,23 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(spec.embedding_scale, dtype)
         if spec.learned_positions:
             # Padding may reach beyond the last position; that no text does is checked where texts are read.
-            x = x + self.positions.weight[...][jnp.minimum(position_t, spec.max_positions - 1)].astype(dtype)
+            x = x + self.positions.weight[...][jnp.minimum(context.positions, spec.max_positions - 1)].astype(dtype)
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
         # Inside a scan there is nothing that could undo the saving, so no barriers against it are needed.
-        body = jax.checkpoint(step, prevent_cse=False) if remat else step
-        every = min(unroll, spec.layers)
-        (x, carried), captured = jax.lax.scan(body, (x, carried), (state, places), unroll=every)
-        return self.norm(x), captured, carried
+        body = jax.checkpoint(step, prevent_cse=False) if plan.remat else step
+        every = min(plan.unroll, spec.layers)
+        (x, carried), captured = jax.lax.scan(body, (x, context.carried), (state, places), unroll=every)
+        return ForwardResult(self.norm(x), captured, carried)
+
+    def _texts(self, tokens: int) -> TokenContext:
+        """Texts that begin with their row and attend to themselves."""
+        position = jnp.arange(tokens)
+        distance = position[:, None] - position[None, :]
+
+        def mask(window: Array) -> Array:
+            return (distance >= 0) & (distance < window)
+
+        return TokenContext(position, rotary_tables(self.spec.rotaries, self.spec.head_dim, position), mask)
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., vocab] of normed states, in float32."""
@@ -229,8 +231,7 @@ def bind(spec: DecoderSpec, params: Params) -> Decoder:
 def forward(spec: DecoderSpec, params: Params, ids_bt: Array, dtype: jnp.dtype = jnp.float32) -> Array:
     """Logits [B, T, vocab] float32 of right-padded token ids, computed in `dtype`; positions count from 0."""
     model = bind(spec, params)
-    hidden, _ = model.hidden(ids_bt, dtype, (), lambda x: x)
-    return model.logits(hidden)
+    return model.logits(model.run(ids_bt, ForwardPlan(dtype)).hidden)
 
 
 def init_params(

@@ -1,4 +1,4 @@
-"""Texts that a model writes after prompts: a batch is one program for the prompts and one for the tokens after them."""
+"""Generation of text after prompts: a batch is one program for the prompts and one for the tokens after them."""
 
 import dataclasses
 import functools
@@ -26,10 +26,45 @@ LEAST_ROWS = 32
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True)
+class DecodingOptions:
+    """Settings of decoding; equal sizes share compiled programs.
+
+    Attributes:
+        new_tokens: Largest number of tokens after a prompt.
+        ends: Tokens that end a text; they are not part of it.
+        known: Rows of the embedding that are tokens, bool [vocab]; no others are generated. None: all.
+        sampling: Choice of the next token.
+        seed: Seed of all draws.
+        prompt_tokens: Prompts are padded to so many tokens; None: to the longest.
+        rows: The batch is padded to so many prompts; None: to their number.
+        dtype: Dtype of the computation.
+    """
+
+    new_tokens: int
+    ends: Sequence[int] = ()
+    known: np.ndarray | None = None
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    prompt_tokens: int | None = None
+    rows: int | None = None
+    dtype: jnp.dtype = jnp.float32
+
+
+@dataclass(frozen=True)
+class _Program:
+    """The static part of both programs; hashable."""
+
+    spec: DecoderSpec
+    sampling: Sampling
+    dtype: jnp.dtype
+    mesh: Mesh | None
+
+
 @pytree_dataclass
 @dataclass(frozen=True)
-class Writing:
-    """A batch while it is written: cache, last token [B] (not yet in the cache), whether rows have ended, keys [B]."""
+class _State:
+    """A batch during generation: cache, last token [B] (not yet in the cache), whether rows have ended, keys [B]."""
 
     cache: Cache
     last: Array
@@ -41,9 +76,9 @@ def _keys_at(keys_b: Array, length_b: Array) -> Array:
     return jax.vmap(jax.random.fold_in)(keys_b, length_b)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "sampling", "dtype", "mesh"))
+@functools.partial(jax.jit, static_argnames="program")
 def _begin(
-    spec: DecoderSpec,
+    program: _Program,
     params: Params,
     ids_bt: Array,
     length_b: Array,
@@ -51,66 +86,62 @@ def _begin(
     keys_b: Array,
     ends: Array,
     known_v: Array | None,
-    sampling: Sampling,
-    dtype: jnp.dtype,
-    mesh: Mesh | None,
-) -> Writing:
+) -> _State:
     """Reads the prompts and chooses the first token after each."""
-    cache = empty_cache(spec, ids_bt.shape[0], 0, dtype)
-    hidden, cache = read_after(spec, params, cache, ids_bt, length_b, tables, mesh)
+    spec = program.spec
+    cache = empty_cache(spec, ids_bt.shape[0], 0, program.dtype)
+    hidden, cache = read_after(spec, params, cache, ids_bt, length_b, tables, program.mesh)
     last = jnp.take_along_axis(hidden, (length_b - 1)[:, None, None], axis=1)[:, 0]
     logits = known_logits(bind(spec, params).logits(last), known_v)
-    token = choose(logits, _keys_at(keys_b, length_b), sampling)
-    return Writing(cache, token, jnp.isin(token, ends), keys_b)
+    token = choose(logits, _keys_at(keys_b, length_b), program.sampling)
+    return _State(cache, token, jnp.isin(token, ends), keys_b)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "stretch", "sampling", "mesh"), donate_argnames=("writing",))
-def _go_on(
-    spec: DecoderSpec,
+@functools.partial(jax.jit, static_argnames=("program", "stretch"), donate_argnames=("state",))
+def _continue(
+    program: _Program,
     params: Params,
-    writing: Writing,
+    state: _State,
     tables: tuple[Array, Array],
     ends: Array,
     known_v: Array | None,
-    most: Array,
+    count: Array,
     stretch: int,
-    sampling: Sampling,
-    mesh: Mesh | None,
-) -> tuple[Array, Writing]:
-    """Up to `most` further tokens, [B, stretch]; it stops early when all rows have ended."""
-    model = bind(spec, params)
-    batch = writing.last.shape[0]
+) -> tuple[Array, _State]:
+    """Up to `count` further tokens, [B, stretch]; it stops early when all rows have ended."""
+    model = bind(program.spec, params)
+    batch = state.last.shape[0]
 
-    def step(state: tuple[Array, Array, Writing]) -> tuple[Array, Array, Writing]:
-        number, written, now = state
+    def step(loop: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:
+        number, tokens, now = loop
         at = tuple(table[:, now.cache.length][:, :, None] for table in tables)
         one = jnp.ones(batch, jnp.int32)
-        hidden, cache = extend(spec, params, now.cache, now.last[:, None], one, at, mesh)
+        hidden, cache = extend(program.spec, params, now.cache, now.last[:, None], one, at, program.mesh)
         logits = known_logits(model.logits(hidden[:, 0]), known_v)
-        token = choose(logits, _keys_at(now.keys, cache.length), sampling)
-        written = jax.lax.dynamic_update_slice(written, token[:, None], (0, number))
-        return number + 1, written, Writing(cache, token, now.ended | jnp.isin(token, ends), now.keys)
+        token = choose(logits, _keys_at(now.keys, cache.length), program.sampling)
+        tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, number))
+        return number + 1, tokens, _State(cache, token, now.ended | jnp.isin(token, ends), now.keys)
 
-    def more(state: tuple[Array, Array, Writing]) -> Array:
-        number, _, now = state
-        return (number < most) & ~jnp.all(now.ended)
+    def more(loop: tuple[Array, Array, _State]) -> Array:
+        number, _, now = loop
+        return (number < count) & ~jnp.all(now.ended)
 
     empty = jnp.zeros((batch, stretch), jnp.int32)
-    _, written, writing = jax.lax.while_loop(more, step, (jnp.int32(0), empty, writing))
-    return written, writing
+    _, tokens, state = jax.lax.while_loop(more, step, (jnp.int32(0), empty, state))
+    return tokens, state
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "mesh"))
-def _grown(writing: Writing, slots: int, mesh: Mesh | None) -> Writing:
-    return dataclasses.replace(writing, cache=_laid_out(grown(writing.cache, slots), mesh))
+def _grown(state: _State, slots: int, mesh: Mesh | None) -> _State:
+    return dataclasses.replace(state, cache=_laid_out(grown(state.cache, slots), mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))
-def _rows(writing: Writing, rows: Array, mesh: Mesh | None) -> Writing:
+def _rows(state: _State, rows: Array, mesh: Mesh | None) -> _State:
     """Only these rows of a batch."""
-    cache = writing.cache
-    held = Cache(cache.keys[:, rows], cache.values[:, rows], cache.positions[rows], cache.used, cache.length[rows])
-    return Writing(_laid_out(held, mesh), writing.last[rows], writing.ended[rows], writing.keys[rows])
+    cache = state.cache
+    cache = Cache(cache.keys[:, rows], cache.values[:, rows], cache.positions[rows], cache.used, cache.length[rows])
+    return _State(_laid_out(cache, mesh), state.last[rows], state.ended[rows], state.keys[rows])
 
 
 def _laid_out(cache: Cache, mesh: Mesh | None) -> Cache:
@@ -123,32 +154,37 @@ def cache_bytes(spec: DecoderSpec, tokens: int, dtype: jnp.dtype) -> int:
     return 2 * spec.layers * spec.kv_heads * spec.head_dim * tokens * jnp.dtype(dtype).itemsize
 
 
-def write(
+def generate(
     spec: DecoderSpec,
     params: Params,
     prompts: Sequence[Sequence[int]],
-    new_tokens: int,
+    options: DecodingOptions,
     *,
-    ends: Sequence[int] = (),
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
     numbers: Sequence[int] | None = None,
-    prompt_tokens: int | None = None,
-    rows: int | None = None,
-    known: np.ndarray | None = None,
-    dtype: jnp.dtype = jnp.float32,
     layout: Layout | None = None,
     finished: Callable[[int, list[int]], bool] = lambda row, ids: False,
 ) -> list[list[int]]:
-    """At most `new_tokens` tokens after each prompt (token ids, at least one), without the one of `ends` that ended it.
+    """Generates at most `options.new_tokens` tokens after each prompt.
 
-    A row's draws depend on `seed` and its number (`numbers`, by default its place) alone, not on the batch it is in.
-    Prompts are padded to `prompt_tokens`, the batch to `rows`: equal sizes share programs. Only `known` rows of the
-    embedding [vocab] bool are written, where some are no tokens. Every `STRETCH` tokens
-    `finished(row, tokens so far)` may end a row, and a batch of which half has ended goes on without those rows. Raises
-    InputError if a model with learned positions has too few.
+    A row's draws depend on the seed and its number alone, not on the batch it is in. A batch of which half has ended
+    goes on without those rows.
+
+    Args:
+        spec: Architecture.
+        params: Parameters by Flax path.
+        prompts: Token ids of the prompts, at least one each.
+        options: Settings of decoding.
+        numbers: Numbers of the rows, by default their places.
+        layout: Devices; one unless given.
+        finished: Called with a row and its new tokens every `STRETCH` tokens; whether the row ends there.
+
+    Returns:
+        The new tokens of every prompt, without the one of `options.ends` that ended it.
+
+    Raises:
+        InputError: A prompt is empty, or a model with learned positions has too few of them.
     """
-    lengths = [len(ids) for ids in prompts]
+    lengths, new_tokens = [len(ids) for ids in prompts], options.new_tokens
     if min(lengths) < 1 or new_tokens < 1:
         raise InputError("writing needs prompts of at least one token, and at least one new token")
     if spec.learned_positions and max(lengths) + new_tokens > spec.max_positions:
@@ -156,18 +192,17 @@ def write(
             f"prompts of {max(lengths)} tokens and {new_tokens} new ones are more than the {spec.max_positions}"
             " positions that the model learned; ask for fewer"
         )
-    batch = _Batch(spec, params, ends, sampling, seed, prompt_tokens, rows, known, dtype, layout or Layout(), finished)
-    told = list(range(len(prompts)) if numbers is None else numbers)
+    batch = _Batch(spec, params, options, layout or Layout(), finished)
+    numbers = list(range(len(prompts)) if numbers is None else numbers)
     turn = turning_point(spec)
-    most = [turn + 1 - n if n <= turn < n + new_tokens - 1 else new_tokens for n in lengths]
-    result = batch.write(prompts, told, max(most), most, [[] for _ in prompts])
-    again = [row for row, (ids, n) in enumerate(zip(result, most, strict=True)) if len(ids) == n < new_tokens]
+    limits = [turn + 1 - n if n <= turn < n + new_tokens - 1 else new_tokens for n in lengths]
+    result = batch.generate(prompts, numbers, limits, [[] for _ in prompts])
+    again = [row for row, (ids, n) in enumerate(zip(result, limits, strict=True)) if len(ids) == n < new_tokens]
     if again:  # all frequencies change here, so keys and values are made anew
-        further = batch.write(
+        further = batch.generate(
             [[*prompts[row], *result[row]] for row in again],
-            [told[row] for row in again],
-            max(new_tokens - most[row] for row in again),
-            [new_tokens - most[row] for row in again],
+            [numbers[row] for row in again],
+            [new_tokens - limits[row] for row in again],
             [result[row] for row in again],
             again,
         )
@@ -178,34 +213,27 @@ def write(
 
 @dataclass(frozen=True)
 class _Batch:
-    """What all rows of a batch share."""
+    """The settings that all rows of a batch share."""
 
     spec: DecoderSpec
     params: Params
-    ends: Sequence[int]
-    sampling: Sampling
-    seed: int
-    prompt_tokens: int | None
-    rows: int | None
-    known: np.ndarray | None
-    dtype: jnp.dtype
+    options: DecodingOptions
     layout: Layout
     finished: Callable[[int, list[int]], bool]
 
-    def write(
+    def generate(
         self,
         prompts: Sequence[Sequence[int]],
         numbers: Sequence[int],
-        new_tokens: int,
-        most: Sequence[int],
+        limits: Sequence[int],
         before: Sequence[list[int]],
         names: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """At most `most` tokens after each prompt; `finished` hears of row `names`, with those written `before`."""
-        lengths = [len(ids) for ids in prompts]
-        padded = max(self.prompt_tokens or 0, *lengths)
+        """At most `limits` tokens after each prompt; `finished` gets row `names` with those generated `before`."""
+        lengths, options = [len(ids) for ids in prompts], self.options
+        padded = max(options.prompt_tokens or 0, *lengths)
         multiple = self.layout.batch_multiple
-        size = -(-max(self.rows or 0, len(prompts)) // multiple) * multiple
+        size = -(-max(options.rows or 0, len(prompts)) // multiple) * multiple
         filled = np.ones(size, np.int32)
         filled[: len(prompts)] = lengths
         ids_bt = np.zeros((size, padded), np.int32)
@@ -215,19 +243,19 @@ class _Batch:
         number[: len(prompts)] = numbers
         result: list[list[int]] = [[] for _ in prompts]
         is_open = np.arange(size) < len(prompts)
-        for rows, written in self._stretches(ids_bt, filled, number, new_tokens, is_open):
+        for rows, tokens in self._stretches(ids_bt, filled, number, max(limits), is_open):
             for place, row in enumerate(rows.tolist()):
                 if not is_open[row]:
                     continue
-                held = result[row]
+                generated = result[row]
                 ended = False
-                for token in written[place].tolist():
-                    ended = token in self.ends or len(held) == most[row]
+                for token in tokens[place].tolist():
+                    ended = token in options.ends or len(generated) == limits[row]
                     if ended:
                         break
-                    held.append(token)
+                    generated.append(token)
                 name = row if names is None else names[row]
-                is_open[row] = not (ended or self.finished(name, before[row] + held))
+                is_open[row] = not (ended or self.finished(name, before[row] + generated))
         return result
 
     def _stretches(
@@ -238,17 +266,17 @@ class _Batch:
         new_tokens: int,
         is_open: np.ndarray,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Tokens [R, n] of rows [R] as they are written, a stretch at a time, until there are enough or none `is_open`.
+        """Tokens [R, n] of rows [R] as they are generated, by stretches, until there are enough or none `is_open`.
 
         The cache begins with room for one stretch, and there is twice as much room whenever it is full.
         """
         spec, mesh, place = self.spec, self.layout.mesh, self.layout.place_batch
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), number_b)
-        ends = jnp.asarray(list(self.ends) or [-1], jnp.int32)
+        known, program = self.options.known, _Program(spec, self.options.sampling, jnp.dtype(self.options.dtype), mesh)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.options.seed), number_b)
+        ends = jnp.asarray(list(self.options.ends) or [-1], jnp.int32)
         batch, prompt = ids_bt.shape
         tables = prompt_tables(spec, length_b.tolist(), prompt)
-        read = (place(ids_bt), place(length_b), tables, keys, ends, self.known)
-        state = _begin(spec, self.params, *read, self.sampling, self.dtype, mesh)
+        state = _begin(program, self.params, place(ids_bt), place(length_b), tables, keys, ends, known)
         stretches = -(-new_tokens // STRETCH)
         tables = step_tables(spec, prompt + stretches * STRETCH)
         rows, room, left = np.arange(batch), 0, new_tokens - 1
@@ -260,13 +288,11 @@ class _Batch:
             if room == 0:
                 fresh = min(stretches, max(1, int(state.cache.positions.shape[1] - prompt) // STRETCH + 1))
                 state, room, stretches = _grown(state, fresh * STRETCH, mesh), fresh, stretches - fresh
-            state = Writing(state.cache, state.last, place(~is_open[rows]), state.keys)
+            state = _State(state.cache, state.last, place(~is_open[rows]), state.keys)
             now = min(STRETCH, left)
-            written, state = _go_on(
-                spec, self.params, state, tables, ends, self.known, jnp.int32(now), STRETCH, self.sampling, mesh
-            )
+            tokens, state = _continue(program, self.params, state, tables, ends, known, jnp.int32(now), STRETCH)
             left, room = left - now, room - 1
-            yield rows, to_host(written)[:, :now]
+            yield rows, to_host(tokens)[:, :now]
 
     def _kept(self, is_open: np.ndarray) -> np.ndarray:
         """The rows to go on with: all, or half of them (a quarter, ...) if the others have ended."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from tmjax.models.decoder import Decoder
+from tmjax.models.decoder import Decoder, ForwardPlan, TokenContext, stateless
 from tmjax.models.layers import attention
 from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
@@ -37,7 +37,7 @@ class Packed:
 
 
 def packed_hidden(model: Decoder, packed: Packed, dtype: jnp.dtype) -> Array:
-    """Final normed states [N, embed] of all nodes: those of `Decoder.hidden` on each text alone."""
+    """Final normed states [N, embed] of all nodes: those of `Decoder.run` on each text alone."""
 
     def attend(q: Array, k: Array, v: Array, window: Array, scale: Array, cap: float | None) -> Array:
         mixed = []
@@ -49,6 +49,5 @@ def packed_hidden(model: Decoder, packed: Packed, dtype: jnp.dtype) -> Array:
         flat = [x.reshape(-1, x.shape[-1]) for x in mixed]
         return jnp.concatenate(flat)[packed.back][None]
 
-    tables = (packed.cos, packed.sin)
-    hidden, _ = model.run(packed.ids[None], packed.positions, tables, lambda window: window, attend, dtype)
-    return hidden[0]
+    context = TokenContext(packed.positions, (packed.cos, packed.sin), lambda window: window, stateless(attend))
+    return model.run(packed.ids[None], ForwardPlan(dtype), context).hidden[0]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tmjax.models.cache import empty_cache, read_after
-from tmjax.models.decoder import After, Carried, bind
+from tmjax.models.decoder import After, Carried, ForwardPlan, TokenContext, bind
 from tmjax.models.layers import Attend, einsum
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.spec import DecoderSpec
@@ -117,5 +117,6 @@ def read_nodes(
     fresh = jnp.zeros((spec.layers, *nodes.ids.shape, spec.kv_heads, spec.head_dim), keys.dtype)
     carried = tuple(constrain(mesh, x, (None, "batch", None, None, None)) for x in (fresh, fresh))
     model = bind(spec, params)
-    hidden, _, made = model.carry(carried, nodes.ids, position, tables, mask, enter, keys.dtype, mesh=mesh)
+    context = TokenContext(position, tables, mask, enter, carried)
+    hidden, _, made = model.run(nodes.ids, ForwardPlan(keys.dtype, mesh=mesh), context)
     return hidden, *made

@@ -6,30 +6,51 @@ from tmjax.ot.plan import DensePlan, EntropicPlan, LinearMap, LowRankPlan, Match
 from tmjax.ot.problem import Problem, uniform
 from tmjax.ot.result import OTResult
 from tmjax.ot.solve import solve
-from tmjax.ot.solvers import SOLVERS, Capabilities, Solver, capabilities_of, make_solver, solver_options
-from tmjax.ot.solvers.base import prepared, solve_each
+from tmjax.ot.solvers import (
+    SOLVERS,
+    EachSolver,
+    FeatureSolver,
+    HostSolver,
+    MemoryBoundSolver,
+    PlainSolver,
+    ResultProperties,
+    ShapeCheckingSolver,
+    Solver,
+    WarmStartSolver,
+    make_solver,
+    solver_class,
+    solver_options,
+)
+from tmjax.ot.solvers.base import check_shape, prepared, solve_each
 from tmjax.ot.solvers.cover import cover_edges
 from tmjax.ot.sparse import EdgePlan, SparsePlan
 
 __all__ = [
     "SOLVERS",
-    "Capabilities",
     "Cost",
     "DensePlan",
+    "EachSolver",
     "EdgePlan",
     "EntropicPlan",
     "FeatureCost",
+    "FeatureSolver",
     "HeadMap",
+    "HostSolver",
     "LinearMap",
     "LowRankPlan",
     "MatchPlan",
+    "MemoryBoundSolver",
     "OTResult",
+    "PlainSolver",
     "Plan",
     "Problem",
+    "ResultProperties",
+    "ShapeCheckingSolver",
     "SignedPlan",
     "Solver",
     "SparsePlan",
-    "capabilities_of",
+    "WarmStartSolver",
+    "check_shape",
     "correlation",
     "cost_matrix",
     "cover_edges",
@@ -37,6 +58,7 @@ __all__ = [
     "prepared",
     "solve",
     "solve_each",
+    "solver_class",
     "solver_options",
     "standardise",
     "uniform",

@@ -20,7 +20,7 @@ class Problem:
 
     The cost may be a `FeatureCost`. `features`, standardised activations zx [..., N, n] and zy [..., N, k], are for
     solvers that compare units within each side or fit maps; `start`, potentials f [..., n] and g [..., k], is a warm
-    start. Solvers that have no use for them never see them (see `Capabilities`).
+    start. Solvers that have no use for them never see them (see `tmjax.ot.solvers.base`).
     """
 
     cost: Cost

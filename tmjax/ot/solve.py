@@ -9,7 +9,7 @@ from tmjax.errors import InputError, NonFiniteError
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult
 from tmjax.ot.solvers import Solver
-from tmjax.ot.solvers.base import capabilities_of, prepared, solve_each
+from tmjax.ot.solvers.base import FeatureSolver, HostSolver, check_shape, prepared, solve_each
 from tmjax.typing import Array
 
 
@@ -23,7 +23,7 @@ def solve(problem: Problem, solver: Solver) -> OTResult:
     problem = _checked(problem, solver)
     batch = problem.cost.shape[:-2]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), problem)
-    result = _solve_host(flat, solver) if capabilities_of(solver).host else _solve_batch(flat, solver)
+    result = _solve_host(flat, solver) if isinstance(solver, HostSolver) else _solve_batch(flat, solver)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result).attach(problem)
 
 
@@ -34,10 +34,8 @@ def _checked(problem: Problem, solver: Solver) -> Problem:
         raise InputError(
             f"marginals {problem.a.shape}, {problem.b.shape} do not fit a cost of shape {problem.cost.shape}"
         )
-    can = capabilities_of(solver)
-    if can.equal_sizes and n != k:
-        raise InputError(f"solver {solver.name!r} matches units one to one: it needs equal sizes, not {n} and {k}")
-    if can.needs_features and problem.features is None:
+    check_shape(solver, n, k)
+    if isinstance(solver, FeatureSolver) and problem.features is None:
         raise InputError(f"solver {solver.name!r} needs the activations of both sides (Problem.features)")
     problem = prepared(problem, solver)
     if problem.features is not None:
@@ -64,9 +62,10 @@ def _solve_batch(problem: Problem, solver: Solver) -> OTResult:
     return solve_each(solver, lambda index: jax.tree.map(lambda x: x[index], problem), problem.a.shape[0])
 
 
-def _solve_host(problem: Problem, solver: Solver) -> OTResult:
-    held = jax.device_get(problem)
+def _solve_host(problem: Problem, solver: HostSolver) -> OTResult:
+    problem = jax.device_get(problem)
     results = [
-        solver.solve_one(jax.tree.map(lambda x, index=index: x[index], held)) for index in range(held.a.shape[0])
+        solver.solve_on_host(jax.tree.map(lambda x, index=index: x[index], problem))
+        for index in range(problem.a.shape[0])
     ]
     return jax.tree.map(lambda *x: jnp.stack(x), *results)

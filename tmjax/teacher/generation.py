@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 
 from tmjax.errors import InputError
-from tmjax.models.generate import LEAST_ROWS, cache_bytes, write
+from tmjax.models.generate import LEAST_ROWS, DecodingOptions, cache_bytes, generate
 from tmjax.models.sample import Sampling
 from tmjax.recipes.adapt import GenerationOptions
 from tmjax.sharding.memory import share_mib
@@ -108,21 +108,18 @@ def generate_texts(
     size = min(generation.batch, max(LEAST_ROWS, 2 ** (max(room, 1).bit_length() - 1)))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        new = write(
-            spec,
-            teacher.params,
-            [ids[n] for n in rows],
+        options = DecodingOptions(
             generation.tokens,
             ends=[tokenizer.suffix],
+            known=tokenizer.known(spec.vocab),
             sampling=generation.sampling,
             seed=seed,
-            numbers=rows,
-            known=tokenizer.known(spec.vocab),
             prompt_tokens=-(-len(ids[rows[-1]]) // PROMPT_TOKENS) * PROMPT_TOKENS,
             rows=min(size, bucket_length(len(rows))),
             dtype=teacher.dtype,
-            layout=teacher.layout,
         )
+        prompts = [ids[n] for n in rows]
+        new = generate(spec, teacher.params, prompts, options, numbers=rows, layout=teacher.layout)
         for number, added in zip(rows, new, strict=True):
             ids[number] += added
         progress(start + len(rows), len(ids))

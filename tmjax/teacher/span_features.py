@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmjax.activations.capture import capture
+from tmjax.activations.capture import CaptureOptions, capture
 from tmjax.activations.store import Activations
 from tmjax.align.layer_plan import LayerPlan
 from tmjax.models.decoder import bind
@@ -66,9 +66,7 @@ def capture_features(
         rows,
         last_tokens(documents),
         directory,
-        sites=(SITE,),
-        dtype=teacher.dtype,
-        layout=teacher.layout,
+        CaptureOptions((SITE,), dtype=teacher.dtype, layout=teacher.layout),
         progress=progress,
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tmjax.models.decoder import bind
+from tmjax.models.decoder import ForwardPlan, bind
 from tmjax.models.layers import einsum
 from tmjax.models.spec import DecoderSpec
 from tmjax.train.data import Batch, Guide
@@ -109,9 +109,8 @@ def _losses(
         return jnp.take_along_axis(states_bte, guide.position_br[..., None], axis=1)
 
     sites = () if guide is None else ("resid",)
-    hidden, captured = model.hidden(
-        batch.ids_bt, jnp.dtype(config.dtype), sites, pick, mesh=mesh, remat=config.remat, unroll=config.unroll
-    )
+    plan = ForwardPlan(jnp.dtype(config.dtype), sites, pick, mesh, config.remat, config.unroll)
+    hidden, captured, _ = model.run(batch.ids_bt, plan)
     if teacher is not None:
         scale = weights.teacher * share.teacher
         teacher = TeacherTokens(teacher.ids_btk, teacher.weight_btk, teacher.mask_bt * scale)

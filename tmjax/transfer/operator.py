@@ -8,16 +8,15 @@ update table and report go by this interface alone.
 import functools
 import hashlib
 import importlib
-import importlib.util
 import pkgutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from tmjax.errors import InputError
+from tmjax.plugins import load_plugin, offered
 from tmjax.recipes.base import Section, checked
 from tmjax.transfer import operators
 from tmjax.transfer.contribution import Applied, Context, Contribution, Shape
@@ -146,13 +145,10 @@ def find_operator(name: str) -> Operator | Contributor:
     builtin = builtin_operators()
     if name in builtin:
         return builtin[name]
-    offered = {entry.name: entry for entry in metadata.entry_points(group=ENTRY_POINTS)}
-    if name in offered:
-        found = offered[name].load()
-    elif ":" in name:
-        found = _imported(name)
-    else:
-        raise InputError(f"operator {name!r} is not known; known are {', '.join((*builtin, *sorted(offered)))}")
+    found = load_plugin(name, ENTRY_POINTS, "operator")
+    if found is None:
+        known = ", ".join((*builtin, *sorted(offered(ENTRY_POINTS))))
+        raise InputError(f"operator {name!r} is not known; known are {known}")
     operator = found() if isinstance(found, type) else found
     lacking = [part for part in ("name", "options", "needs", "chooses", "memory") if not hasattr(operator, part)]
     if not isinstance(operator, Operator | Contributor):
@@ -165,35 +161,6 @@ def find_operator(name: str) -> Operator | Contributor:
             f"which no source has; there are {', '.join(NEEDS)}"
         )
     return operator
-
-
-def _imported(name: str) -> Any:
-    place, _, attribute = name.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            return getattr(_module_of(Path(place).expanduser()), attribute)
-        return getattr(importlib.import_module(place), attribute)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise InputError(f"operator {name!r} cannot be imported: {error}") from None
-
-
-def _module_of(file: Path) -> Any:
-    if not file.is_file():
-        raise OSError(f"{file} does not exist")
-    # One name per place: files of the same name in two folders are two modules.
-    name = f"tmjax_operator_{file.stem}_{_digest(str(file.resolve()).encode())[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file.resolve())
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def _digest(content: bytes) -> str:

@@ -24,9 +24,9 @@ import numpy as np
 from jax.sharding import Mesh
 from pydantic import Field
 
-from tmjax.activations.joined import Joined, joined_hidden
+from tmjax.activations.joined import Joined, run_joined
 from tmjax.errors import NonFiniteError
-from tmjax.models.decoder import bind
+from tmjax.models.decoder import ForwardPlan, bind
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.recipes.base import Positive, PositiveFloat, Section
 from tmjax.sharding.hosts import to_host
@@ -110,7 +110,7 @@ def _sums(
     readout, writers = solved
     real = (texts.text >= 0).astype(jnp.float32)
     sites = ("resid", *dict.fromkeys(site for _, site in writers))
-    _, captured = joined_hidden(bind(spec, params), texts, dtype, sites, mesh=mesh)
+    captured = run_joined(bind(spec, params), texts, ForwardPlan(dtype, sites, mesh=mesh)).captured
     last = captured.pop("resid")[-1]
     rows, tokens, _ = last.shape
     # Parts of the token axis, not of the batch: the batch is what a mesh splits.

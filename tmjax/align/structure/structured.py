@@ -15,7 +15,7 @@ from tmjax.align.structure.heads import ATTENTION_SITES, AttentionSide, match_he
 from tmjax.errors import InputError
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
-from tmjax.ot import Problem, Solver, capabilities_of, cost_matrix, solve
+from tmjax.ot import FeatureSolver, Problem, Solver, cost_matrix, solve
 from tmjax.recipes.merge import AlignmentOptions
 from tmjax.typing import Params
 
@@ -41,8 +41,7 @@ def require_structure(options: AlignmentOptions, solver: Solver) -> None:
     """Raises InputError for solvers and options that a structured alignment has no use for."""
     if options.structure == "none":
         return
-    can = capabilities_of(solver)
-    if can.needs_features:
+    if isinstance(solver, FeatureSolver):
         raise InputError(f"alignment.structure needs couplings from costs, which solver {solver.name!r} does not find")
     if options.gain:
         raise InputError("alignment.gain is for plans of single units; set alignment.structure: none")

@@ -12,7 +12,6 @@ from tmjax.align.alignment import plan_site, solver_of
 from tmjax.align.pairs import band
 from tmjax.align.sizes import Sites, Tabled
 from tmjax.models.spec import ParamSpec, projections
-from tmjax.ot import capabilities_of
 from tmjax.recipes.merge import Recipe
 from tmjax.sharding.memory import solver_mib
 from tmjax.transfer.chain import chain_of
@@ -83,7 +82,7 @@ def memory(
     layers = target.spec.layers, source.spec.layers
     kept, options = _kept(target, source, recipe), recipe.alignment
     width = 2 if options.feature_dtype == "float16" else 4
-    potentials_possible = capabilities_of(solver_of(options)).potentials and recipe.activations.keep
+    potentials_possible = solver_of(options).properties.potentials and recipe.activations.keep
     by_site = {}
     for site in sites.plans:
         n, k = sites.units[site]

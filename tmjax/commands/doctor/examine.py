@@ -22,7 +22,7 @@ from tmjax.commands.doctor.estimate import Reading, memory, time
 from tmjax.commands.merge.inputs import WITHOUT
 from tmjax.errors import InputError
 from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec, Rotary, projections
-from tmjax.ot import capabilities_of
+from tmjax.ot import ShapeCheckingSolver
 from tmjax.recipes.merge import Recipe
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.teacher.vocabulary_map import few_shared, require_shared
@@ -271,12 +271,12 @@ def _require_solver(recipe: Recipe, target: Side, source: Side, chosen: Mapping[
     solver = solver_of(recipe.alignment)
     if not recipe.activations.keep:
         require_streamable(recipe.alignment)
-    if capabilities_of(solver).equal_sizes:
+    if isinstance(solver, ShapeCheckingSolver):
         for site, units in sites_of(target, source, chosen, recipe.alignment.structure).units.items():
-            if units[0] != units[1]:
-                raise InputError(
-                    f"solver {solver.name!r} needs equal sizes; {site} has {units[0]} and {units[1]} units"
-                )
+            try:
+                solver.check_shape(*units)
+            except InputError as error:
+                raise InputError(f"site {site}: {error}") from None
     return True
 
 

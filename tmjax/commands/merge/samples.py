@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from tmjax.checkpoints.model import Model
-from tmjax.models.generate import write
+from tmjax.models.generate import DecodingOptions, generate
 from tmjax.models.sample import Sampling
 from tmjax.sharding.mesh import Layout
 from tmjax.text.documents import Texts
@@ -28,10 +28,9 @@ def continued(model: Model, prompts: list[str], seed: int, layout: Layout | None
     tokenizer = load_tokenizer(model.directory, model.spec.vocab)
     ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(prompts)]
     room = max(1, min(NEW_TOKENS, model.spec.max_positions - max(map(len, ids))))
-    how = {"ends": (tokenizer.suffix,), "sampling": Sampling(TEMPERATURE), "seed": seed, "layout": layout}
-    how["known"] = tokenizer.known(model.spec.vocab)
-    written = write(model.spec, model.params, ids, room, **how)
-    return [tokenizer.decode(some) for some in written]
+    options = DecodingOptions(room, (tokenizer.suffix,), tokenizer.known(model.spec.vocab), Sampling(TEMPERATURE), seed)
+    generated = generate(model.spec, model.params, ids, options, layout=layout)
+    return [tokenizer.decode(some) for some in generated]
 
 
 def sample_texts(

@@ -10,7 +10,7 @@ import jax
 
 from tmjax.activations import store as activation_store
 from tmjax.activations.blocks import paired_blocks
-from tmjax.activations.capture import capture
+from tmjax.activations.capture import CaptureOptions, capture
 from tmjax.activations.store import Activations
 from tmjax.align import storage as alignment_store
 from tmjax.align.alignment import Alignment, align, needed_sites
@@ -129,6 +129,18 @@ class SourceStages:
         vocabularies = inputs.target.spec.vocab, inputs.source.spec.vocab
         return read_token_map(inputs.target_tokenizer, inputs.source_tokenizer, inputs.texts.texts, vocabularies)
 
+    @property
+    def _capture_options(self) -> CaptureOptions:
+        """Sites that the alignment needs, batches and devices."""
+        inputs, activations = self.inputs, self.recipe.activations
+        return CaptureOptions(
+            sites=needed_sites(inputs.projections.values(), self.recipe.alignment.structure),
+            batch_tokens=activations.batch_tokens,
+            memory_mib=activations.memory_mib,
+            dtype=inputs.dtype,
+            layout=inputs.layout,
+        )
+
     # Stages.
 
     def activations(self, model: str, params: Params, seed: int | None = None) -> Activations:
@@ -143,11 +155,7 @@ class SourceStages:
                 rows,
                 target_documents if model == "target" else source_documents,
                 partial,
-                sites=needed_sites(inputs.projections.values(), self.recipe.alignment.structure),
-                batch_tokens=self.recipe.activations.batch_tokens,
-                memory_mib=self.recipe.activations.memory_mib,
-                dtype=inputs.dtype,
-                layout=inputs.layout,
+                self._capture_options,
                 progress=self.session.step(name),
             )
             return self._row_record
@@ -178,9 +186,7 @@ class SourceStages:
                     rows,
                     last_tokens(documents),
                     partial,
-                    sites=sites,
-                    dtype=inputs.dtype,
-                    layout=inputs.layout,
+                    CaptureOptions(sites, dtype=inputs.dtype, layout=inputs.layout),
                     progress=self.session.step(stage),
                 )
 
@@ -203,18 +209,14 @@ class SourceStages:
         name = f"moments:{which}"
 
         def work(partial: Path) -> AlignmentRecord:
-            inputs, options = self.inputs, self.recipe.activations
+            inputs = self.inputs
             rows, (target_documents, source_documents) = inputs.rows
             blocks = paired_blocks(
                 (inputs.target.spec, inputs.target.params, target_documents),
                 (inputs.source.spec, origin.params(), source_documents),
                 rows,
-                sites=needed_sites(inputs.projections.values(), self.recipe.alignment.structure),
-                block_rows=options.block_rows,
-                batch_tokens=options.batch_tokens,
-                memory_mib=options.memory_mib,
-                dtype=inputs.dtype,
-                layout=inputs.layout,
+                self._capture_options,
+                block_rows=self.recipe.activations.block_rows,
                 progress=self.session.step(name),
             )
             structure = self.recipe.alignment.structure

@@ -26,6 +26,8 @@ def parse_solver(text: str, options: AlignmentOptions) -> AlignmentOptions:
     `epsilon`, `threshold` and `max_iterations` replace the recipe's, other keys are the solver's own.
     """
     name, *pairs = text.split(":")
+    if "." in name and pairs:  # package.module:Class or FILE.py:Class
+        name, *pairs = f"{name}:{pairs[0]}", *pairs[1:]
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {}
     for pair in pairs:

@@ -12,7 +12,7 @@ from tmjax.activations.store import Activations
 from tmjax.align.features import FeatureSite
 from tmjax.align.plans import SitePlans, solve_site
 from tmjax.errors import InputError
-from tmjax.ot import Solver, capabilities_of, make_solver, prepared
+from tmjax.ot import Solver, make_solver, prepared
 from tmjax.typing import Array
 
 
@@ -85,7 +85,7 @@ def exact_plans(site: FeatureSite, pairs: np.ndarray) -> dict[tuple[int, int], t
     for layer, source in pairs.tolist():
         problem = prepared(site.problem(layer, source), solver)
         try:
-            result = solver.solve_one(jax.device_get(problem))
+            result = solver.solve_on_host(jax.device_get(problem))
         except InputError:
             return {}
         found[layer, source] = np.asarray(result.plan.matrix(), np.float64), float(result.transport_cost)
@@ -158,7 +158,7 @@ def measure_site(
         times.append(time.perf_counter() - started)
     explained = _explained(plans, run(gain=True), problem.x_test, problem.y_test)
     to_target, to_source, to_target_gain, to_source_gain = (float(np.mean(value)) for value in explained)
-    maps = capabilities_of(solver).map_only
+    maps = solver.properties.map_only
     return SolverRow(
         solver=name,
         site=problem.site,

@@ -4,7 +4,7 @@ from typing import Any
 
 from tmjax.models.families.base import ConfigView, Family, Field, attention_biases, read_activation, write_activation
 from tmjax.models.families.layout import fields, llama_like
-from tmjax.models.families.rope import read_rotary, write_rotary
+from tmjax.models.families.rope import RotaryKeys, read_rotary, write_rotary
 from tmjax.models.spec import DecoderSpec
 
 FIELDS = fields(
@@ -19,7 +19,7 @@ def common(view: ConfigView, values: dict[str, Any], *, theta: float) -> dict[st
     """What both generations have."""
     return {
         "activation": read_activation(view, default="silu"),
-        "rotary": read_rotary(view, values["max_positions"], theta=theta, interleaved=True),
+        "rotary": read_rotary(view, values["max_positions"], RotaryKeys(theta=theta, interleaved=True)),
         **attention_biases(view),
         "logit_scale": float(view.take("logit_scale", 0.0625, float)),
     }

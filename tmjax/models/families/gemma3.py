@@ -6,7 +6,7 @@ from tmjax.errors import InputError
 from tmjax.models.families import gemma, gemma2
 from tmjax.models.families.base import ConfigView, Family, Field, read_windows, write_activation, write_windows
 from tmjax.models.families.layout import fields
-from tmjax.models.families.rope import rotary_of, write_settings
+from tmjax.models.families.rope import RotaryKeys, rotary_of, write_settings
 from tmjax.models.spec import DecoderSpec, Rotary
 
 FIELDS = fields(
@@ -25,7 +25,7 @@ def _rotaries(view: ConfigView, positions: int) -> tuple[Rotary, Rotary]:
         raise InputError(f"config.json: rope_parameters has unknown {', '.join(sorted(unknown))}")
     settings = [dict(new.get(kind) or {}) for kind in _KINDS]
     settings[0] |= old
-    full, local = (rotary_of(view, s, positions, theta=t) for s, t in zip(settings, thetas, strict=True))
+    full, local = (rotary_of(view, s, positions, RotaryKeys(theta=t)) for s, t in zip(settings, thetas, strict=True))
     return full, local
 
 

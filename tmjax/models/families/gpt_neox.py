@@ -4,7 +4,7 @@ from typing import Any
 
 from tmjax.models.families.base import ConfigView, Family, Field, attention_biases, read_activation, write_activation
 from tmjax.models.families.layout import fields, head, linear, norm
-from tmjax.models.families.rope import read_rotary, write_rotary
+from tmjax.models.families.rope import RotaryKeys, read_rotary, write_rotary
 from tmjax.models.spec import DecoderSpec, ParamSpec, Part
 
 
@@ -38,13 +38,7 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
         "kv_heads": values["heads"],
         "head_dim": values["hidden"] // values["heads"],
         "activation": read_activation(view, default="gelu"),
-        "rotary": read_rotary(
-            view,
-            values["max_positions"],
-            theta_key="rotary_emb_base",
-            fraction=0.25,
-            fraction_key="rotary_pct",
-        ),
+        "rotary": read_rotary(view, values["max_positions"], ROTARY),
         **attention_biases(view, default=True),
         "parallel": view.take("use_parallel_residual", True, bool),
     }
@@ -55,6 +49,7 @@ def _write(spec: DecoderSpec) -> dict[str, Any]:
     return write_activation(spec) | write_rotary(spec, fraction=True) | held
 
 
+ROTARY = RotaryKeys(theta_key="rotary_emb_base", fraction=0.25, fraction_key="rotary_pct")
 FIXED = {"norm": "layer", "norm_bias": True, "gated": False, "mlp_bias": True}
 FIELDS = fields(Field("layer_norm_eps", "norm_eps", 1e-5, float), without=("kv_heads", "head_dim"))
 FAMILY = Family("gpt_neox", "GPTNeoXForCausalLM", FIELDS, _params, FIXED, _read, _write)

@@ -5,7 +5,7 @@ from typing import Any
 from tmjax.models.families.base import ConfigView, Family, Field, read_activation, write_activation
 from tmjax.models.families.layout import fields, fused, linear, llama_like
 from tmjax.models.families.mistral import read_window
-from tmjax.models.families.rope import read_rotary, write_rotary
+from tmjax.models.families.rope import RotaryKeys, read_rotary, write_rotary
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
 
@@ -25,14 +25,7 @@ def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     return {
         "activation": read_activation(view, default="silu"),
-        "rotary": read_rotary(
-            view,
-            values["max_positions"],
-            fraction_key="partial_rotary_factor",
-            original=4096,  # which wins over a length inside of the scaling
-            scalings=("default", "longrope"),
-            aliases={"su": "longrope", "yarn": "longrope"},  # names that the first releases had for it
-        ),
+        "rotary": read_rotary(view, values["max_positions"], ROTARY),
         "windows": read_window(view, values["layers"], None),
     }
 
@@ -44,5 +37,11 @@ def _write(spec: DecoderSpec) -> dict[str, Any]:
     return write_activation(spec) | write_rotary(spec, fraction=True) | window | scaled
 
 
+ROTARY = RotaryKeys(
+    fraction_key="partial_rotary_factor",
+    original=4096,  # which wins over a length inside of the scaling
+    scalings=("default", "longrope"),
+    aliases={"su": "longrope", "yarn": "longrope"},  # names that the first releases had for it
+)
 FIELDS = fields(Field("max_position_embeddings", "max_positions", 4096), Field("rms_norm_eps", "norm_eps", 1e-5, float))
 FAMILY = Family("phi3", "Phi3ForCausalLM", FIELDS, _params, {}, _read, _write)

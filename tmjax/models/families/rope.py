@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tmjax.errors import InputError
@@ -44,72 +44,80 @@ REMARK = " (vLLM multiplies the attention factor by attn_factor, so its numbers 
 _MSCALE = ("mscale", "mscale_all_dim")
 
 
-def read_rotary(
-    view: ConfigView,
-    max_positions: int,
-    *,
-    theta: float = 10000.0,
-    theta_key: str = "rope_theta",
-    fraction: float = 1.0,
-    fraction_key: str | None = None,
-    original: int = 0,
-    interleaved: bool = False,
-    scalings: tuple[str, ...] = tuple(_SCALING),
-    aliases: Mapping[str, str] = MappingProxyType({}),
-) -> Rotary:
-    """The rotary embedding of a config; `theta`, `fraction`, `original` are what a config without them means.
+@dataclass(frozen=True)
+class RotaryKeys:
+    """Where a family's configs have their rotary settings, and their meaning where a key is missing.
 
-    `scalings` are the kinds that the family knows, `aliases` other names of them.
+    Attributes:
+        theta: Base of the frequencies.
+        theta_key: Key of the base.
+        fraction: Part of a head's dimensions that rotates.
+        fraction_key: Key of that part; None: the family has none.
+        original: Context length before scaling, which wins over one inside the scaling's settings; 0: none.
+        interleaved: Whether neighbouring dimensions rotate together.
+        scalings: Kinds of scaling that the family knows.
+        aliases: Other names of these kinds.
     """
+
+    theta: float = 10000.0
+    theta_key: str = "rope_theta"
+    fraction: float = 1.0
+    fraction_key: str | None = None
+    original: int = 0
+    interleaved: bool = False
+    scalings: tuple[str, ...] = tuple(_SCALING)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_rotary(view: ConfigView, max_positions: int, keys: RotaryKeys | None = None) -> Rotary:
+    """Reads the rotary embedding of a config.
+
+    Args:
+        view: The config.
+        max_positions: Context length of the model.
+        keys: Spelling and defaults of the family; None: those of Llama.
+
+    Raises:
+        InputError: A setting is missing, unknown or out of range; names it.
+    """
+    keys = RotaryKeys() if keys is None else keys
     new, old = (view.take(key, {}, dict) for key in ("rope_parameters", "rope_scaling"))
-    theta = view.take(theta_key, theta, float)
+    theta = view.take(keys.theta_key, keys.theta, float)
     settings = dict(old or new)  # the order in which transformers looks
-    if fraction_key is not None:
-        fraction = settings.pop("partial_rotary_factor", view.take(fraction_key, fraction, float))
+    fraction = keys.fraction
+    if keys.fraction_key is not None:
+        fraction = settings.pop("partial_rotary_factor", view.take(keys.fraction_key, fraction, float))
         check_kind("partial_rotary_factor", fraction, float)
-    original = view.take("original_max_position_embeddings", original, zero=True)
-    return rotary_of(
-        view,
-        settings,
-        max_positions,
-        theta=theta,
-        original=original,
-        fraction=float(fraction),
-        interleaved=interleaved,
-        scalings=scalings,
-        aliases=aliases,
-    )
+    original = view.take("original_max_position_embeddings", keys.original, zero=True)
+    found = replace(keys, theta=theta, fraction=float(fraction), original=original)
+    return rotary_of(view, settings, max_positions, found)
 
 
-def rotary_of(
-    view: ConfigView,
-    settings: Mapping[str, Any],
-    max_positions: int,
-    *,
-    theta: float,
-    original: int = 0,
-    fraction: float = 1.0,
-    interleaved: bool = False,
-    scalings: tuple[str, ...] = tuple(_SCALING),
-    aliases: Mapping[str, str] = MappingProxyType({}),
-) -> Rotary:
-    """The rotary embedding that one dictionary of settings describes.
+def rotary_of(view: ConfigView, settings: Mapping[str, Any], max_positions: int, keys: RotaryKeys) -> Rotary:
+    """Reads the rotary embedding that one dictionary of settings describes.
 
-    `original` is an original context length given outside of it, which wins. Keys that no kind of scaling reads in
-    transformers are noted in `view`. Raises InputError naming what is wrong.
+    Args:
+        view: The config, in which keys that no kind of scaling reads in transformers are noted.
+        settings: The dictionary.
+        max_positions: Context length of the model.
+        keys: Values found outside of the dictionary, of which the original context length wins.
+
+    Raises:
+        InputError: A setting is missing, unknown or out of range; names it.
     """
     settings = dict(settings)
     kind = settings.pop("rope_type", None) or settings.get("type") or "default"
-    kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
+    kind = keys.aliases.get(kind, kind) if isinstance(kind, str) else kind
     settings.pop("type", None)
-    theta = settings.pop("rope_theta", theta)
+    theta = settings.pop("rope_theta", keys.theta)
     check_kind("rope_theta", theta, float)
-    if not isinstance(kind, str) or kind not in scalings:
-        raise InputError(f"config.json: rope scaling {kind!r} is not supported; supported are {', '.join(scalings)}")
-    keys = _SCALING[kind]
+    if not isinstance(kind, str) or kind not in keys.scalings:
+        supported = ", ".join(keys.scalings)
+        raise InputError(f"config.json: rope scaling {kind!r} is not supported; supported are {supported}")
+    expected = _SCALING[kind]
     scales = [settings.pop(key, None) for key in _MSCALE] if kind == "yarn" else [None, None]
-    if "original_max_position_embeddings" in keys:
-        settings["original_max_position_embeddings"] = original or settings.get(
+    if "original_max_position_embeddings" in expected:
+        settings["original_max_position_embeddings"] = keys.original or settings.get(
             "original_max_position_embeddings", max_positions
         )
     settings = {key: value for key, value in settings.items() if value is not None}
@@ -118,24 +126,24 @@ def rotary_of(
     idle = {key for key, value in settings.items() if key not in known_rope_keys() and not isinstance(value, dict)}
     _note_idle(view, kind, idle)
     settings = {key: value for key, value in settings.items() if key not in idle}
-    unknown, missing = settings.keys() - keys.keys(), keys.keys() - settings.keys() - OPTIONAL
+    unknown, missing = settings.keys() - expected.keys(), expected.keys() - settings.keys() - OPTIONAL
     if unknown or missing:
         named = [f"lacks {key}" for key in sorted(missing)] + [f"has unknown {key}" for key in sorted(unknown)]
         raise InputError(f"config.json: rope scaling {kind!r} {', '.join(named)}")
     values: dict[str, Any] = {}
     for key, value in settings.items():
-        attribute, expected = keys[key]
-        check_kind(key, value, expected)
-        if expected is list:
+        attribute, value_kind = expected[key]
+        check_kind(key, value, value_kind)
+        if value_kind is list:
             for number in value:
                 check_kind(key, number, float)
-        values[attribute] = tuple(float(x) for x in value) if expected is list else value
+        values[attribute] = tuple(float(x) for x in value) if value_kind is list else value
     if kind == "dynamic":
         values["original_positions"] = max_positions
-    rotary = Rotary(theta=float(theta), scaling=kind, fraction=fraction, interleaved=interleaved, **values)
+    rotary = Rotary(float(theta), kind, fraction=keys.fraction, interleaved=keys.interleaved, **values)
     if "attention_factor" not in values:
         values["attention_factor"] = _attention_factor(rotary, *scales)
-    rotary = Rotary(theta=float(theta), scaling=kind, fraction=fraction, interleaved=interleaved, **values)
+    rotary = Rotary(float(theta), kind, fraction=keys.fraction, interleaved=keys.interleaved, **values)
     if kind == "llama3" and rotary.high_freq_factor <= rotary.low_freq_factor:
         raise InputError("config.json: high_freq_factor must be larger than low_freq_factor")
     if kind == "yarn" and rotary.beta_fast <= rotary.beta_slow:

@@ -14,7 +14,7 @@ from tmjax.models.families.base import (
     write_windows,
 )
 from tmjax.models.families.layout import fields, llama_like
-from tmjax.models.families.rope import read_rotary
+from tmjax.models.families.rope import RotaryKeys, read_rotary
 from tmjax.models.spec import DecoderSpec, Rotary
 
 NOWHERE = Rotary(scaling="none")
@@ -31,7 +31,7 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     kinds = ["full_attention" if flag or not use or size is None else "sliding_attention" for flag in turning]
     return {
         "activation": read_activation(view, default="silu"),
-        "rotary": read_rotary(view, values["max_positions"], theta=2e6),
+        "rotary": read_rotary(view, values["max_positions"], RotaryKeys(theta=2e6)),
         "local_rotary": NOWHERE,
         "layer_rotary": tuple(1 - flag for flag in turning),
         "windows": read_windows(view, layers, size if use else None, kinds)[1],

@@ -4,7 +4,7 @@ from typing import Any
 
 from tmjax.models.families.base import ConfigView, Family, Field, read_activation, write_activation
 from tmjax.models.families.layout import attention, fields, llama_like
-from tmjax.models.families.rope import read_rotary, write_rotary
+from tmjax.models.families.rope import RotaryKeys, read_rotary, write_rotary
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
 
@@ -30,7 +30,7 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     return {
         "head_dim": values["hidden"] // values["heads"],
         "activation": read_activation(view, default="silu"),
-        "rotary": read_rotary(view, values["max_positions"], fraction=0.25, fraction_key="partial_rotary_factor"),
+        "rotary": read_rotary(view, values["max_positions"], ROTARY),
         "qkv_bias": view.take("use_qkv_bias", False, bool),
         "qk_norm": "heads" if view.take("qk_layernorm", False, bool) else "none",
         "parallel": parallel,
@@ -47,6 +47,7 @@ def _write(spec: DecoderSpec) -> dict[str, Any]:
     return write_activation(spec) | write_rotary(spec, fraction=True) | held
 
 
+ROTARY = RotaryKeys(fraction=0.25, fraction_key="partial_rotary_factor")
 FIXED = {"norm": "layer", "norm_bias": True}
 FIELDS = fields(
     Field("max_position_embeddings", "max_positions", 4096),

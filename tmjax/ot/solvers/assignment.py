@@ -10,7 +10,7 @@ from tmjax.errors import InputError
 from tmjax.ot.plan import MatchPlan
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties, require_equal_sizes
 
 
 def require_uniform(problem: Problem, name: str) -> None:
@@ -25,9 +25,13 @@ class Assignment:
     """The optimal permutation, which is an optimal coupling of uniform marginals (Birkhoff), in float64 on the host."""
 
     name: ClassVar[str] = "assignment"
-    capabilities: ClassVar[Capabilities] = Capabilities(exact_limit=True, equal_sizes=True, host=True)
+    properties: ClassVar[ResultProperties] = ResultProperties(exact_limit=True)
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def check_shape(self, n: int, k: int) -> None:
+        """Raises InputError unless n = k."""
+        require_equal_sizes(self.name, n, k)
+
+    def solve_on_host(self, problem: Problem) -> OTResult:
         """Solves one problem [n, n] of NumPy arrays; raises InputError if the marginals are not uniform."""
         require_uniform(problem, self.name)
         _, columns = linear_sum_assignment(np.asarray(problem.cost, np.float64))

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
 from tmjax.ot.solvers.assignment import require_uniform
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
 from tmjax.ot.sparse import EdgePlan
 
 
@@ -39,9 +39,9 @@ class Cover:
     """
 
     name: ClassVar[str] = "cover"
-    capabilities: ClassVar[Capabilities] = Capabilities(balanced=False, rows=False, host=True)
+    properties: ClassVar[ResultProperties] = ResultProperties(balanced=False, rows=False)
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def solve_on_host(self, problem: Problem) -> OTResult:
         """Solves one problem [n, k] of NumPy arrays; raises InputError if the marginals are not uniform."""
         require_uniform_sides(problem, self.name)
         rows, columns = cover_edges(problem.cost)

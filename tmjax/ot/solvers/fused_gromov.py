@@ -7,6 +7,7 @@ from tmjax.errors import InputError
 from tmjax.ot.problem import Problem
 from tmjax.ot.solvers import ott_jax
 from tmjax.ot.solvers.gromov import GromovWasserstein, intra_costs
+from tmjax.typing import Array
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class FusedGromovWasserstein(GromovWasserstein):
         if not self.fused_penalty > 0:
             raise InputError(f"fused_penalty must be positive, not {self.fused_penalty}; `gw` is the case of 0")
 
-    def quadratic(self, problem: Problem) -> ott_jax.QuadraticProblem:
+    def quadratic(self, problem: Problem, zx: Array, zy: Array) -> ott_jax.QuadraticProblem:
         """The quadratic problem of ott-jax, with its linear part."""
         return ott_jax.QuadraticProblem(
-            *intra_costs(problem),
+            *intra_costs(zx, zy),
             ott_jax.Geometry(cost_matrix=problem.cost),
             fused_penalty=self.fused_penalty,
             a=problem.a,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from tmjax.ot.plan import MatchPlan
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Greedy:
     """
 
     name: ClassVar[str] = "greedy"
-    capabilities: ClassVar[Capabilities] = Capabilities(balanced=False, symmetric=False)
+    properties: ClassVar[ResultProperties] = ResultProperties(balanced=False, symmetric=False)
 
     def solve_one(self, problem: Problem) -> OTResult:
         """Solves one problem [n, k] under `jit`."""

@@ -10,12 +10,13 @@ from tmjax.ot.plan import DensePlan
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
 from tmjax.ot.solvers import ott_jax
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
+from tmjax.typing import Array
 
 
-def intra_costs(problem: Problem) -> tuple[ott_jax.Geometry, ott_jax.Geometry]:
+def intra_costs(zx: Array, zy: Array) -> tuple[ott_jax.Geometry, ott_jax.Geometry]:
     """Costs within the sides, 1 - correlation(zx, zx) [n, n] and 1 - correlation(zy, zy) [k, k]."""
-    return tuple(ott_jax.Geometry(cost_matrix=1.0 - correlation(z, z)) for z in problem.features)
+    return tuple(ott_jax.Geometry(cost_matrix=1.0 - correlation(z, z)) for z in (zx, zy))
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class GromovWasserstein:
     """
 
     name: ClassVar[str] = "gw"
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_features=True)
+    properties: ClassVar[ResultProperties] = ResultProperties()
 
     epsilon: float = 0.01
     threshold: float = 1e-5
@@ -38,11 +39,11 @@ class GromovWasserstein:
     outer_iterations: int = 100
     outer_threshold: float = 1e-4
 
-    def quadratic(self, problem: Problem) -> ott_jax.QuadraticProblem:
+    def quadratic(self, problem: Problem, zx: Array, zy: Array) -> ott_jax.QuadraticProblem:
         """The quadratic problem of ott-jax."""
-        return ott_jax.QuadraticProblem(*intra_costs(problem), a=problem.a, b=problem.b)
+        return ott_jax.QuadraticProblem(*intra_costs(zx, zy), a=problem.a, b=problem.b)
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def solve_features(self, problem: Problem, zx: Array, zy: Array) -> OTResult:
         """Solves one problem [n, k] under `jit`."""
         method = ott_jax.GromovWasserstein(
             linear_solver=ott_jax.Sinkhorn(threshold=self.threshold, max_iterations=self.max_iterations),
@@ -51,7 +52,7 @@ class GromovWasserstein:
             max_iterations=self.outer_iterations,
             warm_start=True,
         )
-        out = method(self.quadratic(problem))
+        out = method(self.quadratic(problem, zx, zy))
         done = jnp.sum(out.costs != -1)
         # Float32 noise of the coupling, as `certify` reckons it for potentials that are kept.
         last = out.linear_state

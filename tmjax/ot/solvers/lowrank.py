@@ -9,7 +9,7 @@ from tmjax.ot.plan import LowRankPlan
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
 from tmjax.ot.solvers import ott_jax
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
 from tmjax.typing import Array
 
 #: Iterations between two looks at the change.
@@ -37,7 +37,7 @@ class LowRank:
     """
 
     name: ClassVar[str] = "lowrank"
-    capabilities: ClassVar[Capabilities] = Capabilities(symmetric=False, equivariant=False)
+    properties: ClassVar[ResultProperties] = ResultProperties(symmetric=False, equivariant=False)
 
     epsilon: float = 0.01
     threshold: float = 1e-6

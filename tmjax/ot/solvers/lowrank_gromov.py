@@ -7,9 +7,10 @@ from tmjax.ot.plan import LowRankPlan
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
 from tmjax.ot.solvers import ott_jax
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
 from tmjax.ot.solvers.gromov import intra_costs
 from tmjax.ot.solvers.lowrank import EVERY, settled
+from tmjax.typing import Array
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class LowRankGromovWasserstein:
     """
 
     name: ClassVar[str] = "lrgw"
-    capabilities: ClassVar[Capabilities] = Capabilities(symmetric=False, equivariant=False, needs_features=True)
+    properties: ClassVar[ResultProperties] = ResultProperties(symmetric=False, equivariant=False)
 
     epsilon: float = 0.001
     threshold: float = 1e-6
@@ -30,7 +31,7 @@ class LowRankGromovWasserstein:
     marginal_threshold: float = 1e-5
     marginal_iterations: int = 10000
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def solve_features(self, problem: Problem, zx: Array, zy: Array) -> OTResult:
         """Solves one problem [n, k] under `jit`."""
         method = ott_jax.LRGromovWasserstein(
             rank=min(self.rank, *problem.cost.shape),
@@ -42,7 +43,7 @@ class LowRankGromovWasserstein:
             max_iterations=self.max_iterations,
             kwargs_dys={"tolerance": self.marginal_threshold, "max_iter": self.marginal_iterations},
         )
-        out = method(ott_jax.QuadraticProblem(*intra_costs(problem), a=problem.a, b=problem.b))
+        out = method(ott_jax.QuadraticProblem(*intra_costs(zx, zy), a=problem.a, b=problem.b))
         return certify(
             problem,
             LowRankPlan(out.q, out.r, out.g),

@@ -10,7 +10,7 @@ from tmjax.errors import InputError
 from tmjax.ot.plan import DensePlan
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class NetworkSimplex:
     """
 
     name: ClassVar[str] = "network_simplex"
-    capabilities: ClassVar[Capabilities] = Capabilities(exact_limit=True, host=True)
+    properties: ClassVar[ResultProperties] = ResultProperties(exact_limit=True)
 
     max_iterations: int = 1_000_000
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def solve_on_host(self, problem: Problem) -> OTResult:
         """Solves one problem [n, k] of NumPy arrays."""
         try:
             import ot as pot  # here, not above: POT is an extra, and it imports PyTorch where that is installed

@@ -12,13 +12,13 @@ from tmjax.ot.plan import MatchPlan
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
 from tmjax.ot.solvers.assignment import require_uniform
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties, require_equal_sizes
 from tmjax.ot.solvers.sinkhorn import Sinkhorn
 
 
 @functools.partial(jax.jit, static_argnames="solver")
 def _entropic(problem: Problem, solver: Sinkhorn) -> tuple[OTResult, jax.Array]:
-    result = Sinkhorn.solve_one(solver, problem)
+    result = Sinkhorn.solve_from(solver, problem, problem.start)
     return result, result.plan.attach(problem).matrix()
 
 
@@ -31,9 +31,13 @@ class Permutation(Sinkhorn):
     """
 
     name: ClassVar[str] = "permutation"
-    capabilities: ClassVar[Capabilities] = Capabilities(exact_limit=True, equal_sizes=True, host=True, warm_start=True)
+    properties: ClassVar[ResultProperties] = ResultProperties(exact_limit=True)
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def check_shape(self, n: int, k: int) -> None:
+        """Raises InputError unless n = k."""
+        require_equal_sizes(self.name, n, k)
+
+    def solve_on_host(self, problem: Problem) -> OTResult:
         """Solves one problem [n, n] of NumPy arrays; raises InputError if the marginals are not uniform."""
         require_uniform(problem, self.name)
         result, q = _entropic(problem, self)

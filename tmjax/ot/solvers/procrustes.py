@@ -9,7 +9,8 @@ from tmjax.ot.cost import correlation
 from tmjax.ot.plan import LinearMap
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify_map
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
+from tmjax.typing import Array
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,13 @@ class Procrustes:
     """
 
     name: ClassVar[str] = "procrustes"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        balanced=False, rows=False, map_only=True, signed=True, needs_features=True
-    )
+    properties: ClassVar[ResultProperties] = ResultProperties(balanced=False, rows=False, map_only=True, signed=True)
 
     tolerance: float = 1e-5
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def solve_features(self, problem: Problem, zx: Array, zy: Array) -> OTResult:
         """Solves one problem [n, k] under `jit`; the cost is not used."""
-        u, s, vt = jnp.linalg.svd(correlation(*problem.features), full_matrices=False)
+        u, s, vt = jnp.linalg.svd(correlation(zx, zy), full_matrices=False)
         kept = jnp.where(s > self.tolerance * s[0], 1.0, 0.0)
         rotation = jnp.matmul(u * kept, vt, precision="highest")
         return certify_map(LinearMap(rotation, rotation.T))

@@ -10,7 +10,7 @@ from tmjax.errors import InputError
 from tmjax.ot.plan import LinearMap
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify_map
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
 from tmjax.typing import Array
 
 
@@ -30,9 +30,7 @@ class Ridge:
     """Least squares between standardised units with `penalty` in units of one unit's variance over all rows."""
 
     name: ClassVar[str] = "ridge"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        balanced=False, rows=False, map_only=True, signed=True, needs_features=True
-    )
+    properties: ClassVar[ResultProperties] = ResultProperties(balanced=False, rows=False, map_only=True, signed=True)
 
     penalty: float = 0.1
 
@@ -41,7 +39,6 @@ class Ridge:
         if not self.penalty >= 1e-4:
             raise InputError(f"penalty must be at least 1e-4, not {self.penalty}")
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def solve_features(self, problem: Problem, zx: Array, zy: Array) -> OTResult:
         """Solves one problem [n, k] under `jit`; the cost is not used."""
-        zx, zy = problem.features
         return certify_map(LinearMap(_regress(zx, zy, self.penalty), _regress(zy, zx, self.penalty)))

@@ -19,7 +19,7 @@ from tmjax.ot.plan import EntropicPlan, coupling
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
 from tmjax.ot.row_blocks import BLOCK_ENTRIES, block_size, scan_rows
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
 from tmjax.ot.solvers.log_domain import Potentials, iterate_potentials
 from tmjax.typing import Array
 
@@ -130,9 +130,7 @@ class Scaling:
     """
 
     name: ClassVar[str] = "scaling"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        exact_limit=True, entropic=True, feature_cost=True, potentials=True
-    )
+    properties: ClassVar[ResultProperties] = ResultProperties(exact_limit=True, entropic=True, potentials=True)
 
     epsilon: float = 0.1
     threshold: float = 1e-6
@@ -174,6 +172,10 @@ class Scaling:
         # A cost, its kernel, and what the product that makes the cost needs.
         together = min(free // (3 * kept + own), wanted, count)
         return free >= 3 * kept + own, free >= kept + own, int(max(1, together))
+
+    def with_memory(self, mib: int) -> "Scaling":
+        """The same solver with another `memory_mib`."""
+        return replace(self, memory_mib=mib)
 
     def solve_one(self, problem: Problem) -> OTResult:
         """Solves one problem [n, k] under `jit`."""

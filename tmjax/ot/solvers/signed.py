@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from tmjax.ot.plan import SignedPlan, unsigned
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
 from tmjax.ot.solvers.sinkhorn import Sinkhorn
+from tmjax.typing import Array
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class Signed(Sinkhorn):
     """
 
     name: ClassVar[str] = "signed"
-    capabilities: ClassVar[Capabilities] = Capabilities(signed=True, warm_start=True, potentials=True)
+    properties: ClassVar[ResultProperties] = ResultProperties(signed=True, potentials=True)
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def solve_from(self, problem: Problem, start: tuple[Array, Array] | None) -> OTResult:
         """Solves one problem [n, k] under `jit`."""
-        out = self.iterate(problem, unsigned(problem.cost))
+        out = self.iterate(problem, unsigned(problem.cost), start)
         plan = SignedPlan(out.f, out.g, jnp.float32(self.epsilon))
         return certify(problem, plan, iterations=out.n_iters, threshold=self.threshold, epsilon=self.epsilon)

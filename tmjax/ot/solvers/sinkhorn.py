@@ -10,7 +10,7 @@ from tmjax.ot.plan import EntropicPlan
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
 from tmjax.ot.solvers import ott_jax
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
 from tmjax.typing import Array
 
 
@@ -26,9 +26,7 @@ class Sinkhorn:
     """
 
     name: ClassVar[str] = "sinkhorn"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        exact_limit=True, entropic=True, warm_start=True, potentials=True
-    )
+    properties: ClassVar[ResultProperties] = ResultProperties(exact_limit=True, entropic=True, potentials=True)
 
     epsilon: float = 0.1
     threshold: float = 1e-6
@@ -54,7 +52,13 @@ class Sinkhorn:
             raise InputError("with epsilon_decay 1 epsilon never comes down from epsilon_start")
 
     def iterate(
-        self, problem: Problem, cost: Array, *, tau_a: float = 1.0, tau_b: float = 1.0
+        self,
+        problem: Problem,
+        cost: Array,
+        start: tuple[Array, Array] | None,
+        *,
+        tau_a: float = 1.0,
+        tau_b: float = 1.0,
     ) -> ott_jax.SinkhornOutput:
         """ott-jax's output for one problem at `cost` [n, k]; tau < 1 relaxes a marginal (see `unbalanced`)."""
         # Without a schedule a plain number: ott-jax evaluates schedules in every iteration.
@@ -71,13 +75,12 @@ class Sinkhorn:
             momentum=ott_jax.Momentum(start=self.momentum_start, value=self.momentum) if accelerated else None,
             anderson=ott_jax.AndersonAcceleration(memory=self.anderson) if self.anderson else None,
         )
-        start = problem.start
         if start is not None and not self.lse_mode:
             start = tuple(jnp.exp(potential / self.epsilon) for potential in start)
         return method(linear, init=start)
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def solve_from(self, problem: Problem, start: tuple[Array, Array] | None) -> OTResult:
         """Solves one problem [n, k] under `jit`."""
-        out = self.iterate(problem, problem.cost)
+        out = self.iterate(problem, problem.cost, start)
         plan = EntropicPlan(out.f, out.g, jnp.float32(self.epsilon))
         return certify(problem, plan, iterations=out.n_iters, threshold=self.threshold, epsilon=self.epsilon)

@@ -9,8 +9,9 @@ from tmjax.errors import InputError
 from tmjax.ot.plan import EntropicPlan
 from tmjax.ot.problem import Problem
 from tmjax.ot.result import OTResult, certify
-from tmjax.ot.solvers.base import Capabilities
+from tmjax.ot.solvers.base import ResultProperties
 from tmjax.ot.solvers.sinkhorn import Sinkhorn
+from tmjax.typing import Array
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Unbalanced(Sinkhorn):
     """
 
     name: ClassVar[str] = "unbalanced"
-    capabilities: ClassVar[Capabilities] = Capabilities(balanced=False, rows=False, warm_start=True, potentials=True)
+    properties: ClassVar[ResultProperties] = ResultProperties(balanced=False, rows=False, potentials=True)
 
     tau_a: float = 0.9
     tau_b: float = 0.9
@@ -34,9 +35,9 @@ class Unbalanced(Sinkhorn):
         if not (0 < self.tau_a <= 1 and 0 < self.tau_b <= 1):
             raise InputError(f"tau_a and tau_b must lie in (0, 1], not {self.tau_a} and {self.tau_b}")
 
-    def solve_one(self, problem: Problem) -> OTResult:
+    def solve_from(self, problem: Problem, start: tuple[Array, Array] | None) -> OTResult:
         """Solves one problem [n, k] under `jit`."""
-        out = self.iterate(problem, problem.cost, tau_a=self.tau_a, tau_b=self.tau_b)
+        out = self.iterate(problem, problem.cost, start, tau_a=self.tau_a, tau_b=self.tau_b)
         return certify(
             problem,
             EntropicPlan(out.f, out.g, jnp.float32(self.epsilon)),

@@ -1,0 +1,63 @@
+"""Objects of other packages, by entry point, dotted path or file: what a user adds without touching this package."""
+
+import importlib
+import importlib.util
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tmjax.errors import InputError
+
+
+def offered(group: str) -> dict[str, metadata.EntryPoint]:
+    """Entry points that installed packages offer in a group, by name; none of them is loaded."""
+    return {entry.name: entry for entry in metadata.entry_points(group=group)}
+
+
+def load_plugin(name: str, group: str, kind: str) -> Any | None:
+    """Loads an object of another package.
+
+    Args:
+        name: Name of an entry point of the group, `package.module:NAME` or `FILE.py:NAME`.
+        group: Group of entry points, for example `tmjax.solvers`.
+        kind: Word for such an object in messages, for example "solver".
+
+    Returns:
+        The object; None if the name is neither an entry point nor a path.
+
+    Raises:
+        InputError: The object cannot be imported; says why.
+    """
+    entry = offered(group).get(name)
+    if entry is None and ":" not in name:
+        return None
+    try:
+        if entry is not None:
+            return entry.load()
+        place, _, attribute = name.rpartition(":")
+        module = _module_of(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
+        return getattr(module, attribute)
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        raise InputError(f"{kind} {name!r} cannot be imported: {error}") from None
+
+
+def _module_of(file: Path) -> ModuleType:
+    """The module of a file, which is run once."""
+    if not file.is_file():
+        raise OSError(f"{file} does not exist")
+    name = f"tmjax_plugin_{file.stem}"
+    known = sys.modules.get(name)
+    if known is not None and Path(known.__file__ or "") == file.resolve():
+        return known
+    spec = importlib.util.spec_from_file_location(name, file.resolve())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
