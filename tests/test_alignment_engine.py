@@ -73,7 +73,7 @@ def test_compilations_do_not_grow_with_the_number_of_pairs(monkeypatch) -> None:
 )
 def test_memory_stays_within_what_was_given(mib: int, rows: int, log_domain: bool, monkeypatch) -> None:
     """Cost and kernel, kernel alone, neither: XLA's own account of what the compiled program needs beside its input."""
-    monkeypatch.setattr(ot.blocks, "BLOCK_ENTRIES", 2**16)
+    monkeypatch.setattr(ot.row_blocks, "BLOCK_ENTRIES", 2**16)
     monkeypatch.setattr(ot.solvers.scaling, "BLOCK_ENTRIES", 2**16)
     jax.clear_caches()
     x, y = activations(2, 3, rows, 1024, 2048)

@@ -10,12 +10,10 @@ from helpers import SPEC
 
 from tmjax.activations.joined import join
 from tmjax.checkpoints.load import load_model
-from tmjax.commands.merge.teacher_data import exchanged_tokens
 from tmjax.models.decoder import init_params
 from tmjax.models.families import family_of
 from tmjax.models.generate import DecodingOptions, generate
 from tmjax.models.sample import Sampling
-from tmjax.recipes.merge import SolveOptions
 from tmjax.sharding.mesh import Layout
 from tmjax.teacher.probabilities import Search, probabilities_at
 from tmjax.teacher.teacher_model import Teacher
@@ -25,8 +23,8 @@ from tmjax.train.data import Batches
 from tmjax.train.modes import Plain
 from tmjax.train.optimizer import TrainConfig
 from tmjax.train.step import VOCABULARY, Objective, padding_of, start, step
-from tmjax.transfer.controls import derangement
-from tmjax.transfer.operators.predictions import Solver, Wanted
+from tmjax.transfer.controls import derangement, exchanged_tokens
+from tmjax.transfer.prediction_solver import PredictionOptions, PredictionTargets, Solver
 
 EXTRA = 64
 #: Tokens at both ends and in the middle, padding between.
@@ -91,11 +89,11 @@ def test_a_solve_leaves_rows_of_padding_as_they_are() -> None:
     (texts,) = join(spec, rng.choice(np.nonzero(KNOWN)[0], (4, 12)).tolist(), 4096, Layout())
     token = rng.choice(np.nonzero(KNOWN)[0], (*texts.ids.shape, 2)).astype(np.int32)
     weight = np.where(texts.text[..., None] >= 0, 0.4, 0.0).repeat(2, axis=-1).astype(np.float32)
-    batch = Wanted(texts, True, token, weight)
-    options = SolveOptions(reach="direct")
+    batch = PredictionTargets(texts, True, token, weight)
+    options = PredictionOptions(trust=0.1)
     moved = []
     for known in (None, KNOWN):
-        solver = Solver(spec, rows, params, options, known=known, trust=0.1)
+        solver = Solver(spec, rows, params, options, known=known)
         directions = solver.directions(solver.sums(params, [batch]))
         moved.append(np.asarray(solver.moved(params, directions, 1.0, (0.2, 0.1))["embed.weight"]))
     old = np.asarray(params["embed.weight"])

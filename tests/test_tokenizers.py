@@ -15,9 +15,9 @@ from tmjax.errors import InputError
 from tmjax.teacher.vocabulary_map import Crossing, few_shared, require_shared
 from tmjax.text.documents import read_texts
 from tmjax.text.reading import BEFORE, WITHIN, read
+from tmjax.text.token_map import read_token_map
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer, shared_tokens
 from tmjax.text.writing import write_within
-from tmjax.transfer.operators.embeddings import read_lexicon
 
 SIZE = 600
 #: What tokenizers stumble over: other scripts, parts of characters, forms that are normalised, spaces, added tokens.
@@ -165,7 +165,7 @@ def test_a_token_that_a_normaliser_made_is_where_its_characters_were(tokenizers)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vocabulary_reads_itself_as_it_is(kind, tokenizers, verses) -> None:
     held = tokenizers[kind]
-    lexicon = read_lexicon(held, held, verses[:20], (SIZE, SIZE))
+    lexicon = read_token_map(held, held, verses[:20], (SIZE, SIZE))
     assert [list(pieces) for pieces in lexicon.pieces] == [[token] for token in lexicon.ids]
     readable = 0
     for string in held.vocabulary.ids:
@@ -337,7 +337,7 @@ def test_other_layouts_are_read_as_they_are(layout, folders, tokenizers, verses,
         reading = read(text, encoding, held)
         assert b"".join(reading.strings) == b" " * lead + text.encode() and reading.exact
         assert b"".join(reading.pieces(text)) == text.encode()
-    lexicon = read_lexicon(held, held, verses[:20], (SIZE, SIZE))
+    lexicon = read_token_map(held, held, verses[:20], (SIZE, SIZE))
     assert [list(pieces) for pieces in lexicon.pieces] == [[token] for token in lexicon.ids] and len(lexicon.ids) > 250
     for pair in ((held, tokenizers["gpt2"]), (tokenizers["llama2"], held)):
         shared, of = require_shared(*pair, verses, otherwise="")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tmjax.activations.blocks import paired_blocks
+from tmjax.activations.capture import CaptureOptions
 from tmjax.activations.extract import extract_activations
 from tmjax.align.alignment import Alignment, needed_sites
 from tmjax.align.alignment import align as align_activations
@@ -67,6 +68,7 @@ def align(
     texts, projections = texts.first(reading.max_texts), target.projections
     sites = needed_sites(projections.values(), options.structure)
     models = (target.spec, target.params), (source.spec, source.params)
+    capture = CaptureOptions(sites, reading.batch_tokens, reading.memory_mib)
     if reading.keep:
         with tempfile.TemporaryDirectory(prefix="tmjax-") as folder:
             path = Path(folder) / "activations"
@@ -77,8 +79,7 @@ def align(
                 path,
                 pooling=reading.pooling,
                 max_tokens=reading.max_tokens,
-                batch_tokens=reading.batch_tokens,
-                sites=sites,
+                options=capture,
             )
             return align_activations(*pair, projections, options, models=models)
     require_streamable(options)
@@ -87,10 +88,8 @@ def align(
     blocks = paired_blocks(
         *((*model, read) for model, read in zip(models, documents, strict=True)),
         rows,
-        sites=sites,
+        capture,
         block_rows=reading.block_rows,
-        batch_tokens=reading.batch_tokens,
-        memory_mib=reading.memory_mib,
     )
     sums = gather(blocks, projections.values(), structure=options.structure)
     return align_moments(sums, projections, options, models=models)

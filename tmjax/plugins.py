@@ -1,5 +1,6 @@
 """Objects of other packages, by entry point, dotted path or file: what a user adds without touching this package."""
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -39,7 +40,7 @@ def load_plugin(name: str, group: str, kind: str) -> Any | None:
         place, _, attribute = name.rpartition(":")
         module = _module_of(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
         return getattr(module, attribute)
-    except (ImportError, AttributeError, OSError, ValueError) as error:
+    except (ImportError, AttributeError, OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{kind} {name!r} cannot be imported: {error}") from None
 
 
@@ -47,10 +48,11 @@ def _module_of(file: Path) -> ModuleType:
     """The module of a file, which is run once."""
     if not file.is_file():
         raise OSError(f"{file} does not exist")
-    name = f"tmjax_plugin_{file.stem}"
-    known = sys.modules.get(name)
-    if known is not None and Path(known.__file__ or "") == file.resolve():
-        return known
+    # One name per place: files of the same name in two folders are two modules.
+    place = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
+    name = f"tmjax_plugin_{file.stem}_{place}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file.resolve())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -12,7 +12,6 @@ from tmjax.runs.directory import RunDirectory, resumes
 from tmjax.runs.manifest import (
     FORMAT,
     MANIFEST,
-    BlendFacts,
     CoefficientFacts,
     ControlFacts,
     EvaluationFacts,
@@ -23,7 +22,6 @@ from tmjax.runs.manifest import (
     PlanFacts,
     RowFacts,
     ScheduleFacts,
-    SolveFacts,
     SourceGain,
     TeacherFacts,
     TrainingFacts,
@@ -51,7 +49,7 @@ def header(**more) -> Manifest:
 def test_keys_of_a_run_that_has_just_begun(tmp_path) -> None:
     RunDirectory.start(tmp_path / "run", "a: 1\n", header(processes=1)).close()
     assert set(read_manifest(tmp_path / "run")) == ALWAYS | {"processes"}
-    assert set(header(training={}, generated={}, teacher={}).to_json()) == ALWAYS | {"training", "written", "taught"}
+    assert set(header(training={}, generated={}, teacher={}).to_json()) == ALWAYS | {"training", "generated", "teacher"}
     assert next(iter(header().to_json())) == "format"
 
 
@@ -75,10 +73,9 @@ def test_keys_of_what_stages_record_and_that_it_reads_back(tmp_path) -> None:
         manifest.attention = {"target": HeadCounts(heads=4, kv_heads=2)}
         manifest.update = {"w": {"alpha": 0.1}}
         manifest.coefficients = CoefficientFacts(**FIT)
-        manifest.lexical = BlendFacts(chosen={"kappa": 0.5, "frequent": 3}, valid_bits_per_byte=[2.0, 1.9], trials=4)
-        solve = SolveFacts(valid_bits_per_byte=[2.0], rounds=[{"weight": 1.0}], trials=3, positions={"true": 7})
-        manifest.solve = solve
-        manifest.record("controls", "control:shrink", ControlFacts(**FIT, update={}, solve=solve))
+        operators = {"embeddings": {"chosen": {"kappa": 0.5, "frequent": 3}, "trials": 4}}
+        manifest.operators = operators
+        manifest.record("controls", "control:shrink", ControlFacts(**FIT, update={}, operators=operators))
         manifest.record("generated", "source", GeneratedFacts(asked=3, foreign=1, kept=2))
         manifest.record("predictions", "source", TeacherFacts(positions=3, of=4, mass=0.9))
         manifest.record("teacher", "source-on-source", TeacherFacts(positions=3, of=4, mass=0.9))
@@ -92,11 +89,11 @@ def test_keys_of_what_stages_record_and_that_it_reads_back(tmp_path) -> None:
     run.stage("fuse", "x", "merged", lambda partial: record)
     values = json.loads((tmp_path / "run" / MANIFEST).read_text())
     assert values == run.manifest.to_json() == load_manifest(tmp_path / "run").to_json()
-    sections = ("rows", "layer_plans", "attention", "coefficients", "lexical", "solve", "controls", "written")
+    sections = ("rows", "layer_plans", "attention", "coefficients", "operators", "controls", "generated")
     assert set(values) == ALWAYS | {*sections, "predictions", "taught", "training"}
     assert set(values["stages"]["fuse"]) == {"seconds", "peak_rss_mib", "reused"}
     assert values["alignment"]["q"]["max_marginal_error"] is None and values["attention"]["target"]["kv_heads"] == 2
-    assert set(values["controls"]["control:shrink"]) == {*FIT, "update", "solve"}
+    assert set(values["controls"]["control:shrink"]) == {*FIT, "update", "operators"}
     assert set(values["training"]["adapted"]) == {
         *SCHEDULE,
         "taught_positions",
@@ -108,7 +105,9 @@ def test_keys_of_what_stages_record_and_that_it_reads_back(tmp_path) -> None:
     }
     assert set(values["evaluation"]["merged"]) == {"bits_per_byte", "ci95", "documents", "bytes", "tokens"}
     assert values["source_gain"]["fraction_of_gap"] is None
-    assert json.dumps(values["lexical"]["chosen"]) == '{"kappa": 0.5, "frequent": 3}', "a whole number stays one"
+    assert json.dumps(values["operators"]["embeddings"]["chosen"]) == '{"kappa": 0.5, "frequent": 3}', (
+        "a whole number stays one"
+    )
 
 
 def test_facts_of_alignments_go_where_the_caller_says(tmp_path) -> None:
