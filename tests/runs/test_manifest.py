@@ -77,10 +77,9 @@ def test_keys_of_what_stages_record_and_that_it_reads_back(tmp_path) -> None:
         manifest.operators = operators
         manifest.record("controls", "control:shrink", ControlFacts(**FIT, update={}, operators=operators))
         manifest.record("generated", "source", GeneratedFacts(asked=3, foreign=1, kept=2))
-        manifest.record("predictions", "source", TeacherFacts(positions=3, of=4, mass=0.9))
         manifest.record("teacher", "source-on-source", TeacherFacts(positions=3, of=4, mass=0.9))
         tried = [ScheduleFacts(**SCHEDULE, teacher_positions=3)]
-        arm = {"mode": "sft", "terms": ["distillation"], "writer": None, "init": "target"}
+        arm = {"mode": "sft", "terms": ["distillation"], "texts_by": None, "init": "target"}
         manifest.record("training", "adapted", TrainingFacts(**SCHEDULE, teacher_positions=3, **arm, tried=tried))
         score = {"bits_per_byte": 1.9, "ci95": [1.8, 2.0]}
         manifest.evaluation = {"merged": EvaluationFacts(**score, documents=2, bytes=10, tokens=4)}
@@ -90,16 +89,16 @@ def test_keys_of_what_stages_record_and_that_it_reads_back(tmp_path) -> None:
     values = json.loads((tmp_path / "run" / MANIFEST).read_text())
     assert values == run.manifest.to_json() == load_manifest(tmp_path / "run").to_json()
     sections = ("rows", "layer_plans", "attention", "coefficients", "operators", "controls", "generated")
-    assert set(values) == ALWAYS | {*sections, "predictions", "taught", "training"}
+    assert set(values) == ALWAYS | {*sections, "teacher", "training"}
     assert set(values["stages"]["fuse"]) == {"seconds", "peak_rss_mib", "reused"}
     assert values["alignment"]["q"]["max_marginal_error"] is None and values["attention"]["target"]["kv_heads"] == 2
     assert set(values["controls"]["control:shrink"]) == {*FIT, "update", "operators"}
     assert set(values["training"]["adapted"]) == {
         *SCHEDULE,
-        "taught_positions",
+        "teacher_positions",
         "mode",
         "terms",
-        "writer",
+        "texts_by",
         "init",
         "tried",
     }
