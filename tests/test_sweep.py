@@ -158,7 +158,7 @@ def test_devices_do_not_change_scores(transported, models, texts, qwen2_dir, mes
     layout = Layout(mesh)
     target = load_model(qwen2_dir, placement=layout.place)
     tokenizer, valid = load_tokenizer(target.directory), read_texts(texts["valid"])
-    scorer = SettingsScorer(target, tokenizer, valid, most=11, layout=layout)
+    scorer = SettingsScorer(target, tokenizer, valid, max_settings=11, layout=layout)
     generator = np.random.default_rng(3)
     settings = [{role: tuple(generator.uniform(-0.1, 0.1, 2)) for role in transported.items} for _ in range(11)]
     placed, found = scorer.place([transported]), []
@@ -360,6 +360,6 @@ def test_scores_need_valid_input(models, texts) -> None:
             models[0],
             load_tokenizer(models[0].directory),
             read_texts(texts["valid"]),
-            most=1,
+            max_settings=1,
             max_tokens=1,
         )

@@ -156,7 +156,7 @@ def test_unknown_text_is_charged_in_every_way_of_scoring(model_dir) -> None:
     assert uncharged.sum() / math.log(2) / scores.bytes.sum() < 2  # what it used to be
     assert scores.nll[0] / math.log(2) / scores.bytes[0] > 7.5
     assert scores.unknown_share == pytest.approx(31 / scores.bytes.sum())
-    other = SettingsScorer(model, tokenizer, TEXTS, most=1)
+    other = SettingsScorer(model, tokenizer, TEXTS, max_settings=1)
     packed = other({}, [{}], bias_rule="none")
     assert packed[0] == pytest.approx(scores.nll, rel=1e-5)
     assert other.scores(packed[0]).unknown_share == scores.unknown_share

@@ -53,7 +53,7 @@ def main(
 
         layout = Layout(f"data={jax.device_count()}")
         scorer = SettingsScorer(
-            target, inputs.target_tokenizer, inputs.valid, most=settings, dtype=inputs.dtype, layout=layout
+            target, inputs.target_tokenizer, inputs.valid, max_settings=settings, dtype=inputs.dtype, layout=layout
         )
         placed = scorer.place([contribution])
 

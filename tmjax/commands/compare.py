@@ -67,7 +67,7 @@ def write_plot(file: Path | None, *, overwrite: bool) -> Iterator[Callable[[dict
 
 
 def _read(name: str) -> tuple[dict[str, Series], str | None, str | None]:
-    """Measures of a result, hash of the token ids that tasks asked it, hash of its texts."""
+    """Reads a result: its measures, the hash of the token ids that its tasks scored, the hash of its texts."""
     path, arm = Path(name), None
     if not path.exists() and ":" in name:
         before, _, after = name.partition(":")
@@ -81,14 +81,14 @@ def _read(name: str) -> tuple[dict[str, Series], str | None, str | None]:
         return _of_run(path, arm, manifest)
     if not (path / RESULTS).is_file() or arm is not None:
         raise InputError(f"{name} holds neither a run of tmjax nor {RESULTS} of `tmjax evaluate --out`")
-    told = read_json(path / RESULTS)
-    found: dict[str, Series] = {}
+    results = read_json(path / RESULTS)
+    measures: dict[str, Series] = {}
     if (path / SCORES).is_file():
-        held = np.load(path / SCORES)
-        found["bits_per_byte"] = _bits(held["model"], held["bytes"])
+        scores = np.load(path / SCORES)
+        measures["bits_per_byte"] = _bits(scores["model"], scores["bytes"])
     for file in sorted((path / SAMPLES).glob("*.jsonl")):
-        found |= _of_task(file)
-    return found, told.get("tasks", {}).get("tokens_sha256"), told.get("texts", {}).get("sha256")
+        measures |= _of_task(file)
+    return measures, results.get("tasks", {}).get("tokens_sha256"), results.get("texts", {}).get("sha256")
 
 
 def _bits(nll: np.ndarray, size: np.ndarray) -> Series:
@@ -99,34 +99,34 @@ def _bits(nll: np.ndarray, size: np.ndarray) -> Series:
 def _of_run(path: Path, arm: str | None, manifest: dict[str, Any]) -> tuple[dict[str, Series], None, str | None]:
     if not (path / SCORES).is_file():
         raise InputError(f"{path} has no {SCORES}: its run measured nothing (give --test)")
-    held = np.load(path / SCORES)
-    arms = [name for name in held.files if name != "bytes"]
+    scores = np.load(path / SCORES)
+    arms = [name for name in scores.files if name != "bytes"]
     chosen = arm or next((name for name in FINAL if name in arms), None)
     if chosen not in arms:
         raise InputError(f"{path} has no arm {chosen}; it has {', '.join(arms)}")
     texts = manifest.get("inputs", {}).get("test", {}).get("sha256")
-    return {"bits_per_byte": _bits(held[chosen], held["bytes"])}, None, texts
+    return {"bits_per_byte": _bits(scores[chosen], scores["bytes"])}, None, texts
 
 
 def _of_task(file: Path) -> dict[str, Series]:
-    """Measures of one task's samples; a filter other than `none` is part of the measure's name."""
+    """Reads the measures of one task's samples; a filter other than `none` is part of the measure's name."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     by_filter: dict[str, list[dict[str, Any]]] = {}
     for line in sorted(lines, key=lambda line: line["doc_id"]):
         by_filter.setdefault(line.get("filter", "none"), []).append(line)
-    found: dict[str, Series] = {}
+    measures: dict[str, Series] = {}
     for kind, samples in by_filter.items():
         documents = tuple(f"{sample['doc_id']}:{sample['doc_hash']}" for sample in samples)
         suffix = "" if kind == "none" else f",{kind}"
         for metric in samples[0].get("metrics", []):
             series = _series(documents, metric, [sample[metric] for sample in samples])
             if series is not None:
-                found[f"{file.stem}/{metric}{suffix}"] = series
+                measures[f"{file.stem}/{metric}{suffix}"] = series
         answers = [_answer(sample) for sample in samples]
         if all(answer is not None for answer in answers):
             ones = np.ones(len(answers))
-            found[f"{file.stem}/answer_log_likelihood"] = Series(documents, np.asarray(answers, float), ones)
-    return found
+            measures[f"{file.stem}/answer_log_likelihood"] = Series(documents, np.asarray(answers, float), ones)
+    return measures
 
 
 def _series(documents: tuple[str, ...], metric: str, values: list[Any]) -> Series | None:

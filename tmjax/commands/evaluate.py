@@ -123,13 +123,13 @@ def _evaluate(
         result["evaluation"] = evaluation_facts(scores, draws=request.draws, seed=seed).to_json()["evaluation"]
     if tasks is not None:
         result["lm_eval"] = require_lm_eval()
-        result["tasks"] = {name: _task_facts(held, tasks) for name, held in asked.items()}
+        result["tasks"] = {name: _task_facts(task_results, tasks) for name, task_results in asked.items()}
     for directory, place in places.items():
         if hosts.is_first():
             own = {key: value[directory] for key, value in result.items() if key != "lm_eval"}
-            told = {"tmjax": tmjax.__version__, "model": directory, "seed": seed} | result | own
-            told |= {} if documents is None else {"texts": {"path": texts, "sha256": documents.sha256}}
-            _write(place, told, scores.get(directory), asked.get(directory), overwrite=overwrite)
+            record = {"tmjax": tmjax.__version__, "model": directory, "seed": seed} | result | own
+            record |= {} if documents is None else {"texts": {"path": texts, "sha256": documents.sha256}}
+            _write(place, record, scores.get(directory), asked.get(directory), overwrite=overwrite)
     return result
 
 
@@ -147,8 +147,10 @@ def _asked(model: Model, directory: str, layout: Layout, tasks: TaskOptions, see
     )
 
 
-def _task_facts(held: TaskResults, tasks: TaskOptions) -> dict[str, Any]:
-    facts = {field.name: getattr(held, field.name) for field in dataclasses.fields(held) if field.name != "samples"}
+def _task_facts(results: TaskResults, tasks: TaskOptions) -> dict[str, Any]:
+    facts = {
+        field.name: getattr(results, field.name) for field in dataclasses.fields(results) if field.name != "samples"
+    }
     return facts | {"limit": tasks.limit, "chat_template": tasks.chat_template}
 
 
@@ -171,10 +173,10 @@ def _reserve(stack: contextlib.ExitStack, out: Path, places: Iterable[Path], *, 
 
 
 def _write(
-    place: Path, told: dict[str, Any], scores: Scores | None, asked: TaskResults | None, *, overwrite: bool
+    place: Path, record: dict[str, Any], scores: Scores | None, asked: TaskResults | None, *, overwrite: bool
 ) -> None:
     with atomic_directory(place, overwrite=overwrite) as partial:
-        write_json(partial / RESULTS, told)
+        write_json(partial / RESULTS, record)
         if scores is not None:
             np.savez(partial / SCORES, bytes=scores.bytes, model=scores.nll)
         if asked is not None:

@@ -42,30 +42,30 @@ def measure_forgetting(
     options: EvaluationOptions,
     seed: int,
 ) -> None:
-    """The stage `forgetting`: manifest entry by the name of each other text file, per-document scores on disk.
+    """Runs the stage `forgetting`: manifest entry by the name of each other text file, per-document scores on disk.
 
-    `models` loads the target's parameters and those of `arm`, a model of its architecture that `scorer` scores too;
-    `key` is the input hash of the stage that made it. Does nothing without other texts.
+    `models` loads the target's parameters and those of `arm`, a model of the same architecture; `scorer` scores both.
+    `key` is the input hash of the stage that made `arm`. Does nothing without other texts.
     """
     if not others:
         return
 
     def work(partial: Path) -> Record:
         target, params = models()
-        found: dict[str, ForgettingFacts] = {}
+        measured: dict[str, ForgettingFacts] = {}
         arrays: dict[str, np.ndarray] = {}
         for number, (name, texts) in enumerate(others.items()):
             score = scorer(texts)
             before, after = score(target), score(params)
             facts = forgetting_facts(before, after, arm=arm, draws=options.draws, seed=seed)
-            found[name] = ForgettingFacts(**facts, sha256=texts.sha256)
+            measured[name] = ForgettingFacts(**facts, sha256=texts.sha256)
             arrays |= {f"bytes_{number}": before.bytes, f"target_{number}": before.nll, f"{arm}_{number}": after.nll}
         if hosts.is_first():
             with partial.open("wb") as stream:
                 np.savez(stream, **arrays)
 
         def record(manifest: Manifest) -> None:
-            manifest.forgetting = found
+            manifest.forgetting = measured
 
         return record
 

@@ -1,4 +1,4 @@
-"""What is said of texts and scores beside the numbers: blank documents, bytes that a tokenizer hides or changes."""
+"""Warnings about texts and scores: blank documents, bytes that a tokenizer hides or changes."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -15,14 +15,14 @@ def note_blank(texts: Iterable[Texts | None], warn: Callable[[str], None]) -> No
 
 
 def note_hidden(scores: Mapping[str, Scores], warn: Callable[[str], None]) -> None:
-    """Warns of scores that the tokenizer has a large part in; arms of which the same is to be said share a line."""
-    said: dict[str, list[str]] = {}
+    """Warns of scores that the tokenizer affects strongly; arms with the same warning share a line."""
+    arms_by_text: dict[str, list[str]] = {}
     for arm, item in scores.items():
         if item.unknown_share > WORTH_SAYING:
             text = f"hides {item.unknown_share:.1%} of the bytes of the texts (unknown or dropped), charged 8 bits each"
-            said.setdefault(text, []).append(arm)
+            arms_by_text.setdefault(text, []).append(arm)
         if item.changed_share > WORTH_SAYING:
             text = f"changes {item.changed_share:.1%} of the bytes of the texts before they are scored"
-            said.setdefault(text, []).append(arm)
-    for text, arms in said.items():
+            arms_by_text.setdefault(text, []).append(arm)
+    for text, arms in arms_by_text.items():
         warn(f"{', '.join(arms)}: the tokenizer {text}")

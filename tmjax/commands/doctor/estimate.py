@@ -74,10 +74,10 @@ def memory(
     recipe: Recipe,
     shards: int,
 ) -> dict[str, Any]:
-    """Bytes by stage and site, their peak, and what this machine has; of the host unless it says otherwise.
+    """Estimates bytes by stage and site, their peak, and the memory of this machine; host memory unless stated.
 
-    `shards` are the devices that a parameter is split over: those of the mesh's `data` axis repeat it.
-    Per plan site: `features` and `potentials` against `dense`, and which of the two is the smaller and thus kept.
+    `shards` is the number of devices that a parameter is split over; devices of the mesh's `data` axis hold copies.
+    Per plan site: `features` and `potentials` against `dense`; the smaller of the two is stored.
     """
     layers = target.spec.layers, source.spec.layers
     kept, options = _kept(target, source, recipe), recipe.alignment
@@ -86,13 +86,13 @@ def memory(
     by_site = {}
     for site in sites.plans:
         n, k = sites.units[site]
-        held = reading.rows * (layers[0] * n + layers[1] * k)
-        features, potentials, dense = width * held, 4 * kept * (n + k), 4 * kept * n * k
-        rebuilt = potentials_possible and 2 * held + potentials < dense  # as `plans` chooses, whatever is stored
+        entries = reading.rows * (layers[0] * n + layers[1] * k)
+        features, potentials, dense = width * entries, 4 * kept * (n + k), 4 * kept * n * k
+        rebuilt = potentials_possible and 2 * entries + potentials < dense  # as `plans` chooses, whatever is stored
         by_site[site] = {
             "units": [n, k],
             "pairs": kept,
-            "activations": 4 * held,
+            "activations": 4 * entries,
             "moments": 8 * math.prod(layers) * n * k,
             "features": features,
             "potentials": potentials,
@@ -136,7 +136,7 @@ def memory(
 
 
 def available() -> int | None:
-    """Memory of the first device, or of the machine if that is a CPU; None if it does not say."""
+    """Returns the memory of the first device, or of the machine if that is a CPU; None if it is unknown."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         try:
@@ -156,9 +156,9 @@ def time(
     devices: int,
     rebuilt: Collection[str],
 ) -> dict[str, Any]:
-    """A rough estimate of seconds by stage, for the CPU here and for accelerators, with what it assumes.
+    """Estimates seconds by stage roughly, for this machine's CPU and for accelerators, with the assumptions.
 
-    `rebuilt` are the sites whose plans are kept as potentials and made anew from activations where they are used.
+    `rebuilt` are the sites whose plans are stored as potentials and rebuilt from activations at each use.
     """
     pairs, kept = _pairs(target, source, recipe), _kept(target, source, recipe)
     forward = 2 * (target.parameters * reading.target_tokens + source.parameters * reading.source_tokens)
@@ -172,7 +172,7 @@ def time(
         for site, plan in ((row.output_site, out * out_s), (row.input_site, into * in_s)):
             fusion += 2 * kept * reading.rows * plan * (plan_site(site) in rebuilt)
     cores = os.cpu_count() or 1
-    found = {}
+    estimates = {}
     for name, (products, moved) in RATES.items():
         number = cores if name == "cpu core" else devices
         stages = {
@@ -182,13 +182,13 @@ def time(
             "fusion": fusion / (products * number),
         }
         label = f"CPU, {cores} cores" if name == "cpu core" else f"{devices} accelerator{'s' * (devices > 1)}"
-        found[label] = {"stages": stages, "total": sum(stages.values())}
-    told = "assumed, as no texts were given" if reading.assumed else "as the texts give"
+        estimates[label] = {"stages": stages, "total": sum(stages.values())}
+    origin = "assumed, as no texts were given" if reading.assumed else "as the texts give"
     return {
         "estimate": True,
-        "devices": found,
+        "devices": estimates,
         "assumption": (
-            f"{reading.rows} rows ({told}); {ITERATIONS} iterations of a solver bound by memory; a CPU core does"
+            f"{reading.rows} rows ({origin}); {ITERATIONS} iterations of a solver bound by memory; a CPU core does"
             f" {RATES['cpu core'][0] / 1e9:g} GFLOP/s and moves {RATES['cpu core'][1] / 1e9:g} GB/s, an accelerator"
             f" {RATES['accelerator'][0] / 1e12:g} TFLOP/s in float32 and {RATES['accelerator'][1] / 1e12:g} TB/s;"
             f" a forward pass reaches {FORWARD_SHARE:.0%} of that; without reading files, fitting coefficients,"

@@ -1,4 +1,4 @@
-"""What can be said of a pair of models before any weight is read: what fits, what is mapped, what it will take.
+"""Report on a pair of models before any weight is read: compatibility, mapped projections, memory and time.
 
 Only config.json, the tokenizers' files and the headers of the weights are read, and the texts if they are given.
 """
@@ -55,21 +55,21 @@ class Side:
 
     @property
     def dtype(self) -> str | None:
-        """Name of the dtype that config.json says the weights are stored in."""
-        told = self.config.get("dtype") or self.config.get("torch_dtype")
-        return told if isinstance(told, str) else None
+        """Name of the stored dtype of the weights according to config.json."""
+        stored = self.config.get("dtype") or self.config.get("torch_dtype")
+        return stored if isinstance(stored, str) else None
 
     @property
     def bytes(self) -> int:
-        """Size of the weights in their stored dtype (float32 if the config does not say)."""
+        """Size of the weights in their stored dtype (float32 if the config names none)."""
         return self.parameters * (2 if self.dtype in ("bfloat16", "float16") else 4)
 
 
 def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
-    """The report on a recipe's source and target, of plain values; `texts` says whether its texts are to be read.
+    """Reports on a recipe's source and target in plain values; with `texts`, its texts are read.
 
-    Whatever stands in the way of a merge is listed in `problems`, not raised: `mergeable` is false then. What the
-    others could not be found out without is None.
+    Obstacles to a merge are listed in `problems`, not raised; `mergeable` is false then. Parts of the report that
+    depend on a failed part are None.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -102,8 +102,8 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         if side and side.weights == "missing":
             notes.append(f"{name} {side.directory} holds no weights; they were not needed here")
         if side and tokenizers[name]:
-            for lines, found in zip((problems, notes), _rows(name, tokenizers[name], side.spec.vocab), strict=True):
-                lines += found
+            for lines, added in zip((problems, notes), _rows(name, tokenizers[name], side.spec.vocab), strict=True):
+                lines += added
         if side and layout:
             _tried(problems, lambda s=side: [layout.param_sharding(r.path, r.axes, r.shape(s.spec)) for r in s.rows])
     if all(tokenizers.values()):
@@ -127,17 +127,17 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
             report["rows"] = dataclasses.asdict(reading)
             sites = sites_of(target, source, chosen, recipe.alignment.structure)
             rows = reading.rows if recipe.activations.keep else 0
-            # Of rows that are only assumed it is no more than a hint.
+            # With assumed rows a lack of room is only a hint.
             _tried(notes if reading.assumed else problems, lambda: require_room(sites, rows, recipe.alignment))
             shards = layout.sizes["fsdp"] * layout.sizes["tensor"]
             report["memory"] = memory(target, source, sites, reading, recipe, shards)
             rebuilt = {site for site, item in report["memory"]["sites"].items() if item["kept_as"] != "dense"}
             report["time"] = time(target, source, sites, chosen, reading, recipe, layout.devices, rebuilt)
-            held = report["memory"]["available"]
-            if held and report["memory"]["peak"] > held:
+            available = report["memory"]["available"]
+            if available and report["memory"]["peak"] > available:
                 notes.append(
                     f"the estimated peak of {report['memory']['peak'] / 2**30:.1f} GiB is more than this machine's"
-                    f" {held / 2**30:.1f} GiB; see activations.keep, alignment.layer_pairs and --mesh"
+                    f" {available / 2**30:.1f} GiB; see activations.keep, alignment.layer_pairs and --mesh"
                 )
     report["mergeable"] = not problems
     return report
@@ -207,10 +207,10 @@ def _windows(spec: DecoderSpec) -> str:
 
 
 def differences(target: DecoderSpec, source: DecoderSpec) -> list[dict[str, Any]]:
-    """What the two architectures do in attention, positions and MLP: `what`, `target`, `source`, `same`."""
+    """Compares attention, positions and MLP of the two architectures: `what`, `target`, `source`, `same`."""
 
     def facts(spec: DecoderSpec) -> dict[str, str]:
-        norms = [kind for kind, held in (("before", spec.pre_norm), ("after", spec.post_norm)) if held]
+        norms = [kind for kind, present in (("before", spec.pre_norm), ("after", spec.post_norm)) if present]
         return {
             "head_dim": str(spec.head_dim),
             "query heads per KV head": str(spec.heads // spec.kv_heads),
@@ -232,8 +232,8 @@ def differences(target: DecoderSpec, source: DecoderSpec) -> list[dict[str, Any]
 
     ours, theirs = facts(target), facts(source)
     return [
-        {"what": what, "target": ours[what], "source": theirs[what], "same": ours[what] == theirs[what]}
-        for what in ours
+        {"what": feature, "target": ours[feature], "source": theirs[feature], "same": ours[feature] == theirs[feature]}
+        for feature in ours
     ]
 
 

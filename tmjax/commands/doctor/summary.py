@@ -54,10 +54,10 @@ def operator_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def projection_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of what is transported and what is not."""
-    held = report["projections"]
-    rows = [(p["role"], "yes", str(p["target_shape"]), str(p["source_shape"]), "") for p in held["mapped"]]
-    rows += [(p["role"], "no", "", "", p["reason"]) for p in held["left_out"]]
+    """Header and rows of the projections, transported or not."""
+    listed = report["projections"]
+    rows = [(p["role"], "yes", str(p["target_shape"]), str(p["source_shape"]), "") for p in listed["mapped"]]
+    rows += [(p["role"], "no", "", "", p["reason"]) for p in listed["left_out"]]
     return ("projection", "transported", "target [out, in]", "source [out, in]", ""), rows
 
 
@@ -68,13 +68,13 @@ def difference_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def tokenizer_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of what two vocabularies share."""
-    held = report["tokenizers"]
+    """Header and rows of the overlap of two vocabularies."""
+    overlap = report["tokenizers"]
     both = ("target", "source")
-    special = [", ".join(f"{token} = {number}" for token, number in held["special"][name].items()) for name in both]
+    special = [", ".join(f"{token} = {number}" for token, number in overlap["special"][name].items()) for name in both]
     rows = [
-        ("tokens", *(f"{held[name]:,}" for name in both)),
-        ("shared strings", *(f"{held['shared']:,} ({held[f'share_of_{name}']:.1%})" for name in both)),
+        ("tokens", *(f"{overlap[name]:,}" for name in both)),
+        ("shared strings", *(f"{overlap['shared']:,} ({overlap[f'share_of_{name}']:.1%})" for name in both)),
         ("special tokens", *special),
     ]
     return ("", *both), rows
@@ -82,10 +82,10 @@ def tokenizer_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 def memory_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """Header and rows of the memory of every stage."""
-    held = report["memory"]
-    rows = [(name, size(value)) for name, value in held["stages"].items()]
-    rows += [("solver, of these", size(held["solver"])), ("peak", size(held["peak"]))]
-    rows += [("this machine", size(held["available"]))] if held["available"] else []
+    memory = report["memory"]
+    rows = [(name, size(value)) for name, value in memory["stages"].items()]
+    rows += [("solver, of these", size(memory["solver"])), ("peak", size(memory["peak"]))]
+    rows += [("this machine", size(memory["available"]))] if memory["available"] else []
     return ("stage", "memory"), rows
 
 

@@ -40,11 +40,13 @@ def parse_solver(text: str, options: AlignmentOptions) -> AlignmentOptions:
             parsed = value
         (shared if key in ("epsilon", "threshold", "max_iterations") else own)[key] = parsed
     try:
-        found = AlignmentOptions.model_validate(options.model_dump() | shared | {"solver": name, "solver_options": own})
+        alignment = AlignmentOptions.model_validate(
+            options.model_dump() | shared | {"solver": name, "solver_options": own}
+        )
     except pydantic.ValidationError as error:
         raise InputError(f"solver {text!r}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
-    solver_of(found)
-    return found
+    solver_of(alignment)
+    return alignment
 
 
 class SolverComparison:

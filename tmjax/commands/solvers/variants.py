@@ -77,31 +77,31 @@ def _explained(plain: SitePlans, gained: SitePlans, zx_lnu: Array, zy_mnu: Array
 
 
 def exact_plans(site: FeatureSite, pairs: np.ndarray) -> dict[tuple[int, int], tuple[np.ndarray, float]]:
-    """Optimal plans [n, k] and their costs for some pairs of layers [P, 2], by the network simplex (float64).
+    """Computes optimal plans [n, k] and their costs for pairs of layers [P, 2] by the network simplex (float64).
 
     Empty where POT is not installed.
     """
-    solver, found = make_solver("network_simplex"), {}
+    solver, optimal = make_solver("network_simplex"), {}
     for layer, source in pairs.tolist():
         problem = prepared(site.problem(layer, source), solver)
         try:
             result = solver.solve_on_host(jax.device_get(problem))
         except InputError:
             return {}
-        found[layer, source] = np.asarray(result.plan.matrix(), np.float64), float(result.transport_cost)
-    return found
+        optimal[layer, source] = np.asarray(result.plan.matrix(), np.float64), float(result.transport_cost)
+    return optimal
 
 
 def distances(plans: SitePlans, exact: Mapping[tuple[int, int], tuple[np.ndarray, float]]) -> float | None:
-    """Mean half L1 distance of plans to the optimal ones."""
-    held = [(np.asarray(plans.plan(*pair), np.float64), truth) for pair, (truth, _) in exact.items()]
-    return float(np.mean([np.abs(np.abs(q) - truth).sum() / 2 for q, truth in held])) if held else None
+    """Returns the mean half L1 distance of plans to the optimal ones; None without optimal plans."""
+    compared = [(np.asarray(plans.plan(*pair), np.float64), truth) for pair, (truth, _) in exact.items()]
+    return float(np.mean([np.abs(np.abs(q) - truth).sum() / 2 for q, truth in compared])) if compared else None
 
 
 def held_out(fitted: np.ndarray, other: np.ndarray, *, centred: bool = True) -> np.ndarray:
-    """`other` [S, N, unit] standardised by what `fitted` has for mean and standard deviation; constant units become 0.
+    """Standardises `other` [S, N, unit] by the mean and standard deviation of `fitted`; constant units become 0.
 
-    Not `centred`: divided by the root mean square alone.
+    Without `centred`, `other` is divided by the root mean square alone.
     """
     mean = fitted.mean(axis=1, keepdims=True) if centred else 0.0
     std = np.sqrt(np.mean(np.square(fitted - mean), axis=1, keepdims=True))

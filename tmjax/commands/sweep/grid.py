@@ -1,4 +1,4 @@
-"""What a sweep is told: keys, their values, and the settings they make up."""
+"""Axes of a sweep: keys, their values, and the settings that combine them."""
 
 import itertools
 import math
@@ -22,15 +22,15 @@ Setting: TypeAlias = dict[str, Value]
 
 #: Short names of recipe keys.
 SHORT: Mapping[str, str] = {"beta": "coefficients.beta", "epsilon": "alignment.epsilon", "solver": "alignment.solver"}
-#: What `alpha.NAME` and `beta.NAME` set, the most particular last.
+#: Roles that `alpha.NAME` and `beta.NAME` set, the most specific last.
 PARTS: Mapping[str, tuple[str, ...]] = {
     "attention": ATTENTION_ROLES,
     "mlp": tuple(role for role in ALL_ROLES if role not in ATTENTION_ROLES),
     **{role: (role,) for role in ALL_ROLES},
 }
-#: Most settings of one sweep.
-MOST = 100_000
-#: What every setting of a sweep shares (inputs, yardstick), and what only other commands use.
+#: Largest number of settings of one sweep.
+MAX_SETTINGS = 100_000
+#: Keys that all settings of a sweep share (inputs, evaluation), and keys that only other commands use.
 FIXED = (
     *("source", "target", "texts", "valid", "test", "out", "preset", "controls", "allow_negligible", "mesh"),
     "screen_texts",
@@ -73,36 +73,36 @@ class Axis:
 
 
 def parse_axis(text: str) -> Axis:
-    """An axis written `key=a,b,c`, `key=lo:hi:step` (ends included; lists may hold such steps), `key=[log:]lo..hi`.
+    """Parses an axis: `key=a,b,c`, `key=lo:hi:step` (ends included; lists may hold such steps), `key=[log:]lo..hi`.
 
-    Raises InputError for what cannot be read, for ranges without values and for values given twice.
+    Raises InputError for text of another form, for ranges without values and for values given twice.
     """
-    key, equals, told = text.partition("=")
-    key, told = key.strip(), told.strip()
-    if not (equals and key and told):
+    key, equals, listing = text.partition("=")
+    key, listing = key.strip(), listing.strip()
+    if not (equals and key and listing):
         raise InputError(f"--grid {text!r}: write key=value,value or key=low:high:step")
-    if found := _RANGE.fullmatch(told):
-        log, low, high = bool(found[1]), float(found[2]), float(found[3])
+    if match := _RANGE.fullmatch(listing):
+        log, low, high = bool(match[1]), float(match[2]), float(match[3])
         if not low < high or (log and low <= 0) or not math.isfinite(high - low):
             raise InputError(f"--grid {text!r}: the range is empty" + ("; log: needs 0 < low < high" if log else ""))
         return Axis(key, range=Range(low, high, log))
     values: list[Value] = []
-    for item in told.split(","):
-        values += _steps(found, text) if (found := _STEPS.fullmatch(item.strip())) else [_value(item, text)]
+    for item in listing.split(","):
+        values += _steps(match, text) if (match := _STEPS.fullmatch(item.strip())) else [_value(item, text)]
     if len({repr(value) for value in values}) < len(values):
         raise InputError(f"--grid {text!r}: a value is given twice")
     return Axis(key, tuple(values))
 
 
-def _steps(found: re.Match[str], text: str) -> list[Value]:
-    low, high, step = (float(part) for part in found.groups())
-    # A hair beyond the end: 0:0.3:0.1 ends at 0.3.
+def _steps(match: re.Match[str], text: str) -> list[Value]:
+    low, high, step = (float(part) for part in match.groups())
+    # The tolerance includes the end: 0:0.3:0.1 ends at 0.3.
     steps = (high - low) / step + 1e-6 if step > 0 else -1.0
     if steps < 0:
-        raise InputError(f"--grid {text!r}: {found[0]} holds no value; write low:high:step with step > 0")
-    if steps > MOST:
-        raise InputError(f"--grid {text!r}: {found[0]} holds {steps:.0f} values; at most {MOST} are allowed")
-    whole = all(re.fullmatch(r"[+-]?\d+", part) for part in found.groups())
+        raise InputError(f"--grid {text!r}: {match[0]} holds no value; write low:high:step with step > 0")
+    if steps > MAX_SETTINGS:
+        raise InputError(f"--grid {text!r}: {match[0]} holds {steps:.0f} values; at most {MAX_SETTINGS} are allowed")
+    whole = all(re.fullmatch(r"[+-]?\d+", part) for part in match.groups())
     values = [low + step * number for number in range(int(steps) + 1)]
     return [int(value) if whole else float(f"{value:.10g}") + 0.0 for value in values]
 
@@ -223,8 +223,8 @@ def make_settings(axes: Sequence[Axis], recipe: Recipe, *, random: int | None = 
     Raises InputError for more than 100,000 settings.
     """
     count = math.prod(len(axis.values) for axis in axes) if random is None else random
-    if count > MOST:
-        raise InputError(f"the sweep has {count} settings; at most {MOST} are allowed")
+    if count > MAX_SETTINGS:
+        raise InputError(f"the sweep has {count} settings; at most {MAX_SETTINGS} are allowed")
     keys = [axis.key for axis in axes]
     if random is None:
         return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes))]

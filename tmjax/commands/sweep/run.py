@@ -173,7 +173,7 @@ class Sweep:
                 self.inputs.target,
                 self.inputs.target_tokenizer,
                 texts,
-                most=max(len(group.members) for group in self.groups) if which == "valid" else 2,
+                max_settings=max(len(group.members) for group in self.groups) if which == "valid" else 2,
                 batch_tokens=recipe.evaluation.batch_tokens,
                 max_tokens=recipe.evaluation.max_tokens,
                 dtype=jnp.dtype(recipe.dtype),

@@ -34,7 +34,7 @@ CPU_TOKENS = 1536
 ACCELERATOR_BYTES = 2**32
 #: A batch is about this many floating-point operations per device: seconds, after which results are kept and shown.
 BATCH_OPERATIONS = 2e11
-MOST_AT_ONCE = 16
+MAX_AT_ONCE = 16
 
 
 def _roles(contributions: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -43,10 +43,11 @@ def _roles(contributions: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 class SettingsScorer:
-    """Texts packed and placed once, to be scored under many coefficients of one transport after the other.
+    """Scores texts, packed and placed once, under many coefficients of one transport after the other.
 
-    Settings are split over the data axis of `layout`; its other axes split the parameters, as they do elsewhere.
-    `stored`: fused parameters are rounded to the target's dtypes first, as the written checkpoint is.
+    At most `max_settings` settings are expected in all. Settings are split over the data axis of `layout`; its other
+    axes split the parameters, as elsewhere. With `stored`, fused parameters are first rounded to the target's dtypes,
+    as in the written checkpoint.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class SettingsScorer:
         tokenizer: TextTokenizer,
         texts: Texts,
         *,
-        most: int,
+        max_settings: int,
         batch_tokens: int = 4096,
         max_tokens: int | None = None,
         dtype: jnp.dtype = jnp.float32,
@@ -80,11 +81,11 @@ class SettingsScorer:
         operations = 2 * target.size * self._chunks.packed.ids.size
         #: Devices that settings are split over.
         self.devices = mesh.shape[self._axis]
-        limit = min(MOST_AT_ONCE, max(self._at_once, 1, round(BATCH_OPERATIONS / operations)))
-        #: Settings per call. Smaller batches are filled up, so that there is one shape: the one that `most` fill best.
+        limit = min(MAX_AT_ONCE, max(self._at_once, 1, round(BATCH_OPERATIONS / operations)))
+        #: Settings per call. Smaller batches are padded, so that there is one shape, the best fit to `max_settings`.
         self.batch = self.devices * min(
             range(-(-limit // 2), limit + 1),
-            key=lambda each: (-(-most // (each * self.devices)) * each, -each),
+            key=lambda each: (-(-max_settings // (each * self.devices)) * each, -each),
         )
         self._programs: dict[Any, Callable[..., Array]] = {}
         self.compile_seconds = 0.0
@@ -92,7 +93,7 @@ class SettingsScorer:
     def _settings_in_memory(self) -> int:
         spec, nodes = self.target.spec, self._chunks.packed.ids.shape[-1]
         size = 4 * (self.target.size + nodes * (3 * spec.mlp + 8 * spec.hidden) + 2 * LOGIT_NODES * spec.vocab)
-        return int(min(MOST_AT_ONCE, max(1, ACCELERATOR_BYTES // size)))
+        return int(min(MAX_AT_ONCE, max(1, ACCELERATOR_BYTES // size)))
 
     def _everywhere(self, tree: object) -> object:
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
