@@ -30,7 +30,7 @@ from tmjax.typing import Array, Params
 
 #: Logits are made for about this many entries (token x vocabulary) at a time.
 LOGIT_ENTRIES = 2**21
-#: But for at least so many tokens, however large the vocabulary: fewer would read the unembedding too often.
+#: Smallest number of tokens at a time, however large the vocabulary: fewer would read the unembedding too often.
 LEAST_ROWS = 512
 
 
@@ -41,8 +41,8 @@ def token_nll(spec: DecoderSpec, params: Params, batch: Joined, dtype: jnp.dtype
     hidden = run_joined(model, batch, ForwardPlan(dtype, mesh=mesh)).hidden
     rows, tokens, _ = hidden.shape
     # Pieces of the token axis, not of the batch: the batch is what a mesh splits.
-    most = max(-(-LEAST_ROWS // rows), LOGIT_ENTRIES // (rows * spec.vocab))
-    pieces = -(-tokens // most)
+    piece_tokens = max(-(-LEAST_ROWS // rows), LOGIT_ENTRIES // (rows * spec.vocab))
+    pieces = -(-tokens // piece_tokens)
     size = -(-tokens // pieces)
 
     def cut(x_bt: Array) -> Array:
@@ -55,15 +55,15 @@ def token_nll(spec: DecoderSpec, params: Params, batch: Joined, dtype: jnp.dtype
         chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
         return jnp.where(labels >= 0, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
 
-    found = jax.lax.map(piece, (cut(hidden), cut(jnp.asarray(batch.label))))
-    return jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :tokens]
+    nll = jax.lax.map(piece, (cut(hidden), cut(jnp.asarray(batch.label))))
+    return jnp.moveaxis(nll, 0, 1).reshape(rows, -1)[:, :tokens]
 
 
 @dataclass(frozen=True)
 class Scores:
     """Negative log-likelihood in nats, UTF-8 bytes and scored tokens of every document, [D] each.
 
-    `hidden`: bytes that its tokens do not tell, which `nll` is charged for, and that they tell changed.
+    `hidden`: bytes that the tokens do not encode, charged to `nll`, and bytes that they encode in a changed form.
     """
 
     nll: np.ndarray

@@ -75,9 +75,9 @@ class TmjaxLM(TemplateLM):
         self.max_length = int(max_length or spec.max_positions)
         if spec.learned_positions and self.max_length > spec.max_positions:
             raise InputError(f"max_length is {max_length}, the model learned {spec.max_positions} positions; lower it")
-        held = load_tokenizer(self.model.directory, spec.vocab)
-        self._written = held.known(spec.vocab)
-        self.tokenizer, self._prefix, self._texts = held.fast, held.prefix, held
+        text_tokenizer = load_tokenizer(self.model.directory, spec.vocab)
+        self._written = text_tokenizer.known(spec.vocab)
+        self.tokenizer, self._prefix, self._texts = text_tokenizer.fast, text_tokenizer.prefix, text_tokenizer
         tokens = int(batch_tokens) if batch_tokens else None
         self.scorer = ContinuationScorer(
             spec, self.model.params, batch_tokens=tokens, dtype=self.dtype, layout=self.layout
@@ -155,12 +155,12 @@ class TmjaxLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding gives it."""
-        wanted: dict[str, None] = {}
+        texts: dict[str, None] = {}
         for context, continuation in (request.args for request in requests):
             if context:
-                wanted |= {context.rstrip() or context: None, context + continuation: None}
-        # Encoded together, on all cores; the harness then asks for them one by one.
-        self._known = dict(zip(wanted, self._encode(list(wanted), None), strict=True))
+                texts |= {context.rstrip() or context: None, context + continuation: None}
+        # All texts are encoded together, on all cores; the harness then requests them one by one.
+        self._known = dict(zip(texts, self._encode(list(texts), None), strict=True))
         try:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         finally:
@@ -169,18 +169,18 @@ class TmjaxLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        wanted = []
+        continuations = []
         for (_context, continuation), context_ids, ids in requests:
             if not ids or len(ids) > self.max_length:
-                told = "no token" if not ids else f"{len(ids)} tokens, the model takes {self.max_length}"
-                raise InputError(f"the continuation {continuation[:60]!r} has {told}")
+                size = "no token" if not ids else f"{len(ids)} tokens, the model takes {self.max_length}"
+                raise InputError(f"the continuation {continuation[:60]!r} has {size}")
             whole = (*context_ids, *ids)[-(self.max_length + 1) :]
-            # One that fills everything leaves its first token without a context to be predicted from.
-            wanted.append(Continuation(whole, min(len(ids), len(whole) - 1)))
-        for ids, scored in wanted:
+            # If a continuation fills the window, its first token has no context to be predicted from.
+            continuations.append(Continuation(whole, min(len(ids), len(whole) - 1)))
+        for ids, scored in continuations:
             self._tokens.update(repr((ids, scored)).encode())
-        sums, greedy = self.scorer(wanted)
-        # Of windows of a whole text (without a context) the text is charged once, by who asked.
+        sums, greedy = self.scorer(continuations)
+        # A whole text (without a context) comes in several windows; the caller charges it once.
         charged = self._charge(["" if strings[0] is None else strings[1] for strings, _, _ in requests])
         answers = list(zip((sums - charged).tolist(), greedy.tolist(), strict=True))
         for (strings, _, _), answer in zip(requests, answers, strict=True):
@@ -214,10 +214,10 @@ class TmjaxLM(TemplateLM):
 
     @functools.cached_property
     def _ends(self) -> tuple[int, ...]:
-        """Tokens that end a text: the tokenizer's EOS and those that the checkpoint's generation config names."""
+        """Tokens that end a text: the tokenizer's EOS and the EOS tokens of the checkpoint's generation config."""
         file = self.model.directory / "generation_config.json"
-        told = read_json(file).get("eos_token_id") if file.is_file() else None
-        return tuple(sorted({self.eot_token_id, *(told if isinstance(told, list) else [told])} - {None}))
+        eos = read_json(file).get("eos_token_id") if file.is_file() else None
+        return tuple(sorted({self.eot_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to the first stop string."""

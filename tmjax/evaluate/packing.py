@@ -18,7 +18,7 @@ from tmjax.models.spec import DecoderSpec
 from tmjax.text.buckets import bucket_length
 from tmjax.typing import Array, Params
 
-#: Most lengths that attention is compiled for.
+#: Largest number of lengths that attention is compiled for.
 LENGTHS = 6
 #: Logits are made for about this many entries (node x vocabulary) at a time, which stay in a processor's cache; but not
 #: for fewer nodes than make a matrix product worth its while.
@@ -26,17 +26,17 @@ LOGIT_ENTRIES = 2**20
 LOGIT_NODES = 256
 
 
-def text_lengths(tokens: Sequence[int], most: int = LENGTHS) -> list[int]:
-    """At most `most` padded lengths, ascending, that pad texts of `tokens` each to the fewest entries T^2 in all."""
+def text_lengths(tokens: Sequence[int], max_lengths: int = LENGTHS) -> list[int]:
+    """Chooses at most `max_lengths` padded lengths, ascending, that minimise the padded entries T^2 of all texts."""
     step = 8
     while max(tokens) > 256 * step:
         step *= 2
     rounded, count = np.unique([-(-n // step) * step for n in tokens], return_counts=True)
     below = np.concatenate([[0], np.cumsum(count)])
-    # Cost of the texts of the first j lengths with so many of them chosen, the j-th being one, and those before it.
+    # best[j]: cost of the texts of the first j lengths if the j-th is chosen last, and the chosen lengths.
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *[(float("inf"), ())] * len(rounded)]
     finished = []
-    for _ in range(min(most, len(rounded))):
+    for _ in range(min(max_lengths, len(rounded))):
         row: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for j, length in enumerate(rounded, 1):
             cost, before = min((best[i][0] + float(below[j] - below[i]) * float(length) ** 2, i) for i in range(j))
@@ -54,10 +54,10 @@ class Chunks:
     owners: np.ndarray
 
     def sums(self, values_cb: np.ndarray, texts: int) -> np.ndarray:
-        """Values [..., C, B] of the chunks' rows as one per text, [..., texts]."""
-        held = self.owners >= 0
+        """Gathers values [..., C, B] of the chunks' rows into one per text, [..., texts]."""
+        occupied = self.owners >= 0
         result = np.zeros((*values_cb.shape[:-2], texts))
-        result[..., self.owners[held]] = values_cb[..., held]
+        result[..., self.owners[occupied]] = values_cb[..., occupied]
         return result
 
 
@@ -156,8 +156,8 @@ def pack(
     begin alike are in one chunk, whatever their lengths. The number of chunks is a multiple of `multiple`.
     """
     inputs = [len(ids) - 1 for ids in texts]
-    # These two stretch with the length of a run, padding included: as long as `bucketed` would pad it. Not so where
-    # texts are to share their beginnings: there it is a text's own length, or the one from which on it matters.
+    # Rotary scalings `dynamic` and `longrope` depend on the length of a run, padding included: as `bucketed` pads it.
+    # With `alike`, where texts share prefixes, it is a text's own length, or the smallest length that matters.
     turns = [rotary.original_positions for rotary in spec.rotaries if rotary.scaling in ("dynamic", "longrope")]
     own = [max(length, min(turns)) if turns and alike else bucket_length(length + 1) - 1 for length in inputs]
     runs = own if turns else [max(inputs)] * len(inputs)
@@ -196,25 +196,25 @@ def pack(
             start += node[chunk].size
 
     def stacked(name: str) -> np.ndarray:
-        held = [np.asarray(getattr(chunk, name), np.int32) for chunk in filled]
-        return np.stack([np.pad(values, (0, size - len(values))) for values in held])
+        arrays = [np.asarray(getattr(chunk, name), np.int32) for chunk in filled]
+        return np.stack([np.pad(values, (0, size - len(values))) for values in arrays])
 
     ids, positions, run = stacked("ids"), stacked("positions"), stacked("runs")
     cos, sin = _tables(spec, positions, run, sorted(set(runs)))
-    held = (back, tuple(nodes), tuple(labels), tuple(ask), tuple(first))
-    return Chunks(Packed(ids, positions, cos, sin, *held), np.concatenate(owners, axis=1))
+    indices = (back, tuple(nodes), tuple(labels), tuple(ask), tuple(first))
+    return Chunks(Packed(ids, positions, cos, sin, *indices), np.concatenate(owners, axis=1))
 
 
 def _tables(
     spec: DecoderSpec, positions_cn: np.ndarray, runs_cn: np.ndarray, runs: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [C, rotary, N, planes] of nodes at `positions_cn` in runs of `runs_cn` tokens."""
+    """Computes cosines and sines [C, rotary, N, planes] of nodes at `positions_cn` in runs of `runs_cn` tokens."""
     result: list[np.ndarray] = []
     for run in runs:
         pair = [np.asarray(table) for table in rotary_tables(spec.rotaries, spec.head_dim, jnp.arange(run))]
         chosen = [np.moveaxis(table[:, np.minimum(positions_cn, run - 1)], 0, 1) for table in pair]
-        here = (runs_cn == run)[:, None, :, None]
-        result = chosen if not result else [np.where(here, new, old) for new, old in zip(chosen, result, strict=True)]
+        in_run = (runs_cn == run)[:, None, :, None]
+        result = chosen if not result else [np.where(in_run, new, old) for new, old in zip(chosen, result, strict=True)]
     return result[0], result[1]
 
 

@@ -81,11 +81,11 @@ def _facts(
             return "not distinguishable"
         return "better" if (high < 0) == lower_is_better else "worse"
 
-    held: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for number, name in enumerate(names):
-        held[name] = {"score": float(point[number]), "ci95": list(percentile_interval(samples[:, number]))}
+        results[name] = {"score": float(point[number]), "ci95": list(percentile_interval(samples[:, number]))}
         if number:
             interval = percentile_interval(samples[:, number] - samples[:, 0])
-            held[name]["difference"] = {"value": float(point[number] - point[0]), "ci95": list(interval)}
-            held[name]["verdict"] = verdict(*interval)
-    return {"documents": documents, "lower_is_better": lower_is_better, "against": names[0], "results": held}
+            results[name]["difference"] = {"value": float(point[number] - point[0]), "ci95": list(interval)}
+            results[name]["verdict"] = verdict(*interval)
+    return {"documents": documents, "lower_is_better": lower_is_better, "against": names[0], "results": results}

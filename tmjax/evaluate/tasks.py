@@ -48,7 +48,7 @@ def task_manager(names: Sequence[str], folder: str | Path | None) -> "TaskManage
                 raise InputError(f"{folder} is not a directory of tasks")
             # Data files are read from inside the folder, where a relative path would lead elsewhere.
             whole = str(Path(folder).resolve())
-            local = _told(lambda: TaskManager(include_path=whole, include_defaults=False), f"tasks in {folder}")
+            local = _loaded(lambda: TaskManager(include_path=whole, include_defaults=False), f"tasks in {folder}")
             if not local.task_index:
                 raise InputError(f"{folder} holds no task (a .yaml file with a `task:` key)")
             if all(name in local.task_index for name in names):
@@ -58,9 +58,9 @@ def task_manager(names: Sequence[str], folder: str | Path | None) -> "TaskManage
     unknown = [name for name in names if name not in known]
     if unknown:
         close = {name: difflib.get_close_matches(name, known, n=3, cutoff=0.5) for name in unknown}
-        told = [f"{name} (perhaps {', '.join(found)})" if found else name for name, found in close.items()]
+        suggestions = [f"{name} (perhaps {', '.join(matches)})" if matches else name for name, matches in close.items()]
         where = f", nor in {folder}" if folder else ""
-        raise InputError(f"not a task of lm-eval {require_lm_eval()}{where}: {summarise(told)}")
+        raise InputError(f"not a task of lm-eval {require_lm_eval()}{where}: {summarise(suggestions)}")
     return manager
 
 
@@ -69,12 +69,12 @@ def _everything(folder: str | None) -> "TaskManager":
     """A manager of the harness's tasks and those of a folder; indexing thousands of files takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return _told(lambda: TaskManager(include_path=folder), "tasks")
+    return _loaded(lambda: TaskManager(include_path=folder), "tasks")
 
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What a model scored: metrics with standard errors by task, samples by task, and what it was asked.
+    """Scores of a model: metrics with standard errors by task, samples by task, and the settings of the tasks.
 
     `tokens_sha256` is the hash of all token ids whose log-likelihoods were taken.
     """
@@ -108,7 +108,7 @@ def run_tasks(
     with contextlib.redirect_stdout(sys.stderr):
         from lm_eval import evaluator
 
-        # Loaded first, so that whatever fails later is not the data.
+        # The data are loaded first, so that later errors are not errors of the data.
         tasks = load_tasks(manager, names, folder)
         outcome = evaluator.simple_evaluate(
             model=model,
@@ -134,26 +134,26 @@ def run_tasks(
 
 
 def load_tasks(manager: "TaskManager", names: Sequence[str], folder: str | Path | None) -> list[Any]:
-    """Tasks and groups with their data read, relative data files from `folder`; raises InputError if that fails."""
+    """Loads tasks and groups with their data, relative data files from `folder`; raises InputError if that fails."""
 
     def load(name: str) -> list[Any]:
-        found = manager.load([name])
-        return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
+        loaded = manager.load([name])
+        return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
     with contextlib.chdir(folder) if folder else contextlib.nullcontext():
-        return [task for name in names for task in _told(lambda name=name: load(name), f"task {name}")]
+        return [task for name in names for task in _loaded(lambda name=name: load(name), f"task {name}")]
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers by metric, `acc` and `acc_stderr`; the filter is named where there is one."""
-    told = {key.replace(",none", ""): value for key, value in values.items() if "," in key}
-    return {key: value if isinstance(value, int | float) else None for key, value in told.items()}
+    """Collects numbers by metric, such as `acc` and `acc_stderr`; a filter other than `none` stays in the name."""
+    by_name = {key.replace(",none", ""): value for key, value in values.items() if "," in key}
+    return {key: value if isinstance(value, int | float) else None for key, value in by_name.items()}
 
 
-def _told(work: Any, what: str) -> Any:
-    """What `work` returns; whatever it raises becomes one line."""
+def _loaded(work: Any, subject: str) -> Any:
+    """Returns the result of `work`; turns any exception into an InputError of one line."""
     try:
         return work()
     except Exception as error:  # the harness and `datasets` raise many unrelated types for the same user mistakes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot load {what}: {reason}") from None
+        raise InputError(f"cannot load {subject}: {reason}") from None
