@@ -44,12 +44,12 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
             markdown_table(*evaluation_rows(manifest)),
             gain_sentence(manifest),
         ]
-    # Where the author's run lies is nobody's business.
-    told = recipe.model_dump(mode="json", exclude={"out", "places"})
+    # The card is published; the author's directories are private.
+    settings = recipe.model_dump(mode="json", exclude={"out", "places"})
     parts += [
         "## What the merge did to every tensor",
         markdown_table(*update_rows(manifest)),
         "## Recipe",
-        f"```yaml\n{yaml.safe_dump(told, sort_keys=False, allow_unicode=True)}```",
+        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```",
     ]
     return "\n\n".join(parts) + "\n"

@@ -15,12 +15,12 @@ def compare_rows(compared: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     rows = []
     for measure, facts in compared.items():
         arrow = "↓" if facts["lower_is_better"] else "↑"
-        for name, held in facts["results"].items():
-            low, high = held["ci95"]
-            cells = [f"{measure} {arrow}", name, f"{held['score']:.4f}", f"[{low:.4f}, {high:.4f}]", "", "", ""]
-            if "difference" in held:
-                low, high = held["difference"]["ci95"]
-                cells[4:] = [f"{held['difference']['value']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", held["verdict"]]
+        for name, result in facts["results"].items():
+            low, high = result["ci95"]
+            cells = [f"{measure} {arrow}", name, f"{result['score']:.4f}", f"[{low:.4f}, {high:.4f}]", "", "", ""]
+            if "difference" in result:
+                low, high = result["difference"]["ci95"]
+                cells[4:] = [f"{result['difference']['value']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", result["verdict"]]
             rows.append(tuple(cells))
     header = ("measure", "result", "score", "95% interval", "against the first", "95% interval", "")
     return header, rows
@@ -40,12 +40,12 @@ def plot_compare(compared: Mapping[str, Any]) -> bytes:
         axis.set_visible(False)
     place = np.arange(len(names))
     for axis, (measure, facts) in zip(axes.flat, compared.items(), strict=False):
-        held = [facts["results"][name]["difference"] for name in names]
-        value = np.asarray([item["value"] for item in held])
-        bounds = np.asarray([item["ci95"] for item in held])
+        differences = [facts["results"][name]["difference"] for name in names]
+        value = np.asarray([item["value"] for item in differences])
+        bounds = np.asarray([item["ci95"] for item in differences])
         # A percentile interval need not hold the point estimate.
-        reach = np.maximum(np.abs(bounds - value[:, None]) * ((bounds - value[:, None]) * [-1, 1] > 0), 0)
-        axis.errorbar(value, place, xerr=reach.T, fmt="o", capsize=3)
+        bars = np.maximum(np.abs(bounds - value[:, None]) * ((bounds - value[:, None]) * [-1, 1] > 0), 0)
+        axis.errorbar(value, place, xerr=bars.T, fmt="o", capsize=3)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(place, labels)
         axis.set_ylim(len(names) - 0.5, -0.5)

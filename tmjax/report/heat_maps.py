@@ -8,12 +8,12 @@ import numpy as np
 from tmjax.report.plots import new_figure, png_bytes
 from tmjax.report.tables import kind_of
 
-#: Most layers that are shown of a site: evenly spread over the depth.
+#: Largest number of layers shown of a site, evenly spread over the depth.
 SHOWN = 8
 
 
 def plot_arms(manifest: Mapping[str, Any]) -> bytes:
-    """Bits per byte of every arm with its 95% interval."""
+    """Plots bits per byte of every arm with its 95% interval, as PNG."""
     evaluation = manifest["evaluation"]
     names = list(evaluation)
     value = np.asarray([evaluation[name]["bits_per_byte"] for name in names])
@@ -22,8 +22,8 @@ def plot_arms(manifest: Mapping[str, Any]) -> bytes:
     axis = axes[0, 0]
     place = np.arange(len(names))
     # A percentile interval need not hold the point estimate.
-    reach = np.maximum(np.stack([value - bounds[:, 0], bounds[:, 1] - value]), 0)
-    axis.errorbar(value, place, xerr=reach, fmt="o", capsize=3)
+    bars = np.maximum(np.stack([value - bounds[:, 0], bounds[:, 1] - value]), 0)
+    axis.errorbar(value, place, xerr=bars, fmt="o", capsize=3)
     if "target" in evaluation:
         axis.axvline(evaluation["target"]["bits_per_byte"], color="black", linewidth=0.8)
     axis.set_yticks(place, names)
@@ -76,18 +76,18 @@ def by_layer(manifest: Mapping[str, Any], key: str) -> tuple[list[str], np.ndarr
 
 
 def plot_coefficient_maps(manifest: Mapping[str, Any]) -> bytes:
-    """alpha, beta and the effective update of every tensor, [kind, layer]."""
+    """Plots alpha, beta and the effective update of every tensor, [kind, layer], as PNG."""
     keys = {
         "alpha": "alpha (of the source)",
         "beta": "beta (of the target)",
         "effective_update": "change of the tensor",
     }
-    found = {key: by_layer(manifest, key) for key in keys}
-    kinds, values = found["alpha"]
+    maps = {key: by_layer(manifest, key) for key in keys}
+    kinds, values = maps["alpha"]
     figure, axes = new_figure(len(keys), 1, 2.6 + 0.16 * values.shape[1], 1.4 + 0.3 * len(kinds))
-    for axis, (key, (_, values)) in zip(axes[0], found.items(), strict=True):
-        most = float(np.nanmax(np.abs(values), initial=1e-9))
-        shown = axis.imshow(values, vmin=-most, vmax=most, cmap="RdBu", aspect="auto")
+    for axis, (key, (_, values)) in zip(axes[0], maps.items(), strict=True):
+        limit = float(np.nanmax(np.abs(values), initial=1e-9))
+        shown = axis.imshow(values, vmin=-limit, vmax=limit, cmap="RdBu", aspect="auto")
         axis.set_title(keys[key], fontsize="medium")
         axis.set_xlabel("layer")
         axis.set_yticks(np.arange(len(kinds)), kinds if axis is axes[0, 0] else [""] * len(kinds))

@@ -8,20 +8,22 @@ import numpy as np
 from tmjax.align.alignment import Alignment
 from tmjax.align.plans import SitePlans
 
-#: Sizes of the sets of partners whose share is told.
+#: Sizes of the sets of partners whose share is reported.
 TOP = (1, 8, 64)
 #: Sites whose units lie in heads, and the count of heads that is theirs.
 HEAD_SITES: Mapping[str, str] = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
 
 
 def heaviest(alignment: Alignment, plans: SitePlans) -> list[tuple[int, int]]:
-    """For every target layer the held source layer that the layer plans weigh most; layers that hold none are left out.
+    """Pairs every target layer with the stored source layer of the largest weight; layers without one are left out.
 
-    One pair a layer: to rebuild all plans of a large model would take as long as to solve them.
+    One pair a layer, because rebuilding all plans of a large model takes as long as solving them.
     """
     weight = np.mean([np.asarray(plan.weights) for plan in alignment.layer_plans.values()], axis=0)
-    held = np.asarray(plans.index) >= 0
-    return [(layer, int(np.argmax(np.where(row, weight[layer], -1.0)))) for layer, row in enumerate(held) if row.any()]
+    stored = np.asarray(plans.index) >= 0
+    return [
+        (layer, int(np.argmax(np.where(row, weight[layer], -1.0)))) for layer, row in enumerate(stored) if row.any()
+    ]
 
 
 def row_shares(plans: SitePlans, layer: int, source_layer: int) -> np.ndarray:
@@ -33,12 +35,12 @@ def row_shares(plans: SitePlans, layer: int, source_layer: int) -> np.ndarray:
 
 
 def concentration(alignment: Alignment) -> dict[str, dict[str, float]]:
-    """Per plan site: units of both sides, mean share of a target unit's mass on its `TOP` partners, and `partners`.
+    """Measures per plan site: units of both sides, mean share of a unit's mass on its `TOP` partners, and `partners`.
 
     `partners` is the exponential of the mean entropy of a target unit's shares: 1 for a matching, k for a uniform plan.
-    Of every target layer the heaviest pair counts.
+    Only the heaviest pair of every target layer counts.
     """
-    found = {}
+    result = {}
     for site, plans in alignment.plans.items():
         sums = np.zeros(len(TOP) + 1)
         count, width = 0, (0, 0)
@@ -50,20 +52,20 @@ def concentration(alignment: Alignment) -> dict[str, dict[str, float]]:
             sums += [*(falling[:, :k].sum() for k in TOP), -np.sum(shares * logs)]
             count += len(shares)
         means = sums / max(count, 1)
-        found[site] = {"target_units": width[0], "source_units": width[1]}
-        found[site] |= {f"top_{k}": float(value) for k, value in zip(TOP, means, strict=False)}
-        found[site]["partners"] = float(np.exp(means[-1]))
-    return found
+        result[site] = {"target_units": width[0], "source_units": width[1]}
+        result[site] |= {f"top_{k}": float(value) for k, value in zip(TOP, means, strict=False)}
+        result[site]["partners"] = float(np.exp(means[-1]))
+    return result
 
 
 def head_shares(
     alignment: Alignment, target: Mapping[str, int], source: Mapping[str, int]
 ) -> dict[str, list[tuple[int, int, np.ndarray]]]:
-    """Per site of `HEAD_SITES`: (target layer, source layer, share [H, H'] of each target head's mass on source heads).
+    """Lists per head site: (target layer, source layer, share [H, H'] of each target head's mass on source heads).
 
-    `target` and `source` count `heads` and `kv_heads`. Of every target layer the heaviest pair.
+    `target` and `source` count `heads` and `kv_heads`. Only the heaviest pair of every target layer is listed.
     """
-    found = {}
+    result = {}
     for site, count in HEAD_SITES.items():
         if site not in alignment.plans:
             continue
@@ -74,5 +76,5 @@ def head_shares(
             mass = heads.sum(axis=(1, 3))
             total = mass.sum(axis=1, keepdims=True)
             blocks.append((layer, other, np.divide(mass, total, out=np.zeros_like(mass), where=total > 0)))
-        found[site] = blocks
-    return found
+        result[site] = blocks
+    return result

@@ -117,7 +117,7 @@ def plot_sweep(rows: Sequence[Result]) -> bytes:
         place = {value: value if _numeric(rows, key) else number for number, (value, *_) in enumerate(best)}
         if len(keys) > 1:
             axis.plot([place[row[key]] for row in done], [row["bits_per_byte"] for row in done], ".", color="#bbb")
-        axis.plot([place[value] for value, *_ in best], [least for _, least, _ in best], "o-", markersize=4)
+        axis.plot([place[value] for value, *_ in best], [lowest for _, lowest, _ in best], "o-", markersize=4)
         if not _numeric(rows, key):
             axis.set_xticks(list(place.values()), [_shown(value) for value in place])
         axis.set_xlabel(key)
@@ -152,7 +152,7 @@ def write_sweep_report(file: Path, run: Path, manifest: Mapping[str, Any], rows:
         sections += ["<h2>Bits per byte on the test texts</h2>", table("evaluation", *evaluation_rows(manifest))]
     sections += [image("sweep_plot", png), "<h2>Best settings</h2>", table("settings", *best_rows(rows, 50))]
     for key in _keys(rows):
-        lines = [(_shown(value), f"{least:.5f}", f"{mean:.5f}") for value, least, mean in marginals(rows, key)[:100]]
+        lines = [(_shown(value), f"{lowest:.5f}", f"{mean:.5f}") for value, lowest, mean in marginals(rows, key)[:100]]
         sections += [f"<h2>{escape(key)}</h2>", table(f"by_{key}", (key, "best bits/byte", "mean"), lines)]
     reasons: dict[str, int] = {}
     for row in rows:

@@ -28,8 +28,8 @@ def task_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     models = result["tasks"]
     keys = dict.fromkeys(
         (task, metric)
-        for held in models.values()
-        for task, metrics in held["results"].items()
+        for model in models.values()
+        for task, metrics in model["results"].items()
         for metric in metrics
         if "_stderr" not in metric
     )
@@ -40,7 +40,7 @@ def task_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         return "" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
     rows = [
-        (task, metric, *(cell(held["results"].get(task, {}), metric) for held in models.values()))
+        (task, metric, *(cell(model["results"].get(task, {}), metric) for model in models.values()))
         for task, metric in keys
     ]
     return ("task", "metric", *models), rows
@@ -115,9 +115,9 @@ def alignment_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     return ("site", "converged", "largest marginal error", "most iterations", "in log domain", "kept as"), rows
 
 
-def concentration_rows(found: Mapping[str, Mapping[str, float]]) -> tuple[Row, list[Row]]:
+def concentration_rows(concentration: Mapping[str, Mapping[str, float]]) -> tuple[Row, list[Row]]:
     """Header and rows of how sharp the plans are (`matching.concentration`)."""
-    keys = list(dict.fromkeys(key for item in found.values() for key in item if key.startswith("top_")))
+    keys = list(dict.fromkeys(key for item in concentration.values() for key in item if key.startswith("top_")))
     rows = [
         (
             site,
@@ -125,7 +125,7 @@ def concentration_rows(found: Mapping[str, Mapping[str, float]]) -> tuple[Row, l
             *(f"{item[key]:.1%}" for key in keys),
             f"{item['partners']:.1f}",
         )
-        for site, item in found.items()
+        for site, item in concentration.items()
     ]
     tops = (f"mass in top {key.removeprefix('top_')}" for key in keys)
     return ("site", "units", *tops, "effective partners"), rows

@@ -127,7 +127,7 @@ def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any]) -> str:
         parts.append(gain_sentence(manifest))
     if manifest.get("forgetting"):
         parts += ["## Other texts", markdown_table(*forgetting_rows(manifest))]
-    told = recipe.model_dump(mode="json", exclude={"out", "places"})
+    settings = recipe.model_dump(mode="json", exclude={"out", "places"})
     parts += ["## Training", markdown_table(*training_rows(manifest)), "## Recipe"]
-    parts.append(f"```yaml\n{yaml.safe_dump(told, sort_keys=False, allow_unicode=True)}```")
+    parts.append(f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```")
     return "\n\n".join(parts) + "\n"
