@@ -1,4 +1,4 @@
-"""Which files of a run directory are the run's own: those that its manifest names, and a few others."""
+"""Files that a run owns in its directory: those that its manifest names, and a few others."""
 
 import json
 import re
@@ -25,20 +25,20 @@ _NESTED = re.compile(r"merge|sources/[^/]+")
 
 
 def split(path: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Names of all files below a run directory: the run's own, and others."""
+    """Splits the names of all files below a run directory into the run's own and others."""
     own, others = [], []
     nested = {
-        name: told
+        name: nested_manifest
         for name in (place.relative_to(path).as_posix() for place in (path / "merge", *path.glob("sources/*")))
-        if _NESTED.fullmatch(name) and (told := _manifest(path / name)) is not None
+        if _NESTED.fullmatch(name) and (nested_manifest := _manifest(path / name)) is not None
     }
-    below = {name: set(split(path / name, told)[0]) for name, told in nested.items()}
-    held = listed(path, manifest)
+    below = {name: set(split(path / name, nested_manifest)[0]) for name, nested_manifest in nested.items()}
+    stage_files = listed(path, manifest)
     records = {"adapter": set(recorded(path / "adapter")) | {RECORD}}
     for name in walk(path):
         inside = next((top for top in (*below, *records) if name.startswith(f"{top}/")), None)
         nested_own = inside is not None and name.removeprefix(f"{inside}/") in (below | records)[inside]
-        (own if nested_own or is_own(name, held) else others).append(name)
+        (own if nested_own or is_own(name, stage_files) else others).append(name)
     return own, sorted(others)
 
 
@@ -75,7 +75,7 @@ def is_edited(file: Path, size: int) -> bool:
 
 def _manifest(path: Path) -> dict[str, Any] | None:
     try:
-        told = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return told if isinstance(told, dict) and "tmjax" in told and "stages" in told else None
+    return manifest if isinstance(manifest, dict) and "tmjax" in manifest and "stages" in manifest else None

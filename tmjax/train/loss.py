@@ -46,8 +46,8 @@ def _slope(spec: DecoderSpec, capped: Array) -> Array | float:
 
 
 def _pieces(batch: int, tokens: int, vocab: int) -> int:
-    most = max(-(-LEAST_TOKENS // batch), LOGIT_ENTRIES // (batch * vocab), 1)
-    return -(-tokens // most)
+    piece_tokens = max(-(-LEAST_TOKENS // batch), LOGIT_ENTRIES // (batch * vocab), 1)
+    return -(-tokens // piece_tokens)
 
 
 def _cut(x_bt: Array, pieces: int) -> Array:
