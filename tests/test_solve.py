@@ -127,7 +127,7 @@ def test_sums_are_slopes_of_the_loss(loose, said, batches) -> None:
     for number in range(2):
         truth = jax.jit(jax.grad(lambda params, number=number: losses(loose, params, said)[number]))(dict(loose.params))
         close = {"rtol": 0, "atol": 3e-5 * float(jnp.abs(truth["head.weight"]).max())}
-        np.testing.assert_allclose(sums.wanted[number], -truth["head.weight"], **close)
+        np.testing.assert_allclose(sums.cross[number], -truth["head.weight"], **close)
         last = truth[paths["down"]][-1]
         np.testing.assert_allclose(sums.inner[paths["down"]][number, -1], -last, atol=1e-4 * float(jnp.abs(last).max()))
         first = truth[paths["down"]][0]
@@ -179,7 +179,7 @@ def test_the_solve_is_a_ridge_regression(target, said, batches) -> None:
             truth = np.asarray(sums.inner[path][number, 1], np.float64) @ ridged(sums.grams[site][1])
             np.testing.assert_allclose(directions[path][number, 1], truth, atol=2e-3 * np.abs(truth).max())
     seen = np.asarray(sums.curvature, np.float64) + OPTIONS.prior_tokens / float(sums.count[2])
-    truth = np.asarray(sums.wanted[1], np.float64) @ ridged(sums.gram) / seen[:, None]
+    truth = np.asarray(sums.cross[1], np.float64) @ ridged(sums.gram) / seen[:, None]
     np.testing.assert_allclose(directions[held.readout][1], truth, atol=2e-3 * np.abs(truth).max())
 
 

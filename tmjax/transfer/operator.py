@@ -125,8 +125,8 @@ def builtin_operators() -> Mapping[str, Operator | Contributor]:
         importlib.import_module(f"{operators.__name__}.{entry.name}")
         for entry in pkgutil.iter_modules(operators.__path__)
     ]
-    found = [module.OPERATOR for module in modules if hasattr(module, "OPERATOR")]
-    return {operator.name: operator for operator in found}
+    provided = [module.OPERATOR for module in modules if hasattr(module, "OPERATOR")]
+    return {operator.name: operator for operator in provided}
 
 
 def find_operator(name: str) -> Operator | Contributor:
@@ -145,11 +145,11 @@ def find_operator(name: str) -> Operator | Contributor:
     builtin = builtin_operators()
     if name in builtin:
         return builtin[name]
-    found = load_plugin(name, ENTRY_POINTS, "operator")
-    if found is None:
+    plugin = load_plugin(name, ENTRY_POINTS, "operator")
+    if plugin is None:
         known = ", ".join((*builtin, *sorted(offered(ENTRY_POINTS))))
         raise InputError(f"operator {name!r} is not known; known are {known}")
-    operator = found() if isinstance(found, type) else found
+    operator = plugin() if isinstance(plugin, type) else plugin
     lacking = [part for part in ("name", "options", "needs", "chooses", "memory") if not hasattr(operator, part)]
     if not isinstance(operator, Operator | Contributor):
         lacking += ["apply or contribute"]
@@ -168,7 +168,14 @@ def _digest(content: bytes) -> str:
 
 
 def code_hashes(chain: Chain) -> dict[str, str]:
-    """Hashes the files of operators outside this package, which decide a result as inputs do: SHA-256 by operator."""
+    """Hashes the files of operators outside this package; they are inputs of a result.
+
+    Args:
+        chain: The operators of a recipe.
+
+    Returns:
+        SHA-256 of the file by operator name.
+    """
     package = f"{__name__.partition('.')[0]}."
     modules = {step.operator.name: type(step.operator).__module__ for step in chain}
     files = {

@@ -1,15 +1,15 @@
-"""Rounds of ridge regressions toward wanted predictions: what the source says comes next, beside what comes in truth.
+"""Rounds of ridge regressions toward prediction targets: the true next tokens and the teacher probabilities.
 
-At every position of the calibration texts the true next token, and the source's probabilities where both models read
-the same text so far, say how logits and the last residual stream should change. The change of a projection that turns
-its inputs x into the wanted changes y is a ridge regression in closed form,
+The targets of a position of the calibration texts are the true next token, and the source's probabilities wherever both
+models have read the same text. The residuals of the targets give the changes y of the logits and of the last residual
+stream. The change of a projection that maps its inputs x to the changes y is a ridge regression in closed form,
 
     dW = Y (A + lambda tr(A) / n I)^-1,  Y = mean of y x^T,  A = mean of x x^T,
 
-as Benzing (2022) steps in FOOF; the read-out is solved per token with its own curvature, the mean of p (1 - p). What
-writes the residual stream is solved as if nothing came after it, so nothing is propagated back through a block.
-Validation text says how much of a change is taken, and what the source's word weighs. There is no optimiser; read
-strictly, what a round does to the read-out and to the last block is one damped Gauss-Newton step.
+as in FOOF (Benzing, 2022). The read-out is solved per token with its own curvature, the mean of p (1 - p). A projection
+that writes the residual stream is solved as if no block followed it, so nothing is propagated back through a block.
+The step sizes and the weight of the teacher probabilities are chosen on validation text. There is no optimiser; a round
+is one damped Gauss-Newton step of the read-out and of the last block.
 """
 
 import functools
@@ -33,31 +33,31 @@ from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
 from tmjax.typing import Array, ArrayLike, Params
 
-#: What the source's word weighs beside the true tokens, position for position.
+#: Weights tried for the teacher probabilities, relative to the true next tokens.
 WEIGHTS = (0.0, 0.3, 1.0, 3.0)
-#: What an arm without a source multiplies its steps by where others try weights: as many trials for all.
+#: Step factors that an arm without a source tries in place of weights, so that all arms have as many trials.
 STEPS_FOR_WEIGHTS = (1.0, 0.25, 0.7, 2.0)
-#: First steps (read-out, projections), and what later trials of a round multiply them by.
+#: Initial steps (read-out, projections), and the factors of the later trials of a round.
 STEPS = (0.12, 0.05)
 FACTORS = ((0.5, 1.0), (1.0, 0.5), (1.5, 1.5))
 #: Projections that write the residual stream.
 WRITERS = ("o", "down")
-#: Logits are made for about this many entries (token x vocabulary) at a time: of a batch on an accelerator, of a part
-#: of one on a CPU, whose caches hold about so many; but for at least so many tokens.
+#: Entries (token x vocabulary) of the logits made at a time: of a batch on an accelerator, of a part of one on a CPU,
+#: whose caches hold about that many; and the smallest number of tokens.
 LOGIT_ENTRIES, CPU_ENTRIES, LEAST_TOKENS = 2**26, 2**20, 512
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def batch_tokens(vocab: int, most: int) -> int:
-    """Tokens of a batch, at most `most` of them unless that is too few to read the unembedding for."""
-    return max(LEAST_TOKENS, min(most, LOGIT_ENTRIES // vocab))
+def batch_tokens(vocab: int, max_tokens: int) -> int:
+    """Returns the tokens of a batch: at most `max_tokens`, unless that is too few to read the unembedding for."""
+    return max(LEAST_TOKENS, min(max_tokens, LOGIT_ENTRIES // vocab))
 
 
 class PredictionTargets(NamedTuple):
     """A batch of texts, joined in rows, and the source's probabilities of their next tokens.
 
     `own`: whether the texts' own next tokens are targets too. At every token of the rows [B, T], `token` [B, T, K]
-    int32 and their probabilities `weight` [B, T, K] float32, zero where the source has no say.
+    int32 and their probabilities `weight` [B, T, K] float32, zero where the source has no distribution.
     """
 
     texts: Joined
@@ -67,14 +67,14 @@ class PredictionTargets(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Means over positions: wanted changes times inputs, of the true tokens and of the source's word; input Grams.
+    """Sums or means over positions: target changes times inputs, of true tokens and of the teacher; Grams of inputs.
 
-    `wanted` [2, V, embed] and `gram` [embed, embed] are the read-out's, `curvature` [V] its mean of p (1 - p);
-    `inner` [2, L, out, in] by path and `grams` [L, in, in] by input site the projections'. `count` [3]: positions
-    of the true tokens, of the source's word, of all texts.
+    `cross` [2, V, embed] and `gram` [embed, embed] belong to the read-out, `curvature` [V] is its mean of p (1 - p);
+    `inner` [2, L, out, in] by path and `grams` [L, in, in] by input site belong to the projections. `count` [3]:
+    positions of the true tokens, of the teacher (by its probability), of all texts.
     """
 
-    wanted: Array
+    cross: Array
     gram: Array
     curvature: Array
     inner: dict[str, Array]
@@ -83,14 +83,14 @@ class Sums(NamedTuple):
 
 
 class SolvedArrays(NamedTuple):
-    """Arrays that are solved: the path of the read-out, and (path, input site) of the projections that move."""
+    """Arrays that are solved: the path of the read-out, and (path, input site) of the projections that change."""
 
     readout: str
     writers: tuple[tuple[str, str], ...]
 
 
 def logits_at_once(vocab: int, tokens: int) -> int:
-    """Tokens of a batch of `tokens` whose logits are made at the same time."""
+    """Returns the number of tokens, of a batch of `tokens`, whose logits are made at the same time."""
     return tokens if jax.default_backend() != "cpu" else min(tokens, max(LEAST_TOKENS, CPU_ENTRIES // vocab))
 
 
@@ -106,7 +106,7 @@ def _sums(
     dtype: jnp.dtype,
     mesh: Mesh | None,
 ) -> Sums:
-    """Adds up one batch for the arrays that are solved."""
+    """Sums one batch for the arrays that are solved."""
     readout, writers = solved
     real = (texts.text >= 0).astype(jnp.float32)
     sites = ("resid", *dict.fromkeys(site for _, site in writers))
@@ -132,32 +132,32 @@ def _sums(
 
     def piece(total: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         stream, label, real, token, weight = part
-        found, back, states = jax.vjp(logits, jnp.asarray(params[readout], jnp.float32), stream, has_aux=True)
-        p = jax.nn.softmax(found)
+        scores, back, states = jax.vjp(logits, jnp.asarray(params[readout], jnp.float32), stream, has_aux=True)
+        p = jax.nn.softmax(scores)
         row, place = jnp.ogrid[: p.shape[0], : p.shape[1]]
-        said = jnp.sum(weight, axis=-1)
-        # What is wanted of the logits: minus the slope of the loss, q - p as often as a token is wanted.
-        wanted = [(-said[..., None] * p).at[row[..., None], place[..., None], token].add(weight)]
+        mass = jnp.sum(weight, axis=-1)
+        # Residuals of the logits, the negative gradient of the loss: q - p, weighted by the mass of the target.
+        residuals = [(-mass[..., None] * p).at[row[..., None], place[..., None], token].add(weight)]
         if own:
-            wanted.insert(0, (-real[..., None] * p).at[row, place, jnp.maximum(label, 0)].add(real))
-        moved, asked = zip(*map(back, wanted), strict=True)
+            residuals.insert(0, (-real[..., None] * p).at[row, place, jnp.maximum(label, 0)].add(real))
+        moved, asked = zip(*map(back, residuals), strict=True)
         total = total[0] + jnp.stack(moved), total[1] + jnp.sum(real[..., None] * p * (1 - p), axis=(0, 1))
         return total, (jnp.stack(asked, axis=2).astype(jnp.float32), states.astype(jnp.float32))
 
     kinds = 1 + own
     start = jnp.zeros((kinds, *params[readout].shape)), jnp.zeros(spec.vocab)
     parts = tuple(map(cut, (last, jnp.asarray(texts.label), real, token, weight)))
-    (wanted, curvature), pieces = jax.lax.scan(piece, start, parts)
+    (cross, curvature), pieces = jax.lax.scan(piece, start, parts)
     asked, states = map(whole, pieces)
     hidden = states * real[..., None]
     inputs = {site: x.astype(jnp.float32) * real[:, :, None] for site, x in captured.items()}
 
     def both(x: Array) -> Array:
-        """For the true tokens and for the source's word, the former zero if they are not wanted."""
+        """Returns [true tokens, teacher]; the former is zero if true tokens are no targets."""
         return x if own else jnp.concatenate([jnp.zeros_like(x), x])
 
     return Sums(
-        both(wanted),
+        both(cross),
         jnp.einsum("bte,btf->ef", hidden, hidden, precision=_EXACT),
         curvature,
         {path: both(jnp.einsum("btso,lbti->sloi", asked, inputs[site], precision=_EXACT)) for path, site in writers},
@@ -180,7 +180,7 @@ def _means(sums: Sums) -> Sums:
         return x / each.reshape(2, *[1] * (x.ndim - 1))
 
     return Sums(
-        both(sums.wanted),
+        both(sums.cross),
         sums.gram / seen,
         sums.curvature / seen,
         {path: both(x) for path, x in sums.inner.items()},
@@ -194,10 +194,10 @@ def _right_solve(gram: Array, values: Array, ridge: float) -> Array:
     """values (gram + ridge tr(gram) / n I)^-1 for symmetric gram [..., n, n] and values [2, ..., out, n]."""
     n = gram.shape[-1]
     mean = jnp.trace(gram, axis1=-2, axis2=-1) / n
-    held = gram + ridge * mean[..., None, None] * jnp.eye(n)
+    damped = gram + ridge * mean[..., None, None] * jnp.eye(n)
     # Both right-hand sides as more rows of one.
     rows = jnp.moveaxis(values, 0, -3).reshape(*gram.shape[:-2], -1, n)
-    solved = jnp.swapaxes(jnp.linalg.solve(held, jnp.swapaxes(rows, -1, -2)), -1, -2)
+    solved = jnp.swapaxes(jnp.linalg.solve(damped, jnp.swapaxes(rows, -1, -2)), -1, -2)
     return jnp.moveaxis(solved.reshape(*gram.shape[:-2], 2, -1, n), -3, 0)
 
 
@@ -214,8 +214,8 @@ def _moved(
     weight: Array,
     trust: float | None,
 ) -> dict[str, Array]:
-    """The tensors after `step` (in units of their norms) in the mixed direction, each within `trust` of its start."""
-    found = {}
+    """Moves tensors by `step` (in units of their norms) in the mixed direction, each within `trust` of its start."""
+    result = {}
     for path, value in now.items():
         change = direction[path][0] + weight * direction[path][1]
         value = value + step[path] * change * _norm(value) / jnp.maximum(_norm(change), 1e-30)
@@ -223,21 +223,21 @@ def _moved(
             first = start[path].astype(jnp.float32)
             far, limit = _norm(value - first), trust * _norm(first)
             value = first + (value - first) * jnp.where(far > limit, limit / jnp.maximum(far, 1e-30), 1.0)
-        found[path] = value
-    return found
+        result[path] = value
+    return result
 
 
 def finite(loss: Callable[[Params], float], params: Params) -> float:
-    """The loss, infinity if it is not finite: of a step too far, worse than any other and no reason to end a merge."""
+    """Returns the loss, or infinity if it is not finite: too large a step loses its trial and does not end a merge."""
     try:
-        found = loss(params)
+        value = loss(params)
     except NonFiniteError:
         return math.inf
-    return found if math.isfinite(found) else math.inf
+    return value if math.isfinite(value) else math.inf
 
 
 class _Trial(NamedTuple):
-    """Validation bits per byte at a weight of the source's word and steps (read-out, projections)."""
+    """Validation bits per byte at a weight of the teacher probabilities and steps (read-out, projections)."""
 
     loss: float
     weight: float
@@ -246,9 +246,9 @@ class _Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Solved:
-    """What the rounds came to: parameters, validation bits per byte before and after each, choices, trials made.
+    """Result of the rounds: parameters, validation bits per byte before and after each, choices, number of trials.
 
-    `positions`: of the true tokens, of the source's word (by its probability), of all texts.
+    `positions`: of the true tokens, of the teacher (by its probability), of all texts.
     """
 
     params: Params
@@ -259,7 +259,7 @@ class Solved:
 
     @property
     def from_source(self) -> bool:
-        """Whether any round that was taken listened to the source."""
+        """Whether any accepted round gave the teacher probabilities a weight."""
         return any(item["weight"] > 0 for item in self.chosen)
 
 
@@ -292,10 +292,10 @@ class PredictionOptions(Section):
 
 @dataclass(frozen=True)
 class Solver:
-    """Solves a model's read-out, and with `scope: direct` what writes its residual stream.
+    """Solves a model's read-out, and with `scope: direct` the projections that write its residual stream.
 
-    `start` are the parameters that the trust cap is about. `known` [V] bool are the rows of the read-out that are
-    tokens, where some are not: those stay as they are.
+    `start` are the parameters that the trust cap is relative to. `known` [V] bool marks the rows of the read-out that
+    are tokens, if some are not; the other rows stay unchanged.
     """
 
     spec: DecoderSpec
@@ -308,50 +308,50 @@ class Solver:
 
     @property
     def readout(self) -> str:
-        """Path of the read-out, which may be the embeddings too."""
+        """Path of the read-out; with tied embeddings, that of the embeddings."""
         return "embed.weight" if self.spec.tied_embeddings else "head.weight"
 
     @property
     def writers(self) -> tuple[tuple[str, str], ...]:
-        """(path, input site) of the projections that move."""
+        """(path, input site) of the projections that change."""
         rows = projections(self.rows)
         roles = WRITERS if self.options.scope == "direct" else ()
         return tuple((rows[role].path, rows[role].input_site) for role in roles if role in rows)
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of everything that moves."""
+        """Paths of all tensors that change."""
         return (self.readout, *(path for path, _ in self.writers))
 
     def sums(self, params: Params, batches: Sequence[PredictionTargets]) -> Sums:
-        """What the solve needs of the texts under these parameters."""
+        """Computes the means over the texts that the solve needs, under these parameters."""
         total: Sums | None = None
         how = SolvedArrays(self.readout, self.writers), self.dtype, self.layout.mesh
         for batch in batches:
             place = self.layout.place_batch
             arrays = Joined(*map(place, batch.texts)), place(batch.token), place(batch.weight)
-            found = _sums(self.spec, params, *arrays, batch.own, *how)
-            total = jax.block_until_ready(found if total is None else _added(total, found))
+            batch_sums = _sums(self.spec, params, *arrays, batch.own, *how)
+            total = jax.block_until_ready(batch_sums if total is None else _added(total, batch_sums))
         assert total is not None
         return jax.block_until_ready(_means(total))
 
     def directions(self, sums: Sums) -> dict[str, Array]:
-        """The solved changes by path, [2, ...]: for the true tokens, for the source's word."""
+        """Solves for the changes by path, [2, ...]: for the true tokens, for the teacher probabilities."""
         ridge = self.options.ridge
         seen = sums.curvature + self.options.prior_tokens / sums.count[2]
-        readout = _right_solve(sums.gram, sums.wanted, ridge) / seen[:, None]
-        found = {self.readout: readout if self.known is None else jnp.where(self.known[:, None], readout, 0.0)}
+        readout = _right_solve(sums.gram, sums.cross, ridge) / seen[:, None]
+        changes = {self.readout: readout if self.known is None else jnp.where(self.known[:, None], readout, 0.0)}
         for path, site in self.writers:
             # One at a time: several LAPACK calls in one program can lock up the thread pool of XLA's CPU backend.
-            found[path] = jax.block_until_ready(_right_solve(sums.grams[site], sums.inner[path], ridge))
-        return found
+            changes[path] = jax.block_until_ready(_right_solve(sums.grams[site], sums.inner[path], ridge))
+        return changes
 
     def moved(
         self, params: Params, directions: dict[str, Array], weight: float, steps: tuple[float, float]
     ) -> dict[str, ArrayLike]:
-        """The parameters after steps of these sizes (read-out, projections)."""
+        """Returns the parameters after steps of these sizes (read-out, projections)."""
         sizes = {path: jnp.float32(steps[path != self.readout]) for path in self.paths}
-        now, first = ({path: held[path] for path in self.paths} for held in (params, self.start))
+        now, first = ({path: each[path] for path in self.paths} for each in (params, self.start))
         return {**params, **_moved(now, first, directions, sizes, jnp.float32(weight), self.options.trust)}
 
     def _tried(
@@ -363,9 +363,9 @@ class Solver:
         *,
         with_source: bool,
     ) -> list[_Trial]:
-        """All weights at these steps, then other steps at the best weight; without a source, steps for weights.
+        """Tries all weights at these steps, then other steps at the best weight; without a source, steps for weights.
 
-        In every round: the first ones often take the true tokens alone, and hear the source once these are learnt.
+        Weights are tried in every round: the first rounds often choose weight 0, later ones a positive weight.
         """
 
         def attempt(weight: float, step: tuple[float, float]) -> _Trial:
@@ -386,9 +386,9 @@ class Solver:
         progress: Callable[[int, int], None] = lambda done, total: None,
         screen: Callable[[Params], float] | None = None,
     ) -> Solved:
-        """At most `rounds` solves; every arm tries as many weights of the source's word and steps on `loss`.
+        """Solves at most `rounds` times; every arm has as many trials of weights and steps, compared by `loss`.
 
-        With a `screen`, a cheaper loss, a round's trials are compared by that, and the best of them is held to `loss`.
+        With a `screen`, a cheaper loss, the trials of a round are compared by it and only the best is scored by `loss`.
         A round without a better trial halves the steps. Raises NonFiniteError if no trial of a round has a finite loss.
         """
         params = {**params, **{path: jnp.asarray(params[path], jnp.float32) for path in self.paths}}

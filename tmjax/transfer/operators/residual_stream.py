@@ -146,7 +146,7 @@ def _array(params: Params, path: str) -> np.ndarray:
 
 
 def _norms(stream: _StreamPlan, target: Model, source: Model, params: Params) -> dict[str, Moved]:
-    found = {}
+    items = {}
     offset, other = float(target.spec.norm_offset), float(source.spec.norm_offset)
     for path, old in target.params.items():
         base, kind = path.rpartition(".")[::2]
@@ -154,15 +154,15 @@ def _norms(stream: _StreamPlan, target: Model, source: Model, params: Params) ->
             continue
         shift = (offset, other) if kind == "weight" else (0.0, 0.0)
         if base == "norm":
-            found[path] = _moved(_final(stream, target, source, _array(params, path) + shift[1]) - shift[0])
+            items[path] = _moved(_final(stream, target, source, _array(params, path) + shift[1]) - shift[0])
         elif base in _NORM_SITES:
             weight, value = _array(params, path) + shift[1], np.zeros(np.shape(old))
             for layer, m in np.argwhere(stream.weights > 0):
                 s, inverse = stream.scales(_NORM_SITES[base], layer, m)
                 value[layer] += stream.weights[layer, m] * s * (stream.maps(layer, m).ahead @ (inverse * weight[m]))
             kept = (stream.weights.sum(axis=1) > 0)[:, None]
-            found[path] = _moved(value - shift[0], kept)
-    return found
+            items[path] = _moved(value - shift[0], kept)
+    return items
 
 
 def _final(stream: _StreamPlan, target: Model, source: Model, value: np.ndarray) -> np.ndarray:
@@ -180,30 +180,30 @@ def _final(stream: _StreamPlan, target: Model, source: Model, value: np.ndarray)
 def _tables(stream: _StreamPlan, target: Model, source: Model, params: Params, *, norms: bool) -> dict[str, Moved]:
     """Embeddings, learned positions and output rows."""
     own, other = shared_tokens(*(load_tokenizer(model.directory, model.spec.vocab) for model in (target, source)))
-    held = [(t, s) for t, s in zip(own, other, strict=True) if t < target.spec.vocab and s < source.spec.vocab]
-    own, other = (np.array([pair[i] for pair in held], int) for i in (0, 1))
+    pairs = [(t, s) for t, s in zip(own, other, strict=True) if t < target.spec.vocab and s < source.spec.vocab]
+    own, other = (np.array([pair[i] for pair in pairs], int) for i in (0, 1))
     if not len(own):
         return {}
     maps, (s, inverse) = stream.maps(*stream.ends[0]), stream.scales("resid", *stream.ends[0])
     into = (maps.ahead * s[:, None] * inverse[None, :]).T * source.spec.embedding_scale / target.spec.embedding_scale
     shape = np.shape(target.params["embed.weight"])
-    found = {"embed.weight": _rows(shape, own, _array(params, "embed.weight")[other] @ into)}
+    items = {"embed.weight": _rows(shape, own, _array(params, "embed.weight")[other] @ into)}
     if target.spec.learned_positions and source.spec.learned_positions:
         positions = (
             _array(params, "positions.weight") @ into * target.spec.embedding_scale / source.spec.embedding_scale
         )
         shape = np.shape(target.params["positions.weight"])
-        most = min(shape[0], len(positions))
-        found["positions.weight"] = _rows(shape, np.arange(most), positions[:most])
+        count = min(shape[0], len(positions))
+        items["positions.weight"] = _rows(shape, np.arange(count), positions[:count])
     if not target.spec.tied_embeddings:
         rows = _array(params, "embed.weight" if source.spec.tied_embeddings else "head.weight")[other]
         last, scale = stream.maps(*stream.ends[1]), source.spec.logit_scale / target.spec.logit_scale
-        # Source units that share a target unit may lie behind different weights of the norm: these go into the rows.
+        # Source units that share a target unit may have different weights of the norm: these are folded into the rows.
         behind = _final_weight(params, source)
         ahead = last.ahead @ behind if norms else _final_weight(target.params, target)
         back = scale * behind[:, None] * last.back / np.where(np.abs(ahead) > 1e-6, ahead, np.inf)[None, :]
-        found["head.weight"] = _rows(np.shape(target.params["head.weight"]), own, rows @ back)
-    return found
+        items["head.weight"] = _rows(np.shape(target.params["head.weight"]), own, rows @ back)
+    return items
 
 
 def _final_weight(params: Params, model: Model) -> np.ndarray:
