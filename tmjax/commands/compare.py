@@ -24,7 +24,7 @@ FINAL = ("adapted", "merged", "best")
 
 
 def compare_results(names: Sequence[str], *, draws: int = 10000, seed: int = 0) -> dict[str, Any]:
-    """Every result against the first, with paired intervals; `notes` say what was left out and why.
+    """Compares every result with the first, with paired intervals; `notes` list omitted measures and the reasons.
 
     A result is a folder of `tmjax evaluate --out`, a run directory (its final model) or `RUN:ARM`. Raises InputError
     for anything else, and for results of other documents.
@@ -49,7 +49,7 @@ def compare_results(names: Sequence[str], *, draws: int = 10000, seed: int = 0) 
 
 @contextlib.contextmanager
 def write_plot(file: Path | None, *, overwrite: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields what writes the plot of a comparison (nothing without a file), whose place was found to be good.
+    """Yields a function that writes the plot of a comparison after a check of its path (nothing without a file).
 
     Raises InputError if there is a file, unless `overwrite` and tmjax wrote it.
     """

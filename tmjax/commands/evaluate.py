@@ -155,7 +155,7 @@ def _task_facts(results: TaskResults, tasks: TaskOptions) -> dict[str, Any]:
 
 
 def _places(directories: Sequence[str], out: Path) -> dict[str, Path]:
-    """Where the results of each model go."""
+    """Returns the output directory of each model."""
     if len(directories) == 1:
         return {directories[0]: out}
     names = [Path(d).resolve().name if Path(d).exists() else Path(d).name for d in directories]
@@ -165,7 +165,7 @@ def _places(directories: Sequence[str], out: Path) -> dict[str, Path]:
 
 
 def _reserve(stack: contextlib.ExitStack, out: Path, places: Iterable[Path], *, overwrite: bool) -> None:
-    """Holds the locks of the outputs as long as the stack is open; refuses what exists."""
+    """Locks the outputs as long as the stack is open; refuses existing ones."""
     for place in dict.fromkeys([out, *places]):
         stack.enter_context(OutputLock(place))
     for place in places:

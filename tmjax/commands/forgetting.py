@@ -1,4 +1,4 @@
-"""What a run costs elsewhere: texts of other languages or domains before and after (`--other-texts`)."""
+"""Forgetting: scores on texts of other languages or domains before and after a run (`--other-texts`)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

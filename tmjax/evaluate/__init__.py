@@ -1,1 +1,1 @@
-"""What a model is worth on held-out text, with intervals and controls."""
+"""Evaluation of models on held-out text and tasks, with intervals and controls."""

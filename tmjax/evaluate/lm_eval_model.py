@@ -92,12 +92,12 @@ class TmjaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS, or EOS where there is none."""
+        """Token before a text without context: BOS, or EOS if there is no BOS."""
         return self._prefix
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens where a task does not say how many."""
+        """Number of new tokens if a task gives none."""
         return 256
 
     @property
@@ -107,15 +107,15 @@ class TmjaxLM(TemplateLM):
 
     @property
     def tokens_sha256(self) -> str:
-        """Hash of all token ids scored so far, in order: equal for two models that were asked exactly the same."""
+        """Hash of all token ids scored so far, in order: equal for two models with the same requests."""
         return self._tokens.hexdigest()
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
+        """Returns the facts of the model that the harness writes beside its results."""
         return {"model_num_parameters": self.model.size, "model_dtype": str(self.dtype), "model_name": self.name}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the tokenizer's chat template writes it; the system role is dropped if it has none."""
+        """Applies the tokenizer's chat template to a conversation; drops the system role if the template has none."""
         from jinja2.exceptions import TemplateError
 
         def apply(messages: list[dict[str, str]]) -> str:
@@ -142,7 +142,7 @@ class TmjaxLM(TemplateLM):
         return self.tokenizer.decode(self.prefix_token_id)
 
     def _encode(self, texts: Sequence[str], special: bool | None) -> list[list[int]]:
-        """Token ids of many texts; with `special` None as the tokenizer is configured, but never two BOS."""
+        """Encodes many texts; with `special` None as the tokenizer is configured, but never with two BOS."""
         plain = [special is False or (special is None and text.startswith(self._bos_text)) for text in texts]
         result: list[list[int]] = [[] for _ in texts]
         for bare in (False, True):
@@ -154,7 +154,7 @@ class TmjaxLM(TemplateLM):
         return result
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding gives it."""
+        """Computes the log-likelihood of each continuation, and whether greedy decoding gives it."""
         texts: dict[str, None] = {}
         for context, continuation in (request.args for request in requests):
             if context:
@@ -195,7 +195,7 @@ class TmjaxLM(TemplateLM):
         return hidden_nats(hidden_bytes(self._texts, texts, self._texts.encode(texts)).unknown)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the model's length that score every token once."""
+        """Computes log-likelihoods of whole texts, in windows of the model's length that score every token once."""
         pieces: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         texts = [request.args[0] for request in requests]
@@ -220,7 +220,7 @@ class TmjaxLM(TemplateLM):
         return tuple(sorted({self.eot_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to the first stop string."""
+        """Generates a text after each context, up to the first stop string."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(number)

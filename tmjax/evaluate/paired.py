@@ -12,7 +12,7 @@ from tmjax.evaluate.bootstrap import percentile_interval, resampled_ratios
 
 @dataclass(frozen=True)
 class Series:
-    """What one model scored: sum of `numerator` over sum of `denominator`, [D] each, of the `documents` [D]."""
+    """Score of one model: sum of `numerator` over sum of `denominator`, [D] each, of the `documents` [D]."""
 
     documents: tuple[str, ...]
     numerator: np.ndarray
@@ -28,11 +28,11 @@ class Series:
 def compare_paired(
     results: Mapping[str, Mapping[str, Series]], *, draws: int = 10000, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Per measure that all results have: score of each, and difference to the first result, with 95% intervals.
+    """Compares results per common measure: each score and its difference to the first result, with 95% intervals.
 
     `results` are the measures of each model, by name. The mean of a metric over all tasks (`TASK/METRIC`) is a measure
-    too, if there are several: documents are drawn within each task. Raises InputError if models were not asked the same
-    documents, or share no measure.
+    too, if there are several: documents are drawn within each task. Raises InputError if models were measured on
+    different documents, or share no measure.
     """
     names = list(results)
     if len(names) < 2:

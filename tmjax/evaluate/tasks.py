@@ -25,7 +25,7 @@ BOOTSTRAP = 1000
 
 
 def require_lm_eval() -> str:
-    """The version of lm-eval; raises InputError if it is not installed."""
+    """Returns the version of lm-eval; raises InputError if it is not installed."""
     try:
         return metadata.version("lm_eval")
     except metadata.PackageNotFoundError:
@@ -33,9 +33,9 @@ def require_lm_eval() -> str:
 
 
 def task_manager(names: Sequence[str], folder: str | Path | None) -> "TaskManager":
-    """A manager that knows all of `names`: of `folder` alone where that is enough (the harness's own take seconds).
+    """Returns a manager that knows all of `names`; of `folder` alone if possible (the harness's tasks take seconds).
 
-    Raises InputError for a folder without tasks and for names that are unknown, with those that look alike.
+    Raises InputError for a folder without tasks and for unknown names, with similar known names.
     """
     require_lm_eval()
     if not names:
@@ -66,7 +66,7 @@ def task_manager(names: Sequence[str], folder: str | Path | None) -> "TaskManage
 
 @functools.lru_cache(maxsize=2)
 def _everything(folder: str | None) -> "TaskManager":
-    """A manager of the harness's tasks and those of a folder; indexing thousands of files takes seconds."""
+    """Returns a manager of the harness's tasks and those of a folder; indexing thousands of files takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return _loaded(lambda: TaskManager(include_path=folder), "tasks")

@@ -1,1 +1,1 @@
-"""What a run says to people: tables, plots, one HTML page, a model card."""
+"""Reports of runs: tables, plots, one HTML page, a model card."""

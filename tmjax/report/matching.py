@@ -1,4 +1,4 @@
-"""How sharp the plans of an alignment are, and which heads they match."""
+"""Sharpness of the plans of an alignment, and the heads that they match."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""What a sweep says: the live table, curves and heat maps, one self-contained page."""
+"""Report of a sweep: the live table, curves and heat maps, one self-contained page."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -60,7 +60,7 @@ def live_table(rows: Sequence[Result], total: int) -> Table:
 
 
 def sweep_summary(manifest: Mapping[str, Any], rows: Sequence[Result]) -> Group:
-    """What `tmjax sweep` prints at its end."""
+    """Output of `tmjax sweep` at its end."""
     facts = manifest["sweep"]
     parts: list[object] = [rich_table("Best on the validation texts", *best_rows(rows))]
     if manifest["evaluation"]:
@@ -99,7 +99,7 @@ def _numeric(rows: Sequence[Result], key: str) -> bool:
 
 
 def plot_sweep(rows: Sequence[Result]) -> bytes:
-    """A curve for one key, a heat map for two on a grid, otherwise a panel per key: every setting and the best."""
+    """Plots a curve for one key, a heat map for two on a grid, otherwise a panel per key, with the best setting."""
     keys = _keys(rows)
     done = _finished(rows)
     if len(keys) == 2:

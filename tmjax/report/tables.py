@@ -58,12 +58,12 @@ def forgetting_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def gain_sentence(manifest: Mapping[str, Any]) -> str:
-    """What came from the source, in one sentence, without flattery."""
+    """Returns the gain due to the source in one sentence."""
     gain = manifest.get("source_gain")
     if gain is None:
         return "No controls were run: how much of the change is due to the source is not known (--controls)."
     low, high = gain["ci95"]
-    # z: what rounds to zero has no sign.
+    # z: a value that rounds to zero has no sign.
     value = f"{gain['bits_per_byte']:+z.4f} [{low:+z.4f}, {high:+z.4f}] bits/byte"
     share = gain["fraction_of_gap"]
     part = "" if share is None else f", {share:z.1%} of the gap between target and source"
@@ -92,7 +92,7 @@ def update_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     columns = {key: title for key, title in columns.items() if key in present} | {
         key: key for key in present if key not in columns and key != "source_solved"
     }
-    # Coefficients that are means need no more digits than those that were tried.
+    # Means of coefficients need no more digits than the coefficients that were tried.
     digits = {key: ".2g" if key in ("alpha", "beta") else ".3g" for key in columns}
     rows = [(name, *(format(item[key], digits[key]) for key in columns)) for name, item in manifest["update"].items()]
     return ("tensor", *columns.values()), rows
@@ -173,7 +173,7 @@ def update_summary(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def scored_parts(manifest: Mapping[str, Any]) -> list[object]:
-    """What a summary begins with: test texts with the gain due to the source, other texts; whatever was scored."""
+    """Tables at the start of a summary: test texts with the gain due to the source, other texts, as far as scored."""
     parts: list[object] = []
     if manifest["evaluation"]:
         parts += [
@@ -187,7 +187,7 @@ def scored_parts(manifest: Mapping[str, Any]) -> list[object]:
 
 
 def run_summary(manifest: Mapping[str, Any]) -> Group:
-    """What `tmjax merge` prints at its end."""
+    """Output of `tmjax merge` at its end."""
     parts = scored_parts(manifest)
     if manifest["update"]:
         parts += [rich_table("What the merge did (mean over layers)", *update_summary(manifest))]

@@ -1,4 +1,4 @@
-"""What an adaptation says: training curves, the table of its arms, one self-contained page, the model card."""
+"""Report of an adaptation: training curves, the table of its arms, one self-contained page, the model card."""
 
 import csv
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def _further(item: Mapping[str, Any]) -> list[str]:
 
 
 def training_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows: arm, what was trained, learning rate chosen, steps, best step, validation bits per byte."""
+    """Header and rows: arm, trained parameters, chosen learning rate, steps, best step, validation bits per byte."""
     rows = []
     for arm, item in manifest["training"].items():
         valid = item["valid_bits_per_byte"]
@@ -49,7 +49,7 @@ def training_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def adapt_summary(manifest: Mapping[str, Any]) -> Group:
-    """What `tmjax adapt` prints at its end."""
+    """Output of `tmjax adapt` at its end."""
     parts = scored_parts(manifest)
     parts += [rich_table("Training", *training_rows(manifest)), rich_table("Stages", *stage_rows(manifest))]
     return Group(*parts)

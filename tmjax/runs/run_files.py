@@ -43,7 +43,7 @@ def split(path: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]
 
 
 def is_own(name: str, listed: set[str]) -> bool:
-    """Whether a file below a run is one of these, or written beside them, or a part of what was being written."""
+    """Whether a file below a run is one of these, or written beside them, or a part of an unfinished output."""
     if name in listed or _BESIDE.fullmatch(name):
         return True
     final = partial_of(name)
@@ -51,16 +51,16 @@ def is_own(name: str, listed: set[str]) -> bool:
 
 
 def partial_of(name: str) -> str | None:
-    """The output as whose unfinished form a file below a run is there, or lies in it; None if it is not."""
+    """Returns the output of which a file below a run is, or belongs to, the unfinished form; None if there is none."""
     parts = name.split("/")
     at = next((number for number, part in enumerate(parts) if part.endswith(PARTIAL)), None)
     return None if at is None else "/".join([*parts[:at], parts[at].removesuffix(PARTIAL)])
 
 
 def listed(path: Path, manifest: Mapping[str, Any]) -> set[str]:
-    """Files that the stages of a run have written, and what was being written when it ended.
+    """Lists files that the stages of a run have written, and the outputs unfinished when it ended.
 
-    A text for people that has another size now is its user's.
+    An edited text (of another size now) belongs to the user and is left out.
     """
     written = [pair for entry in manifest.get("outputs", {}).values() for pair in entry["files"].items()]
     names = {name for name, size in written if not (name.endswith(EDITED) and is_edited(path / name, size))}

@@ -43,7 +43,7 @@ class Sized(Tabled, Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """What the models will read: rows, tokens of each; `assumed` if no texts were given."""
+    """Amount of text that the models read: rows, and tokens of each; `assumed` if no texts were given."""
 
     rows: int
     target_tokens: int
@@ -52,7 +52,7 @@ class Reading:
 
 
 def _pairs(target: Sized, source: Sized, recipe: Recipe) -> int:
-    """Most pairs of layers that are solved at a site."""
+    """Returns the largest number of pairs of layers that are solved at a site."""
     layers = target.spec.layers, source.spec.layers
     if recipe.alignment.layer_pairs == "band":
         return int(band(*layers, recipe.alignment.layer_band).sum())

@@ -154,7 +154,7 @@ def _tried(problems: list[str], work: Any) -> Any:
 
 
 def _side(name: str, model: str, problems: list[str]) -> Side:
-    """One model by its config; what is wrong with its weights, as their headers show it, is among the problems."""
+    """Describes one model by its config; adds faults of its weights, according to their headers, to the problems."""
     directory = resolve(model, weights=False)
     orbax = is_orbax(directory)
     try:

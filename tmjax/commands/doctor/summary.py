@@ -33,7 +33,7 @@ def _shown(value: object) -> str:
 
 
 def model_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of what the two models are."""
+    """Header and rows of the two models."""
     models = report["models"]
     keys = list(next(model for model in models.values() if model))
     rows = []
@@ -118,7 +118,7 @@ def time_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def doctor_summary(report: Mapping[str, Any]) -> Group:
-    """What `tmjax doctor` prints."""
+    """Output of `tmjax doctor`."""
     return Group(*_parts(report))
 
 

@@ -123,7 +123,7 @@ class SettingsScorer:
 
     @property
     def compilations(self) -> int:
-        """How many programs were compiled: one for every kind of transport (its roles, with or without biases)."""
+        """Number of compiled programs: one for every kind of transport (its roles, with or without biases)."""
         return len(self._programs)
 
     def _score(

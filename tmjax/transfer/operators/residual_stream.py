@@ -1,4 +1,4 @@
-"""Embeddings, output rows and norms: what reads or writes the residual stream beside the projections.
+"""Embeddings, output rows and norms: parameters other than projections that read or write the residual stream.
 
 Through the stream's plan Q (`alignment.structure: full`), with A = diag(1/a) Q, B = diag(1/b) Q^T and scales s, s' of
 the stream in both models: embeddings of shared tokens E^ = E_S diag(1/s') A^T diag(s); norm weights that write a site
@@ -54,7 +54,7 @@ _NORM_SITES = {
 @pytree_dataclass
 @dataclass(frozen=True)
 class Moved:
-    """What the source contributes to one parameter: its value, and a mask broadcastable to it."""
+    """Contribution of the source to one parameter: its value, and a mask broadcastable to it."""
 
     value: Array
     mask: ArrayLike
