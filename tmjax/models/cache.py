@@ -40,9 +40,9 @@ class Cache:
 
 def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     """A cache of `slots` tokens a row, none of them filled."""
-    held = jnp.zeros((spec.layers, batch, spec.kv_heads, slots, spec.head_dim), dtype)
+    empty = jnp.zeros((spec.layers, batch, spec.kv_heads, slots, spec.head_dim), dtype)
     positions = jnp.full((batch, slots), NOWHERE, jnp.int32)
-    return Cache(held, held, positions, jnp.int32(0), jnp.zeros(batch, jnp.int32))
+    return Cache(empty, empty, positions, jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
 
 def grown(cache: Cache, slots: int) -> Cache:
