@@ -121,7 +121,8 @@ def _end_with_parent() -> None:
 def supervise(arguments: Sequence[str]) -> int:
     """Runs `tmjax` with these arguments in a child process and returns its exit status.
 
-    1 with one line on standard error where it was ended by a signal, as jax.distributed does when another process died.
+    The status is 1, with one line on standard error, where a signal ended the child, as jax.distributed does when
+    another process died.
     """
     handle, name = tempfile.mkstemp(prefix="tmjax-", suffix=".log")
     os.close(handle)
@@ -140,9 +141,9 @@ def supervise(arguments: Sequence[str]) -> int:
         log.unlink(missing_ok=True)
         return code
     if _DIED in log.read_text(encoding="utf-8", errors="replace"):
-        what = "another process of this job died or cannot be reached"
+        cause = "another process of this job died or cannot be reached"
     else:
-        what = f"this process was ended by {signal.Signals(-code).name}"
-        what += " (out of memory?)" if -code == signal.SIGKILL else ""
-    print(f"tmjax: error: {what}; the same command resumes (log: {log})", file=sys.stderr)
+        cause = f"this process was ended by {signal.Signals(-code).name}"
+        cause += " (out of memory?)" if -code == signal.SIGKILL else ""
+    print(f"tmjax: error: {cause}; the same command resumes (log: {log})", file=sys.stderr)
     return 1
