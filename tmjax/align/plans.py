@@ -207,7 +207,7 @@ def _kept(site: Site, solver: Solver, gain: bool, form: str, top_k: int | None) 
             zx, zy = site.problem(pair[0], pair[1]).features
             to_x, to_y = plan.apply(zy.T).T, plan.apply_transpose(zx.T).T
         if properties.map_only:
-            # Maps have no transport cost; what they leave unexplained takes its place among layers.
+            # Maps have no transport cost; their unexplained variance takes its place among layers.
             alive = jnp.sum(zx * zx, axis=0) > 0
             left = jnp.where(alive, jnp.sum(jnp.square(zx - to_x), axis=0), 0.0)
             cost = jnp.sum(left) / jnp.maximum(jnp.sum(alive), 1)

@@ -15,7 +15,7 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 
 @dataclass(frozen=True)
 class CheckpointHeaders:
-    """A Hugging Face directory whose tensors were found to be what its config says; nothing but headers was read.
+    """A Hugging Face directory whose tensors match its config; only headers were read.
 
     `ties` are the tied copies that are on disk, `notes` what a user should know and nothing refuses.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tmjax.errors import InputError
 
-#: Ends the name of what is being written.
+#: Suffix of outputs that are being written.
 PARTIAL = ".partial"
 
 

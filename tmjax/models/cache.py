@@ -129,7 +129,7 @@ def _attention(
     scores = scores.astype(jnp.float32) * scale
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
-    # Finite, unlike -inf: what padding reads may all be masked, and its NaN would reach others as 0 x NaN.
+    # Finite, unlike -inf: every key of padding may be masked, and its NaN would reach others as 0 x NaN.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q_bthd.dtype)
     mixed, first = 0, 0

@@ -57,7 +57,7 @@ def everyone(value: Any) -> list[Any]:
 
 
 def together(work: Callable[[], T]) -> T:
-    """What `work` returns here; if it raises a TmjaxError on any process, all raise the first one.
+    """Runs `work` and returns its result; if it raises a TmjaxError on any process, all raise the first one.
 
     For work without collectives, such as reading files, that can fail on one host alone.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tmjax.errors import InputError
 
-#: Set for the process that does the work: the file that takes what native code prints.
+#: Set for the process that does the work: the file that takes the output of native code.
 LOG = "TMJAX_NATIVE_LOG"
 _DIED = "detected fatal errors"
 #: Seconds without a sign of life after which a process counts as dead, where no collective has failed before.
@@ -39,7 +39,7 @@ def silent() -> bool:
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the job: what is None is found out on a TPU pod, under SLURM, Open MPI or Kubernetes.
+    """Joins the job: arguments that are None are detected on a TPU pod, under SLURM, Open MPI or Kubernetes.
 
     Must come before anything that uses a device. Raises InputError if there is no such job.
     """

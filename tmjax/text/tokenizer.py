@@ -36,9 +36,9 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class TextTokenizer:
-    """A tokenizer with what we ask of it.
+    """A tokenizer with its vocabulary, encoding and decoding.
 
-    `backend` is what `tokenizer.json` says, `fast` a Hugging Face tokenizer around it for chat templates and names.
+    `backend` is the tokenizer of `tokenizer.json`, `fast` a Hugging Face tokenizer around it for chat templates, names.
     `prefix` is the token put before every document: BOS, or EOS where a model has none. `suffix` is EOS. `rows` is the
     number of rows of the model's embedding, None where that does not matter; `name` is where the tokenizer lies.
     """

@@ -1,4 +1,4 @@
-"""Vocabularies as bytes: what every token of a `tokenizer.json` stands for within a text.
+"""Vocabularies as bytes: the bytes that every token of a `tokenizer.json` stands for within a text.
 
 The settings of the tokenizer decide how its pieces are read. Byte-level pieces name one byte by each character (Radford
 et al. 2019). A mark, ▁ in SentencePiece, is a space. With byte fallback `<0xNN>` is a byte. Where the pre-tokenizer

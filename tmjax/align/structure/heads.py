@@ -22,7 +22,7 @@ ATTENTION_SITES = ("q", "k", "v", "attn_mix")
 
 @dataclass(frozen=True)
 class AttentionSide:
-    """One model's attention, by site: scales and root mean squares [S, heads, d] of what enters the logits.
+    """One model's attention, by site: scales and root mean squares [S, heads, d] of the inputs of the logits.
 
     `factors` [S, heads, d] turn the units of q and k, which lie before the norms of queries and keys, into the
     normed ones: the norm's weight over the root mean square of the head (of all heads, where these are normed as one).

@@ -19,7 +19,7 @@ from tmjax.ot import FeatureSolver, Problem, Solver, cost_matrix, solve
 from tmjax.recipes.merge import AlignmentOptions
 from tmjax.typing import Params
 
-#: Sites in the residual stream's units. Those of the first group hold the stream itself, or what is added to it.
+#: Sites in the residual stream's units. Those of the first group are the stream itself and the branches added to it.
 STREAM_SITES = ("resid", "attn_out", "mlp_out")
 RESIDUAL_SITES = (*STREAM_SITES, "attn_in", "mlp_in")
 #: A model: its spec and its parameters, of which only the norms of queries and keys are read.

@@ -10,12 +10,12 @@ from tmjax.errors import InputError
 from tmjax.files.jsonfile import read_json
 
 ADAPTER_NAME = "adapter_config.json"
-#: Files beside `config.json` in which quantisation tools say what they did.
+#: Files beside `config.json` in which quantisation tools record their settings.
 _PACKED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _ADVICE = "give the Hugging Face checkpoint that it was made from"
 #: How files begin that a trainer leaves beside a checkpoint and that hold no weights.
 _TRAINING = ("optimizer", "scheduler", "rng_state", "scaler")
-#: Files of formats that are not read, the first that is found being named: pattern, what it is, what to do.
+#: Files of formats that are not read, in order of precedence: pattern, kind, advice.
 _OTHERS = (
     ("zero_to_fp32.py", "a sign of a DeepSpeed checkpoint", "run it and give the directory that it writes"),
     ("*/*.distcp", "a part of a sharded FSDP checkpoint", "put it together with accelerate merge-weights"),

@@ -82,7 +82,7 @@ class _Handler(ocp.type_handlers.TypeHandler):
                         await pending.pop(0)[1]
                     write = store[slices].write(part, can_reference_source_data_indefinitely=True)
                     pending.append((part.nbytes, write))
-            finally:  # also when reading has failed: nothing may be written to what the caller then deletes
+            finally:  # also when reading has failed: nothing may be written to a directory that the caller then deletes
                 for _, write in pending:
                     await write
         return []

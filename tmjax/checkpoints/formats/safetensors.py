@@ -22,7 +22,7 @@ from tmjax.errors import CheckpointError, InputError, summarise
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-#: What git-lfs leaves in the place of a file that was not fetched begins with this.
+#: First bytes of the pointer that git-lfs leaves in the place of a file that was not fetched.
 LFS_POINTER = b"version "
 #: What `Weights.blocks` gives at a time, and `all_finite` looks at: little enough to stay in a processor's cache.
 BLOCK_BYTES = 2**20

@@ -38,7 +38,7 @@ _SCALING: dict[str, dict[str, tuple[str, Kind]]] = {
     },
 }
 OPTIONAL = frozenset({"beta_fast", "beta_slow", "truncate", "attention_factor"})
-#: What is said of the key `attn_factor`, by which some released models mean more than transformers computes.
+#: Remark on the key `attn_factor`, by which some released models mean more than transformers computes.
 REMARK = " (vLLM multiplies the attention factor by attn_factor, so its numbers differ from those of transformers)"
 #: Keys that only say how `attention_factor` is found.
 _MSCALE = ("mscale", "mscale_all_dim")

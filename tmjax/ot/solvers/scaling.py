@@ -32,7 +32,7 @@ BLOCKS = 16
 #: Errors below STALL that did not improve for PATIENCE tests are float32's rounding; `certify` tells what was reached.
 STALL = 2e-5
 PATIENCE = 10
-#: L1 error at which a bfloat16 kernel has given what it can: scalings rounded to 8 bits alone leave about 2e-3.
+#: L1 error below which a bfloat16 kernel cannot improve: scalings rounded to 8 bits alone leave about 2e-3.
 BFLOAT16_ERROR = 1e-2
 
 
