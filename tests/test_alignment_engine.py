@@ -61,7 +61,7 @@ def test_compilations_do_not_grow_with_the_number_of_pairs(monkeypatch) -> None:
         jax.clear_caches()
         wanted = np.zeros((8, 12), bool)
         wanted[:layers, :sources] = True
-        solve_site(x, y, SOLVER, wanted_lm=wanted)
+        solve_site(x, y, SOLVER, pair_mask_lm=wanted)
         return plans._solve_pairs._cache_size()
 
     assert compiled(2, 5) == compiled(8, 12) == 1

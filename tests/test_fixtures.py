@@ -90,11 +90,11 @@ def test_plans_from_kept_features(stored, solver: str, dtype: str) -> None:
     x = np.stack([stored[f"X{i}"][:10] for i in range(3)])
     y = np.stack([stored[f"Y{i}"][:10] for i in range(5)])
     plans = solve_site(x, y, make_solver(solver, epsilon=0.1, threshold=1e-6), feature_dtype=dtype)
-    held = plans.held
-    assert plans.stored == "potentials, features" and held.zx.shape == (3, 10, 24) and held.zx.dtype == dtype
+    solutions = plans.solutions
+    assert plans.stored == "potentials, features" and solutions.zx.shape == (3, 10, 24) and solutions.zx.dtype == dtype
     # Whatever the rounding, the plans are those of the activations that are kept.
-    costs = 1 - np.einsum("lrn,mrk->lmnk", held.zx.astype(float), held.zy.astype(float))
-    f, g = (x.astype(float).reshape(3, 5, -1) for x in (held.f, held.g))
+    costs = 1 - np.einsum("lrn,mrk->lmnk", solutions.zx.astype(float), solutions.zy.astype(float))
+    f, g = (x.astype(float).reshape(3, 5, -1) for x in (solutions.f, solutions.g))
     dense = np.exp((f[..., None] + g[..., None, :] - costs) / 0.1)
     _close(_couplings(plans), dense)
     assert np.abs(dense.sum(-1) - 1 / 24).sum(-1).max() < 3e-6

@@ -80,7 +80,7 @@ def _align(options: AlignmentOptions, rows: int = 60, roles: tuple[str, ...] = A
     def solve(site: str, wanted: np.ndarray | None) -> SitePlans:
         names = ("gain", "feature_dtype")
         some = {name: getattr(options, name) for name in names} | {"top_k": options.plan_top_k}
-        return solve_site(*held[site], solver_of(options), wanted_lm=wanted, **some)
+        return solve_site(*held[site], solver_of(options), pair_mask_lm=wanted, **some)
 
     return assemble(
         {role: projections(TARGET_ROWS)[role] for role in roles},

@@ -72,8 +72,8 @@ def test_rows_are_nearly_full_and_sets_of_texts_share_a_shape() -> None:
     assert shapes == {(8, 128)}
 
 
-@pytest.mark.parametrize(("rows", "most", "multiple"), [(1, 8, 1), (9, 8, 1), (33, 32, 1), (100, 32, 8), (5, 3, 4)])
-def test_batches_are_evenly_filled(rows: int, most: int, multiple: int) -> None:
-    size = batch_size(rows, most, multiple)
-    assert size % multiple == 0 and -(-rows // size) <= -(-rows // most)
-    assert size <= -(-most // multiple) * multiple
+@pytest.mark.parametrize(("rows", "max_rows", "multiple"), [(1, 8, 1), (9, 8, 1), (33, 32, 1), (100, 32, 8), (5, 3, 4)])
+def test_batches_are_evenly_filled(rows: int, max_rows: int, multiple: int) -> None:
+    size = batch_size(rows, max_rows, multiple)
+    assert size % multiple == 0 and -(-rows // size) <= -(-rows // max_rows)
+    assert size <= -(-max_rows // multiple) * multiple

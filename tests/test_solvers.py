@@ -427,10 +427,10 @@ def test_every_form_of_plan_survives_the_disk(tmp_path, name, rows, form, stored
     x = np.ascontiguousarray(x.reshape(rows, 5, UNITS).swapaxes(0, 1))
     solver = ot.make_solver(name, **OPTIONS.get(name, {}))
     plans = solve_site(x, y[None], solver, feature_dtype="float32")
-    assert type(plans.held).__name__ == form and plans.stored == stored
+    assert type(plans.solutions).__name__ == form and plans.stored == stored
     save(Alignment(True, rows, {"q": plans}, {}, {}, {}, {}), tmp_path)
     again = load(tmp_path).plans["q"]
-    assert type(again.held) is type(plans.held) and again.stored == stored
+    assert type(again.solutions) is type(plans.solutions) and again.stored == stored
     direct = ot.solve(problem_of(x, np.stack([y] * 5)), solver)
     # Where the path is not that of a convex problem, costs that differ in the last bit stop elsewhere.
     atol = 1e-6 if solver.properties.equivariant and name != "gw" else 1e-3

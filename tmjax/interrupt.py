@@ -77,7 +77,7 @@ def noticed() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
-        while _timers:  # what comes after the command is not to be interrupted
+        while _timers:  # code after the command is not to be interrupted
             _timers.pop().cancel()
         signal.signal(signal.SIGINT, before)
 

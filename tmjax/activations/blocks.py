@@ -19,23 +19,23 @@ from tmjax.typing import Params
 Reader = tuple[DecoderSpec, Params, Sequence[TokenisedDocument]]
 Values = dict[str, np.ndarray]
 Block = tuple[Values, Values, np.ndarray]
-#: Tokens of a group of documents, in batches: with more, fewer batches are half empty; with fewer, less is held.
+#: Tokens of a group of documents, in batches: more leave fewer batches half empty, fewer take less memory.
 GROUP_BATCHES = 4
 
 
 def _groups(documents: Sequence[Sequence[TokenisedDocument]], limits: Sequence[int]) -> list[list[int]]:
-    """Runs of documents that have rows, each at most GROUP_BATCHES batches of tokens for either model."""
+    """Consecutive documents with rows, in groups of at most GROUP_BATCHES batches of tokens for either model."""
     groups: list[list[int]] = []
-    held = np.zeros(len(limits), np.int64)
+    tokens = np.zeros(len(limits), np.int64)
     for number, read in enumerate(zip(*documents, strict=True)):
         if not read[0].rows:
             continue
         lengths = np.asarray([len(document.ids) for document in read])
-        if not groups or (held + lengths > GROUP_BATCHES * np.asarray(limits)).any():
+        if not groups or (tokens + lengths > GROUP_BATCHES * np.asarray(limits)).any():
             groups.append([])
-            held[:] = 0
+            tokens[:] = 0
         groups[-1].append(number)
-        held += lengths
+        tokens += lengths
     return groups
 
 
@@ -60,15 +60,15 @@ def _shapes(documents: Sequence[TokenisedDocument], limit: int, multiple: int) -
 def _batches(
     group: Sequence[int], documents: Sequence[TokenisedDocument], shapes: dict[int, tuple[int, int]]
 ) -> list[tuple[Batch, int]]:
-    """Batches of a group, longest documents first: slots that a long bucket leaves empty take the next shorter ones."""
+    """Batches of a group, longest documents first; shorter documents fill the empty slots of a long bucket."""
     left = sorted(group, key=lambda number: len(documents[number].ids), reverse=True)
-    found = []
+    batches = []
     while left:
         tokens = bucket_length(len(documents[left[0]].ids))
         size, rows = shapes[tokens]
-        found.append((Batch(tuple(left[:size]), size, tokens), rows))
+        batches.append((Batch(tuple(left[:size]), size, tokens), rows))
         left = left[size:]
-    return found
+    return batches
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,24 @@ class _Side:
     batches: list[list[tuple[Batch, int]]]
 
     def read(self, number: int, tick: Callable[[], None], **how: Any) -> Values:
-        """Runs the model over one group: its rows `[layer, row, unit]` in order; `tick` is called after each batch."""
+        """Runs the model over one group and returns its rows `[layer, row, unit]` in order.
+
+        `tick` is called after each batch.
+        """
         spec, params, documents = self.reader
         counts = [len(documents[n].rows) for n in self.groups[number]]
         ends = dict(zip(self.groups[number], np.cumsum(counts), strict=True))
-        held: Values = {}
+        activations: Values = {}
         for batch, captured in pooled_batches(spec, params, documents, self.batches[number], **how):
             for site, values in to_host(captured).items():
                 require_finite(site, values)
-                if site not in held:
-                    held[site] = np.empty((len(values), sum(counts), values.shape[-1]), np.float32)
+                if site not in activations:
+                    activations[site] = np.empty((len(values), sum(counts), values.shape[-1]), np.float32)
                 for slot, n in enumerate(batch.documents):
                     count = len(documents[n].rows)
-                    held[site][:, ends[n] - count : ends[n]] = values[:, slot, :count]
+                    activations[site][:, ends[n] - count : ends[n]] = values[:, slot, :count]
             tick()
-        return held
+        return activations
 
 
 def _place(blocks: Sequence[Values], at: int, piece: Sequence[Values], first: int, count: int) -> None:

@@ -44,11 +44,11 @@ def extract_activations(
     options = CaptureOptions() if options is None else options
     tokenizers = [load_tokenizer(model.directory, model.spec.vocab) for model in (target, source)]
     rows, documents = pair_rows(texts, tokenizers, pooling=pooling, max_tokens=max_tokens)
-    found = []
+    stores = []
     for name, model, read in zip(("target", "source"), (target, source), documents, strict=True):
         path = Path(out) / name
         sites = model.spec.sites if options.sites is None else options.sites
         with atomic_directory(path, overwrite=overwrite) as partial:
             capture(model.spec, model.params, rows, read, partial, options)
-        found.append(Activations(path, rows, model.spec.layers, {s: model.spec.axis_size(SITES[s]) for s in sites}))
-    return found[0], found[1]
+        stores.append(Activations(path, rows, model.spec.layers, {s: model.spec.axis_size(SITES[s]) for s in sites}))
+    return stores[0], stores[1]

@@ -46,13 +46,13 @@ def joins(spec: DecoderSpec) -> bool:
 
 
 def _filled(inputs: Sequence[int], *, join: bool) -> dict[int, list[list[int]]]:
-    """Numbers of the texts in every row, by length of the row; the longest texts open rows, shorter ones fill them."""
+    """Numbers of the texts in every row, by row length; the longest texts open rows, shorter ones fill them."""
     rows: dict[int, list[list[int]]] = {}
     room: list[tuple[int, int, int]] = []  # (tokens left, length of the row, its number), ascending
     for number in sorted(range(len(inputs)), key=lambda number: (-inputs[number], number)):
-        found = bisect.bisect_left(room, (inputs[number],))
-        if join and found < len(room):
-            left, length, row = room.pop(found)
+        position = bisect.bisect_left(room, (inputs[number],))
+        if join and position < len(room):
+            left, length, row = room.pop(position)
             rows[length][row].append(number)
         else:
             # Alone in its row a text is padded as `bucketed` would, which its frequencies may depend on.
@@ -83,11 +83,11 @@ def join(spec: DecoderSpec, texts: Sequence[Sequence[int]], batch_tokens: int, l
             yield batch
 
 
-def batch_size(rows: int, most: int, multiple: int) -> int:
-    """Rows of every batch, at most `most` before rounding to `multiple`: evenly filled, and one of few sizes."""
-    even = -(-rows // -(-rows // most))
-    step = max(1, most // SIZES)
-    size = min(most, -(-even // step) * step)
+def batch_size(rows: int, max_rows: int, multiple: int) -> int:
+    """Rows of every batch: evenly filled, one of few sizes, at most `max_rows` before rounding to `multiple`."""
+    even = -(-rows // -(-rows // max_rows))
+    step = max(1, max_rows // SIZES)
+    size = min(max_rows, -(-even // step) * step)
     return -(-size // multiple) * multiple
 
 

@@ -95,8 +95,8 @@ def write_rows(directory: Path, site: str, values: Mapping[int, np.ndarray]) -> 
     hosts that map the same page would undo each other's rows.
     """
     file = directory / f"{site}.npy"
-    held = np.load(file, mmap_mode="r")
-    layer_bytes, row_bytes, first = held.strides[0], held.strides[1], held.offset
+    array = np.load(file, mmap_mode="r")
+    layer_bytes, row_bytes, first = array.strides[0], array.strides[1], array.offset
     descriptor = os.open(file, os.O_WRONLY)
     try:
         for start, block in values.items():
@@ -116,6 +116,6 @@ def _write_all(descriptor: int, values: np.ndarray, offset: int) -> None:
 def read(directory: Path) -> Activations:
     """Opens a store written by `create`."""
     meta = read_json(directory / META)
-    with np.load(directory / ROWS) as held:
-        rows = Rows(meta["texts_sha256"], meta["pooling"], held["document"], held["start"], held["end"])
+    with np.load(directory / ROWS) as arrays:
+        rows = Rows(meta["texts_sha256"], meta["pooling"], arrays["document"], arrays["start"], arrays["end"])
     return Activations(directory, rows, meta["layers"], meta["sites"])

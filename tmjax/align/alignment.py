@@ -30,8 +30,8 @@ def plan_site(site: str) -> str:
 
 def needed_sites(rows: Collection[ParamSpec], structure: str = "none") -> tuple[str, ...]:
     """All sites whose activations the transport of these projections needs, for this `alignment.structure`."""
-    found = [site for row in rows for end in (row.input_site, row.output_site) for site in (end, plan_site(end))]
-    return structured_sites(found, structure)
+    sites = [site for row in rows for end in (row.input_site, row.output_site) for site in (end, plan_site(end))]
+    return structured_sites(sites, structure)
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Alignment:
 
     def certificates(self) -> dict[str, dict[str, float | int | str | None]]:
         """Per plan site: problems solved, how many converged, largest L1 marginal error (None for maps), iterations."""
-        found = {}
+        records = {}
         for site, plans in self.plans.items():
             error = float(plans.marginal_error.max())
-            found[site] = {
+            records[site] = {
                 "problems": int(plans.converged.size),
                 "converged": int(plans.converged.sum()),
                 "max_marginal_error": None if np.isnan(error) else error,
@@ -66,7 +66,7 @@ class Alignment:
                 "pairs": int(np.size(plans.index)),
                 "stored": plans.stored,
             }
-        return found
+        return records
 
     def layer_facts(self) -> dict[str, dict[str, float]]:
         """Per projection: the share of the layer plan's mass that was left out, mean and worst target layer."""
@@ -77,7 +77,7 @@ class Alignment:
 
 
 def solver_of(options: AlignmentOptions) -> Solver:
-    """The neuron-plan solver that the options name; what `solver_options` says wins over the common options.
+    """The neuron-plan solver that the options name; `solver_options` take precedence over the common options.
 
     Raises InputError for unknown solvers and options.
     """
@@ -112,13 +112,13 @@ def align(
     def guess(site: str) -> np.ndarray:
         return coarse_costs(FeatureSite.of(*both(site), centred=options.centred), options)
 
-    def solve(site: str, wanted: np.ndarray | None) -> SitePlans:
+    def solve(site: str, pair_mask: np.ndarray | None) -> SitePlans:
         return solve_site(
             *both(site),
             solver_of(options),
             centred=options.centred,
             feature_dtype=options.feature_dtype,
-            wanted_lm=wanted,
+            pair_mask_lm=pair_mask,
             memory_mib=options.memory_mib,
             gain=options.gain,
             top_k=options.plan_top_k,
@@ -144,7 +144,7 @@ def structured(
     site_of: Callable[[str], Site],
     measure: Callable[[str], tuple[Statistics, Statistics]],
 ) -> Solve:
-    """What solves a site: `solve`, or the structure that the options ask for around it (see `structure`)."""
+    """The function that solves a site: `solve`, or the structure of the options around it (see `structure`)."""
     solver = solver_of(options)
     require_structure(options, solver)
     if options.structure == "none":
@@ -164,26 +164,26 @@ def assemble(
     solve: Callable[[str, np.ndarray | None], SitePlans],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Alignment:
-    """The alignment, from what can be asked of every site: statistics, a guess at its layer costs, its plans."""
+    """The alignment, from functions that give a site's statistics, a guess at its layer costs, and its plans."""
     sites = needed_sites(projections.values(), options.structure)
     ends = {role: (plan_site(row.input_site), plan_site(row.output_site)) for role, row in projections.items()}
     plan_sites = list(dict.fromkeys(plan_site(site) for site in sites))
-    guesses, wanted, allowed = {}, dict.fromkeys(plan_sites), None
+    guesses, pair_masks, allowed = {}, dict.fromkeys(plan_sites), None
     if options.layer_pairs != "all":
         guesses = {site: guess(site) for site in plan_sites}
         allowed = choose(guesses, ends, options)
         if options.whole_layers:
             allowed = dict.fromkeys(ends, np.any(list(allowed.values()), axis=0))
-        wanted = by_site(allowed, ends, plan_sites)
+        pair_masks = by_site(allowed, ends, plan_sites)
         if options.structure != "none":
-            wanted = dict.fromkeys(plan_sites, next(iter(allowed.values())))
+            pair_masks = dict.fromkeys(plan_sites, next(iter(allowed.values())))
     plans, statistics_of = {}, {}
     for done, site in enumerate(sites):
         statistics_of[site] = measure(site)
-        if site in wanted:
-            found = solve(site, wanted[site])
-            costs = completed(found.layer_cost, found.solved, guesses.get(site))
-            plans[site] = replace(found, layer_cost=costs)
+        if site in pair_masks:
+            site_plans = solve(site, pair_masks[site])
+            costs = completed(site_plans.layer_cost, site_plans.solved, guesses.get(site))
+            plans[site] = replace(site_plans, layer_cost=costs)
         progress(done + 1, len(sites))
     layers, certificates = layer_plans({site: p.layer_cost for site, p in plans.items()}, ends, options, allowed)
     weighed = {role: plan.weights > 0 for role, plan in layers.items()}
@@ -193,7 +193,7 @@ def assemble(
     return Alignment(
         options.centred,
         rows,
-        {site: held.keep(used[site]) for site, held in plans.items()},
+        {site: site_plans.keep(used[site]) for site, site_plans in plans.items()},
         {site: both[0] for site, both in statistics_of.items()},
         {site: both[1] for site, both in statistics_of.items()},
         layers,

@@ -64,12 +64,12 @@ class FeatureSite:
         features = zx.astype(jnp.float32), zy.astype(jnp.float32)
         return Problem.with_uniform_marginals(FeatureCost(zx, zy), features)
 
-    def thinned(self, most: int) -> "FeatureSite":
-        """The same with at most so many units a side, evenly spaced."""
+    def thinned(self, max_units: int) -> "FeatureSite":
+        """The site with at most `max_units` units a side, evenly spaced."""
 
         def some(z: Array) -> Array:
             units = z.shape[2]
-            return z if units <= most else z[:, :, np.linspace(0, units - 1, most).round().astype(int)]
+            return z if units <= max_units else z[:, :, np.linspace(0, units - 1, max_units).round().astype(int)]
 
         return FeatureSite(some(self.zx), some(self.zy))
 
@@ -107,9 +107,11 @@ class CorrelationSite:
         """The problem of a pair of layers; indices may be traced."""
         return Problem.with_uniform_marginals(1.0 - jnp.asarray(self.rho)[layer, source_layer])
 
-    def thinned(self, most: int) -> "CorrelationSite":
-        """The same with at most so many units a side, evenly spaced."""
-        chosen = [np.unique(np.linspace(0, units - 1, min(units, most)).round().astype(int)) for units in self.units]
+    def thinned(self, max_units: int) -> "CorrelationSite":
+        """The site with at most `max_units` units a side, evenly spaced."""
+        chosen = [
+            np.unique(np.linspace(0, units - 1, min(units, max_units)).round().astype(int)) for units in self.units
+        ]
         return CorrelationSite(jnp.asarray(self.rho)[:, :, chosen[0]][:, :, :, chosen[1]])
 
 

@@ -125,16 +125,16 @@ def _combine(
 
     The loop over pairs keeps one [n, k] product at a time and updates the accumulators in place.
     """
-    here, further = a.count.astype(jnp.float32), count.astype(jnp.float32)
-    share = further / jnp.maximum(here + further, 1.0)
-    weight = here * share
+    count_a, count_b = a.count.astype(jnp.float32), count.astype(jnp.float32)
+    share = count_b / jnp.maximum(count_a + count_b, 1.0)
+    weight = count_a * share
     target, shift_ln = _combine_units(a.target, target, share, weight)
     source, shift_mk = _combine_units(a.source, source, share, weight)
     if a.cross is None:
         return Moments(a.count + count, target, source, None)
     layers, source_layers, n, k = a.cross.high.shape
 
-    def pair(i: Array, held: Sum) -> Sum:
+    def pair(i: Array, sums: Sum) -> Sum:
         layer, other = i // source_layers, i % source_layers
 
         def add(total: Sum, x_n: Array, y_k: Array) -> Sum:
@@ -143,9 +143,9 @@ def _combine(
 
         # Besides skipping empty blocks, the branch keeps XLA from fusing the sums into the writes below; fused, both
         # writes would read the old `high`, and all of it would be copied for every pair.
-        old = Sum(held.high[i], held.low[i])
+        old = Sum(sums.high[i], sums.low[i])
         new = jax.lax.cond(count > 0, add, lambda total, x_n, y_k: total, old, shift_ln[layer], shift_mk[other])
-        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), held, new)
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), sums, new)
 
     flat = jax.tree.map(lambda x: x.reshape(-1, n, k), a.cross)
     flat = jax.lax.fori_loop(0, layers * source_layers, pair, flat)
@@ -228,10 +228,10 @@ def unit_statistics(state: Moments) -> tuple[Statistics, Statistics]:
     """
     _require_rows(state)
     rows = int(state.count)
-    found = []
+    sides = []
     for units in (state.target, state.source):
         mean, variance = units.mean.exact, np.maximum(units.square.exact, 0.0) / rows
         std, rms = np.sqrt(variance), np.sqrt(variance + mean * mean)
         columns = (mean, np.where(std > CONSTANT * rms, std, 0.0), rms, units.mean_abs.exact)
-        found.append(Statistics(*(column.astype(np.float32) for column in columns)))
-    return found[0], found[1]
+        sides.append(Statistics(*(column.astype(np.float32) for column in columns)))
+    return sides[0], sides[1]

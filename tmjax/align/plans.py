@@ -70,10 +70,10 @@ class FeaturePlan:
 
     def keep(self, chosen: np.ndarray) -> "FeaturePlan":
         """The plans at these positions."""
-        held = {
+        pair_arrays = {
             name: np.asarray(getattr(self, name))[chosen] for name in ("f", "g", "epsilon", "layer", "source_layer")
         }
-        return replace(self, **held)
+        return replace(self, **pair_arrays)
 
 
 @pytree_dataclass
@@ -99,16 +99,17 @@ _NAMES = {
 @pytree_dataclass
 @dataclass(frozen=True)
 class SitePlans:
-    """Plans of a site for pairs of layers, in the smallest form that `fuse` can rebuild the couplings from.
+    """Plans of a site for pairs of layers, in the smallest form from which `fuse` can rebuild the couplings.
 
-    `held`: P plans (pairs may share one), entropic ones without their costs where that is smaller (`FeaturePlan`), else
-    dense. `index` [L, M] is a pair's position in them, -1 for a pair that is not held. `layer_cost` [L, M] = <cost, Q>,
-    an estimate where `solved` is False (see `pairs`). Certificates [P]: iterations, converged, marginal error (L1,
-    larger side), whether the solver fell back to a slower form. `weight_target` [P, n] and `weight_source` [P, k] turn
-    rows of Q and Q^T into averages: 1 / their mass, times the least-squares gain if that was asked for; None: n and k.
+    `solutions`: P plans (pairs may share one); entropic plans are stored without their costs where that is smaller
+    (`FeaturePlan`), else dense. `index` [L, M] is a pair's position in them, -1 for a pair without a plan.
+    `layer_cost` [L, M] = <cost, Q>, an estimate where `solved` is False (see `pairs`). Certificates [P]: iterations,
+    converged, marginal error (L1, larger side), whether the solver fell back to a slower form. `weight_target` [P, n]
+    and `weight_source` [P, k] turn rows of Q and Q^T into averages: 1 / their mass, times the least-squares gain if
+    the options ask for it; None: n and k.
     """
 
-    held: Plan | FeaturePlan
+    solutions: Plan | FeaturePlan
     index: ArrayLike
     layer_cost: ArrayLike
     solved: ArrayLike
@@ -122,20 +123,20 @@ class SitePlans:
     @property
     def real_units(self) -> bool:
         """Whether the plans map real units, scales and all, where others map standardised ones."""
-        return isinstance(self.held, HeadMap)
+        return isinstance(self.solutions, HeadMap)
 
     @property
     def stored(self) -> str:
-        """What is kept: potentials with features, or the plan's own form."""
-        return next((name for form, name in _NAMES.items() if isinstance(self.held, form)), "dense")
+        """The stored form: potentials with features, or the plan's own form."""
+        return next((name for form, name in _NAMES.items() if isinstance(self.solutions, form)), "dense")
 
     def pair(self, layer: Array | int, source_layer: Array | int) -> tuple[Plan, Array | None, Array | None]:
-        """The plan of a pair of layers and its weights; indices may be traced, the pair must be held."""
+        """The plan of a pair of layers and its weights; indices may be traced, the pair must have a plan."""
         position = jnp.asarray(self.index)[layer, source_layer]
-        if isinstance(self.held, FeaturePlan):
-            plan = self.held.at(position)
+        if isinstance(self.solutions, FeaturePlan):
+            plan = self.solutions.at(position)
         else:
-            plan = jax.tree.map(lambda x: jnp.asarray(x)[position], self.held)
+            plan = jax.tree.map(lambda x: jnp.asarray(x)[position], self.solutions)
         weights = (None if w is None else jnp.asarray(w)[position] for w in (self.weight_target, self.weight_source))
         return plan, *weights
 
@@ -143,24 +144,28 @@ class SitePlans:
         """The coupling Q [n, k] of one pair of layers."""
         return self.pair(layer, source_layer)[0].matrix()
 
-    def keep(self, wanted_lm: np.ndarray) -> "SitePlans":
-        """Only the pairs that are wanted (bool [L, M]); `layer_cost` stays whole."""
+    def keep(self, pair_mask_lm: np.ndarray) -> "SitePlans":
+        """The plans of the pairs in `pair_mask_lm` (bool [L, M]) alone; `layer_cost` stays whole."""
         index = np.asarray(self.index)
-        kept = wanted_lm & (index >= 0)
+        kept = pair_mask_lm & (index >= 0)
         if kept.sum() == np.sum(index >= 0):
             return self
         chosen, position = np.unique(index[kept], return_inverse=True)  # pairs may share a plan
         fresh = np.full_like(index, -1)
         fresh[kept] = position
         fields = ("iterations", "converged", "marginal_error", "fallback", "weight_target", "weight_source")
-        held = self.held
-        held = held.keep(chosen) if isinstance(held, FeaturePlan) else jax.tree.map(lambda x: x[chosen], held)
+        solutions = self.solutions
+        solutions = (
+            solutions.keep(chosen)
+            if isinstance(solutions, FeaturePlan)
+            else jax.tree.map(lambda x: x[chosen], solutions)
+        )
         some = {name: None if getattr(self, name) is None else getattr(self, name)[chosen] for name in fields}
-        return replace(self, held=held, index=fresh, **some)
+        return replace(self, solutions=solutions, index=fresh, **some)
 
 
 class _Kept(NamedTuple):
-    """What is kept of a pair."""
+    """The stored results of a pair."""
 
     plan: Plan
     layer_cost: Array
@@ -202,7 +207,7 @@ def _kept(site: Site, solver: Solver, gain: bool, form: str, top_k: int | None) 
             zx, zy = site.problem(pair[0], pair[1]).features
             to_x, to_y = plan.apply(zy.T).T, plan.apply_transpose(zx.T).T
         if properties.map_only:
-            # Maps have no transport cost; what they leave unexplained takes its place among layers.
+            # Maps have no transport cost; their unexplained variance takes its place among layers.
             alive = jnp.sum(zx * zx, axis=0) > 0
             left = jnp.where(alive, jnp.sum(jnp.square(zx - to_x), axis=0), 0.0)
             cost = jnp.sum(left) / jnp.maximum(jnp.sum(alive), 1)
@@ -256,15 +261,15 @@ def _solve_on_host(
 ) -> _Kept:
     """The same for solvers that run in NumPy."""
     finish = _kept(site, solver, gain, form, top_k)
-    found = []
+    parts = []
     for pair in pairs:
         problem = prepared(site.problem(*pair), solver)
-        found.append(finish(pair, problem, solver.solve_on_host(jax.device_get(problem))))
-    return jax.tree.map(lambda *x: jnp.stack(x), *found)
+        parts.append(finish(pair, problem, solver.solve_on_host(jax.device_get(problem))))
+    return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
 
 def _form(site: Site, solver: Solver, pairs: int, top_k: int | None) -> str:
-    """In which form plans are kept: `own` (factors, matches, maps), `sparse`, `dense` or `potentials`."""
+    """The form in which plans are stored: `own` (factors, matches, maps), `sparse`, `dense` or `potentials`."""
     n, k = site.units
     properties = solver.properties
     dense = 4 * pairs * n * k
@@ -278,7 +283,7 @@ def _form(site: Site, solver: Solver, pairs: int, top_k: int | None) -> str:
 
 
 def features_bytes(site: FeatureSite, itemsize: int = 2) -> int:
-    """Bytes of the activations of a site, in float16 unless said otherwise."""
+    """Bytes of the activations of a site, float16 by default."""
     return itemsize * (np.size(site.zx) + np.size(site.zy))
 
 
@@ -286,19 +291,19 @@ def solve_pairs(
     site: Site,
     solver: Solver,
     *,
-    wanted_lm: np.ndarray | None = None,
+    pair_mask_lm: np.ndarray | None = None,
     memory_mib: int | None = None,
     gain: bool = False,
     top_k: int | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SitePlans:
-    """Solves the pairs of layers of a site that are wanted (bool [L, M]; all unless given), marginals uniform.
+    """Solves the pairs of layers in `pair_mask_lm` (bool [L, M]; None: all pairs) with uniform marginals.
 
-    Costs are made pair by pair and never kept: the solver's memory beside the site is at most `memory_mib` if it has
-    such an option. `gain`: weights hold the least-squares gains. `top_k`: plans keep only the entries among the so many
-    largest of their row or column. `mesh`: pairs are split over its devices. Raises InputError for what the solver or
-    the site cannot do.
+    Costs are made pair by pair and never stored: the solver's memory beside the site is at most `memory_mib` if it has
+    such an option. `gain`: weights include the least-squares gains. `top_k`: plans keep only the entries among the
+    `top_k` largest of their row or column. `mesh`: pairs are split over its devices. Raises InputError for settings
+    that the solver or the site does not support.
     """
     on_host, uses_features = isinstance(solver, HostSolver), isinstance(solver, FeatureSolver)
     layers, sources = site.layers
@@ -310,13 +315,13 @@ def solve_pairs(
     memory_mib = solver_mib(memory_mib)
     if isinstance(solver, MemoryBoundSolver):
         solver = solver.with_memory(memory_mib)
-    wanted_lm = np.ones((layers, sources), bool) if wanted_lm is None else wanted_lm
-    pairs = np.argwhere(wanted_lm).astype(np.int32)
+    pair_mask_lm = np.ones((layers, sources), bool) if pair_mask_lm is None else pair_mask_lm
+    pairs = np.argwhere(pair_mask_lm).astype(np.int32)
     form = _form(site, solver, len(pairs), top_k)
     devices = 1 if mesh is None or on_host else mesh.size
-    # What comes back of a chunk takes no more than half the memory.
-    most = max(1, min(CHUNK, memory_mib * 2**20 // (8 * n * k))) if form in ("dense", "own") else CHUNK
-    size = min(-(-len(pairs) // devices), most) * devices
+    # The results of a chunk take no more than half the memory.
+    max_pairs = max(1, min(CHUNK, memory_mib * 2**20 // (8 * n * k))) if form in ("dense", "own") else CHUNK
+    size = min(-(-len(pairs) // devices), max_pairs) * devices
     padded = np.concatenate([pairs, np.repeat(pairs[-1:], -len(pairs) % size, axis=0)])
     parts = []
     for start in range(0, len(padded), size):
@@ -328,14 +333,16 @@ def solve_pairs(
         parts.append(to_host(part))
         progress(min(start + size, len(pairs)), len(pairs))
     joined = jax.tree.map(lambda *x: np.concatenate(x)[: len(pairs)], *parts)
-    held = joined.plan
+    solutions = joined.plan
     if form == "potentials":
-        held = _REBUILT[type(held)](held.f, held.g, held.epsilon, *pairs.T, np.asarray(site.zx), np.asarray(site.zy))
+        solutions = _REBUILT[type(solutions)](
+            solutions.f, solutions.g, solutions.epsilon, *pairs.T, np.asarray(site.zx), np.asarray(site.zy)
+        )
     index = np.full((layers, sources), -1, np.int32)
     index[tuple(pairs.T)] = np.arange(len(pairs))
     layer_cost = np.full((layers, sources), np.nan, np.float32)
     layer_cost[tuple(pairs.T)] = joined.layer_cost
-    return SitePlans(held, index, layer_cost, wanted_lm, *joined[2:])
+    return SitePlans(solutions, index, layer_cost, pair_mask_lm, *joined[2:])
 
 
 def solve_site(
@@ -345,7 +352,7 @@ def solve_site(
     *,
     centred: bool = True,
     feature_dtype: str = "float16",
-    wanted_lm: np.ndarray | None = None,
+    pair_mask_lm: np.ndarray | None = None,
     top_k: int | None = None,
     memory_mib: int | None = None,
     gain: bool = False,
@@ -353,12 +360,12 @@ def solve_site(
 ) -> SitePlans:
     """`solve_pairs` from activations [L, N, n] of the target and [M, N, k] of the source, read layer by layer.
 
-    Activations that are kept with the plans are rounded to `feature_dtype` first: the plans are those of what is kept.
-    Where they are not kept, and as float32 would take more than half of `memory_mib` and more than all correlations do,
-    the correlations are held in their place.
+    Activations that are stored with the plans are rounded to `feature_dtype` before they are solved. Activations that
+    are not stored are replaced by their correlations where float32 activations would take more than half of
+    `memory_mib` and more than all correlations do.
     """
     (layers, rows, n), (sources, _, k) = x_lnu.shape, y_mnu.shape
-    pairs = int(layers * sources if wanted_lm is None else wanted_lm.sum())
+    pairs = int(layers * sources if pair_mask_lm is None else pair_mask_lm.sum())
     entries, every = rows * (layers * n + sources * k), layers * sources * n * k
     shapes = FeatureSite(*(np.broadcast_to(np.float16(0), side.shape) for side in (x_lnu, y_mnu)))
     form = _form(shapes, solver, pairs, top_k)
@@ -369,5 +376,5 @@ def solve_site(
         site = FeatureSite.of(x_lnu, y_mnu, centred=centred)
     if form == "potentials":
         site = jax.tree.map(lambda z: z.astype(feature_dtype), site)
-    chosen = {"wanted_lm": wanted_lm, "top_k": top_k, "memory_mib": memory_mib, "gain": gain}
+    chosen = {"pair_mask_lm": pair_mask_lm, "top_k": top_k, "memory_mib": memory_mib, "gain": gain}
     return solve_pairs(site, solver, **chosen, **options)

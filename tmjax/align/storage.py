@@ -22,16 +22,16 @@ _PLANS = {cls.__name__: cls for cls in _FORMS}
 
 
 def _fields(value: object) -> dict[str, np.ndarray]:
-    held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return {name: np.asarray(x, order="C") for name, x in held.items() if x is not None}
+    values = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {name: np.asarray(x, order="C") for name, x in values.items() if x is not None}
 
 
 def save(alignment: Alignment, directory: Path) -> None:
     """Writes an alignment into an existing directory."""
     values: dict[str, object] = {}
     for site, plans in alignment.plans.items():
-        values[f"plans/{site}"] = dataclasses.replace(plans, held=None)
-        values[f"{type(plans.held).__name__}/{site}"] = plans.held
+        values[f"plans/{site}"] = dataclasses.replace(plans, solutions=None)
+        values[f"{type(plans.solutions).__name__}/{site}"] = plans.solutions
     values |= {f"{group}/{name}": value for group in _GROUPS for name, value in getattr(alignment, group).items()}
     save_file(
         {f"{prefix}/{name}": x for prefix, value in values.items() for name, x in _fields(value).items()},
@@ -53,11 +53,11 @@ def load(directory: Path) -> Alignment:
     for key, value in load_file(directory / ARRAYS).items():
         group, name, field = key.split("/")
         grouped.setdefault(group, {}).setdefault(name, {})[field] = value
-    held = {site: cls(**f) for name, cls in _PLANS.items() for site, f in grouped.get(name, {}).items()}
+    solutions = {site: cls(**f) for name, cls in _PLANS.items() for site, f in grouped.get(name, {}).items()}
     return Alignment(
         centred=meta["centred"],
         rows=meta["rows"],
-        plans={site: SitePlans(held=held[site], **f) for site, f in grouped["plans"].items()},
+        plans={site: SitePlans(solutions=solutions[site], **f) for site, f in grouped["plans"].items()},
         layer_certificates=meta["layer_certificates"],
         **{group: {name: cls(**f) for name, f in grouped.get(group, {}).items()} for group, cls in _GROUPS.items()},
     )

@@ -29,8 +29,8 @@ def require_streamable(options: AlignmentOptions) -> None:
     solver = solver_of(options)
     require_structure(options, solver)
     if isinstance(solver, FeatureSolver) or options.gain:
-        what = "alignment.gain" if options.gain else f"solver {solver.name!r}"
-        raise InputError(f"{what} needs the activations themselves; set activations.keep: true")
+        setting = "alignment.gain" if options.gain else f"solver {solver.name!r}"
+        raise InputError(f"{setting} needs the activations themselves; set activations.keep: true")
 
 
 def gather(
@@ -44,7 +44,7 @@ def gather(
 
     `order(rows)` reorders the source's rows within each block (a control); blocks of one row are then left out.
     """
-    held: dict[str, Moments] = {}
+    site_moments: dict[str, Moments] = {}
     for target, source, mask in blocks:
         rows = int(mask.sum())
         if order is not None:
@@ -54,15 +54,15 @@ def gather(
             source = {site: y[:, chosen] for site, y in source.items()}
         for site in needed_sites(projections, structure):
             x, y = target[site], source[site]
-            if site not in held:
+            if site not in site_moments:
                 sizes = x.shape[0], y.shape[0], x.shape[2], y.shape[2]
-                held[site] = moments.start(*sizes, cross=plan_site(site) == site)
-            held[site] = moments.update(held[site], x, y, mask)
-    return held
+                site_moments[site] = moments.start(*sizes, cross=plan_site(site) == site)
+            site_moments[site] = moments.update(site_moments[site], x, y, mask)
+    return site_moments
 
 
 def align_moments(
-    held: Mapping[str, Moments],
+    site_moments: Mapping[str, Moments],
     projections: Mapping[str, ParamSpec],
     options: AlignmentOptions,
     *,
@@ -70,29 +70,29 @@ def align_moments(
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Alignment:
-    """`align` from moments; plans are stored dense. Raises InputError for what needs all rows at once."""
+    """`align` from moments; plans are stored dense. Raises InputError for options that need all rows at once."""
     require_streamable(options)
 
     def site_of(site: str) -> CorrelationSite:
-        return CorrelationSite(moments.correlations(held[site], centred=options.centred))
+        return CorrelationSite(moments.correlations(site_moments[site], centred=options.centred))
 
-    def solve(site: str, wanted: np.ndarray | None) -> SitePlans:
+    def solve(site: str, pair_mask: np.ndarray | None) -> SitePlans:
         return solve_pairs(
             site_of(site),
             solver_of(options),
-            wanted_lm=wanted,
+            pair_mask_lm=pair_mask,
             memory_mib=options.memory_mib,
             top_k=options.plan_top_k,
             mesh=mesh,
         )
 
     def measure(site: str) -> tuple[Statistics, Statistics]:
-        return moments.unit_statistics(held[site])
+        return moments.unit_statistics(site_moments[site])
 
     return assemble(
         projections,
         options,
-        int(next(iter(held.values())).count),
+        int(next(iter(site_moments.values())).count),
         measure=measure,
         guess=lambda site: coarse_costs(site_of(site), options),
         solve=structured(solve, models, options, site_of, measure),
@@ -100,10 +100,10 @@ def align_moments(
     )
 
 
-def save_moments(held: Mapping[str, Moments], path: Path) -> None:
+def save_moments(site_moments: Mapping[str, Moments], path: Path) -> None:
     """Writes the moments of sites into one safetensors file."""
     arrays = {}
-    for site, value in held.items():
+    for site, value in site_moments.items():
         for keys, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
             arrays["/".join([site, *(key.name for key in keys)])] = np.asarray(leaf)
     save_file(arrays, path)

@@ -15,7 +15,7 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 
 @dataclass(frozen=True)
 class CheckpointHeaders:
-    """A Hugging Face directory whose tensors were found to be what its config says; nothing but headers was read.
+    """A Hugging Face directory whose tensors match its config; only headers were read.
 
     `ties` are the tied copies that are on disk, `notes` what a user should know and nothing refuses.
     """
@@ -31,7 +31,7 @@ class CheckpointHeaders:
 def open_headers(described: CheckpointDescription) -> CheckpointHeaders:
     """Matches the tensors of a directory with its config, reading headers alone.
 
-    Raises InputError and CheckpointError as `load_model` does, but for what only the numbers show.
+    Raises InputError and CheckpointError as `load_model` does, except for faults that only the numbers show.
     """
     rows, spec = described.rows, described.spec
     index, renamed = matched(open_weights(described.directory, BUFFERS), rows, spec)
@@ -44,19 +44,19 @@ def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec
 
     Raises CheckpointError listing every difference.
     """
-    wanted = {name: row for row in rows for name in row.names(spec)}  # of rows in one tensor any will do
-    missing = [name for name, row in wanted.items() if name not in index and row.tied_to is None]
-    extra = [name for name in index if name not in wanted]
-    held = {name: row for name, row in wanted.items() if name in index}
+    expected = {name: row for row in rows for name in row.names(spec)}  # of rows in one tensor any will do
+    missing = [name for name, row in expected.items() if name not in index and row.tied_to is None]
+    extra = [name for name in index if name not in expected]
+    stored = {name: row for name, row in expected.items() if name in index}
     shapes = [
         f"{name} has shape {list(index[name].shape)}, expected {list(row.disk_shape(spec))}"
-        for name, row in held.items()
+        for name, row in stored.items()
         if index[name].shape != row.disk_shape(spec)
     ]
     first = {row.path: index[row.names(spec)[0]].dtype for row in rows if row.names(spec)[0] in index}
     dtypes = [
         f"{name} is {index[name].dtype}, other layers are {first[row.path]}"
-        for name, row in held.items()
+        for name, row in stored.items()
         if row.path in first and index[name].dtype != first[row.path]
     ]
     kinds = [f"missing tensor {n}" for n in missing], [f"unexpected tensor {n}" for n in extra], shapes, dtypes
@@ -69,4 +69,4 @@ def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec
     if any(kinds):
         problems = "; ".join(summarise(kind) for kind in kinds if kind)
         raise CheckpointError(f"{index.directory} does not match its config.json: {problems}")
-    return {name: row for name, row in held.items() if row.tied_to is not None}
+    return {name: row for name, row in stored.items() if row.tied_to is not None}

@@ -25,8 +25,8 @@ def open_checkpoint(directory: Path) -> CheckpointHeaders:
     rows, index = opened.family.params(opened.spec), opened.index
     originals = {row.path: row.names(opened.spec)[0] for row in rows if not row.stacked}
     for name, row in opened.ties.items():
-        held = (index.blocks(each) for each in (name, originals[row.tied_to]))
-        if not all(np.array_equal(*(block.view(np.uint8) for block in pair)) for pair in zip(*held, strict=True)):
+        copies = (index.blocks(each) for each in (name, originals[row.tied_to]))
+        if not all(np.array_equal(*(block.view(np.uint8) for block in pair)) for pair in zip(*copies, strict=True)):
             raise CheckpointError(
                 f"{directory}: config says that {name} is tied, but it differs from what it is tied to"
             )
@@ -50,7 +50,7 @@ def _lazy(index: Weights, row: ParamSpec, spec: DecoderSpec) -> LazyArray:
     names, shape = row.layer_names(spec), row.stacked_shape(spec)
 
     def one(names: list[str], slices: tuple[slice, ...]) -> np.ndarray:
-        """One layer's parameter, or the slices of it that are asked for."""
+        """One layer's parameter, or slices of it."""
         if row.per_head:
             return np.stack([read_finite(index, name) for name in names])[slices]
         if row.part is None:
@@ -101,11 +101,11 @@ def tensors(model: Model) -> tuple[list[TensorMeta], Callable[[str], np.ndarray]
                 where.setdefault(name, []).append((row, at))
 
     def read(name: str) -> np.ndarray:
-        held = [(row, hosts.to_host(model.params[row.tied_to or row.path][at])) for row, at in where[name]]
-        if held[0][0].part is None:
-            return held[0][1]
+        parts = [(row, hosts.to_host(model.params[row.tied_to or row.path][at])) for row, at in where[name]]
+        if parts[0][0].part is None:
+            return parts[0][1]
         tensor = np.empty(metas[name].shape, metas[name].dtype)
-        for row, value in held:
+        for row, value in parts:
             view = row.part.view(tensor, value.shape)
             view[...] = value.reshape(view.shape)
         return tensor

@@ -63,19 +63,19 @@ def resolve(model: str, *, weights: bool = True) -> Path:
     import huggingface_hub.errors
 
     def fetch(names: list[str]) -> Path:
-        wanted = [*names, CONFIG_NAME, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
+        patterns = [*names, CONFIG_NAME, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
 
     try:
         if not weights:
             return fetch([])
         for single, index in ((SINGLE_NAME, INDEX_NAME), (BIN_SINGLE_NAME, BIN_INDEX_NAME)):
-            found = fetch([single, index])
-            if (found / single).is_file():
-                return found
-            if (found / index).is_file():
-                return fetch([index, *shard_names(found / index)])
-        return found
+            directory = fetch([single, index])
+            if (directory / single).is_file():
+                return directory
+            if (directory / index).is_file():
+                return fetch([index, *shard_names(directory / index)])
+        return directory
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"no directory {model}, and the hub did not give it: {reason}") from None

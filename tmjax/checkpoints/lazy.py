@@ -58,12 +58,12 @@ class LazyArray:
         return jax.make_array_from_callback(self.shape, sharding, self.read)
 
 
-def cast(array: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
-    """The array in `dtype`; raises NonFiniteError, naming `what`, if a value is too large for it."""
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The array in `dtype`; raises NonFiniteError with `name` if a value is too large for it."""
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
     if not all_finite(result):
-        raise NonFiniteError(f"{what} does not fit {dtype.name}")
+        raise NonFiniteError(f"{name} does not fit {dtype.name}")
     return result
 
 

@@ -25,7 +25,7 @@ def load_model(path: str | Path, *, placement: Placement = default_placement) ->
         placement: Chooses where every parameter lives, from its ParamSpec and shape; the default device unless given.
 
     Returns:
-        The model: parameters by path, architecture, config, and what is needed to write it again.
+        The model: parameters by path, architecture, config, and the data needed to write it again.
 
     Raises:
         InputError: There is no such checkpoint, or its family is not supported.
@@ -40,7 +40,7 @@ def load_model(path: str | Path, *, placement: Placement = default_placement) ->
 def checkpoint_notes(path: str | Path) -> tuple[str, ...]:
     """Notes on a checkpoint (directory, hub id or orbax directory of ours): settings and files without effect.
 
-    Raises InputError and CheckpointError as `load_model` does, but for what only the numbers show.
+    Raises InputError and CheckpointError as `load_model` does, except for faults that only the numbers show.
     """
     directory = config_directory(path)
     described = describe(directory)

@@ -58,9 +58,9 @@ def open_model(directory: Path) -> Model:
     described = describe(directory / "hf")
     config, family, spec = described.config, described.family, described.spec
     rows = {row.path: row for row in family.params(spec) if row.tied_to is None}
-    held = _described(directory, marker, {path: row.stacked_shape(spec) for path, row in rows.items()})
-    readers = open_arrays(directory / "params", held, {path: row.hf for path, row in rows.items() if row.stacked})
-    params = {path: LazyArray(path, *held[path], _checked(directory, path, readers[path])) for path in rows}
+    arrays = _described(directory, marker, {path: row.stacked_shape(spec) for path, row in rows.items()})
+    readers = open_arrays(directory / "params", arrays, {path: row.hf for path, row in rows.items() if row.stacked})
+    params = {path: LazyArray(path, *arrays[path], _checked(directory, path, readers[path])) for path in rows}
     return Model(family, spec, params, config, directory / "hf", tuple(marker.get("written_ties", ())), described.notes)
 
 
@@ -72,13 +72,15 @@ def load(directory: Path, *, placement: Placement = default_placement) -> Model:
 def _described(
     directory: Path, marker: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of every parameter, as the marker says, which has to agree with the config."""
-    held = marker.get("params", {})
+    """Shape and dtype of every parameter from the marker; raises CheckpointError where the config disagrees."""
+    entries = marker.get("params", {})
     for path, shape in shapes.items():
-        told = held.get(path, {})
-        if list(shape) != told.get("shape") or told.get("dtype") not in DTYPES_BY_NAME:
-            raise CheckpointError(f"{directory}: parameter {path} is {held.get(path)}, its config says {list(shape)}")
-    return {path: (shape, DTYPES_BY_NAME[held[path]["dtype"]]) for path, shape in shapes.items()}
+        entry = entries.get(path, {})
+        if list(shape) != entry.get("shape") or entry.get("dtype") not in DTYPES_BY_NAME:
+            raise CheckpointError(
+                f"{directory}: parameter {path} is {entries.get(path)}, its config says {list(shape)}"
+            )
+    return {path: (shape, DTYPES_BY_NAME[entries[path]["dtype"]]) for path, shape in shapes.items()}
 
 
 def _checked(

@@ -38,7 +38,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     with OutputLock(path):
         real = refuse_existing(path, overwrite=overwrite)
-        # The working directory and mount points keep their place: what is in them is exchanged.
+        # The working directory and mount points keep their place: their contents are exchanged.
         kept = real.is_dir() and (os.path.ismount(real) or Path.cwd().is_relative_to(real))
         partial = real / INSIDE if kept else partial_name(real)
         if partial.is_dir() and any(partial.iterdir()) and not has_record(partial):
@@ -52,7 +52,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield partial
             write_record(partial)
             if not kept:
-                refuse_existing(path, overwrite=overwrite, contents=False)  # what has come there meanwhile
+                refuse_existing(path, overwrite=overwrite, contents=False)  # files that have appeared meanwhile
                 _exchange(partial, real)
             else:
                 _move_into(partial, real)
@@ -68,7 +68,7 @@ def _exchange(partial: Path, real: Path) -> None:
     if real.is_dir() and any(real.iterdir()):
         os.rename(real, old)
         os.replace(partial, real)
-        _delete_recorded(old)  # what has come there at the last moment stays
+        _delete_recorded(old)  # files that appeared at the last moment stay
     else:
         os.replace(partial, real)
 

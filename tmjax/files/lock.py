@@ -26,7 +26,7 @@ from tmjax.errors import InputError
 from tmjax.files.paths import refuse_name
 
 SUFFIX = ".tmjax-lock"
-#: What file systems without locks answer.
+#: Errors of file systems without locks.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NAME_BYTES = 200
@@ -34,7 +34,7 @@ _COMMAND_CHARACTERS = 160
 
 
 @dataclass
-class _Held:
+class _Lock:
     """A lock of this process, counted: one thread may take it again."""
 
     descriptor: int
@@ -46,7 +46,7 @@ class _Held:
 
 
 _guard = threading.RLock()
-_held: dict[Path, _Held] = {}
+_locks: dict[Path, _Lock] = {}
 _handles: "set[OutputLock]" = set()
 _command: list[str] = []
 
@@ -54,7 +54,7 @@ _command: list[str] = []
 class OutputLock:
     """Holds the lock of an output from its making to `release`; the thread that holds it may make another.
 
-    An output is a directory unless said otherwise. Raises InputError saying who holds it, or why the place cannot be
+    An output is a directory by default. Raises InputError that names the holder, or the reason why the place cannot be
     written to.
     """
 
@@ -62,9 +62,9 @@ class OutputLock:
         self._path: Path | None = None
         real = refuse_name(path) if directory else Path(os.path.realpath(path))
         with _guard:
-            mine = _held.get(real)
+            mine = _locks.get(real)
             if mine is None:
-                _held[real] = _acquire(real, path)
+                _locks[real] = _acquire(real, path)
             elif mine.thread != threading.get_ident():
                 raise InputError(_refusal(path, _record()))
             else:
@@ -77,13 +77,13 @@ class OutputLock:
         with _guard:
             path, self._path = self._path, None
             _handles.discard(self)
-            held = _held.get(path) if path is not None else None
-            if held is None:
+            lock = _locks.get(path) if path is not None else None
+            if lock is None:
                 return
-            held.count -= 1
-            if held.count == 0:
-                del _held[path]
-                _give_up(held)
+            lock.count -= 1
+            if lock.count == 0:
+                del _locks[path]
+                _give_up(lock)
 
     def __enter__(self) -> "OutputLock":
         return self
@@ -94,14 +94,14 @@ class OutputLock:
 
 @contextlib.contextmanager
 def command(arguments: Sequence[str]) -> Iterator[None]:
-    """For the time of a command, records it with every lock; releases at the end what it has not released."""
-    before, said = set(_handles), list(_command)
+    """Records a command with every lock while it runs, and releases the locks that it leaves at its end."""
+    before, previous = set(_handles), list(_command)
     _command[:] = arguments
     try:
         yield
     finally:
         release_all(keep=before)
-        _command[:] = said
+        _command[:] = previous
 
 
 def release_all(keep: "set[OutputLock] | frozenset[OutputLock]" = frozenset()) -> None:
@@ -111,14 +111,14 @@ def release_all(keep: "set[OutputLock] | frozenset[OutputLock]" = frozenset()) -
 
 
 def lock_files(path: Path) -> tuple[Path, Path]:
-    """Where the lock of an output can lie: beside it, or inside it."""
+    """The paths at which the lock of an output can lie: beside it, or inside it."""
     name = path.name
     if len(os.fsencode(name)) > _NAME_BYTES:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return path.with_name(f".{name}{SUFFIX}"), path / SUFFIX
 
 
-def _acquire(real: Path, shown: Path) -> _Held:
+def _acquire(real: Path, shown: Path) -> _Lock:
     beside, inside = lock_files(real)
     made: list[Path] = []
     try:
@@ -136,7 +136,7 @@ def _acquire(real: Path, shown: Path) -> _Held:
         raise
 
 
-def _lock(file: Path, shown: Path, made: list[Path]) -> _Held:
+def _lock(file: Path, shown: Path, made: list[Path]) -> _Lock:
     while True:
         _make_parents(file.parent, made)
         try:
@@ -162,7 +162,7 @@ def _lock(file: Path, shown: Path, made: list[Path]) -> _Held:
     with contextlib.suppress(OSError):  # a full disk, or a file of another user's: the lock holds all the same
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_record()).encode(), 0)
-    return _Held(descriptor, file, made, threading.get_ident())
+    return _Lock(descriptor, file, made, threading.get_ident())
 
 
 def _open(file: Path) -> int:
@@ -175,20 +175,20 @@ def _open(file: Path) -> int:
 
 
 def _is_still(file: Path, descriptor: int) -> bool:
-    """Whether the locked file is the one that the name means now."""
+    """Whether the locked file is still the one at this path."""
     try:
         return os.path.samestat(os.stat(file), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
-def _give_up(held: _Held) -> None:
-    if held.process == os.getpid():  # a forked child shares the lock and must not end it
-        if _is_still(held.file, held.descriptor):
+def _give_up(lock: _Lock) -> None:
+    if lock.process == os.getpid():  # a forked child shares the lock and must not end it
+        if _is_still(lock.file, lock.descriptor):
             with contextlib.suppress(OSError):
-                held.file.unlink()
-        _remove_empty(held.made)
-    os.close(held.descriptor)
+                lock.file.unlink()
+        _remove_empty(lock.made)
+    os.close(lock.descriptor)
 
 
 def _make_parents(folder: Path, made: list[Path]) -> None:
@@ -211,19 +211,19 @@ def _remove_empty(made: list[Path]) -> None:
 
 
 def _record() -> dict[str, Any]:
-    said = shlex.join(_command or [Path(sys.argv[0] or "python").name, *sys.argv[1:]])
-    if len(said) > _COMMAND_CHARACTERS:
-        said = said[: _COMMAND_CHARACTERS - 3] + "..."
+    line = shlex.join(_command or [Path(sys.argv[0] or "python").name, *sys.argv[1:]])
+    if len(line) > _COMMAND_CHARACTERS:
+        line = line[: _COMMAND_CHARACTERS - 3] + "..."
     return {
         "host": socket.gethostname(),
         "process": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": said,
+        "command": line,
     }
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """What the holder wrote; it may be about to."""
+    """The holder's record; waits for a holder that is about to write it."""
     for _ in range(20):
         with contextlib.suppress(ValueError, OSError):
             record = json.loads(os.pread(descriptor, 2**16, 0))

@@ -1,7 +1,8 @@
-"""What tmjax wrote into a directory, by a record that lies in it: nothing else is ever replaced or deleted.
+"""Record of the files that tmjax wrote into a directory: no other file is ever replaced or deleted.
 
-`.tmjax-files.json` names every file with its size and a SHA-256, of large files that of blocks all over them: a
-checkpoint is not read a second time. A file that it does not name, or whose contents have changed since, is the user's.
+`.tmjax-files.json` names every file with its size and a SHA-256. The SHA-256 of a large file covers blocks spread over
+it, so that a checkpoint is not read a second time. A file that the record does not name, or whose contents have changed
+since, is the user's.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ _BLOCK, _BLOCKS = 2**16, 256
 
 
 def walk(directory: Path) -> Iterator[str]:
-    """Everything below a directory but the directories that hold something, relative; links are not followed."""
+    """Relative paths of all files and links below a directory; links are not followed."""
     for folder, folders, files in os.walk(directory):
         place = Path(folder).relative_to(directory)
         yield from ((place / name).as_posix() for name in files if not name.endswith(SUFFIX))
@@ -47,12 +48,12 @@ def describe(file: Path) -> dict[str, Any]:
 def write_record(directory: Path) -> None:
     """Records all files of a directory that tmjax alone has written."""
     names = sorted(name for name in walk(directory) if name != RECORD)
-    told = {"files": {name: describe(directory / name) for name in names}}
-    (directory / RECORD).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    record = {"files": {name: describe(directory / name) for name in names}}
+    (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def mark_unfinished(directory: Path) -> None:
-    """Says that a directory is tmjax's own, whatever is in it: it is being written."""
+    """Marks a directory as tmjax's own while it is being written."""
     (directory / RECORD).write_text(json.dumps({"files": {}}) + "\n", encoding="utf-8")
 
 
@@ -68,10 +69,10 @@ def recorded(directory: Path) -> list[str]:
 
 def _record(directory: Path) -> dict[str, Any]:
     try:
-        told = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) and isinstance(told.get("files"), dict) else {}
+    return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else {}
 
 
 def foreign(directory: Path, *, contents: bool = True) -> list[str]:
@@ -79,20 +80,20 @@ def foreign(directory: Path, *, contents: bool = True) -> list[str]:
 
     Without `contents` only names are looked at.
     """
-    told = _record(directory).get("files", {})
+    entries = _record(directory).get("files", {})
     begun = has_record(directory / INSIDE)
     return sorted(
         name
         for name in walk(directory)
         if not (name == RECORD or (begun and name.startswith(f"{INSIDE}/")))
-        and (name not in told or (contents and not _unchanged(directory / name, told[name])))
+        and (name not in entries or (contents and not _unchanged(directory / name, entries[name])))
     )
 
 
-def _unchanged(file: Path, told: dict[str, Any]) -> bool:
-    if file.is_symlink() or not file.is_file() or file.stat().st_size != told.get("size"):
+def _unchanged(file: Path, entry: dict[str, Any]) -> bool:
+    if file.is_symlink() or not file.is_file() or file.stat().st_size != entry.get("size"):
         return False
-    return describe(file) == told
+    return describe(file) == entry
 
 
 def delete(directory: Path, names: Iterable[str]) -> None:
@@ -108,7 +109,7 @@ def delete(directory: Path, names: Iterable[str]) -> None:
 
 
 def refuse_foreign(path: Path, names: list[str]) -> None:
-    """Raises InputError naming what is not tmjax's, if anything."""
+    """Raises InputError with the names of files that are not tmjax's, if there are any."""
     if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise InputError(
@@ -120,8 +121,8 @@ def refuse_foreign(path: Path, names: list[str]) -> None:
 def refuse_existing(path: Path, *, overwrite: bool, contents: bool = True) -> Path:
     """The real path of an output directory that may be written.
 
-    Raises InputError if it is a file, or holds anything; with `overwrite` only if it holds what tmjax did not write
-    (without `contents`, by the names alone).
+    Raises InputError if it is a file or not empty; with `overwrite` only if it holds files that tmjax did not write
+    (without `contents`, judged by the names alone).
     """
     real = refuse_name(path)
     begun = has_record(real / INSIDE)

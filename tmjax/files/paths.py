@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tmjax.errors import InputError
 
-#: Ends the name of what is being written.
+#: Suffix of outputs that are being written.
 PARTIAL = ".partial"
 
 
@@ -32,18 +32,18 @@ def refuse_name(path: Path | str) -> Path:
 
 
 def refuse_overlap(out: Path | str, inputs: Iterable[tuple[str, Path | str | None]]) -> None:
-    """Raises InputError if an input (what it is, where) is the output, or lies inside it, or holds it.
+    """Raises InputError if an input (name, path) is the output, or lies inside it, or contains it.
 
-    What does not exist here, such as a hub id, is passed over.
+    Inputs that do not exist on this machine, such as hub ids, are skipped.
     """
     real = Path(os.path.realpath(Path(out).expanduser()))
-    for what, given in inputs:
+    for name, given in inputs:
         if given is None or not Path(given).expanduser().exists():
             continue
         place = Path(os.path.realpath(Path(given).expanduser()))
         if place == real:
-            raise InputError(f"{what} {given} is the output; choose another output directory")
+            raise InputError(f"{name} {given} is the output; choose another output directory")
         if place.is_relative_to(real):
-            raise InputError(f"{what} lies inside the output {out}; choose another output directory")
+            raise InputError(f"{name} lies inside the output {out}; choose another output directory")
         if real.is_relative_to(place):
-            raise InputError(f"the output {out} lies inside {what} {given}; choose another output directory")
+            raise InputError(f"the output {out} lies inside {name} {given}; choose another output directory")

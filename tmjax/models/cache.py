@@ -40,9 +40,9 @@ class Cache:
 
 def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     """A cache of `slots` tokens a row, none of them filled."""
-    held = jnp.zeros((spec.layers, batch, spec.kv_heads, slots, spec.head_dim), dtype)
+    empty = jnp.zeros((spec.layers, batch, spec.kv_heads, slots, spec.head_dim), dtype)
     positions = jnp.full((batch, slots), NOWHERE, jnp.int32)
-    return Cache(held, held, positions, jnp.int32(0), jnp.zeros(batch, jnp.int32))
+    return Cache(empty, empty, positions, jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
 
 def grown(cache: Cache, slots: int) -> Cache:
@@ -129,7 +129,7 @@ def _attention(
     scores = scores.astype(jnp.float32) * scale
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
-    # Finite, unlike -inf: what padding reads may all be masked, and its NaN would reach others as 0 x NaN.
+    # Finite, unlike -inf: every key of padding may be masked, and its NaN would reach others as 0 x NaN.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q_bthd.dtype)
     mixed, first = 0, 0

@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 INIT_STD = 0.02
-#: Sees the activations of a site and returns what the block goes on with.
+#: Receives the activations of a site and returns those with which the block continues.
 Record: TypeAlias = Callable[[str, Array], Array]
 
 
@@ -86,7 +86,7 @@ def attention(
     return einsum("bkgts,bskd->btkgd", weights, v_btkd).reshape(batch, tokens, heads * dim)
 
 
-#: What `attention` does; packed texts bring their own, which knows where each text's tokens lie, and so do caches.
+#: Signature of `attention`; packed texts and caches bring their own, which knows the positions of each text's tokens.
 Attend: TypeAlias = Callable[[Array, Array, Array, Array, Array, float | None], Array]
 
 

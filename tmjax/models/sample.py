@@ -42,8 +42,8 @@ def _least_kept(weights_bv: Array, enough: Array, of: Array) -> Array:
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
-        held = weights_bv >= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
-        good = jnp.sum(jnp.where(held, of, 0), axis=-1) >= enough
+        kept = weights_bv >= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
+        good = jnp.sum(jnp.where(kept, of, 0), axis=-1) >= enough
         return jnp.where(good, middle, low), jnp.where(good, high, middle)
 
     largest = jax.lax.bitcast_convert_type(jnp.max(weights_bv, axis=-1), jnp.int32)
@@ -52,16 +52,16 @@ def _least_kept(weights_bv: Array, enough: Array, of: Array) -> Array:
 
 
 def kept_weights(logits_bv: Array, sampling: Sampling) -> Array:
-    """Unnormalised probabilities [B, V] float32 that a draw is made from: zero for tokens that are not kept."""
+    """Unnormalised probabilities [B, V] float32 of a draw: zero for tokens that top-k or top-p leaves out."""
     scaled = logits_bv.astype(jnp.float32) / sampling.temperature
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
     vocab = weights.shape[-1]
     if sampling.top_k is not None and sampling.top_k < vocab:
-        least = _least_kept(weights, jnp.float32(sampling.top_k), jnp.ones_like(weights))
-        weights = jnp.where(weights >= least[:, None], weights, 0)
+        threshold = _least_kept(weights, jnp.float32(sampling.top_k), jnp.ones_like(weights))
+        weights = jnp.where(weights >= threshold[:, None], weights, 0)
     if sampling.top_p is not None and sampling.top_p < 1:
-        least = _least_kept(weights, sampling.top_p * jnp.sum(weights, axis=-1), weights)
-        weights = jnp.where(weights >= least[:, None], weights, 0)
+        threshold = _least_kept(weights, sampling.top_p * jnp.sum(weights, axis=-1), weights)
+        weights = jnp.where(weights >= threshold[:, None], weights, 0)
     return weights
 
 

@@ -1,4 +1,4 @@
-"""What a solver finds, in the form it finds it: potentials, a dense coupling, low-rank factors, matches or maps.
+"""Solutions of solvers, each in its own form: potentials, a dense coupling, low-rank factors, matches or maps.
 
 All axes before the last two (of matrices) or the last (of vectors) are independent problems. Methods that work in
 blocks of rows are for one problem (no such axes); they never hold more of a plan kept as potentials than a block.

@@ -74,12 +74,11 @@ def certify(
 ) -> OTResult:
     """The result of one problem (no leading axes), its marginal errors and costs recomputed from the plan.
 
-    In blocks of rows, where the plan is kept as potentials.
-    `converged` is decided here, not by the solver, which tests one marginal inside its loop: the errors of the `judged`
-    marginals must be within twice the threshold plus what float32 rounds away: a unit in the last place of the entries'
-    exponents for a plan kept as potentials (or said to be made of such: `exponents` is the largest), of the mass for
-    any other. `solver_converged` is what else the solver asks for; it can only make the verdict worse. A plan with NaN
-    or infinity anywhere is never converged.
+    A plan stored as potentials is evaluated in blocks of rows. This function decides `converged`, not the solver, which
+    tests one marginal inside its loop: the errors of the `judged` marginals must be within twice the threshold plus the
+    rounding of float32. The rounding is a unit in the last place of the entries' exponents for a plan stored as
+    potentials (or made from potentials, `exponents` being the largest exponent), and of the mass for any other plan.
+    `solver_converged` is a further condition of the solver. A plan with NaN or infinity anywhere is never converged.
     """
     n, k = problem.cost.shape
     size = plan.measured_rows((n, k))
@@ -90,9 +89,9 @@ def certify(
         # Without the barrier every sum below would make the exponentials again.
         q = jax.lax.optimization_barrier(jnp.where(fresh[:, None], q, 0.0))
         rows = jnp.sum(q, axis=1)
-        wanted = jax.lax.dynamic_slice_in_dim(problem.a, start, size)
+        masses = jax.lax.dynamic_slice_in_dim(problem.a, start, size)
         return (
-            error_a + jnp.sum(jnp.where(fresh, jnp.abs(rows - wanted), 0.0)),
+            error_a + jnp.sum(jnp.where(fresh, jnp.abs(rows - masses), 0.0)),
             columns + jnp.sum(q, axis=0),
             transport + jnp.sum(price * q),
             negative_entropy + jnp.sum(jnp.where(q > 0, q * (log_q - 1.0), 0.0)),

@@ -17,7 +17,7 @@ class SparsePlan(Plan):
     """The entries of a plan that are among the t largest (by size) of their row, or the s largest of their column.
 
     `columns` [..., n, t] (int32) and `values` [..., n, t] are the former; `rows` [..., k, s] and `column_values`
-    [..., k, s] the latter, with value 0 for what is among the former already.
+    [..., k, s] the latter, with value 0 for entries that are among the former already.
     """
 
     columns: ArrayLike
@@ -43,18 +43,18 @@ class SparsePlan(Plan):
         t, s = min(top_k, k), min(top_k, n)
 
         def step(carry: tuple[Array, ...], start: Array | int, fresh: Array) -> tuple[Array, ...]:
-            columns, values, least, rows, column_values = carry
+            columns, values, smallest, rows, column_values = carry
             q = some(start, fresh.shape[0])
             sizes, chosen = jax.lax.top_k(jnp.abs(q), t)
-            found = jnp.take_along_axis(q, chosen, axis=1)
+            entries = jnp.take_along_axis(q, chosen, axis=1)
             # The best so far of every column against those of this block; rows that came before count once.
             old = jnp.concatenate([column_values, jnp.where(fresh[:, None], q, 0.0).T], axis=1)
             numbers = jnp.broadcast_to(start + jnp.arange(fresh.shape[0], dtype=jnp.int32), (k, fresh.shape[0]))
             _, best = jax.lax.top_k(jnp.abs(old), s)
             return (
                 jax.lax.dynamic_update_slice_in_dim(columns, chosen.astype(jnp.int32), start, axis=0),
-                jax.lax.dynamic_update_slice_in_dim(values, found, start, axis=0),
-                jax.lax.dynamic_update_slice_in_dim(least, sizes[:, -1], start, axis=0),
+                jax.lax.dynamic_update_slice_in_dim(values, entries, start, axis=0),
+                jax.lax.dynamic_update_slice_in_dim(smallest, sizes[:, -1], start, axis=0),
                 jnp.take_along_axis(jnp.concatenate([rows, numbers], axis=1), best, axis=1),
                 jnp.take_along_axis(old, best, axis=1),
             )
@@ -66,8 +66,8 @@ class SparsePlan(Plan):
             jnp.zeros((k, s), jnp.int32),
             jnp.zeros((k, s)),
         )
-        columns, values, least, rows, column_values = scan_rows(n, size, step, empty)
-        both = jnp.abs(column_values) >= least[rows]
+        columns, values, smallest, rows, column_values = scan_rows(n, size, step, empty)
+        both = jnp.abs(column_values) >= smallest[rows]
         return cls(columns, values, rows, jnp.where(both, 0.0, column_values))
 
     def matrix(self) -> Array:

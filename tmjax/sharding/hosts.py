@@ -57,7 +57,7 @@ def everyone(value: Any) -> list[Any]:
 
 
 def together(work: Callable[[], T]) -> T:
-    """What `work` returns here; if it raises a TmjaxError on any process, all raise the first one.
+    """Runs `work` and returns its result; if it raises a TmjaxError on any process, all raise the first one.
 
     For work without collectives, such as reading files, that can fail on one host alone.
     """
@@ -76,11 +76,11 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
-def require_same(what: str, value: Any) -> None:
-    """Raises InputError if a process has another value (of JSON kinds) than the first."""
+def require_same(name: str, value: Any) -> None:
+    """Raises InputError with `name` if a process has another value (of JSON kinds) than the first."""
     for process, other in enumerate(everyone(value)):
         if other != agree(value):
-            raise InputError(f"process {process} has other {what} than process 0; give every process the same")
+            raise InputError(f"process {process} has other {name} than process 0; give every process the same")
 
 
 def to_host(tree: Any) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tmjax.errors import InputError
 
-#: Set for the process that does the work: the file that takes what native code prints.
+#: Set for the process that does the work: the file that takes the output of native code.
 LOG = "TMJAX_NATIVE_LOG"
 _DIED = "detected fatal errors"
 #: Seconds without a sign of life after which a process counts as dead, where no collective has failed before.
@@ -39,7 +39,7 @@ def silent() -> bool:
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the job: what is None is found out on a TPU pod, under SLURM, Open MPI or Kubernetes.
+    """Joins the job: arguments that are None are detected on a TPU pod, under SLURM, Open MPI or Kubernetes.
 
     Must come before anything that uses a device. Raises InputError if there is no such job.
     """
@@ -121,7 +121,8 @@ def _end_with_parent() -> None:
 def supervise(arguments: Sequence[str]) -> int:
     """Runs `tmjax` with these arguments in a child process and returns its exit status.
 
-    1 with one line on standard error where it was ended by a signal, as jax.distributed does when another process died.
+    The status is 1, with one line on standard error, where a signal ended the child, as jax.distributed does when
+    another process died.
     """
     handle, name = tempfile.mkstemp(prefix="tmjax-", suffix=".log")
     os.close(handle)
@@ -140,9 +141,9 @@ def supervise(arguments: Sequence[str]) -> int:
         log.unlink(missing_ok=True)
         return code
     if _DIED in log.read_text(encoding="utf-8", errors="replace"):
-        what = "another process of this job died or cannot be reached"
+        cause = "another process of this job died or cannot be reached"
     else:
-        what = f"this process was ended by {signal.Signals(-code).name}"
-        what += " (out of memory?)" if -code == signal.SIGKILL else ""
-    print(f"tmjax: error: {what}; the same command resumes (log: {log})", file=sys.stderr)
+        cause = f"this process was ended by {signal.Signals(-code).name}"
+        cause += " (out of memory?)" if -code == signal.SIGKILL else ""
+    print(f"tmjax: error: {cause}; the same command resumes (log: {log})", file=sys.stderr)
     return 1

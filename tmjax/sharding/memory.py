@@ -2,7 +2,7 @@
 
 import jax
 
-#: What the solver may use unless told: a quarter of an accelerator, of a CPU so many MiB.
+#: Default memory of the solver: a quarter of an accelerator's, this many MiB of a CPU's.
 SOLVER_SHARE, SOLVER_CPU_MIB = 4, 512
 
 
@@ -17,5 +17,5 @@ def share_mib(share: int, cpu: int) -> int:
 
 
 def solver_mib(given: int | None) -> int:
-    """`alignment.memory_mib`, or what it is unless given."""
+    """`alignment.memory_mib`, or its default."""
     return given or share_mib(SOLVER_SHARE, SOLVER_CPU_MIB)

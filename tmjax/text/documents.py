@@ -125,8 +125,8 @@ def _json_line(name: str, number: int, line: str) -> tuple[str, str]:
     entry = parse_json(name, number, line)
     text = entry.get("text") if isinstance(entry, dict) else None
     if not isinstance(text, str):
-        said = "no text field" if text is None else f"a text field that is {_json_kind(text)}"
-        raise InputError(f"{name} line {number} has {said}")
+        fault = "no text field" if text is None else f"a text field that is {_json_kind(text)}"
+        raise InputError(f"{name} line {number} has {fault}")
     label = str(entry.get("id", number))
     require_text(f"{name} line {number}", text, label)
     return label, text
@@ -152,13 +152,13 @@ def _from_hub(name: str) -> Texts:
         raise InputError(f"cannot load {name}: {reason}") from None
     if field not in rows.column_names:
         raise InputError(f"{name} has no column {field}; it has {', '.join(rows.column_names)}")
-    found = []
+    documents = []
     for number, text in enumerate(rows[field]):
         if text is not None and not isinstance(text, str):
             raise InputError(f"{name} row {number}: column {field} holds {type(text).__name__}, not text")
         require_text(f"{name} row {number}", text or "")
-        found.append((str(number), text or ""))
-    return _checked(name, found)
+        documents.append((str(number), text or ""))
+    return _checked(name, documents)
 
 
 def _checked(name: str, rows: Sequence[tuple[str, str]]) -> Texts:

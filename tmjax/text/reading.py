@@ -13,7 +13,7 @@ from tmjax.text.tokenizer import Encoding, TextTokenizer
 
 #: Where a token begins that begins with a space which the tokenizer put before the text.
 BEFORE = -1
-#: Where a token begins within a character, or within what a character was turned into.
+#: Where a token begins within a character, or within the normalised form of a character.
 WITHIN = -2
 
 

@@ -102,7 +102,7 @@ def _positions(
     encoding: Encoding, pieces: Sequence[tuple[int, int]], limit: int, special: frozenset[int]
 ) -> list[list[int]]:
     """For each piece the positions (after BOS) of the ordinary tokens that overlap it."""
-    found: list[list[int]] = [[] for _ in pieces]
+    positions: list[list[int]] = [[] for _ in pieces]
     first = 0
     for position, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True), start=1):
         if token in special or end <= start or end > limit:
@@ -112,5 +112,5 @@ def _positions(
         for index in range(first, len(pieces)):
             if pieces[index][0] >= end:
                 break
-            found[index].append(position)
-    return found
+            positions[index].append(position)
+    return positions

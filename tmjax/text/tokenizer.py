@@ -36,9 +36,9 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class TextTokenizer:
-    """A tokenizer with what we ask of it.
+    """A tokenizer with its vocabulary, encoding and decoding.
 
-    `backend` is what `tokenizer.json` says, `fast` a Hugging Face tokenizer around it for chat templates and names.
+    `backend` is the tokenizer of `tokenizer.json`, `fast` a Hugging Face tokenizer around it for chat templates, names.
     `prefix` is the token put before every document: BOS, or EOS where a model has none. `suffix` is EOS. `rows` is the
     number of rows of the model's embedding, None where that does not matter; `name` is where the tokenizer lies.
     """
@@ -82,17 +82,17 @@ class TextTokenizer:
         return self.vocabulary.size
 
     def known(self, rows: int) -> np.ndarray | None:
-        """Which rows of an embedding of `rows` rows are tokens [rows] bool; None if all are."""
-        found = self.vocabulary.known(rows)
-        return None if found.all() else found
+        """Mask [rows] bool of the rows of an embedding that are tokens; None if all are."""
+        is_token = self.vocabulary.known(rows)
+        return None if is_token.all() else is_token
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Token ids and character offsets of each text, without special tokens, never truncated.
 
         Raises InputError for a token beyond the model's embedding.
         """
-        found = [Encoding(each.ids, each.offsets) for each in self.backend.encode_batch(list(texts), False, False)]
-        for text, encoding in zip(texts, found, strict=True):
+        encodings = [Encoding(each.ids, each.offsets) for each in self.backend.encode_batch(list(texts), False, False)]
+        for text, encoding in zip(texts, encodings, strict=True):
             largest = max(encoding.ids, default=0)
             if self.rows is not None and largest >= self.rows:
                 shown = text[:_SHOWN] + ("..." if len(text) > _SHOWN else "")
@@ -101,7 +101,7 @@ class TextTokenizer:
                     f"text {shown!r}, but the model's vocabulary has {self.rows} entries; leave that token out of the "
                     "texts"
                 )
-        return found
+        return encodings
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -115,14 +115,14 @@ class TextTokenizer:
 def shared_tokens(target: TextTokenizer, source: TextTokenizer) -> tuple[list[int], list[int]]:
     """Ids (target, source) of the tokens that both vocabularies have, in the order of the target's.
 
-    Tokens of the same bytes: those that the bytes are written with, then those that are second choices in both, as
-    `<0x41>` is where `A` is a token. Special tokens by their names, and the ones before and after a document.
+    Tokens are paired by their bytes: the tokens that encode the bytes first, then the second choices of both, such as
+    `<0x41>` where `A` is a token. Special tokens are paired by name, and those before and after a document by place.
     """
     own, other = target.vocabulary, source.vocabulary
     pairs = {
-        number: held
+        number: partner
         for text, numbers in own.ids.items()
-        for number, held in zip(numbers, other.ids.get(text, ()), strict=False)
+        for number, partner in zip(numbers, other.ids.get(text, ()), strict=False)
     }
     named = {name: number for number, name in other.special.items()}
     pairs |= {number: named[name] for number, name in own.special.items() if name in named}
@@ -204,18 +204,18 @@ def _read(file: Path) -> dict[str, Any]:
     """A JSON object, empty if the file is absent or damaged (transformers has then complained)."""
     if not file.is_file():
         return {}
-    held = json.loads(file.read_text(encoding="utf-8"))
-    return held if isinstance(held, dict) else {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
 def _add(directory: Path, backend: Any) -> None:
     """Adds tokens that `tokenizer.json` lacks and the files beside it give an id; raises InputError for another id."""
-    told: dict[int, dict[str, Any]] = {
+    tokens: dict[int, dict[str, Any]] = {
         number: {"content": content, "special": False} for content, number in _read(directory / ADDED_NAME).items()
     }
     decoder = _read(directory / CONFIG_NAME).get("added_tokens_decoder") or {}
-    told |= {int(number): token for number, token in decoder.items()}
-    for number, token in sorted(told.items()):
+    tokens |= {int(number): token for number, token in decoder.items()}
+    for number, token in sorted(tokens.items()):
         content = token["content"]
         if backend.token_to_id(content) is None:
             flags = {key: value for key, value in token.items() if key in ("lstrip", "rstrip", "single_word")}
@@ -244,7 +244,7 @@ def _special(directory: Path, fast: Any, backend: Any, name: str) -> int | None:
 
 
 def _advised(directory: Path, backend: Any) -> str:
-    """What the model's config says is the end of sequence, as advice."""
+    """Advice with the end of sequence of the model's config."""
     for file in ("generation_config.json", "config.json"):
         number = _read(directory / file).get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number

@@ -1,4 +1,4 @@
-"""Vocabularies as bytes: what every token of a `tokenizer.json` stands for within a text.
+"""Vocabularies as bytes: the bytes that every token of a `tokenizer.json` stands for within a text.
 
 The settings of the tokenizer decide how its pieces are read. Byte-level pieces name one byte by each character (Radford
 et al. 2019). A mark, ▁ in SentencePiece, is a space. With byte fallback `<0xNN>` is a byte. Where the pre-tokenizer
@@ -45,10 +45,10 @@ class Vocabulary:
         return {text: ids[0] for text, ids in self.ids.items()}
 
     def known(self, rows: int) -> np.ndarray:
-        """Which of an embedding's first `rows` rows are tokens [rows] bool; the others are padding or holes."""
-        found = np.zeros(rows, bool)
-        found[[number for number in (*self.text, *self.special) if number < rows]] = True
-        return found
+        """Mask [rows] bool of the rows of an embedding that are tokens; the others are padding or holes."""
+        is_token = np.zeros(rows, bool)
+        is_token[[number for number in (*self.text, *self.special) if number < rows]] = True
+        return is_token
 
 
 def components(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
@@ -120,7 +120,7 @@ def _spelling(state: Mapping[str, Any], spaces_dropped: bool) -> _Spelling:
 
 
 def _unknown(model: Mapping[str, Any]) -> str | None:
-    """The piece that stands for what the model cannot write."""
+    """The piece that stands for text that the model cannot encode."""
     if model.get("unk_id") is not None:
         return model["vocab"][model["unk_id"]][0]
     return model.get("unk_token")
@@ -131,8 +131,8 @@ def read_vocabulary(
 ) -> Vocabulary:
     """The vocabulary of a tokenizer.
 
-    `state` is its `tokenizer.json`, `pieces` all its tokens with their ids, `special_ids` those that are special beside
-    the ones it says; `spaces_dropped`: whether its pre-tokenizer leaves out the spaces between words.
+    `state` is its `tokenizer.json`, `pieces` all its tokens with their ids, `special_ids` the special tokens that
+    `state` does not mark; `spaces_dropped`: whether its pre-tokenizer leaves out the spaces between words.
     """
     spelling = _spelling(state, spaces_dropped)
     added = {token["content"]: token for token in state.get("added_tokens") or []}
@@ -145,11 +145,11 @@ def read_vocabulary(
         if number in special_ids or piece == unknown or (token is not None and token["special"]):
             special[number] = piece
             continue
-        held = piece.encode() if token is not None else spelling.bytes_of(piece)
-        text[number] = held
-        # Added tokens are looked for before all others, `<0xNN>` is written where nothing else can be.
+        string = piece.encode() if token is not None else spelling.bytes_of(piece)
+        text[number] = string
+        # Added tokens are matched before all others; `<0xNN>` is the last resort.
         alone = token is not None and not token["single_word"]
         rank = 0 if alone else 2 if token is None and spelling.is_fallback(piece) else 1
-        ranks.setdefault(held, []).append((rank, number))
-    ids = {held: tuple(number for _, number in sorted(found)) for held, found in ranks.items() if held}
+        ranks.setdefault(string, []).append((rank, number))
+    ids = {string: tuple(number for _, number in sorted(ranked)) for string, ranked in ranks.items() if string}
     return Vocabulary(dict(sorted(text.items())), special, ids, None if unknown is None else pieces.get(unknown))

@@ -12,19 +12,19 @@ from tmjax.text.vocabulary import components
 
 
 def write_within(tokenizer: TextTokenizer, strings: Sequence[bytes]) -> list[tuple[int, ...] | None]:
-    """Token ids of each string as it would be written after other text; None if it is no text to the tokenizer.
+    """Encodes each string as it would be encoded after other text; None for strings that are no text to the tokenizer.
 
-    A string that is a token of its own is that token, so a vocabulary reads itself as it is. A leading space begins a
-    word, in whatever way the tokenizer says so.
+    A string that is a token of its own becomes that token, so that a vocabulary maps to itself. A leading space begins
+    a word, in the tokenizer's own convention.
     """
     vocabulary = tokenizer.vocabulary
-    found: list[tuple[int, ...] | None] = [None] * len(strings)
+    written: list[tuple[int, ...] | None] = [None] * len(strings)
     inner = tokenizers.Tokenizer.from_str(json.dumps(prefixless(tokenizer.state)))
     asked: dict[int, str] = {}
     for number, string in enumerate(strings):
         token = vocabulary.id_of(string)
         if token is not None:
-            found[number] = (token,)
+            written[number] = (token,)
             continue
         text = string.decode("utf-8", errors="replace")
         if not string or text.encode() != string:
@@ -32,12 +32,12 @@ def write_within(tokenizer: TextTokenizer, strings: Sequence[bytes]) -> list[tup
         begun = _word_end(tokenizer, text) if tokenizer.spaces_dropped else ""
         tokens = _longest(tokenizer, begun.encode())
         if tokens is not None:
-            found[number] = tokens
+            written[number] = tokens
             asked[number] = _normal(tokenizer, text).removeprefix(begun) if begun else text
     for number, encoding in zip(asked, inner.encode_batch(list(asked.values()), False, False), strict=True):
-        tokens = (*found[number], *encoding.ids)
-        found[number] = None if not tokens or any(token in vocabulary.special for token in tokens) else tokens
-    return found
+        tokens = (*written[number], *encoding.ids)
+        written[number] = None if not tokens or any(token in vocabulary.special for token in tokens) else tokens
+    return written
 
 
 def _normal(tokenizer: TextTokenizer, text: str) -> str:

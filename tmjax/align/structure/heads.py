@@ -22,7 +22,7 @@ ATTENTION_SITES = ("q", "k", "v", "attn_mix")
 
 @dataclass(frozen=True)
 class AttentionSide:
-    """One model's attention, by site: scales and root mean squares [S, heads, d] of what enters the logits.
+    """One model's attention, by site: scales and root mean squares [S, heads, d] of the inputs of the logits.
 
     `factors` [S, heads, d] turn the units of q and k, which lie before the norms of queries and keys, into the
     normed ones: the norm's weight over the root mean square of the head (of all heads, where these are normed as one).
@@ -159,11 +159,11 @@ def _maps(
 
     def sizes(dims: np.ndarray, at: int, inside: Edges, group: Edges) -> tuple[np.ndarray, np.ndarray]:
         """Root sums of squares of queries and keys over heads and over the last axis of `dims`."""
-        found = []
+        roots = []
         for site, pairs in (("q", inside), ("k", group)):
             chosen = size[site][at][pairs[at]][:, dims]
-            found.append(np.sqrt(np.square(chosen).sum(axis=(0, -1))))
-        return found[0], found[1]
+            roots.append(np.sqrt(np.square(chosen).sum(axis=(0, -1))))
+        return roots[0], roots[1]
 
     for edge, (g, h) in enumerate(zip(*groups, strict=True)):
         chosen = np.nonzero(group_of == edge)[0]
@@ -193,18 +193,18 @@ def _maps(
 
 
 def _safe(x: np.ndarray) -> np.ndarray:
-    """A norm's weight that is next to 0 hides its unit; what is written there does not matter."""
+    """A norm's weight that is next to 0 hides its unit, so the value written for that unit has no effect."""
     return np.where(np.abs(x) > 1e-6, x, np.inf)
 
 
 def _lost(q_size: np.ndarray, k_size: np.ndarray, kept: np.ndarray) -> float:
-    """What makes up for the dimensions of a source head that have no partner: the logits' size over what is kept."""
+    """Factor that compensates the dimensions of a source head without a partner: size of all logits over the kept."""
     energy = np.square(q_size * k_size)
     return float(np.sqrt(energy.sum() / energy[kept].sum())) if energy[kept].sum() > 0 else 1.0
 
 
 def value_maps(
-    target: AttentionSide, source: AttentionSide, layers: tuple[int, int], found: HeadMatch, plans_edd: np.ndarray
+    target: AttentionSide, source: AttentionSide, layers: tuple[int, int], match: HeadMatch, plans_edd: np.ndarray
 ) -> dict[str, HeadMap]:
     """The maps of all four sites, `plans_edd` being the couplings of value units inside every pair of groups.
 
@@ -214,15 +214,15 @@ def value_maps(
     plans = np.asarray(plans_edd, np.float64)
     mass = np.abs(plans)
     rows, columns = (np.where(x > 0, x, np.inf) for x in (mass.sum(axis=2), mass.sum(axis=1)))
-    s, t = scale[found.groups.target], source_scale[found.groups.source]
+    s, t = scale[match.groups.target], source_scale[match.groups.source]
     ahead = s[:, :, None] * plans / rows[:, :, None] * _inverse(t)[:, None, :]
     back = t[:, :, None] * plans.transpose(0, 2, 1) / columns[:, :, None] * _inverse(s)[:, None, :]
     both = (target.spec.kv_heads, source.spec.kv_heads), (target.spec.heads, source.spec.heads)
-    groups, heads, group_of = found.groups, found.heads, found.group_of
-    inverse_q, inverse_k = (np.linalg.pinv(blocks) for blocks in (found.q_blocks, found.k_blocks))
+    groups, heads, group_of = match.groups, match.heads, match.group_of
+    inverse_q, inverse_k = (np.linalg.pinv(blocks) for blocks in (match.q_blocks, match.k_blocks))
     return {
-        "q": _head_map(heads, both[1], found.q_blocks, inverse_q),
-        "k": _head_map(groups, both[0], found.k_blocks, inverse_k),
+        "q": _head_map(heads, both[1], match.q_blocks, inverse_q),
+        "k": _head_map(groups, both[0], match.k_blocks, inverse_k),
         "v": _head_map(groups, both[0], *_averages(groups, both[0], ahead, back)),
         "attn_mix": _head_map(heads, both[1], *_averages(heads, both[1], ahead[group_of], back[group_of])),
     }

@@ -69,16 +69,16 @@ class PlaneMatch:
         return cov_hdgd[:, self.target_still][..., self.source_still].transpose(0, 2, 1, 3)
 
     def similarity(self, cov_hdgd: np.ndarray, size_hd: np.ndarray, source_size_gd: np.ndarray) -> np.ndarray:
-        """How alike heads are [H, G], in [0, 1]; angles do not count, nor which still dimension is which.
+        """Similarity of heads [H, G] in [0, 1], invariant to the planes' angles and the order of still dimensions.
 
-        `size` are the units' scales. 1 for heads that are equal up to rotations of their planes.
+        `size` are the units' scales. The similarity of heads that are equal up to rotations of their planes is 1.
         """
-        found = np.abs(self.products(cov_hdgd)).sum(axis=0)
+        magnitude = np.abs(self.products(cov_hdgd)).sum(axis=0)
         if len(self.target_still) and len(self.source_still):
             still = np.abs(self.still_products(cov_hdgd))
-            found += np.minimum(still.max(axis=3).sum(axis=2), still.max(axis=2).sum(axis=2))
+            magnitude += np.minimum(still.max(axis=3).sum(axis=2), still.max(axis=2).sum(axis=2))
         whole = np.sqrt(np.square(size_hd).sum(1)[:, None] * np.square(source_size_gd).sum(1)[None, :])
-        return np.clip(found / np.where(whole > 0, whole, 1.0), 0.0, 1.0)
+        return np.clip(magnitude / np.where(whole > 0, whole, 1.0), 0.0, 1.0)
 
 
 def _ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:

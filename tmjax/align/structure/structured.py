@@ -1,4 +1,4 @@
-"""Alignment that respects what a transformer is: which plans sites share, and attention matched as attention."""
+"""Alignment that respects a transformer's structure: plans that sites share, attention matched head by head."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,22 +19,22 @@ from tmjax.ot import FeatureSolver, Problem, Solver, cost_matrix, solve
 from tmjax.recipes.merge import AlignmentOptions
 from tmjax.typing import Params
 
-#: Sites in the residual stream's units. Those of the first group hold the stream itself, or what is added to it.
+#: Sites in the residual stream's units. Those of the first group are the stream itself and the branches added to it.
 STREAM_SITES = ("resid", "attn_out", "mlp_out")
 RESIDUAL_SITES = (*STREAM_SITES, "attn_in", "mlp_in")
-#: A model: what it is, and its parameters, of which only the norms of queries and keys are read.
+#: A model: its spec and its parameters, of which only the norms of queries and keys are read.
 Described = tuple[DecoderSpec, Params]
 Solve = Callable[[str, np.ndarray | None], SitePlans]
 
 
 def structured_sites(sites: Collection[str], structure: str) -> tuple[str, ...]:
     """These sites and those that the structure needs beside them."""
-    found = list(sites)
-    if structure != "none" and set(found) & set(ATTENTION_SITES):
-        found += ATTENTION_SITES
+    all_sites = list(sites)
+    if structure != "none" and set(all_sites) & set(ATTENTION_SITES):
+        all_sites += ATTENTION_SITES
     if structure == "full":
-        found += STREAM_SITES
-    return tuple(dict.fromkeys(found))
+        all_sites += STREAM_SITES
+    return tuple(dict.fromkeys(all_sites))
 
 
 def require_structure(options: AlignmentOptions, solver: Solver) -> None:
@@ -51,8 +51,8 @@ def require_structure(options: AlignmentOptions, solver: Solver) -> None:
 class Structure:
     """Solves sites together instead of one by one: `solve` takes the place of the plain one.
 
-    `plain` solves a site by itself, `site_of` gives its problems, `measure` its statistics (target, source). What is
-    solved together is kept in `solved`.
+    `plain` solves a site by itself, `site_of` gives its problems, `measure` its statistics (target, source). `solved`
+    keeps the plans of sites that are solved together.
     """
 
     target: Described
@@ -65,57 +65,57 @@ class Structure:
 
     solved: dict[str, Mapping[str, SitePlans]] = field(default_factory=dict)
 
-    def solve(self, site: str, wanted: np.ndarray | None) -> SitePlans:
-        """The plans of a site; the pairs of layers that are wanted must be the same for all sites."""
+    def solve(self, site: str, pair_mask: np.ndarray | None) -> SitePlans:
+        """The plans of a site; `pair_mask` must be the same for all sites."""
         for name, sites, work in (
             ("attention", ATTENTION_SITES, self._attention),
             ("residual", RESIDUAL_SITES if self.options.structure == "full" else (), self._residual),
         ):
             if site in sites:
                 if name not in self.solved:
-                    self.solved[name] = work(wanted)
+                    self.solved[name] = work(pair_mask)
                 return self.solved[name][site]
-        return self.plain(site, wanted)
+        return self.plain(site, pair_mask)
 
-    def _attention(self, wanted: np.ndarray | None) -> dict[str, SitePlans]:
+    def _attention(self, pair_mask: np.ndarray | None) -> dict[str, SitePlans]:
         sites = {site: self.site_of(site) for site in ("q", "k", "v")}
         target, source = (
             AttentionSide.of(*model, {site: self.measure(site)[end] for site in sites}, centred=self.options.centred)
             for end, model in enumerate((self.target, self.source))
         )
-        pairs = _pairs(sites["q"], wanted)
-        found, costs = [], []
+        pairs = _pairs(sites["q"], pair_mask)
+        matches, costs = [], []
         for pair in pairs:
-            rho = {site: correlations(held, *pair) for site, held in sites.items()}
+            rho = {name: correlations(site, *pair) for name, site in sites.items()}
             match = match_heads(target, source, *pair, rho)
             whole = rho["v"].reshape(*target.scales["v"].shape[1:], *source.scales["v"].shape[1:])
             costs.append(1.0 - whole[match.groups.target, :, match.groups.source])
-            found.append(match)
+            matches.append(match)
         result = solve(Problem.with_uniform_marginals(jnp.asarray(np.stack(costs), jnp.float32)), self.solver)
         plans = np.asarray(result.matrix())
-        maps = [value_maps(target, source, *args) for args in zip(pairs, found, plans, strict=True)]
+        maps = [value_maps(target, source, *args) for args in zip(pairs, matches, plans, strict=True)]
         worst = {name: np.asarray(getattr(result, name)).max(axis=1) for name in ("iterations", "fallback")}
         worst["marginal_error"] = np.asarray(result.marginal_error).max(axis=1)
         worst["converged"] = np.asarray(result.converged).all(axis=1)
         value_cost = (np.asarray(result.transport_cost) / np.abs(plans).sum(axis=(2, 3))).mean(axis=1)
         solved = {}
         for site in ATTENTION_SITES:
-            held = jax.tree.map(lambda *x: np.stack(x), *(each[site] for each in maps))
-            cost = [match.costs[site] for match in found] if site in ("q", "k") else value_cost
+            head_map = jax.tree.map(lambda *x: np.stack(x), *(each[site] for each in maps))
+            cost = [match.costs[site] for match in matches] if site in ("q", "k") else value_cost
             index, layer_cost = np.full((2, *sites["q"].layers), -1.0)
             index[tuple(pairs.T)], layer_cost[tuple(pairs.T)] = np.arange(len(pairs)), cost
             index, known = index.astype(np.int32), index >= 0
             units = (np.ones((len(pairs), size), np.float32) for size in _sizes(target, source, site))
             layer_cost = np.where(known, layer_cost, np.nan).astype(np.float32)
             ends = dict(zip(("weight_target", "weight_source"), units, strict=True))
-            solved[site] = SitePlans(held, index, layer_cost, known, **worst, **ends)
+            solved[site] = SitePlans(head_map, index, layer_cost, known, **worst, **ends)
         return solved
 
-    def _residual(self, wanted: np.ndarray | None) -> dict[str, SitePlans]:
+    def _residual(self, pair_mask: np.ndarray | None) -> dict[str, SitePlans]:
         if self.options.residual == "layer":
-            return dict.fromkeys(RESIDUAL_SITES, self.plain("resid", wanted))
+            return dict.fromkeys(RESIDUAL_SITES, self.plain("resid", pair_mask))
         sites = [self.site_of(site) for site in STREAM_SITES]
-        pairs = [tuple(pair) for pair in _pairs(sites[0], wanted)]
+        pairs = [tuple(pair) for pair in _pairs(sites[0], pair_mask)]
 
         def mean(pair: tuple[int, int]) -> np.ndarray:
             return np.mean([correlations(site, *pair) for site in sites], axis=0)
@@ -125,7 +125,7 @@ class Structure:
         for pair in pairs:
             rho = mean(pair)
             guess[pair] = 1.0 - (rho.max(axis=1).mean() + rho.max(axis=0).mean()) / 2
-        weights, _ = couple(np.where(np.isnan(guess), np.nanmax(guess), guess), self.options, wanted)
+        weights, _ = couple(np.where(np.isnan(guess), np.nanmax(guess), guess), self.options, pair_mask)
         total = sum(weights[pair] for pair in pairs)
         rho = sum(weights[pair] / total * mean(pair) for pair in pairs if weights[pair] > 0)
         site = CorrelationSite(jnp.asarray(rho, jnp.float32)[None, None])
@@ -144,8 +144,8 @@ def correlations(site: Site, layer: int, source_layer: int) -> np.ndarray:
     return 1.0 - np.asarray(cost_matrix(site.problem(layer, source_layer).cost))
 
 
-def _pairs(site: Site, wanted: np.ndarray | None) -> np.ndarray:
-    return np.argwhere(np.ones(site.layers, bool) if wanted is None else wanted)
+def _pairs(site: Site, pair_mask: np.ndarray | None) -> np.ndarray:
+    return np.argwhere(np.ones(site.layers, bool) if pair_mask is None else pair_mask)
 
 
 def _sizes(target: AttentionSide, source: AttentionSide, site: str) -> tuple[int, int]:

@@ -10,12 +10,12 @@ from tmjax.errors import InputError
 from tmjax.files.jsonfile import read_json
 
 ADAPTER_NAME = "adapter_config.json"
-#: Files beside `config.json` in which quantisation tools say what they did.
+#: Files beside `config.json` in which quantisation tools record their settings.
 _PACKED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _ADVICE = "give the Hugging Face checkpoint that it was made from"
 #: How files begin that a trainer leaves beside a checkpoint and that hold no weights.
 _TRAINING = ("optimizer", "scheduler", "rng_state", "scaler")
-#: Files of formats that are not read, the first that is found being named: pattern, what it is, what to do.
+#: Files of formats that are not read, in order of precedence: pattern, kind, advice.
 _OTHERS = (
     ("zero_to_fp32.py", "a sign of a DeepSpeed checkpoint", "run it and give the directory that it writes"),
     ("*/*.distcp", "a part of a sharded FSDP checkpoint", "put it together with accelerate merge-weights"),
@@ -49,11 +49,14 @@ def _first(directory: Path, pattern: str) -> Path | None:
 
 
 def explain(directory: Path, wrong: str) -> str:
-    """One line on a directory that lacks a file: what it is instead, what to do.
+    """Explains in one line the kind of a directory that lacks a file, with advice.
 
     Args:
         directory: An existing directory.
-        wrong: What is wrong, such as `DIR/config.json does not exist`.
+        wrong: The fault, such as `DIR/config.json does not exist`.
+
+    Returns:
+        The fault, the kind of the directory and the advice.
     """
     if (directory / ADAPTER_NAME).is_file():
         base = _json(directory / ADAPTER_NAME).get("base_model_name_or_path")
@@ -62,10 +65,10 @@ def explain(directory: Path, wrong: str) -> str:
             f"{wrong}: it holds an adapter (LoRA){of}, not a model; fold it into its base model with peft's"
             " merge_and_unload and give what save_pretrained writes"
         )
-    for pattern, what, advice in _OTHERS:
-        found = _first(directory, pattern)
-        if found is not None:
-            return f"{wrong}: {found.relative_to(directory)} is {what}; {advice}"
+    for pattern, kind, advice in _OTHERS:
+        file = _first(directory, pattern)
+        if file is not None:
+            return f"{wrong}: {file.relative_to(directory)} is {kind}; {advice}"
     if not any(directory.iterdir()):
         return f"{wrong}: it is empty; give the directory of a Hugging Face checkpoint"
     nested = _first(directory, "*/config.json")
@@ -87,24 +90,24 @@ def no_weights(directory: Path) -> InputError:
 
 
 def refuse_packed(directory: Path) -> None:
-    """Raises InputError if a file beside the config says that the weights are quantised."""
+    """Raises InputError if a file beside the config declares quantised weights."""
     for name in _PACKED:
         if (directory / name).is_file():
-            held = _json(directory / name)
-            held = held.get("quantization", held)
-            held = held if isinstance(held, dict) else {}
-            told = [str(held[key]) for key in ("quant_algo", "quant_method") if held.get(key)]
-            told += [f"{held['bits']} bits"] if held.get("bits") else []
-            if not told and "kv_cache_quant_algo" in held:
-                continue  # the cache of whoever generates with it, not the weights
+            settings = _json(directory / name)
+            settings = settings.get("quantization", settings)
+            settings = settings if isinstance(settings, dict) else {}
+            details = [str(settings[key]) for key in ("quant_algo", "quant_method") if settings.get(key)]
+            details += [f"{settings['bits']} bits"] if settings.get("bits") else []
+            if not details and "kv_cache_quant_algo" in settings:
+                continue  # the cache of generation is quantised, not the weights
             raise InputError(
-                f"{directory}: the checkpoint is quantised ({', '.join((name, *told))}); dequantise it first or give"
+                f"{directory}: the checkpoint is quantised ({', '.join((name, *details))}); dequantise it first or give"
                 " the checkpoint that it was made from"
             )
 
 
 def container_notes(directory: Path) -> tuple[str, ...]:
-    """What lies in a checkpoint directory and is not read, where that could surprise."""
+    """Notes on files of a checkpoint directory that are not read, where that could surprise."""
     return tuple(_notes(directory))
 
 
@@ -116,8 +119,8 @@ def _notes(directory: Path) -> Iterator[str]:
     if (single.is_file() or index.is_file()) and torch_files:
         yield f"the safetensors are read, {torch_files[0]} beside them is not"
     for pattern in ("consolidated*.safetensors", "original/*", "*.gguf"):
-        found = _first(directory, pattern)
-        if found is not None:
-            yield f"{found.relative_to(directory)} is another copy of the weights, which is not read"
+        copy = _first(directory, pattern)
+        if copy is not None:
+            yield f"{copy.relative_to(directory)} is another copy of the weights, which is not read"
     if (directory / ADAPTER_NAME).is_file():
         yield f"{ADAPTER_NAME} belongs to an adapter, which is not applied; the model is read as it is stored"

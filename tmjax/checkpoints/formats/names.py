@@ -51,21 +51,21 @@ def matched(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> t
     Args:
         index: Tensors under the names that they are stored under.
         rows: The family's table.
-        spec: What the config describes.
+        spec: The architecture that the config describes.
 
     Returns:
-        The tensors under the names that the most of them have in the table, unchanged if that is the most already, and
-        notes on what the names were read without.
+        The tensors under the renaming that puts most of them in the table, unchanged if their own names do, and notes
+        on the renaming.
 
     Raises:
         CheckpointError: Two stored names are one in the table.
     """
-    wanted = {name for row in rows for name in row.names(spec)}
+    table_names = {name for row in rows for name in row.names(spec)}
     plain = {name: unwrapped(name) for name in index}
     prefix = base_prefix(rows)
     heads = {name for row in rows if row.path == "head.weight" for name in row.names(spec)}
     ways = list(_renamings(list(plain.values()), prefix, heads))
-    best = max(ways, key=lambda way: sum(way(name) in wanted for name in plain.values()), default=str)
+    best = max(ways, key=lambda way: sum(way(name) in table_names for name in plain.values()), default=str)
     stored: dict[str, list[str]] = defaultdict(list)
     for name, bare in plain.items():
         stored[best(bare)].append(name)

@@ -18,9 +18,9 @@ import tensorstore as ts
 
 from tmjax.errors import CheckpointError
 
-#: Largest chunk, and most that waits to be written beside it: what is held of the arrays while they are written.
+#: Largest chunk, and limit of the bytes that wait to be written beside it: bounds the memory of writing.
 CHUNK_BYTES = 2**24
-#: More than a chunk takes in tensorstore's cache beside its data; what exceeds the limit is not kept at all.
+#: Upper bound of a chunk's overhead in tensorstore's cache, which keeps no entry larger than its limit.
 _ENTRY_BYTES = 2**20
 
 
@@ -30,9 +30,9 @@ class _Parts:
     def __init__(self, value: Any, *, stacked: bool) -> None:
         self.value, self.shape, self.dtype = value, tuple(value.shape), np.dtype(value.dtype)
         first, *rest = self.shape[stacked:] or (1,)
-        most = max(1, CHUNK_BYTES // (math.prod(rest) * self.dtype.itemsize))
+        max_rows = max(1, CHUNK_BYTES // (math.prod(rest) * self.dtype.itemsize))
         # As even as they come rather than dividing the rows: vocabularies can be prime.
-        rows = math.ceil(first / math.ceil(first / most))
+        rows = math.ceil(first / math.ceil(first / max_rows))
         self.chunk = ((1,) * stacked + (rows, *rest))[: len(self.shape)]
 
     def __iter__(self) -> Iterator[tuple[slice, ...]]:
@@ -82,7 +82,7 @@ class _Handler(ocp.type_handlers.TypeHandler):
                         await pending.pop(0)[1]
                     write = store[slices].write(part, can_reference_source_data_indefinitely=True)
                     pending.append((part.nbytes, write))
-            finally:  # also when reading has failed: nothing may be written to what the caller then deletes
+            finally:  # also when reading has failed: nothing may be written to a directory that the caller then deletes
                 for _, write in pending:
                     await write
         return []
@@ -119,12 +119,12 @@ def save_arrays(directory: Path, arrays: Mapping[str, Any], stacked: Collection[
 def open_arrays(
     directory: Path, described: Mapping[str, tuple[tuple[int, ...], np.dtype]], layered: Mapping[str, str]
 ) -> dict[str, Callable[[tuple[slice, ...]], np.ndarray]]:
-    """A function for each array of an orbax checkpoint that reads slices of it, nothing being read yet.
+    """Opens every array of an orbax checkpoint, as a function that reads slices of it; reads no data yet.
 
     Only chunks that the slices touch are read. `layered` names the arrays whose first axis is the layer. Where their
     chunks span layers, as orbax itself and earlier versions write them, the chunks of arrays with the same value in
-    `layered` are kept until others are read, so that layers asked for in turn are not decoded again and again. Raises
-    CheckpointError, now or while reading, for what is damaged or not as described.
+    `layered` are cached until others are read, so that layers read in turn are not decoded again and again. Raises
+    CheckpointError, now or while reading, for arrays that are damaged or not as described.
     """
     directory = Path(directory).absolute()
 
@@ -136,17 +136,17 @@ def open_arrays(
             raise CheckpointError(f"{directory} is damaged: {reason}") from None
 
     def restore() -> dict[str, ts.TensorStore]:
-        wanted = {name: ocp.RestoreArgs(restore_type=_Parts) for name in described}
+        restore_args = {name: ocp.RestoreArgs(restore_type=_Parts) for name in described}
         with _checkpointer() as checkpointer:
-            return checkpointer.restore(directory, args=ocp.args.PyTreeRestore(restore_args=wanted))
+            return checkpointer.restore(directory, args=ocp.args.PyTreeRestore(restore_args=restore_args))
 
     stores = tried(restore)
     kept: dict[str, int] = {}
     for name, (shape, dtype) in described.items():
         store = stores.get(name)
         if store is None or store.shape != shape or store.dtype.numpy_dtype != dtype:
-            found = "missing" if store is None else f"{store.dtype.numpy_dtype} {list(store.shape)}"
-            raise CheckpointError(f"{directory}: parameter {name} is {found}, expected {dtype} {list(shape)}")
+            stored = "missing" if store is None else f"{store.dtype.numpy_dtype} {list(store.shape)}"
+            raise CheckpointError(f"{directory}: parameter {name} is {stored}, expected {dtype} {list(shape)}")
         if name in layered and store.chunk_layout.read_chunk.shape[0] > 1:
             kept[layered[name]] = kept.get(layered[name], 0) + store.size * dtype.itemsize + _ENTRY_BYTES
     if kept:

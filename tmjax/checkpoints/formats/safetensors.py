@@ -22,7 +22,7 @@ from tmjax.errors import CheckpointError, InputError, summarise
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-#: What git-lfs leaves in the place of a file that was not fetched begins with this.
+#: First bytes of the pointer that git-lfs leaves in the place of a file that was not fetched.
 LFS_POINTER = b"version "
 #: What `Weights.blocks` gives at a time, and `all_finite` looks at: little enough to stay in a processor's cache.
 BLOCK_BYTES = 2**20
@@ -198,11 +198,11 @@ def read_shards(
         if not file.is_file():
             problems.append(f"shard {shard} is missing")
             continue
-        held = header(file)
+        stored = header(file)
         promised = {name for name, where in weight_map.items() if where == shard and not name.endswith(ignored)}
-        problems += [f"{name} is not in {shard}" for name in sorted(promised - held.keys())]
-        problems += [f"{name} is in {shard} but not in the index" for name in sorted(held.keys() - promised)]
-        tensors |= held
+        problems += [f"{name} is not in {shard}" for name in sorted(promised - stored.keys())]
+        problems += [f"{name} is in {shard} but not in the index" for name in sorted(stored.keys() - promised)]
+        tensors |= stored
     if problems:
         raise CheckpointError(f"{index_file}: {summarise(problems)}")
     return tensors

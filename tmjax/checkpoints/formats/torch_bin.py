@@ -46,8 +46,8 @@ class TorchIndex(Weights):
         single, index_file = self.directory / BIN_SINGLE_NAME, self.directory / BIN_INDEX_NAME
 
         def header(file: Path) -> dict[str, TensorInfo]:
-            held = self._map(file)
-            return {name: _info(file, name, held[name]) for name in held if not name.endswith(ignored)}
+            stored = self._map(file)
+            return {name: _info(file, name, stored[name]) for name in stored if not name.endswith(ignored)}
 
         if single.is_file():
             self._tensors = header(single)
@@ -68,10 +68,10 @@ class TorchIndex(Weights):
         info = self._tensors[name]
         if any(part.step not in (None, 1) for part in index):
             raise ValueError(f"slices with a step are not read: {index}")
-        held = self._map(info.file)
-        if name not in held or _info(info.file, name, held[name]) != info:
+        stored = self._map(info.file)
+        if name not in stored or _info(info.file, name, stored[name]) != info:
             raise CheckpointError(f"{info.file} changed while it was read")
-        bits = held[name].detach().view(_bits(info.dtype)).numpy()
+        bits = stored[name].detach().view(_bits(info.dtype)).numpy()
         # A slice that ends before it begins is empty in NumPy, an error in PyTorch: hence sliced here.
         return np.array(bits[index] if bits.ndim else bits, order="C").view(info.dtype)
 
@@ -100,7 +100,7 @@ def _load(file: Path) -> dict[str, Any]:
             f"{file} is truncated, damaged or of PyTorch before 1.6; save it again with torch.save or as safetensors"
         ) from None
     try:
-        held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # its C++ and its unpickler raise all kinds
@@ -108,13 +108,14 @@ def _load(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} is damaged or holds more than tensors: {type(error).__name__}: {reason}"
         ) from None
-    if isinstance(held, dict) and set(held) == {"state_dict"}:
-        held = held["state_dict"]
-    if not isinstance(held, dict) or not all(
-        isinstance(name, str) and name.isprintable() and isinstance(value, torch.Tensor) for name, value in held.items()
+    if isinstance(content, dict) and set(content) == {"state_dict"}:
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and name.isprintable() and isinstance(value, torch.Tensor)
+        for name, value in content.items()
     ):
         raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
-    return held
+    return content
 
 
 def _info(file: Path, name: str, tensor: Any) -> TensorInfo:

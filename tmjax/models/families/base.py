@@ -110,8 +110,8 @@ class Family:
         Raises:
             InputError: A config of this family cannot say something of the spec.
         """
-        held = {item.key: getattr(spec, item.attribute) for item in self.fields}
-        result = {"architectures": [self.architecture], "model_type": self.model_type} | held | self.write(spec)
+        values = {item.key: getattr(spec, item.attribute) for item in self.fields}
+        result = {"architectures": [self.architecture], "model_type": self.model_type} | values | self.write(spec)
         if self.spec(result) != spec:
             different = [f.name for f in fields(spec) if getattr(spec, f.name) != getattr(self.spec(result), f.name)]
             raise InputError(f"a {self.model_type} config cannot say {', '.join(different)} of this model")
@@ -295,12 +295,12 @@ def read_windows(
     Raises:
         InputError: `layer_types` does not describe so many layers.
     """
-    found = view.take("layer_types", kinds or ["full_attention"] * layers, list)
-    if len(found) != layers or not all(kind in ("sliding_attention", "full_attention") for kind in found):
-        raise InputError(f"config.json: layer_types {found} does not describe {layers} layers")
-    if size is None or "sliding_attention" not in found:
-        return tuple(found), ()
-    return tuple(found), tuple(size if kind == "sliding_attention" else FULL_ATTENTION for kind in found)
+    layer_types = view.take("layer_types", kinds or ["full_attention"] * layers, list)
+    if len(layer_types) != layers or not all(kind in ("sliding_attention", "full_attention") for kind in layer_types):
+        raise InputError(f"config.json: layer_types {layer_types} does not describe {layers} layers")
+    if size is None or "sliding_attention" not in layer_types:
+        return tuple(layer_types), ()
+    return tuple(layer_types), tuple(size if kind == "sliding_attention" else FULL_ATTENTION for kind in layer_types)
 
 
 def write_windows(spec: DecoderSpec) -> dict[str, Any]:

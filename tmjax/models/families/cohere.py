@@ -27,8 +27,8 @@ def common(view: ConfigView, values: dict[str, Any], *, theta: float) -> dict[st
 
 def write_common(spec: DecoderSpec) -> dict[str, Any]:
     """The inverse of `common`."""
-    held = {"attention_bias": spec.qkv_bias, "logit_scale": spec.logit_scale}
-    return write_activation(spec) | write_rotary(spec) | held
+    settings = {"attention_bias": spec.qkv_bias, "logit_scale": spec.logit_scale}
+    return write_activation(spec) | write_rotary(spec) | settings
 
 
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:

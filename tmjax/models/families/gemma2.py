@@ -20,9 +20,9 @@ params = functools.partial(llama_like, mlp_norm="pre_feedforward_layernorm")
 def caps(view: ConfigView, *, attention: float | None, logits: float | None) -> dict[str, Any]:
     """Soft caps, null for none, and the scale of the scores."""
     names = ("attn_logit_softcapping", attention), ("final_logit_softcapping", logits)
-    found = [None if view.null(key) else view.take(key, default, float) for key, default in names]
+    limits = [None if view.null(key) else view.take(key, default, float) for key, default in names]
     scalar = view.take("query_pre_attn_scalar", 256, float)
-    return {"attention_cap": found[0], "logit_cap": found[1], "attention_scale": scalar**-0.5}
+    return {"attention_cap": limits[0], "logit_cap": limits[1], "attention_scale": scalar**-0.5}
 
 
 def write_caps(spec: DecoderSpec) -> dict[str, Any]:

@@ -53,8 +53,8 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
     pairs = zip(_KINDS, spec.rotaries, strict=True)
-    held = {"rope_parameters": {kind: write_settings(rotary) for kind, rotary in pairs}}
-    return write_activation(spec, "hidden_activation") | gemma2.write_caps(spec) | write_windows(spec) | held
+    settings = {"rope_parameters": {kind: write_settings(rotary) for kind, rotary in pairs}}
+    return write_activation(spec, "hidden_activation") | gemma2.write_caps(spec) | write_windows(spec) | settings
 
 
 FIXED = gemma2.FIXED | {"qk_norm": "head"}

@@ -45,8 +45,8 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
-    held = {"attention_bias": spec.qkv_bias, "use_parallel_residual": spec.parallel}
-    return write_activation(spec) | write_rotary(spec, fraction=True) | held
+    settings = {"attention_bias": spec.qkv_bias, "use_parallel_residual": spec.parallel}
+    return write_activation(spec) | write_rotary(spec, fraction=True) | settings
 
 
 ROTARY = RotaryKeys(theta_key="rotary_emb_base", fraction=0.25, fraction_key="rotary_pct")

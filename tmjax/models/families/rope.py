@@ -38,7 +38,7 @@ _SCALING: dict[str, dict[str, tuple[str, Kind]]] = {
     },
 }
 OPTIONAL = frozenset({"beta_fast", "beta_slow", "truncate", "attention_factor"})
-#: What is said of the key `attn_factor`, by which some released models mean more than transformers computes.
+#: Remark on the key `attn_factor`, by which some released models mean more than transformers computes.
 REMARK = " (vLLM multiplies the attention factor by attn_factor, so its numbers differ from those of transformers)"
 #: Keys that only say how `attention_factor` is found.
 _MSCALE = ("mscale", "mscale_all_dim")
@@ -89,8 +89,8 @@ def read_rotary(view: ConfigView, max_positions: int, keys: RotaryKeys | None = 
         fraction = settings.pop("partial_rotary_factor", view.take(keys.fraction_key, fraction, float))
         check_kind("partial_rotary_factor", fraction, float)
     original = view.take("original_max_position_embeddings", keys.original, zero=True)
-    found = replace(keys, theta=theta, fraction=float(fraction), original=original)
-    return rotary_of(view, settings, max_positions, found)
+    resolved = replace(keys, theta=theta, fraction=float(fraction), original=original)
+    return rotary_of(view, settings, max_positions, resolved)
 
 
 def rotary_of(view: ConfigView, settings: Mapping[str, Any], max_positions: int, keys: RotaryKeys) -> Rotary:
@@ -161,7 +161,7 @@ def _note_idle(view: ConfigView, kind: str, idle: Collection[str]) -> None:
 
 
 def _attention_factor(rotary: Rotary, mscale: float | None, mscale_all_dim: float | None) -> float:
-    """What cosines and sines are multiplied by where the config does not say (YaRN section 3.4; LongRoPE)."""
+    """Default factor of cosines and sines for configs without one (YaRN section 3.4; LongRoPE)."""
 
     def scaled(by: float) -> float:
         return 1.0 if rotary.factor <= 1 else 0.1 * by * math.log(rotary.factor) + 1.0
@@ -175,11 +175,11 @@ def _attention_factor(rotary: Rotary, mscale: float | None, mscale_all_dim: floa
 
 def write_settings(rotary: Rotary, *, fraction: bool = False) -> dict[str, Any]:
     """One rotary embedding as transformers 5 spells it."""
-    held: dict[str, Any] = {"rope_type": rotary.scaling, "rope_theta": rotary.theta}
+    settings: dict[str, Any] = {"rope_type": rotary.scaling, "rope_theta": rotary.theta}
     for key, (attribute, _) in _SCALING[rotary.scaling].items():
         value = getattr(rotary, attribute)
-        held[key] = list(value) if isinstance(value, tuple) else value
-    return held | ({"partial_rotary_factor": rotary.fraction} if fraction else {})
+        settings[key] = list(value) if isinstance(value, tuple) else value
+    return settings | ({"partial_rotary_factor": rotary.fraction} if fraction else {})
 
 
 def write_rotary(spec: DecoderSpec, *, fraction: bool = False) -> dict[str, Any]:

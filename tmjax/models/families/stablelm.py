@@ -39,12 +39,12 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
-    held = {
+    settings = {
         "use_qkv_bias": spec.qkv_bias,
         "qk_layernorm": spec.qk_norm == "heads",
         "use_parallel_residual": spec.parallel,
     }
-    return write_activation(spec) | write_rotary(spec, fraction=True) | held
+    return write_activation(spec) | write_rotary(spec, fraction=True) | settings
 
 
 ROTARY = RotaryKeys(fraction=0.25, fraction_key="partial_rotary_factor")

@@ -31,8 +31,8 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
-    held = {"use_bias": spec.mlp_bias, "sliding_window": max(spec.windows, default=None)}
-    return write_activation(spec) | write_rotary(spec) | held
+    settings = {"use_bias": spec.mlp_bias, "sliding_window": max(spec.windows, default=None)}
+    return write_activation(spec) | write_rotary(spec) | settings
 
 
 FIXED = {"norm": "layer", "norm_bias": True, "gated": False}

@@ -1,8 +1,8 @@
-"""Config keys that no family field takes: which are refused, which are only noted, which go without a word.
+"""Config keys that no family field takes: sorted into refused, noted and ignored keys.
 
 A key could change the forward pass if transformers' code for the family reads it, or the code that all models share. A
-key that neither reads changes nothing in transformers, so it is a note here. `known_keys.json` says which is which; it
-is written from the installed transformers by `python -m tools.config_keys`, and a test compares the two.
+key that neither reads changes nothing in transformers, so it is only noted. `known_keys.json` lists the keys that are
+read; `python -m tools.config_keys` writes it from the installed transformers, and a test compares the two.
 """
 
 import functools
@@ -33,7 +33,7 @@ IGNORED = frozenset(
 
 
 def _is(value: object) -> Callable[[Any], bool]:
-    return lambda found: type(found) is type(value) and found == value
+    return lambda given: type(given) is type(value) and given == value
 
 
 #: Keys that transformers reads and that change nothing while their value is this.
@@ -47,7 +47,7 @@ NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "reorder_and_upcast_attn": lambda value: isinstance(value, bool),  # changes where rounding happens
     "use_bidirectional_attention": _is(False),
 }
-#: Keys that say again what a field of the spec says, in families that spell it otherwise or derive it.
+#: Keys that repeat a field of the spec, in families that spell it otherwise or derive it.
 REPEATED: Mapping[str, str] = {
     "head_dim": "head_dim",
     "hidden_size": "hidden",
@@ -56,7 +56,7 @@ REPEATED: Mapping[str, str] = {
     "num_hidden_layers": "layers",
     "num_key_value_heads": "kv_heads",
 }
-#: Keys that some other implementation computes with, and what they are; transformers ignores them.
+#: Keys that some other implementation computes with, and their meaning; transformers ignores them.
 REMARKS: Mapping[str, str] = {
     "auto_map": "names code that came with the checkpoint; that code is never run",
     "dual_chunk_attention_config": "asks for attention in chunks over very long contexts",
@@ -117,19 +117,19 @@ def sort_unread(model_type: str, unread: Mapping[str, Any], values: Mapping[str,
 
 def _notes(model_type: str, idle: Mapping[str, Any]) -> list[str]:
     off = {key for key, value in idle.items() if value in (False, {}, [])}
-    told = [key for key in idle if key in REMARKS and key not in off]
-    found = [
+    remarked = [key for key in idle if key in REMARKS and key not in off]
+    notes = [
         f"config.json: {key} {REMARKS[key]}; transformers ignores it for {model_type}, and so does tmjax"
-        for key in told
+        for key in remarked
     ]
-    rest = [key for key in idle if key not in told]
+    rest = [key for key in idle if key not in remarked]
     if rest:
-        found.append(
+        notes.append(
             f"config.json: without effect, since transformers' {model_type} does not read it either: {', '.join(rest)}"
         )
     named = [key for key in rest if key not in off and _PART_OF_A_FORWARD.search(key) and "flash" not in key]
     if named:
-        found.append(
+        notes.append(
             f"config.json: if the checkpoint was trained with other code, check what it does with {', '.join(named)}"
         )
-    return found
+    return notes

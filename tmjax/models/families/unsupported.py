@@ -1,6 +1,6 @@
-"""Why a `model_type` has no table here: the feature of its architecture that the decoder lacks, read from its config.
+"""Reasons why a `model_type` has no table: features of its architecture that the decoder lacks, read from its config.
 
-Features are found by the keys that say them, so that a family unknown today is described too.
+Features are recognised by their config keys, so that a family unknown today is described too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,7 @@ _MOE = ("moe_intermediate_size", "num_experts_per_tok", "decoder_sparse_step", "
 _FURTHER = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
 _MAMBA = ("mamba_num_heads", "mamba_d_state", "mamba_d_ssm", "mamba_n_heads", "ssm_cfg", "state_size", "ssm_state_size")
 _LINEAR = ("linear_num_key_heads", "linear_attn_config", "lin_conf", "attention_type_list")
-#: What model types are that no key of their config tells.
+#: Model types whose kind no key of their config shows.
 _ENCODERS = frozenset(
     "bert roberta xlm-roberta distilbert albert electra deberta deberta-v2 modernbert mpnet nomic_bert esm".split()  # noqa: SIM905
 )
@@ -31,22 +31,22 @@ _RECURRENT = frozenset("mamba mamba2 falcon_mamba rwkv rwkv7 recurrent_gemma xls
 _TRANSLATORS = frozenset("t5 mt5 umt5 bart mbart pegasus m2m_100 marian blenderbot t5gemma".split())  # noqa: SIM905
 
 
-def _positive(config: Mapping[str, Any], keys: tuple[str, ...], least: int = 1) -> tuple[str, int] | None:
-    """The first of the keys whose value is a number of at least `least`."""
+def _positive(config: Mapping[str, Any], keys: tuple[str, ...], minimum: int = 1) -> tuple[str, int] | None:
+    """The first of the keys whose value is an integer of at least `minimum`."""
     for key in keys:
         value = config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
             return key, value
     return None
 
 
 def _experts(config: Mapping[str, Any]) -> str | None:
-    found = _positive(config, _EXPERTS, 2)
-    if found is None:
+    entry = _positive(config, _EXPERTS, 2)
+    if entry is None:
         ffn = config.get("ffn_config")
-        found = _positive(ffn, _EXPERTS, 2) if isinstance(ffn, dict) else None
-    if found:
-        return f"a mixture of experts ({found[0]} {found[1]})"
+        entry = _positive(ffn, _EXPERTS, 2) if isinstance(ffn, dict) else None
+    if entry:
+        return f"a mixture of experts ({entry[0]} {entry[1]})"
     return "a mixture of experts" if _positive(config, _MOE[:2]) else None
 
 
@@ -100,13 +100,13 @@ def _heads(config: Mapping[str, Any]) -> str | None:
 
 
 def _sinks(config: Mapping[str, Any]) -> str | None:
-    said = any(config.get(key) is True for key in ("add_swa_attention_sink_bias", "add_full_attention_sink_bias"))
-    return "attention sinks" if said or config.get("model_type") == "gpt_oss" else None
+    biased = any(config.get(key) is True for key in ("add_swa_attention_sink_bias", "add_full_attention_sink_bias"))
+    return "attention sinks" if biased or config.get("model_type") == "gpt_oss" else None
 
 
 def _further(config: Mapping[str, Any]) -> str | None:
-    found = _positive(config, _FURTHER)
-    return f"layers that predict further tokens ({found[0]} {found[1]})" if found else None
+    entry = _positive(config, _FURTHER)
+    return f"layers that predict further tokens ({entry[0]} {entry[1]})" if entry else None
 
 
 _FEATURES: tuple[Callable[[Mapping[str, Any]], str | None], ...] = (
@@ -122,7 +122,7 @@ _FEATURES: tuple[Callable[[Mapping[str, Any]], str | None], ...] = (
 
 
 def _features(config: Mapping[str, Any]) -> Iterator[str]:
-    """What the decoder lacks, for people."""
+    """Names of the features that the decoder lacks."""
     kind = str(config.get("model_type"))
     if config.get("is_encoder_decoder") is True or kind in _TRANSLATORS:
         yield "an encoder and a decoder"
@@ -134,27 +134,27 @@ def _features(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def reason(config: Mapping[str, Any], supported: frozenset[str]) -> str:
-    """Why a config of a `model_type` without a table cannot be used: `: it has ...`, or nothing if no key tells.
+    """Explains why a config of a `model_type` without a table cannot be used: `: it has ...`, empty if no key shows it.
 
     `supported` are the model types with a table.
     """
-    told = []
+    clauses = []
     text = next((config[key] for key in _TEXT if isinstance(config.get(key), dict)), None)
     tower = any(config.get(key) for key in _TOWERS)
     if text is not None:
         kind = text.get("model_type")
-        told.append(f"is a multimodal wrapper{f', whose text model is a {kind}' if isinstance(kind, str) else ''}")
+        clauses.append(f"is a multimodal wrapper{f', whose text model is a {kind}' if isinstance(kind, str) else ''}")
         inner = list(_features(text))
         if inner:
-            told.append(f"has {', '.join(inner)}")
+            clauses.append(f"has {', '.join(inner)}")
         elif kind in supported:
-            told.append("can be used once its text model is saved by itself")
+            clauses.append("can be used once its text model is saved by itself")
     elif tower:
-        told.append("is a multimodal wrapper")
+        clauses.append("is a multimodal wrapper")
     outer = list(_features({key: value for key, value in config.items() if key not in _TEXT}))
     if outer:
-        told.append(f"has {', '.join(outer)}")
+        clauses.append(f"has {', '.join(outer)}")
     packed = quantisation(config)
     if packed:
-        told.append(f"has quantised weights ({packed})")
-    return f": it {', and it '.join(told)}" if told else ""
+        clauses.append(f"has quantised weights ({packed})")
+    return f": it {', and it '.join(clauses)}" if clauses else ""

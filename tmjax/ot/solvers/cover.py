@@ -34,7 +34,7 @@ class Cover:
     """The optimal permutation of equally many units; else a cover, in which units of the smaller side have several.
 
     For exact copies with duplicated units it is the exact correspondence: plans become maps by dividing by the mass of
-    rows and columns, so that duplicates share what their original had. All matches have the same mass, so the marginals
+    rows and columns, so that duplicates share their original's mass. All matches have the same mass, so the marginals
     are uniform only for n = k: they are reported, not judged.
     """
 

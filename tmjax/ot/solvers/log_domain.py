@@ -32,11 +32,11 @@ def _iteration(problem: Problem, state: Potentials, epsilon: float) -> tuple[Arr
     def step(carry: tuple[Array, ...], start: Array | int, fresh: Array) -> tuple[Array, ...]:
         f, highest, total, error = carry
         cost = cost_rows(problem.cost, start, fresh.shape[0])
-        wanted = jax.lax.dynamic_slice_in_dim(log_a, start, fresh.shape[0])
+        log_mass = jax.lax.dynamic_slice_in_dim(log_a, start, fresh.shape[0])
         old = jax.lax.dynamic_slice_in_dim(state.f, start, fresh.shape[0])
-        new = epsilon * (wanted - jax.nn.logsumexp((state.g - cost) / epsilon, axis=1))
+        new = epsilon * (log_mass - jax.nn.logsumexp((state.g - cost) / epsilon, axis=1))
         # The old rows have the sums a exp((old - new) / epsilon).
-        wrong = jnp.exp(wanted) * jnp.abs(jnp.expm1((old - new) / epsilon))
+        wrong = jnp.exp(log_mass) * jnp.abs(jnp.expm1((old - new) / epsilon))
         exponent = jnp.where(fresh[:, None], (new[:, None] - cost) / epsilon, -jnp.inf)
         higher = jnp.maximum(highest, jnp.max(exponent, axis=0))
         total = total * jnp.exp(highest - higher) + jnp.sum(jnp.exp(exponent - higher), axis=0)
@@ -54,7 +54,7 @@ def iterate_potentials(
 ) -> Potentials:
     """Iterates on one problem [n, k] until its L1 marginal error is below the threshold; does nothing unless `needed`.
 
-    Below what float32 rounds away of the exponents there is nothing to gain: `certify` allows for as much.
+    Iterations stop at the rounding of the exponents in float32, which `certify` allows for.
     """
     rounding = jnp.finfo(jnp.float32).eps / epsilon
 
@@ -65,7 +65,7 @@ def iterate_potentials(
 
     def step(state: Potentials) -> Potentials:
         f, g, error = _iteration(problem, state, epsilon)
-        # What the start came with is not of these iterations.
+        # The error of the start does not belong to these iterations.
         return Potentials(f, g, state.iterations + 1, jnp.where(state.iterations == start.iterations, jnp.inf, error))
 
     return jax.lax.while_loop(unfinished, step, start._replace(error=jnp.full_like(start.error, jnp.inf)))

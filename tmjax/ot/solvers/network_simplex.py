@@ -33,7 +33,7 @@ class NetworkSimplex:
             raise InputError("solver 'network_simplex' needs POT; install tmjax[bench] or the package POT") from None
         a, b, cost = (np.asarray(x, np.float64) for x in (problem.a, problem.b, problem.cost))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns of (no optimum found) is in the log
+            warnings.simplefilter("ignore")  # its warning (no optimum found) is in the log
             q, log = pot.emd(a, b * (a.sum() / b.sum()), cost, numItermax=self.max_iterations, log=True)
         return certify(
             problem,

@@ -32,7 +32,7 @@ BLOCKS = 16
 #: Errors below STALL that did not improve for PATIENCE tests are float32's rounding; `certify` tells what was reached.
 STALL = 2e-5
 PATIENCE = 10
-#: L1 error at which a bfloat16 kernel has given what it can: scalings rounded to 8 bits alone leave about 2e-3.
+#: L1 error below which a bfloat16 kernel cannot improve: scalings rounded to 8 bits alone leave about 2e-3.
 BFLOAT16_ERROR = 1e-2
 
 
@@ -63,8 +63,8 @@ def _start(cost: Cost, epsilon: float) -> tuple[Array, Array, Array]:
         def lower(carry: tuple[Array, Array], start: Array | int, fresh: Array) -> tuple[Array, Array]:
             f, g = carry
             some = cost_rows(cost, start, fresh.shape[0])
-            least = jnp.min(some, axis=2)
-            return _put(f, least, start), jnp.minimum(g, jnp.min(some - least[:, :, None], axis=1))
+            row_minima = jnp.min(some, axis=2)
+            return _put(f, row_minima, start), jnp.minimum(g, jnp.min(some - row_minima[:, :, None], axis=1))
 
         def largest(highest: Array, start: Array | int, fresh: Array) -> Array:
             left = cost_rows(cost, start, fresh.shape[0]) - _take(f, start, fresh.shape[0])[:, :, None] - g[:, None, :]
@@ -153,7 +153,7 @@ class Scaling:
             raise InputError("scaling needs together >= 0 and memory_mib >= 1")
 
     def form(self, shape: tuple[int, int], count: int, rows: int = 0) -> tuple[bool, bool, int]:
-        """How `count` problems of this shape fit into memory: cost kept, kernel kept, so many problems together.
+        """Whether the cost and the kernel of `count` problems fit into memory, and how many problems fit together.
 
         `rows` is N of costs given as features. Raises InputError if not even their blocks fit.
         """
@@ -168,9 +168,9 @@ class Scaling:
                 f"memory_mib {self.memory_mib} is too little for {shape[0]} x {shape[1]} units and {rows} rows:"
                 f" at least {-(-(fixed + own) // 2**20)} are needed"
             )
-        wanted = self.together or (1 if jax.default_backend() == "cpu" else count)
-        # A cost, its kernel, and what the product that makes the cost needs.
-        together = min(free // (3 * kept + own), wanted, count)
+        requested = self.together or (1 if jax.default_backend() == "cpu" else count)
+        # A cost, its kernel, and the memory of the product that makes the cost.
+        together = min(free // (3 * kept + own), requested, count)
         return free >= 3 * kept + own, free >= kept + own, int(max(1, together))
 
     def with_memory(self, mib: int) -> "Scaling":
@@ -194,8 +194,8 @@ class Scaling:
     ) -> object:
         """`finish(index, problem, result)` of the problems `get(0)` .. `get(count - 1)`, stacked; under `jit`."""
 
-        def certified(index: Array, problem: Problem, found: tuple[Array, ...]) -> object:
-            f, g, iterations, fallback = found
+        def certified(index: Array, problem: Problem, solution: tuple[Array, ...]) -> object:
+            f, g, iterations, fallback = solution
             plan = EntropicPlan(f, g, jnp.float32(self.epsilon))
             result = certify(
                 problem,
@@ -213,12 +213,12 @@ class Scaling:
             return problems, self._potentials(problems, scale=keep_kernel)
 
         def some(indices: Array) -> object:
-            problems, found = solved(jax.vmap(get)(indices))
-            return jax.lax.map(lambda item: certified(*item), (indices, problems, found))
+            problems, solutions = solved(jax.vmap(get)(indices))
+            return jax.lax.map(lambda item: certified(*item), (indices, problems, solutions))
 
         def one(index: Array) -> object:
-            problems, found = solved(jax.tree.map(lambda x: x[None], get(index)))
-            return certified(index, *jax.tree.map(lambda x: x[0], (problems, found)))
+            problems, solution = solved(jax.tree.map(lambda x: x[None], get(index)))
+            return certified(index, *jax.tree.map(lambda x: x[0], (problems, solution)))
 
         cost = jax.eval_shape(lambda: get(jnp.int32(0))).cost
         rows = cost.zx.shape[-2] if isinstance(cost, FeatureCost) else 0
@@ -226,16 +226,16 @@ class Scaling:
         if size == 1:
             return jax.lax.map(one, jnp.arange(count))
         groups = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1).reshape(-1, size)
-        found = jax.lax.map(some, groups)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
+        results = jax.lax.map(some, groups)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)
 
     def potentials(self, problem: Problem) -> tuple[Array, Array, Array]:
         """Potentials f [B, n], g [B, k] and iterations [B] of problems [B, n, k], without their certificates."""
 
         def one(index: Array) -> tuple[Array, Array, Array]:
             # Indexed here and not by `map`, which would copy each cost before use.
-            found = self._potentials(jax.tree.map(lambda x: x[index][None], problem), scale=True)
-            return jax.tree.map(lambda x: x[0], found[:3])
+            solution = self._potentials(jax.tree.map(lambda x: x[index][None], problem), scale=True)
+            return jax.tree.map(lambda x: x[0], solution[:3])
 
         return jax.lax.map(one, jnp.arange(problem.a.shape[0]))
 
@@ -288,8 +288,8 @@ class Scaling:
         omega = self.relaxation
         batch, n, k = problem.cost.shape
 
-        def update(old: Array, wanted: Array, sums: Array) -> Array:
-            new = wanted / sums
+        def update(old: Array, marginal: Array, sums: Array) -> Array:
+            new = marginal / sums
             new = new if omega == 1 else new * (old / new) ** (1 - omega)
             return new.astype(dtype).astype(jnp.float32)
 
@@ -321,8 +321,8 @@ class Scaling:
             now = jnp.maximum(wrong_a, jnp.sum(jnp.abs(v * columns - problem.b), axis=1))
             size = jnp.maximum(jnp.max(jnp.abs(jnp.log(u)), axis=1), jnp.max(jnp.abs(jnp.log(v)), axis=1))
             waited = jnp.where((now < best) | (now > STALL), 0, stalled + 1)
-            found = (new, count + self.check_every, now, size, jnp.minimum(now, best), waited)
-            return jax.tree.map(functools.partial(_where, active(count, error, stalled)), found, carry)
+            next_carry = (new, count + self.check_every, now, size, jnp.minimum(now, best), waited)
+            return jax.tree.map(functools.partial(_where, active(count, error, stalled)), next_carry, carry)
 
         def goes_on(carry: tuple) -> Array:
             _, count, error, size, _, stalled = carry
