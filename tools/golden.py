@@ -3,12 +3,14 @@
     python -m tools.golden record runs/golden.json              # some minutes on two cores
     python -m tools.golden compare runs/golden.json             # bit for bit: exit status 1 if anything differs
     python -m tools.golden compare runs/golden.json --tolerance 1e-6
+    python -m tools.golden store runs/golden.json tests/data/golden.json.gz
 
 Recorded are, of every checkpoint that a case writes, the SHA-256, norm, largest entry and some entries of every tensor,
 and bits per byte of every arm. Bit for bit holds on one machine with one version of JAX; between machines compare with
 a tolerance, in units of a tensor's largest entry. A change of the code that must not change a number is checked so.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -30,7 +32,7 @@ import yaml
 
 from tmjax import cli
 from tmjax.errors import InputError
-from tmjax.files.atomic import write_json
+from tmjax.files.atomic import write_bytes, write_json
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 SWAHILI, WOLOF = EXPERIMENTS / "swahili", EXPERIMENTS / "wolof"
@@ -162,7 +164,7 @@ def differences(stored: Mapping[str, Any], result: Mapping[str, Any], tolerance:
             lines.append(f"{arm}: {a} bits per byte before, {b} now")
     for where, a, b in pairs[1:-1]:
         for key in a.keys() & b.keys():
-            if a[key]["sha256"] == b[key]["sha256"]:
+            if a[key].get("sha256") == b[key]["sha256"]:
                 continue
             held = [a[key]["norm"], *a[key]["entries"]], [b[key]["norm"], *b[key]["entries"]]
             scale = max(a[key]["maximum"], 1e-30)
@@ -170,6 +172,25 @@ def differences(stored: Mapping[str, Any], result: Mapping[str, Any], tolerance:
             if tolerance is None or worst > tolerance:
                 lines.append(f"{where} {key}: differs by {worst:.1e} of its largest entry (as far as recorded)")
     return lines
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Reads a recording, compressed or not."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; write it with `record` first")
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return json.loads(content)
+
+
+def _short(value: Any) -> Any:
+    """The values of a recording with nine digits, and without hashes, which belong to one machine."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items() if key != "sha256"}
+    return value
 
 
 def _chosen(only: str | None) -> list[str]:
@@ -203,10 +224,7 @@ def compare(
     ] = None,
 ) -> None:
     """Runs the cases and compares what comes out with a recorded file."""
-    if not file.is_file():
-        raise InputError(f"{file} does not exist; write it with `record` first")
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    lines = []
+    stored, lines = read(file), []
     with tempfile.TemporaryDirectory() as scratch:
         for name in _chosen(only):
             found = differences(stored[name], run_case(name, Path(scratch)), tolerance)
@@ -215,6 +233,13 @@ def compare(
     print("\n".join(lines))
     if lines:
         raise InputError(f"{len(lines)} golden outputs differ")
+
+
+@app.command()
+def store(file: Path, out: Path) -> None:
+    """Writes a recording in the form in which the repository holds it: compressed, nine digits, without hashes."""
+    content = json.dumps(_short(read(file)), separators=(",", ":")).encode()
+    write_bytes(out, gzip.compress(content, mtime=0))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""Small merges and adaptations give the numbers that are stored, within 1e-6 of every tensor's largest entry.
+
+`python -m tools.golden` records them. The stored ones were recorded before the operators had files of their own.
+"""
+
+import pytest
+
+from tools.golden import CASES, differences, read, run_case
+
+#: Cases that take seconds; the others are slow.
+QUICK = ("fixed alpha", "sft")
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def stored(repo) -> dict:
+    return read(repo / "tests/data/golden.json.gz")
+
+
+def test_every_case_is_stored(stored) -> None:
+    assert set(stored) == set(CASES)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_a_case_gives_the_stored_numbers(name, stored, tmp_path) -> None:
+    assert differences(stored[name], run_case(name, tmp_path), TOLERANCE) == []
+
+
+def test_differences_are_seen(stored) -> None:
+    case = stored["fixed alpha"]
+    tensor, facts = next(iter(case["checkpoints"]["merged"].items()))
+    moved = facts | {"sha256": "", "entries": [facts["entries"][0] + 1e-5 * facts["maximum"], *facts["entries"][1:]]}
+    other = {**case, "checkpoints": {"merged": {**case["checkpoints"]["merged"], tensor: moved}}}
+    for name, held in other["checkpoints"]["merged"].items():
+        other["checkpoints"]["merged"][name] = {"sha256": "x", **held}
+    assert len(differences(case, other, TOLERANCE)) == 1
+    other["bits_per_byte"] = {**case["bits_per_byte"], "merged": case["bits_per_byte"]["merged"] * (1 + 1e-5)}
+    assert len(differences(case, other, TOLERANCE)) == 2
