@@ -275,7 +275,11 @@ def test_old_and_new_rope_spelling_read_equal(scaling):
     new = MINIMAL | {"rope_parameters": {"rope_theta": 3e4} | scaling}
     old = MINIMAL | {"rope_theta": 3e4, "rope_scaling": scaling}
     older = MINIMAL | {"rope_theta": 3e4, "rope_scaling": {"type": scaling["rope_type"]} | scaling}
-    own_keys = {"gpt2", "gpt_neox", "gemma3_text"}  # of tests/test_parity.py, whose cases have their old spellings
+    own_keys = {
+        "gpt2",
+        "gpt_neox",
+        "gemma3_text",
+    }  # of tests/models/test_parity.py, whose cases have their old spellings
     for family in (FAMILIES[name] for name in FAMILIES.keys() - own_keys - ({"phi3"} if len(scaling) > 1 else set())):
         assert family.spec(new) == family.spec(old) == family.spec(older)
         assert family.spec(new).rotary.theta == 3e4
