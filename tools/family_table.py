@@ -5,9 +5,9 @@
     python -m tools.family_table --cases              # a row for every case, not one for every family
 
 Needs torch (`pip install torch`). The cases are those of `tests/models/test_parity.py`: 500 tokens in float32, a
-right-padded batch, the reference in float64; figures are the worst of a family's cases. `deviation` is the
-largest difference of two logits over the logits' standard deviation, `KL` the mean per token. `lines` are those of the family's file that are
-neither blank nor comment nor the first of a docstring.
+right-padded batch, the reference in float64; figures are the worst of a family's cases. `deviation` is the largest
+difference of two logits over the logits' standard deviation, `KL` the mean per token. `lines` are those of the family's
+file that are neither blank nor comment nor the first of a docstring.
 """
 
 import inspect
