@@ -26,6 +26,7 @@ from tmjax.transfer.recipe import build_recipe
 KEYS = {
     "mergeable",
     "problems",
+    "operators",
     "notes",
     "models",
     "projections",

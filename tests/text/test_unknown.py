@@ -157,7 +157,7 @@ def test_unknown_text_is_charged_in_every_way_of_scoring(model_dir) -> None:
     assert scores.nll[0] / math.log(2) / scores.bytes[0] > 7.5
     assert scores.unknown_share == pytest.approx(31 / scores.bytes.sum())
     other = SettingsScorer(model, tokenizer, TEXTS, max_settings=1)
-    packed = other({}, [{}], bias_rule="none")
+    packed = other([], [{}])
     assert packed[0] == pytest.approx(scores.nll, rel=1e-5)
     assert other.scores(packed[0]).unknown_share == scores.unknown_share
 
