@@ -22,7 +22,7 @@ import tmjax
 from tmjax import cli
 from tmjax.checkpoints.hf import export
 from tmjax.checkpoints.load import load_model
-from tmjax.runs.manifest import read_manifest
+from tmjax.runs.manifest import Manifest, read_manifest
 from tmjax.runs.run_files import split
 from tmjax.text.documents import read_texts
 from tmjax.train.modes import Plain, Residual
@@ -262,7 +262,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(case, short, flags, capsys
     (tmp_path / "talk.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     (tmp_path / "former.yaml").write_text(yaml.safe_dump(SHORT | {"written": {"texts": 4}}))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/manifest.json").write_text('{"tmjax": "0", "stages": {}}')
+    where = {"mesh": {"data": 1}, "devices": 1, "platform": "cpu"}
+    manifest = Manifest(tmjax="0", seed=0, inputs={}, key={"recipe": "1"}, **where)
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest.to_json()))
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))
     given = [part for name, value in pairs.items() if name not in without for part in (name, value)]
     more = [part.format(tmp=tmp_path) for part in more]
