@@ -80,7 +80,7 @@ def recipes(tmp_path_factory) -> dict[str, str]:
         ],
         "evaluation": {"draws": 100},
     }
-    training = {"steps": [3], "lr": [0.003], "warmup": 1, "tokens_per_step": 256, "row_lengths": 1, "validate_every": 3}
+    training = {"steps": [6], "lr": [0.02], "warmup": 1, "tokens_per_step": 256, "row_lengths": 1, "validate_every": 2}
     adapting = {"mesh": "data=1", "training": training, "max_tokens": 8, "evaluation": {"draws": 100}}
     adapting |= {"generation": {"texts": 4, "tokens": 8, "foreign": 100.0, "repeat": 1}}
     for name, told in (("merge", short), ("adapt", adapting)):
