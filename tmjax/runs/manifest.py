@@ -193,11 +193,15 @@ class ControlFacts(CoefficientFacts):
 
 
 class GeneratedFacts(Facts):
-    """Number of texts that a model was to generate, that were foreign to the target, and that were kept."""
+    """Number of texts that a model was to generate, that were foreign to the target, that were kept.
+
+    `cut`: kept ones that were cut before the model had ended them.
+    """
 
     asked: int
     foreign: int
     kept: int
+    cut: int = 0
 
 
 class TeacherFacts(Facts):
@@ -206,6 +210,17 @@ class TeacherFacts(Facts):
     positions: int
     of: int
     mass: float
+
+
+class EdgeFacts(Facts):
+    """Mean negative log-likelihood (nats) of both models at one edge of the given texts: the first token or the end.
+
+    `used`: whether the source's probabilities are used there.
+    """
+
+    source: float
+    target: float
+    used: bool
 
 
 class ScheduleFacts(Facts):
@@ -295,6 +310,7 @@ class Manifest(AlignmentFacts):
     forgetting: Recorded[dict[str, ForgettingFacts]] = None
     generated: Recorded[dict[str, GeneratedFacts]] = None
     teacher: Recorded[dict[str, TeacherFacts]] = None
+    edges: Recorded[dict[str, EdgeFacts]] = None
     training: Recorded[dict[str, TrainingFacts]] = None
     sweep: Recorded[SweepFacts] = None
     shared: Recorded[dict[str, AlignmentFacts]] = None

@@ -72,6 +72,18 @@ class TextFilter:
     without: str | None = None
 
 
+@dataclass(frozen=True)
+class GeneratedTexts:
+    """Generated texts, and whether the model has ended each of them; it was cut otherwise."""
+
+    texts: Texts
+    ended: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        """Returns the number of texts."""
+        return len(self.texts)
+
+
 def openings(texts: Sequence[str], generation: Generation, seed: int) -> list[str]:
     """Draws a prompt for every text to be generated: the first 1 to `generation.words` words of a random text."""
     rng = np.random.default_rng(seed)
@@ -87,7 +99,7 @@ def generate_texts(
     *,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[str]:
+) -> tuple[list[str], list[bool]]:
     """Samples texts that begin as given ones do; the same for the same seed on any mesh.
 
     Args:
@@ -98,10 +110,12 @@ def generate_texts(
         progress: Called with (texts done, all texts) after each batch.
 
     Returns:
-        `generation.texts` texts, prompts included. A text that does not end within `generation.tokens` is cut there.
+        `generation.texts` texts, prompts included, and whether each has ended. A text that does not end within
+        `generation.tokens` is cut there.
     """
     spec, tokenizer = teacher.spec, teacher.tokenizer
     ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(openings(given, generation, seed))]
+    ended = [False] * len(ids)
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     longest = len(ids[order[-1]]) + generation.tokens
     room = share_mib(CACHE_SHARE, CACHE_CPU_MIB) * 2**20 // cache_bytes(spec, longest, teacher.dtype)
@@ -122,8 +136,9 @@ def generate_texts(
         new = generate(spec, teacher.params, prompts, options, numbers=rows, layout=teacher.layout)
         for number, added in zip(rows, new, strict=True):
             ids[number] += added
+            ended[number] = len(added) < generation.tokens
         progress(start + len(rows), len(ids))
-    return [tokenizer.decode(item[1:]).strip() for item in ids]
+    return [tokenizer.decode(item[1:]).strip() for item in ids], ended
 
 
 def familiar(bits_per_byte: np.ndarray, of_given: np.ndarray, *, maximum: float) -> np.ndarray:
@@ -164,17 +179,20 @@ def chosen_texts(name: str, texts: Sequence[str], kept: np.ndarray, *, required:
     return Texts(name, tuple(seen.values()), tuple(seen))
 
 
-def filter_texts(name: str, texts: Sequence[str], given: Texts, settings: TextFilter) -> tuple[Texts, dict[str, int]]:
+def filter_texts(
+    name: str, texts: Sequence[str], ended: Sequence[bool], given: Texts, settings: TextFilter
+) -> tuple[GeneratedTexts, dict[str, int]]:
     """Leaves out foreign, empty and repeated texts, and those beyond the limits.
 
     Args:
         name: Who generated the texts.
         texts: The generated texts.
+        ended: Whether each has ended.
         given: The texts that they should resemble.
         settings: What is kept.
 
     Returns:
-        The kept texts, and counts: `asked`, `foreign`, `kept`.
+        The kept texts, and counts: `asked`, `foreign`, `kept`, `cut` (kept ones that have not ended).
 
     Raises:
         InputError: No text is left and `settings.without` is None.
@@ -189,4 +207,8 @@ def filter_texts(name: str, texts: Sequence[str], given: Texts, settings: TextFi
     if settings.max_bytes is not None:
         sizes = np.cumsum([len(text.encode()) for text in chosen.texts])
         chosen = chosen.first(max(1, int(np.searchsorted(sizes, settings.max_bytes, side="right"))))
-    return chosen, {"asked": len(texts), "foreign": int(np.sum(~kept)), "kept": len(chosen)}
+    # The first of several equal texts is the one that is kept.
+    has_ended = dict(zip(reversed(texts), reversed(ended), strict=True))
+    result = GeneratedTexts(chosen, tuple(has_ended[text] for text in chosen.texts))
+    facts = {"asked": len(texts), "foreign": int(np.sum(~kept)), "kept": len(chosen)}
+    return result, facts | {"cut": len(chosen) - sum(result.ended)}

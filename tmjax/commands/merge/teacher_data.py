@@ -11,6 +11,7 @@ from tmjax.commands.merge.inputs import WITHOUT, Inputs
 from tmjax.recipes.adapt import GenerationOptions
 from tmjax.recipes.merge import Recipe
 from tmjax.runs.directory import RunDirectory
+from tmjax.teacher.edges import Edges
 from tmjax.teacher.generation import Generation, TextFilter
 from tmjax.teacher.stages import TeacherStages
 from tmjax.teacher.teacher_model import Teacher
@@ -77,7 +78,7 @@ class MergeTeacher:
             seed=self.recipe.seed,
             settings=self._filter(reference),
         )
-        return texts.texts
+        return texts.texts.texts
 
     def _filter(self, reference: tuple[str, ...] | None) -> TextFilter:
         """The true source's texts are judged by the target; those of other models are as many at most."""
@@ -116,5 +117,16 @@ class MergeTeacher:
         if name == self.reference:
             self.stages.warn_few_shared(name)
         tokenizer = inputs.target_tokenizer
-        documents = [tokenizer.document(encoding.ids)[: self._longest] for encoding in tokenizer.encode(texts)]
-        return TeacherData(tuple(documents), len(inputs.texts), probabilities)
+        documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts)]
+        probabilities = self._edges().of(probabilities, documents)
+        return TeacherData(tuple(ids[: self._longest] for ids in documents), len(inputs.texts), probabilities)
+
+    def _edges(self) -> Edges:
+        """The edges at which the true source is asked; those of the controls are the same."""
+        inputs = self.inputs
+        return self.stages.edges(
+            self._key(self.reference),
+            lambda: (self._teacher(inputs.source), self._teacher(inputs.target)),
+            inputs.texts.texts,
+            max_tokens=min(self._longest, inputs.source.spec.max_positions),
+        )
