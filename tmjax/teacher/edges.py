@@ -25,8 +25,8 @@ from tmjax.teacher.vocabulary_map import NONE_SHARED
 
 #: Given texts that are compared.
 TEXTS = 64
-#: Nats per text by which the source may be worse than the target: beyond a factor of 55 in probability it follows another
-#: convention. A multilingual source, which cannot know the language of a first token, stays below.
+#: Nats per text by which the source may be worse than the target: beyond a factor of 55 in probability it follows
+#: another convention. A multilingual source, which cannot know the language of a first token, stays below.
 MARGIN = 4.0
 BATCH_TOKENS = 4096
 

@@ -14,6 +14,7 @@ from tmjax.sharding.memory import share_mib
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.buckets import bucket_length
 from tmjax.text.documents import Texts
+from tmjax.text.tokenizer import TextTokenizer
 
 #: Prompts are padded to multiples of this.
 PROMPT_TOKENS = 16
@@ -31,6 +32,8 @@ class Generation:
         tokens: Most new tokens of a text.
         temperature: Temperature of sampling.
         top_p: Probability mass of nucleus sampling; None samples from the whole vocabulary.
+        examples: Number of given texts that stand before every prompt, a line each, so that the model stays with
+            their subject and form; a generated text then ends with its line.
         batch: Most texts that are generated together.
     """
 
@@ -39,12 +42,13 @@ class Generation:
     tokens: int = 192
     temperature: float = 0.8
     top_p: float | None = None
+    examples: int = 0
     batch: int = 256
 
     @classmethod
     def of(cls, options: GenerationOptions) -> Self:
         """Returns the settings of a recipe."""
-        return cls(options.texts, options.words, options.tokens, options.temperature, options.top_p)
+        return cls(options.texts, options.words, options.tokens, options.temperature, options.top_p, options.examples)
 
     @property
     def sampling(self) -> Sampling:
@@ -92,6 +96,25 @@ def openings(texts: Sequence[str], generation: Generation, seed: int) -> list[st
     return [" ".join(texts[i].split()[:n]) for i, n in zip(chosen, words, strict=True)]
 
 
+def contexts(texts: Sequence[str], generation: Generation, seed: int) -> list[str]:
+    """Draws the lines before every prompt: `generation.examples` different given texts each, or nothing."""
+    count = min(generation.examples, len(texts))
+    # A stream of its own: openings are those of a generation without examples.
+    rng = np.random.default_rng([seed, 1])
+    drawn = [rng.choice(len(texts), size=count, replace=False) for _ in range(generation.texts)]
+    return ["".join(" ".join(texts[i].split()) + "\n" for i in chosen) for chosen in drawn]
+
+
+def _require_lines(tokenizer: TextTokenizer) -> None:
+    """Raises InputError if a tokenizer loses line breaks, by which a text is told from the examples before it."""
+    (encoding,) = tokenizer.encode(["a\nb"])
+    if tokenizer.decode(encoding.ids).count("\n") != 1:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name} drops line breaks, which set generated texts apart from examples; "
+            "leave generation.examples out"
+        )
+
+
 def generate_texts(
     teacher: Teacher,
     given: Sequence[str],
@@ -112,10 +135,23 @@ def generate_texts(
     Returns:
         `generation.texts` texts, prompts included, and whether each has ended. A text that does not end within
         `generation.tokens` is cut there.
+
+    Raises:
+        InputError: There are examples, and the tokenizer drops line breaks.
     """
     spec, tokenizer = teacher.spec, teacher.tokenizer
-    ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(openings(given, generation, seed))]
-    ended = [False] * len(ids)
+    before = contexts(given, generation, seed)
+    begun = [context + opening for context, opening in zip(before, openings(given, generation, seed), strict=True)]
+    ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(begun)]
+    ended, ends = [False] * len(ids), [tokenizer.suffix]
+    lines = before[0].count("\n")
+    if lines:
+        _require_lines(tokenizer)
+        ends += [number for number, piece in tokenizer.vocabulary.text.items() if piece and piece.startswith(b"\n")]
+
+    def finished(number: int, new: list[int]) -> bool:
+        return lines > 0 and "\n" in tokenizer.decode(new)
+
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     longest = len(ids[order[-1]]) + generation.tokens
     room = share_mib(CACHE_SHARE, CACHE_CPU_MIB) * 2**20 // cache_bytes(spec, longest, teacher.dtype)
@@ -124,7 +160,7 @@ def generate_texts(
         rows = order[start : start + size]
         options = DecodingOptions(
             generation.tokens,
-            ends=[tokenizer.suffix],
+            ends=ends,
             known=tokenizer.known(spec.vocab),
             sampling=generation.sampling,
             seed=seed,
@@ -133,12 +169,13 @@ def generate_texts(
             dtype=teacher.dtype,
         )
         prompts = [ids[n] for n in rows]
-        new = generate(spec, teacher.params, prompts, options, numbers=rows, layout=teacher.layout)
+        new = generate(spec, teacher.params, prompts, options, numbers=rows, layout=teacher.layout, finished=finished)
         for number, added in zip(rows, new, strict=True):
             ids[number] += added
-            ended[number] = len(added) < generation.tokens
+            ended[number] = len(added) < generation.tokens or finished(number, added)
         progress(start + len(rows), len(ids))
-    return [tokenizer.decode(item[1:]).strip() for item in ids], ended
+    written = [tokenizer.decode(item[1:]) for item in ids]
+    return [(text.split("\n")[lines] if lines else text).strip() for text in written], ended
 
 
 def familiar(bits_per_byte: np.ndarray, of_given: np.ndarray, *, maximum: float) -> np.ndarray:

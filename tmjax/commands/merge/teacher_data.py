@@ -49,6 +49,7 @@ class MergeTeacher:
         steps = [step for step in session.inputs.chain if "teacher" in step.operator.needs]
         self.count = max((getattr(step.options, "generated_texts", 0) for step in steps), default=0)
         self.tokens = max((getattr(step.options, "tokens", 0) for step in steps), default=0)
+        self.examples = max((getattr(step.options, "examples", 0) for step in steps), default=0)
 
     @property
     def _longest(self) -> int:
@@ -57,7 +58,16 @@ class MergeTeacher:
     def _key(self, name: str) -> list[object]:
         hashes = [self.inputs.hashes[key] for key in ("texts", "source", "target")]
         recipe = self.recipe
-        return [name, hashes, self.count, self.tokens, recipe.activations.max_tokens, recipe.dtype, recipe.seed]
+        return [
+            name,
+            hashes,
+            self.count,
+            self.tokens,
+            self.examples,
+            recipe.activations.max_tokens,
+            recipe.dtype,
+            recipe.seed,
+        ]
 
     def _teacher(self, model: Model) -> Teacher:
         return Teacher.of(model, dtype=self.inputs.dtype, layout=self.inputs.layout)
@@ -74,7 +84,7 @@ class MergeTeacher:
             self._key(name),
             lambda: self._teacher(model),
             self.inputs.texts,
-            Generation(self.count, tokens=self.tokens),
+            Generation(self.count, tokens=self.tokens, examples=self.examples),
             seed=self.recipe.seed,
             settings=self._filter(reference),
         )
