@@ -101,8 +101,9 @@ class GenerationOptions(Section):
     """Texts that the source generates after the first 1 to `words` words of training texts.
 
     Before each prompt stand `examples` of the given texts, a line each, which keep a general model with their subject
-    and form. Texts whose bits per byte under the target exceed `foreign` times those of the given ones are left out
-    (null: none are). The given texts are read `repeat` times as often as generated ones. The other keys are those of
+    and form (null: 3 for a source that begins or ends the given texts by another convention, else none). Texts whose
+    bits per byte under the target exceed `foreign` times those of the given ones are left out (null: none are). The
+    given texts are read `repeat` times as often as generated ones. The other keys are those of
     `teacher.generation.Generation`.
     """
 
@@ -111,7 +112,7 @@ class GenerationOptions(Section):
     tokens: Positive = 192
     temperature: PositiveFloat = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    examples: Annotated[int, Field(ge=0)] = 0
+    examples: Annotated[int, Field(ge=0)] | None = None
     foreign: PositiveFloat | None = FOREIGN
     repeat: Positive = 1
 

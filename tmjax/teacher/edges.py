@@ -25,6 +25,8 @@ from tmjax.teacher.vocabulary_map import NONE_SHARED
 
 #: Given texts that are compared.
 TEXTS = 64
+#: Examples before the prompts of a source that follows another convention.
+EXAMPLES = 3
 #: Nats per text by which the source may be worse than the target: beyond a factor of 55 in probability it follows
 #: another convention. A multilingual source, which cannot know the language of a first token, stays below.
 MARGIN = 4.0
@@ -43,6 +45,12 @@ class Edges:
         """Reads a file that `save` has written."""
         values = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{name: EdgeFacts(**facts).used for name, facts in values.items()})
+
+    def examples(self, given: int | None) -> int:
+        """Returns the number of examples before prompts: the given one, or as the source needs them."""
+        if given is not None:
+            return given
+        return 0 if self.first and self.end else EXAMPLES
 
     def of(self, probabilities: TeacherProbabilities, documents: Sequence[Sequence[int]]) -> TeacherProbabilities:
         """Returns the probabilities without the edges that are not used.

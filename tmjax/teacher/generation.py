@@ -46,9 +46,9 @@ class Generation:
     batch: int = 256
 
     @classmethod
-    def of(cls, options: GenerationOptions) -> Self:
-        """Returns the settings of a recipe."""
-        return cls(options.texts, options.words, options.tokens, options.temperature, options.top_p, options.examples)
+    def of(cls, options: GenerationOptions, examples: int) -> Self:
+        """Returns the settings of a recipe, with so many examples."""
+        return cls(options.texts, options.words, options.tokens, options.temperature, options.top_p, examples)
 
     @property
     def sampling(self) -> Sampling:

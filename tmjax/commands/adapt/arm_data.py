@@ -107,7 +107,7 @@ class DataOfArms:
             [self.key, texts_by, options.model_dump()],
             lambda: self._teacher(texts_by),
             inputs.texts.texts,
-            Generation.of(options),
+            Generation.of(options, self._edges().examples(options.examples)),
             seed=inputs.recipe.seed,
             settings=settings,
         )
@@ -193,7 +193,7 @@ class DataOfArms:
         return probabilities.reordered(derangement(len(probabilities.document), recipe.seed))
 
     def _edges(self) -> Edges:
-        """The edges at which the true source is asked; those of the controls are the same."""
+        """The edges at which the true source follows the given texts; those of the controls are the same."""
         recipe, inputs = self.inputs.recipe, self.inputs
         return self.stages.edges(
             [self.key, recipe.distillation.model_dump()],

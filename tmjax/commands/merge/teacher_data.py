@@ -49,7 +49,7 @@ class MergeTeacher:
         steps = [step for step in session.inputs.chain if "teacher" in step.operator.needs]
         self.count = max((getattr(step.options, "generated_texts", 0) for step in steps), default=0)
         self.tokens = max((getattr(step.options, "tokens", 0) for step in steps), default=0)
-        self.examples = max((getattr(step.options, "examples", 0) for step in steps), default=0)
+        self.examples = next((step.options.examples for step in steps if hasattr(step.options, "examples")), None)
 
     @property
     def _longest(self) -> int:
@@ -84,7 +84,7 @@ class MergeTeacher:
             self._key(name),
             lambda: self._teacher(model),
             self.inputs.texts,
-            Generation(self.count, tokens=self.tokens, examples=self.examples),
+            Generation(self.count, tokens=self.tokens, examples=self._edges().examples(self.examples)),
             seed=self.recipe.seed,
             settings=self._filter(reference),
         )
@@ -132,7 +132,7 @@ class MergeTeacher:
         return TeacherData(tuple(ids[: self._longest] for ids in documents), len(inputs.texts), probabilities)
 
     def _edges(self) -> Edges:
-        """The edges at which the true source is asked; those of the controls are the same."""
+        """The edges at which the true source follows the given texts; those of the controls are the same."""
         inputs = self.inputs
         return self.stages.edges(
             self._key(self.reference),
