@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tmjax.errors import InputError, summarise
+from tmjax.plugins import plugin_file
 from tmjax.recipes.base import (
     Alpha,
     EvaluationOptions,
@@ -190,6 +191,13 @@ class Recipe(Placed):
             default_factory=dict, description="Written with a run: absolute places of its local inputs, by their names."
         ),
     ]
+
+    def inputs(self) -> dict[str, str]:
+        """Returns the names of all inputs, by their keys: files of operators are among them."""
+        files = {
+            f"operators.{number}": plugin_file(name) for number, entry in enumerate(self.operators) for name in entry
+        }
+        return super().inputs() | {key: file for key, file in files.items() if file is not None}
 
     def bases(self) -> dict[str, str]:
         """Returns the checkpoints that operators name as `base`, by their keys."""

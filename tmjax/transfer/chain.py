@@ -15,7 +15,7 @@ from tmjax.recipes.merge import Recipe
 from tmjax.transfer.coefficients.grid_search import Fit, fit, fixed
 from tmjax.transfer.coefficients.learned import FuseLearned, expanded, learn, start
 from tmjax.transfer.contribution import Coefficients, Context, Contribution
-from tmjax.transfer.operator import Chain, Step, read_chain
+from tmjax.transfer.operator import Chain, Step, operators_of
 from tmjax.transfer.source_view import SourceView
 from tmjax.transfer.update_table import Table, changes, joined_table
 from tmjax.typing import ArrayLike, Params
@@ -40,7 +40,7 @@ class Merged:
 
 def chain_of(recipe: Recipe) -> Chain:
     """Reads the operators of a recipe that run: at a fixed alpha those that choose on validation texts are left out."""
-    chain = read_chain(recipe.operators)
+    chain = operators_of(recipe)
     return chain if recipe.alpha is None else tuple(step for step in chain if not step.operator.chooses)
 
 

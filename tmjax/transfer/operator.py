@@ -10,14 +10,15 @@ import hashlib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from tmjax.errors import InputError
-from tmjax.plugins import load_plugin, offered
+from tmjax.plugins import load_plugin, offered, plugin_file
 from tmjax.recipes.base import Section, checked
+from tmjax.recipes.merge import Recipe
 from tmjax.transfer import operators
 from tmjax.transfer.contribution import Applied, Context, Contribution, Shape
 from tmjax.transfer.source_view import SourceView
@@ -186,11 +187,27 @@ def code_hashes(chain: Chain) -> dict[str, str]:
     return {name: _digest(Path(file).read_bytes()) for name, file in files.items() if file}
 
 
-def read_chain(entries: Iterable[Any]) -> Chain:
+def operators_of(recipe: Recipe) -> Chain:
+    """Reads the operators of a recipe; a file that is named relatively is taken from its stored place.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        All its operators with their checked options, in order.
+
+    Raises:
+        InputError: As `read_chain`.
+    """
+    return read_chain(recipe.operators, recipe.place)
+
+
+def read_chain(entries: Iterable[Any], place_of: Callable[[str], str] = str) -> Chain:
     """Reads an operator list.
 
     Args:
         entries: `{name: options}` each, or a name alone where no option is set.
+        place_of: Gives the present path of the file of an operator `FILE.py:NAME`.
 
     Returns:
         Operators with their checked options, in order.
@@ -206,6 +223,8 @@ def read_chain(entries: Iterable[Any]) -> Chain:
         if not isinstance(entry, Mapping) or len(entry) != 1:
             raise InputError(f"recipe: {place}: write one operator per entry, as - transport: {{...}}")
         ((name, values),) = entry.items()
-        operator = find_operator(name)
+        file = plugin_file(str(name))
+        located = name if file is None else f"{place_of(file)}{name.removeprefix(file)}"
+        operator = find_operator(located)
         steps.append(Step(operator, checked(operator.options, dict(values or {}), place=f"{place}.{operator.name}")))
     return tuple(steps)

@@ -17,7 +17,7 @@ from tmjax.commands.merge.samples import sample_texts
 from tmjax.commands.merge.session import open_session
 from tmjax.commands.merge.source_stages import SourceStages
 from tmjax.commands.notes import note_hidden
-from tmjax.commands.report import REPORT, SAMPLES
+from tmjax.commands.report import MERGED, REPORT, SAMPLES
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.facts import evaluation_facts
@@ -44,8 +44,6 @@ from tmjax.transfer.recipe import build_recipe
 from tmjax.transfer.source_view import SourceView
 from tmjax.transfer.update_table import require_transfer
 from tmjax.typing import Params
-
-MERGED = "merged"
 
 
 class Merge:

@@ -13,7 +13,7 @@ import yaml
 from tmjax.errors import InputError
 from tmjax.recipes.base import ALL_ROLES, ATTENTION_ROLES
 from tmjax.recipes.merge import Recipe
-from tmjax.transfer.operator import read_chain
+from tmjax.transfer.operator import operators_of
 from tmjax.transfer.recipe import build_recipe
 
 Value: TypeAlias = str | bool | int | float | None
@@ -126,7 +126,7 @@ def is_part(key: str) -> bool:
 def parse_axes(texts: Sequence[str], recipe: Recipe, *, random: bool) -> list[Axis]:
     """All axes, each value checked against the recipe; raises InputError."""
     axes = [parse_axis(text) for text in texts]
-    choosing = [step.operator.name for step in read_chain(recipe.operators) if step.operator.chooses]
+    choosing = [step.operator.name for step in operators_of(recipe) if step.operator.chooses]
     keys = [SHORT.get(axis.key, axis.key) for axis in axes]
     for key in keys:
         if keys.count(key) > 1:
@@ -150,7 +150,7 @@ def parse_axes(texts: Sequence[str], recipe: Recipe, *, random: bool) -> list[Ax
                 raise InputError(f"--grid {axis.key}={_shown(value)}: {error}") from None
     named = {key.partition(".")[2] for key in keys if key == "alpha" or key.startswith("alpha.")}
     covered = {role for part in named for role in (PARTS[part] if part else ALL_ROLES)}
-    options = [step.options for step in read_chain(recipe.operators) if step.contributes]
+    options = [step.options for step in operators_of(recipe) if step.contributes]
     needed = {role for item in options for role in getattr(item, "roles", None) or ALL_ROLES}
     if recipe.alpha is None and not covered >= needed:
         raise InputError(

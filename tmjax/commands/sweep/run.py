@@ -36,7 +36,7 @@ from tmjax.runs.manifest import AlignmentRecord, BestSetting, Coefficient, Manif
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts
 from tmjax.transfer.contribution import Coefficients, Contribution
-from tmjax.transfer.operator import Chain, Step, code_hashes, read_chain
+from tmjax.transfer.operator import Chain, Step, code_hashes, operators_of
 from tmjax.transfer.projections import with_masks
 from tmjax.transfer.update_table import joined_table, require_transfer
 
@@ -82,7 +82,7 @@ def contributing(recipe: Recipe) -> Chain:
     """
     if recipe.coefficients.fit != CoefficientOptions().fit:
         raise InputError("a sweep fuses contributions by given coefficients: leave coefficients.fit out")
-    steps = [step for step in read_chain(recipe.operators) if not step.operator.chooses]
+    steps = [step for step in operators_of(recipe) if not step.operator.chooses]
     others = [step.operator.name for step in steps if not step.contributes]
     if others:
         raise InputError(f"a sweep fuses contributions by given coefficients: leave the operator {others[0]} out")
