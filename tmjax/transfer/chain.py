@@ -91,7 +91,7 @@ def apply_chain(chain: Chain, source: SourceView, context: Context) -> Merged:
         operator = step.operator
         if operator.chooses and context.loss is None:
             raise InputError(f"the operator {operator.name} chooses on validation texts: give some, or fix alpha")
-        applied = operator.apply(params, source, step.options, context)
+        applied = operator.apply(params, source.for_needs(operator.needs), step.options, context)
         measured = {} if applied.rows else _measured(context, params, applied.params, operator.name)
         rows.append(applied.rows or (lambda final, table=measured: table))
         params = applied.params
@@ -127,7 +127,10 @@ def _contributed(
 ) -> tuple[dict[str, ArrayLike], Fit, Callable[[Params], Table]]:
     """Parameters with the contributions of neighbours, their coefficients, and rows of the update table."""
     target, options = context.target, context.coefficients
-    contributions = [step.operator.contribute(params, source, step.options, context) for step in together]
+    contributions = [
+        step.operator.contribute(params, source.for_needs(step.operator.needs), step.options, context)
+        for step in together
+    ]
     roles = tuple(role for each in contributions for role in each.items)
     twice = sorted({role for role in roles if roles.count(role) > 1})
     if twice:

@@ -36,7 +36,8 @@ class Described(Protocol):
     Attributes:
         name: Its name in recipes.
         options: Its options, a Section whose fields have descriptions.
-        needs: What it asks of the source; of `NEEDS`.
+        needs: What it asks of the source; of `NEEDS`. With the need of an alignment it has to read the source's
+            activations through the plans: only then do controls leave their units in order.
         chooses: Whether it chooses on validation texts; such an operator is left out at a fixed alpha.
     """
 
