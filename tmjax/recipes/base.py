@@ -86,17 +86,22 @@ P = TypeVar("P", bound=Placed)
 
 
 class EvaluationOptions(Section):
-    """How bits per byte and their intervals are computed."""
+    """Computation of bits per byte and their intervals."""
 
-    draws: Positive = 10000
-    batch_tokens: Positive = 4096
-    max_tokens: Positive | None = None
+    draws: Annotated[Positive, Field(description="Bootstrap draws of an interval.")] = 10000
+    batch_tokens: Annotated[Positive, Field(description="Tokens per batch of a forward pass.")] = 4096
+    max_tokens: Annotated[
+        Positive | None,
+        Field(description="Longest window of tokens, into which documents are cut; the model's context unless given."),
+    ] = None
 
 
 class ExportOptions(Section):
-    """How the merged checkpoint is written."""
+    """Writing of the resulting checkpoint."""
 
-    max_shard_size: str = "5GB"
+    max_shard_size: Annotated[
+        str, Field(description="Largest file of weights; a larger checkpoint is written as several.")
+    ] = "5GB"
 
 
 def checked(kind: type[R], values: dict[str, Any], renamed: Mapping[str, str] | None = None, *, place: str = "") -> R:
@@ -156,6 +161,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"recipe {path} does not hold a mapping")
     return values
+
+
+def merged_values(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Returns nested values over defaults: mappings are merged, everything else is replaced."""
+    result = dict(defaults)
+    for key, value in values.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged_values(result[key], value) if nested else value
+    return result
 
 
 def dump_recipe(recipe: Section, *, places: bool = True) -> str:

@@ -5,8 +5,9 @@ from typing import Any
 
 from tmjax.errors import InputError
 from tmjax.plugins import plugin_file
-from tmjax.recipes.base import checked, found_near
-from tmjax.recipes.merge import Recipe, merged_values, refuse_old_keys
+from tmjax.recipes.base import checked, found_near, merged_values
+from tmjax.recipes.merge import Recipe
+from tmjax.recipes.old_keys import refuse_old_keys
 from tmjax.recipes.presets import DEFAULT_PRESET, PRESETS
 from tmjax.transfer.operator import operators_of
 
