@@ -1,11 +1,13 @@
 """Documents: everything in ours parses, and each kind of mistake in one is found (`make docs-check` runs them)."""
 
 import ast
+import importlib
 import json
 import re
 from collections.abc import Iterator
 
 import pytest
+import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -103,6 +105,17 @@ def test_a_command_has_a_row_in_the_tables_of_commands() -> None:
     for page in ("README.md", "docs/quickstart.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert names <= set(re.findall(r"`tmjax (\w+)", text)), page
+
+
+def test_the_reference_of_commands_names_every_flag(monkeypatch) -> None:
+    from tmjax import cli
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs/_ext"))
+    reference = importlib.import_module("cli_reference").commands()
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        (text,) = re.findall(rf"^## `tmjax {name}`$(.*?)(?=^## |\Z)", reference, flags=re.MULTILINE | re.DOTALL)
+        flags = {flag for each in command.params for flag in (*each.opts, *each.secondary_opts) if flag.startswith("-")}
+        assert set(re.findall(r"(--[\w-]+)", "".join(re.findall(r"^\| (`.*?`) \|", text, flags=re.M)))) == flags, name
 
 
 def sections(kind: type[BaseModel], place: str) -> Iterator[tuple[str, FieldInfo]]:

@@ -7,11 +7,11 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from tmjax import interrupt
+from tmjax.cli.options import JobFlags
 from tmjax.errors import InputError, TmjaxError
 from tmjax.files import lock
 from tmjax.sharding import job
@@ -102,10 +102,10 @@ def _ended(arguments: list[str] | None, application: typer.Typer, name: str) -> 
 
 
 @contextlib.contextmanager
-def join_job(options: dict[str, Any]) -> Iterator[None]:
-    """Joins the job that the options name, if any, for the time of the work."""
-    place = [options[name] for name in ("coordinator", "num_processes", "process_id")]
-    if not options["distributed"]:
+def join_job(flags: JobFlags) -> Iterator[None]:
+    """Joins the job that the flags name, if any, for the time of the work."""
+    place = flags.coordinator, flags.num_processes, flags.process_id
+    if not flags.distributed:
         if any(value is not None for value in place):
             raise InputError("--coordinator, --num-processes and --process-id go with --distributed")
         yield

@@ -33,16 +33,41 @@ def open_console(*, stderr: bool = False) -> Any:
     return console if console.is_terminal else Console(stderr=stderr, width=120)
 
 
+def show_result(result: Any, show: Callable[[Any], None], *, as_json: bool) -> None:
+    """Prints the result of a command on standard output, in the first process of a job.
+
+    Args:
+        result: The result as one JSON object.
+        show: Prints it for people, on the console that it is given.
+        as_json: Whether it is printed as JSON.
+    """
+    if as_json or job.silent():
+        print_json(result)
+    else:
+        show(open_console())
+
+
+def directory_line(out: str, *names: str) -> str:
+    """Returns the line that names a run directory and which of these files it holds."""
+    present = [name for name in names if (Path(out) / name).exists()]
+    return f"Run directory {out}" + (f" (with {', '.join(present)})" if present else "")
+
+
+def print_note(console: Any, note: str) -> None:
+    """Prints a note on a checkpoint, as it is and on one line."""
+    console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
 def show_run(out: str, manifest: dict[str, Any], as_json: bool) -> None:
     """Prints the result of a merge: its manifest as JSON, or a summary and what its directory holds."""
-    if as_json or job.silent():
-        print_json(manifest)
-        return
-    from tmjax.report.tables import run_summary
 
-    open_console().print(run_summary(manifest))
-    done = [name for name in ("merged", "report.html", "plots") if (Path(out) / name).exists()]
-    open_console().print(f"Run directory {out}" + (f" (with {', '.join(done)})" if done else ""))
+    def show(console: Any) -> None:
+        from tmjax.report.tables import run_summary
+
+        console.print(run_summary(manifest))
+        console.print(directory_line(out, "merged", "report.html", "plots"))
+
+    show_result(manifest, show, as_json=as_json)
 
 
 @contextlib.contextmanager
