@@ -1,4 +1,4 @@
-"""The command line: thin typer commands over `tmjax.commands`. Results to standard output, all else to standard error.
+"""The command line: thin typer commands over `tmjax.commands`. Only results go to standard output.
 
 A command is a file of this folder with a function of its name, and an entry of `COMMANDS`.
 """

@@ -14,7 +14,7 @@ from tmjax.errors import InputError
 
 @dataclass(frozen=True)
 class TaskFlags:
-    """Tasks of lm-eval, and how they are asked."""
+    """Tasks of lm-eval, and the form of their questions."""
 
     tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, comma-separated.")] = None
     tasks_dir: Annotated[

@@ -13,7 +13,7 @@ from tmjax.cli.terminal import directory_line, live_display, show_result
 
 
 def use_every_core() -> None:
-    """One CPU device per core, each of which takes settings of its own, unless devices were chosen already."""
+    """Makes one CPU device per core, over which settings are split, unless devices were chosen already."""
     import jax
 
     if "device_count" in os.environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices > 0:

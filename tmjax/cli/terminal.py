@@ -19,7 +19,7 @@ def print_json(value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:  # the stream's encoding, or a file name that is not valid text
+    except UnicodeEncodeError:  # because of the stream's encoding, or a file name that is not valid text
         text = json.dumps(value, allow_nan=False)
     print(text)
 
@@ -54,12 +54,12 @@ def directory_line(out: str, *names: str) -> str:
 
 
 def print_note(console: Any, note: str) -> None:
-    """Prints a note on a checkpoint, as it is and on one line."""
+    """Prints a note on a checkpoint on one line, without markup."""
     console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_run(out: str, manifest: dict[str, Any], as_json: bool) -> None:
-    """Prints the result of a merge: its manifest as JSON, or a summary and what its directory holds."""
+    """Prints the result of a merge: its manifest as JSON, or a summary and the content of its directory."""
 
     def show(console: Any) -> None:
         from tmjax.report.tables import run_summary

@@ -1,4 +1,4 @@
-"""`tmjax report RUN`: the page of a finished merge, made again from what the run directory holds."""
+"""`tmjax report RUN`: the page of a finished merge, made again from its run directory."""
 
 import os
 from pathlib import Path
@@ -31,8 +31,8 @@ _UNFINISHED = "{} holds no finished merge; `tmjax merge` or `tmjax fuse` makes o
 def rebuild_report(run: Path, warn: Warn = lambda message: None) -> Path:
     """Writes `report.html` anew and returns its path; nothing is fitted or measured again.
 
-    Samples of text that the run does not hold are drawn now, if its target and texts can still be read; else `warn`
-    says so and the page goes without. Raises InputError if `run` is not a run with a merge in it.
+    Missing samples of text are generated now if target and texts can still be read; otherwise `warn` is called and the
+    page has none. Raises InputError if `run` is not a run with a merge in it.
     """
     manifest = read_manifest(run)
     if manifest is None:
@@ -45,7 +45,7 @@ def rebuild_report(run: Path, warn: Warn = lambda message: None) -> Path:
 
 
 def _alignment(run: Path, recipe: Recipe) -> Alignment | None:
-    """The alignment of a run; None where no operator needs one."""
+    """Reads the alignment of a run; None where no operator needs one."""
     if "alignment" not in needs_of(chain_of(recipe)):
         return None
     if not (run / "alignment").is_dir():

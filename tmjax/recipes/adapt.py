@@ -1,4 +1,4 @@
-"""The recipe of an adaptation as one frozen, checked object. Files hold the same keys as the command line."""
+"""The recipe of an adaptation as one frozen, checked object. Files have the keys of the command line."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ from tmjax.recipes.base import (
 )
 
 NotNegative = Annotated[float, Field(ge=0)]
-#: Modes that need a source, beside those with terms.
+#: Modes without terms that need a source.
 WITH_SOURCE = ("residual-frozen",)
 Term = Literal["guidance", "distillation", "generated"]
 #: Terms of the loss, and further texts, that each mode adds to next-token training on the given texts.
@@ -90,7 +90,7 @@ class TrainingOptions(Section):
 
     @property
     def schedules(self) -> list[tuple[int, float]]:
-        """Every (steps, learning rate) that an arm is trained with."""
+        """All pairs (steps, learning rate) that an arm is trained with."""
         return [(steps, lr) for steps in self.steps for lr in self.lr]
 
 

@@ -144,7 +144,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
 
 
 def _tried(problems: list[str], work: Any) -> Any:
-    """The result of `work`, or None with the user's error among the problems (or notes)."""
+    """Returns the result of `work`; on a user's error None, and adds the error to the problems (or notes)."""
     try:
         return work()
     except InputError as error:
@@ -154,7 +154,7 @@ def _tried(problems: list[str], work: Any) -> Any:
 
 
 def _side(name: str, model: str, problems: list[str]) -> Side:
-    """Describes one model by its config; adds faults of its weights, according to their headers, to the problems."""
+    """Describes one model by its config; adds faults of its weights' headers to the problems."""
     directory = resolve(model, weights=False)
     orbax = is_orbax(directory)
     try:
@@ -295,7 +295,7 @@ def _shared_positions(recipe: Recipe, tokenizers: Mapping[str, TextTokenizer]) -
 
 
 def _rows(name: str, tokenizer: TextTokenizer, rows: int) -> tuple[list[str], list[str]]:
-    """Problems and notes where a tokenizer and an embedding of `rows` rows are not of the same size."""
+    """Adds problems and notes where a tokenizer and an embedding of `rows` rows differ in size."""
     known = tokenizer.known(rows)
     problems, notes = [], []
     if known is not None:
@@ -314,7 +314,7 @@ def _rows(name: str, tokenizer: TextTokenizer, rows: int) -> tuple[list[str], li
 
 
 def overlap(target: TextTokenizer, source: TextTokenizer) -> dict[str, Any]:
-    """Sizes, shared token strings (spaces and bytes read alike whatever the vocabulary's spelling), special tokens."""
+    """Compares two vocabularies: sizes, special tokens, shared token strings (in one spelling of spaces and bytes)."""
     ours, theirs = target.vocabulary.ids, source.vocabulary.ids
     shared = len(ours.keys() & theirs.keys())
     special = {
