@@ -49,6 +49,12 @@ def needs_of(chain: Chain) -> frozenset[str]:
     return frozenset().union(*(step.operator.needs for step in chain))
 
 
+def named_roles(chain: Chain) -> tuple[str, ...] | None:
+    """Returns the roles that options of operators with an alignment name (`roles`); None if all are meant."""
+    asked = [getattr(step.options, "roles", None) for step in chain if "alignment" in step.operator.needs]
+    return None if not asked or None in asked else tuple(dict.fromkeys(role for roles in asked for role in roles))
+
+
 def chain_projections(
     chain: Chain, target_specs: tuple[ParamSpec, ...], source_specs: tuple[ParamSpec, ...]
 ) -> dict[str, ParamSpec]:
@@ -56,9 +62,7 @@ def chain_projections(
 
     Those are the roles that the operators' options name (`roles`), or all that both models have.
     """
-    asked = [getattr(step.options, "roles", None) for step in chain if "alignment" in step.operator.needs]
-    named = None if not asked or None in asked else tuple(dict.fromkeys(role for roles in asked for role in roles))
-    return shared_projections(target_specs, source_specs, named)
+    return shared_projections(target_specs, source_specs, named_roles(chain))
 
 
 def apply_chain(chain: Chain, source: SourceView, context: Context) -> Merged:
@@ -66,7 +70,7 @@ def apply_chain(chain: Chain, source: SourceView, context: Context) -> Merged:
 
     Args:
         chain: The operators and their options.
-        source: The source, as this arm may know it.
+        source: The view of the source in this arm.
         context: Target, validation loss, devices, seed.
 
     Returns:

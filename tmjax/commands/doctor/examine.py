@@ -29,7 +29,7 @@ from tmjax.teacher.vocabulary_map import few_shared, require_shared
 from tmjax.text.documents import read_texts
 from tmjax.text.rows import pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.transfer.chain import chain_of, chain_projections, needs_of
+from tmjax.transfer.chain import chain_of, chain_projections, named_roles, needs_of
 from tmjax.transfer.operator import Chain
 
 #: Rows and tokens that are assumed where no texts are given.
@@ -252,9 +252,7 @@ def mapped(target: Side, source: Side, chain: Chain) -> dict[str, list[dict[str,
         `mapped`: projections that both models have, with shapes [out, in]; `left_out`: the others, with the reason.
     """
     ours, theirs = projections(target.rows), projections(source.rows)
-    asked = [getattr(step.options, "roles", None) for step in chain if "alignment" in step.operator.needs]
-    named = None if not asked or None in asked else {role for roles in asked for role in roles}
-    both, rest = [], []
+    named, both, rest = named_roles(chain), [], []
     for role in dict.fromkeys((*ours, *theirs)):
         if role not in ours or role not in theirs:
             lacking = "source" if role in ours else "target"
