@@ -1,11 +1,19 @@
 """Documents: everything in ours parses, and each kind of mistake in one is found (`make docs-check` runs them)."""
 
 import ast
+import importlib
 import json
 import re
+from collections.abc import Iterator
 
 import pytest
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from tmjax.recipes.adapt import AdaptRecipe
+from tmjax.recipes.merge import Recipe
+from tmjax.transfer.operator import builtin_operators
 from tools.docs_check.blocks import commands, read_document
 from tools.docs_check.check import ROOT, Runner, contents, documents, notebooks, static_faults
 from tools.docs_check.compare import table_fault, text_fault
@@ -97,6 +105,33 @@ def test_a_command_has_a_row_in_the_tables_of_commands() -> None:
     for page in ("README.md", "docs/quickstart.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert names <= set(re.findall(r"`tmjax (\w+)", text)), page
+
+
+def test_the_reference_of_commands_names_every_flag(monkeypatch) -> None:
+    from tmjax import cli
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs/_ext"))
+    reference = importlib.import_module("cli_reference").commands()
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        (text,) = re.findall(rf"^## `tmjax {name}`$(.*?)(?=^## |\Z)", reference, flags=re.MULTILINE | re.DOTALL)
+        flags = {flag for each in command.params for flag in (*each.opts, *each.secondary_opts) if flag.startswith("-")}
+        assert set(re.findall(r"(--[\w-]+)", "".join(re.findall(r"^\| (`.*?`) \|", text, flags=re.M)))) == flags, name
+
+
+def sections(kind: type[BaseModel], place: str) -> Iterator[tuple[str, FieldInfo]]:
+    """All settings of a section and of those inside it, by their dotted keys."""
+    for name, field in kind.model_fields.items():
+        yield f"{place}.{name}", field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from sections(field.annotation, f"{place}.{name}")
+
+
+def test_every_setting_has_a_description() -> None:
+    """The reference of recipes shows it beside type and default."""
+    kinds = {"merge": Recipe, "adapt": AdaptRecipe}
+    kinds |= {name: operator.options for name, operator in builtin_operators().items()}
+    found = [entry for name, kind in kinds.items() for entry in sections(kind, name)]
+    assert len(found) > 150 and [place for place, field in found if not field.description] == []
 
 
 def test_what_is_wrong_with_a_notebook_is_found(tmp_path) -> None:

@@ -17,6 +17,12 @@ def offered(group: str) -> dict[str, metadata.EntryPoint]:
     return {entry.name: entry for entry in metadata.entry_points(group=group)}
 
 
+def plugin_file(name: str) -> str | None:
+    """Returns the file of a name `FILE.py:NAME`; None for names of another form."""
+    place, colon, _ = name.rpartition(":")
+    return place if colon and place.endswith(".py") else None
+
+
 def load_plugin(name: str, group: str, kind: str) -> Any | None:
     """Loads an object of another package.
 
@@ -38,7 +44,8 @@ def load_plugin(name: str, group: str, kind: str) -> Any | None:
         if entry is not None:
             return entry.load()
         place, _, attribute = name.rpartition(":")
-        module = _module_of(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
+        file = plugin_file(name)
+        module = importlib.import_module(place) if file is None else _module_of(Path(file).expanduser())
         return getattr(module, attribute)
     except (ImportError, AttributeError, OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{kind} {name!r} cannot be imported: {error}") from None

@@ -68,8 +68,10 @@ def _value(annotation: Any) -> str:
 
 
 def _options(key: str, info: OptionInfo, annotation: Any) -> str:
-    if info.param_decls:
-        return ", ".join(info.param_decls)
+    # The first name of an option stands where its default would, if it were no annotation.
+    names = [each for each in (info.default, *(info.param_decls or ())) if isinstance(each, str)]
+    if names:
+        return ", ".join(names)
     dashed = key.replace("_", "-")
     return f"--{dashed} / --no-{dashed}" if annotation is bool else f"--{dashed}"
 

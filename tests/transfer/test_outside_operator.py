@@ -1,14 +1,20 @@
 """Operators in files of their own, outside the package: found from a recipe alone, by every command."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
+from helpers import SPEC
 
 from tmjax import cli
+from tmjax.commands.merge.run import Merge, open_run
 from tmjax.errors import InputError
 from tmjax.transfer.controls import CONTROLS
 from tmjax.transfer.operator import code_hashes, find_operator, read_chain
+from tmjax.transfer.recipe import build_recipe
+from tools.make_checkpoint import make_checkpoint
 
 #: An operator that changes parameters by itself.
 NOISE = '''
@@ -164,6 +170,39 @@ def test_an_operator_that_contributes_has_its_coefficients_chosen_and_swept(reci
     assert code == 0, error
     sweep = json.loads(printed)["sweep"]
     assert sweep["settings"] == 2 and set(sweep["best"]["coefficients"]) == {"down"}
+
+
+def test_a_run_finds_the_file_of_its_operator_from_another_directory(llama_dir, tmp_path, monkeypatch, capsys) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    vocab = json.loads((llama_dir / "config.json").read_text())["vocab_size"]
+    spec = dataclasses.replace(SPEC, vocab=vocab, layers=1, tied_embeddings=True)
+    for name, seed in (("source", 1), ("target", 2)):
+        make_checkpoint(project / name, "llama", spec, tokenizer=llama_dir, seed=seed)
+    (project / "texts.txt").write_text("\n".join(f"neno {number} maji ya mto" for number in range(6)))
+    (project / "recipes").mkdir()
+    (project / "recipes/noise.py").write_text(NOISE)
+    recipe = {"source": "source", "target": "target", "texts": "texts.txt", "out": "run", "alpha": 0.1}
+    recipe |= {"operators": ["noise.py:Noise"], "self_source": False, "allow_negligible": True}
+    monkeypatch.chdir(project)
+    merge = Merge(build_recipe(recipe, base=Path("recipes")))
+    merge.fuse()
+    merge.run.close()
+    stored = yaml.safe_load((project / "run/recipe.yaml").read_text())
+    assert [*stored["operators"][0]] == ["recipes/noise.py:Noise"]  # as given
+    assert stored["places"]["recipes/noise.py"] == str(project / "recipes/noise.py")
+
+    # A file of that name which lies there is another operator.
+    (elsewhere / "recipes").mkdir(parents=True)
+    (elsewhere / "recipes/noise.py").write_text(NOISE.replace("0.01", "0.5"))
+    monkeypatch.chdir(elsewhere)
+    again = Merge(open_run(project / "run", {}), amend=True)
+    again.fuse()
+    again.run.close()
+    manifest = again.run.manifest.to_json()
+    assert manifest["stages"]["fuse"]["reused"] and manifest["operators"]["noise"] == {"size": 0.01}
+    # No alignment is needed for it, so the report goes without.
+    (project / "run/samples.json").write_text('{"samples": []}')
+    assert run(capsys, "report", project / "run")[0] == 0
 
 
 def test_changed_code_of_an_operator_is_another_input(tmp_path) -> None:

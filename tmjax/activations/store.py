@@ -47,7 +47,7 @@ class Layers(Sequence[np.ndarray]):
 class Activations:
     """Activations of one model: read lazily from a directory.
 
-    `order` and `unit_order` (by site, [layer, unit]) are those in which `layers_of` gives rows and units.
+    `order` and `unit_order` (by site, [layer, unit]) are those in which `site` and `layers_of` give rows and units.
     """
 
     directory: Path
@@ -58,11 +58,13 @@ class Activations:
     unit_order: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def site(self, name: str) -> np.ndarray:
-        """The `[layer, row, unit]` float32 array of a site, mapped from disk; rows and units as recorded."""
-        return np.load(self._file(name), mmap_mode="r")
+        """The `[layer, row, unit]` float32 array of a site; mapped from disk where rows and units are as recorded."""
+        if self.order is None and name not in self.unit_order:
+            return np.load(self._file(name), mmap_mode="r")
+        return np.stack(list(self.layers_of(name)))
 
     def layers_of(self, name: str) -> Layers:
-        """The same, a layer at a time, rows and units in the orders of these activations."""
+        """The same, a layer at a time."""
         return Layers(self._file(name), self.order, self.unit_order.get(name))
 
     def reordered(self, order: np.ndarray) -> "Activations":

@@ -1,4 +1,4 @@
-"""The command line: thin typer commands over `tmjax.commands`. Results to standard output, all else to standard error.
+"""The command line: thin typer commands over `tmjax.commands`. Only results go to standard output.
 
 A command is a file of this folder with a function of its name, and an entry of `COMMANDS`.
 """
@@ -12,25 +12,17 @@ from tmjax.cli.convert_command import convert
 from tmjax.cli.doctor_command import doctor
 from tmjax.cli.evaluate_command import evaluate
 from tmjax.cli.merge_command import align, fuse, merge
+from tmjax.cli.options import with_flags
 from tmjax.cli.report_command import report
 from tmjax.cli.solvers_command import solvers
 from tmjax.cli.sweep_command import sweep
 
 __all__ = ["COMMANDS", "app", "main", "prepare", "run"]
 
-#: Commands in the order of `tmjax --help`, each with its help; None: the function's docstring.
-COMMANDS: Mapping[str, tuple[Callable[..., None], str | None]] = {
-    "merge": (merge, "Merge a source model into a target model: all stages, controls, evaluation, report."),
-    "align": (align, "Only activations and alignment; `tmjax fuse RUN` goes on from there."),
-    "fuse": (fuse, None),
-    "adapt": (adapt, None),
-    "solvers": (solvers, None),
-    "sweep": (sweep, None),
-    "evaluate": (evaluate, None),
-    "report": (report, None),
-    "compare": (compare, None),
-    "convert": (convert, None),
-    "doctor": (doctor, None),
+#: Commands in the order of `tmjax --help`, by name; their docstrings are the help.
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    command.__name__: command
+    for command in (merge, align, fuse, adapt, solvers, sweep, evaluate, report, compare, convert, doctor)
 }
-for _name, (_function, _help) in COMMANDS.items():
-    app.command(_name, help=_help)(_function)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(with_flags(_command))

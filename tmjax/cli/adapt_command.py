@@ -1,77 +1,78 @@
 """`tmjax adapt`."""
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
 
 from tmjax.cli.options import (
     Controls,
-    Json,
     Mesh,
     Others,
     Out,
-    Overwrite,
+    OutputFlags,
     RecipeFile,
     Seed,
     Source,
     Test,
-    given_options,
+    folder_of,
+    values_of,
 )
-from tmjax.cli.terminal import open_console, print_json, progress_display
-from tmjax.errors import InputError
+from tmjax.cli.terminal import directory_line, progress_display, show_result
 
 
-def adapt(
-    recipe: RecipeFile = None,
-    source: Source = None,
-    target: Annotated[str | None, typer.Option(help="Target checkpoint, or a run of tmjax merge.")] = None,
+@dataclass(frozen=True)
+class AdaptFlags:
+    """Keys of an adaptation's recipe, and the recipe file."""
+
+    recipe: RecipeFile = None
+    source: Source = None
+    target: Annotated[str | None, typer.Option(help="Target checkpoint, or a run of tmjax merge.")] = None
     texts: Annotated[
         str | None, typer.Option("--texts", help="Training texts: text, prompt and response, or messages.")
-    ] = None,
-    valid: Annotated[str | None, typer.Option(help="Texts on which steps and learning rate are chosen.")] = None,
-    test: Test = None,
-    other_texts: Others = None,
-    out: Out = None,
+    ] = None
+    valid: Annotated[str | None, typer.Option(help="Texts on which steps and learning rate are chosen.")] = None
+    test: Test = None
+    other_texts: Others = None
+    out: Out = None
     mode: Annotated[
         str | None, typer.Option(help="guided, distilled, source-written, combined, residual-frozen, lora or sft.")
-    ] = None,
-    init: Annotated[str | None, typer.Option(help="Where training begins: target or merged.")] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="Coefficient of what is transported; default: the merge's.")
-    ] = None,
-    steps: Annotated[str | None, typer.Option(help="Updates of every arm; several by commas.")] = None,
-    lr: Annotated[
-        str | None, typer.Option(help="Learning rate, or several: 3e-4,1e-3; validation text chooses.")
-    ] = None,
-    controls: Controls = None,
-    seed: Seed = None,
-    mesh: Mesh = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
+    ] = None
+    init: Annotated[str | None, typer.Option(help="Where training begins: target or merged.")] = None
+    alpha: Annotated[float | None, typer.Option(help="Coefficient of what is transported; default: the merge's.")] = (
+        None
+    )
+    steps: Annotated[str | None, typer.Option(help="Updates of every arm; several by commas.")] = None
+    lr: Annotated[str | None, typer.Option(help="Learning rate, or several: 3e-4,1e-3; validation text chooses.")] = (
+        None
+    )
+    controls: Controls = None
+    seed: Seed = None
+    mesh: Mesh = None
+
+
+def adapt(flags: AdaptFlags, output: OutputFlags) -> None:
     """Train a target on texts, guided by a source or on top of a merge, beside controls of the same budget."""
     from tmjax.recipes.adapt import build_adapt_recipe
-    from tmjax.recipes.base import read_recipe
 
-    values = read_recipe(recipe) if recipe else {}
-    given = given_options(locals(), ("source", "target", "texts", "valid", "test", "out", "mode", "init", "alpha"))
-    given |= given_options(locals(), ("controls", "seed", "mesh", "other_texts"))
-    missing = [name for name in ("target", "texts", "out") if name not in values | given]
-    if missing:
-        raise InputError(f"give {', '.join('--' + name for name in missing)} or name them in a recipe")
+    given = {name: value for name, value in vars(flags).items() if name not in ("recipe", "lr", "steps")}
+    values = values_of(flags.recipe, given, ("target", "texts", "out"))
     listed = {
-        name: [part.strip() for part in value.split(",")] for name, value in (("lr", lr), ("steps", steps)) if value
+        name: [part.strip() for part in value.split(",")]
+        for name, value in (("lr", flags.lr), ("steps", flags.steps))
+        if value
     }
     training = dict(values.get("training") or {}) | listed
-    settings = build_adapt_recipe(values | given | {"training": training}, base=recipe.parent if recipe else None)
+    settings = build_adapt_recipe(values | {"training": training}, base=folder_of(flags.recipe))
     with progress_display() as (progress, warn):
         from tmjax.commands.adapt.run import Adapt
 
-        manifest = Adapt(settings, overwrite=overwrite, show=progress, warn=warn).all()
-    if as_json:
-        print_json(manifest)
-        return
-    from tmjax.report.training_page import adapt_summary
+        manifest = Adapt(settings, overwrite=output.overwrite, show=progress, warn=warn).all()
 
-    open_console().print(adapt_summary(manifest))
-    open_console().print(f"Run directory {settings.out} (with merged, report.html, plots)")
+    def show(console: Any) -> None:
+        from tmjax.report.training_page import adapt_summary
+
+        console.print(adapt_summary(manifest))
+        console.print(directory_line(settings.out, "merged", "report.html", "plots"))
+
+    show_result(manifest, show, as_json=output.as_json)

@@ -7,11 +7,11 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from tmjax import interrupt
+from tmjax.cli.options import JobFlags
 from tmjax.errors import InputError, TmjaxError
 from tmjax.files import lock
 from tmjax.sharding import job
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 
 def prepare() -> None:
-    """Sets the process up: quiet libraries, compiled programs kept between runs, freed memory within one."""
+    """Sets the process up: quiet libraries, a cache of compiled programs, an allocator that keeps freed memory."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -54,7 +54,7 @@ def run(arguments: list[str] | None = None, *, application: typer.Typer = app, n
     Returns:
         The exit status: 0 done, 2 bad input, 3 refused, 130 interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):  # a table with characters that the stream lacks shows them escaped
+    for stream in (sys.stdout, sys.stderr):  # characters that the stream cannot encode are shown escaped
         if isinstance(stream, io.TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
             stream.reconfigure(errors="backslashreplace")
     with interrupt.noticed(), lock.command([name, *(sys.argv[1:] if arguments is None else arguments)]):
@@ -82,7 +82,7 @@ def _ended(arguments: list[str] | None, application: typer.Typer, name: str) -> 
     except (KeyboardInterrupt, typer.Abort):
         return fail(interrupted, 130)
     except Exception as error:
-        if interrupt.noted():  # native code and libraries make of an interrupt what they like
+        if interrupt.noted():  # native code and libraries may turn an interrupt into any other error
             return fail(interrupted, 130)
         if isinstance(error, TmjaxError):
             return fail(str(error), error.exit_code)
@@ -102,10 +102,10 @@ def _ended(arguments: list[str] | None, application: typer.Typer, name: str) -> 
 
 
 @contextlib.contextmanager
-def join_job(options: dict[str, Any]) -> Iterator[None]:
-    """Joins the job that the options name, if any, for the time of the work."""
-    place = [options[name] for name in ("coordinator", "num_processes", "process_id")]
-    if not options["distributed"]:
+def join_job(flags: JobFlags) -> Iterator[None]:
+    """Joins the job that the flags name, if any, for the block."""
+    place = flags.coordinator, flags.num_processes, flags.process_id
+    if not flags.distributed:
         if any(value is not None for value in place):
             raise InputError("--coordinator, --num-processes and --process-id go with --distributed")
         yield
@@ -120,13 +120,13 @@ def _main() -> None:
 
 
 def main() -> None:
-    """Console script."""
+    """Runs the console script."""
     if "--distributed" in sys.argv[1:] and job.LOG not in os.environ:
         sys.exit(job.supervise(sys.argv[1:]))
     try:
         code = run()
     except BaseException:
-        if job.joined():  # or the traceback would wait for the other processes
+        if job.joined():  # otherwise the traceback would wait for the other processes
             try:
                 traceback.print_exc()
             finally:

@@ -1,11 +1,15 @@
-"""Options that commands share, and the recipes that given options make.
+"""Flags that commands share, in groups, and the recipes that given flags make.
 
-typer makes the flags of a command from the parameters of its function, one each: these functions alone have more
-parameters than others.
+typer makes the flags of a command from the parameters of its function, one each. A command takes a group of flags as
+one parameter, a frozen dataclass, of whose fields `with_flags` makes parameters.
 """
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -47,49 +51,148 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Negligible = Annotated[
     bool | None, typer.Option("--allow-negligible", help="Warn instead of refusing when nothing came from the source.")
 ]
-
-#: Options of `tmjax merge` that are keys of its recipe.
-MERGE_KEYS = (
-    "source",
-    "target",
-    "texts",
-    "valid",
-    "test",
-    "other_texts",
-    "same_size_source",
-    "out",
-    "preset",
-    "alpha",
-    "controls",
-    "seed",
-    "mesh",
-    "allow_negligible",
-)
+Draws = Annotated[int, typer.Option(min=1, help="Bootstrap draws.")]
 
 
-def given_options(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the options that were given on the command line, of those named."""
-    return {name: options[name] for name in names if options.get(name) is not None}
+@dataclass(frozen=True)
+class PairFlags:
+    """The two models of a merge, and the texts that both read."""
+
+    recipe: RecipeFile = None
+    source: Source = None
+    target: Target = None
+    texts: TextFile = None
 
 
-def recipe_of(file: Path | None, options: dict[str, Any]) -> Any:
-    """Builds the recipe of a merge from a recipe file and the options that win over it.
+@dataclass(frozen=True)
+class TextFlags(PairFlags):
+    """The same with the texts that nothing is fitted on."""
+
+    valid: Valid = None
+    test: Test = None
+
+
+@dataclass(frozen=True)
+class MergeFlags(TextFlags):
+    """All flags that are keys of a merge's recipe, and the recipe file."""
+
+    other_texts: Others = None
+    same_size_source: SameSize = None
+    out: Out = None
+    preset: Preset = None
+    alpha: Alpha = None
+    controls: Controls = None
+    seed: Seed = None
+    mesh: Mesh = None
+    allow_negligible: Negligible = None
+
+
+@dataclass(frozen=True)
+class JobFlags:
+    """The job that a process is part of."""
+
+    distributed: Distributed = False
+    coordinator: Coordinator = None
+    num_processes: Processes = None
+    process_id: Process = None
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """The treatment of an existing output, and the form of what is printed."""
+
+    overwrite: Overwrite = False
+    as_json: Json = False
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Makes parameters of the fields of all groups that a command takes.
+
+    Args:
+        command: A function, some of whose parameters are dataclasses of flags.
+
+    Returns:
+        The command as typer reads it: with a parameter per flag, in the same order.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name]))
+            continue
+        flags = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(each.name, parameter.kind, default=each.default, annotation=flags[each.name])
+            for each in fields(groups[name])
+        ]
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
+        command(**given)
+
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    vars(flat)["__signature__"] = inspect.Signature(parameters)
+    return flat
+
+
+def values_of(
+    file: Path | None, given: Mapping[str, Any], required: tuple[str, ...], *, between: str = ", "
+) -> dict[str, Any]:
+    """Reads the values of a recipe file and puts those given on the command line over them.
+
+    Args:
+        file: The recipe file, if there is one.
+        given: Values by key; None: not given.
+        required: Keys without which there is no recipe.
+        between: Text between the names of missing keys in the error.
+
+    Returns:
+        The values by key.
+
+    Raises:
+        InputError: The file cannot be read, or a required key is missing.
+    """
+    from tmjax.recipes.base import read_recipe
+
+    values = read_recipe(file) if file else {}
+    values |= {name: value for name, value in given.items() if value is not None}
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise InputError(f"give {between.join('--' + name for name in missing)} or name them in a recipe")
+    return values
+
+
+def folder_of(file: Path | None) -> Path | None:
+    """Returns the folder of a recipe file, to which its paths may be relative."""
+    return file.parent if file else None
+
+
+def names_of(text: str | None) -> list[str]:
+    """Returns the names of a list with commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+
+
+#: Flags that are keys of a merge's recipe.
+_MERGE_KEYS = frozenset(each.name for each in fields(MergeFlags)) - {"recipe"}
+
+
+def recipe_of(flags: PairFlags) -> Any:
+    """Builds the recipe of a merge from a recipe file and the flags that win over it.
 
     Raises:
         InputError: A key is missing or wrong.
     """
-    from tmjax.recipes.base import read_recipe
     from tmjax.transfer.recipe import build_recipe
 
-    values = read_recipe(file) if file else {}
-    given = given_options(options, MERGE_KEYS)
-    missing = [name for name in ("source", "target", "texts", "out") if name not in values | given]
-    if missing:
-        raise InputError(f"give {', '.join('--' + name for name in missing)} or name them in a recipe")
-    return build_recipe(values | given, base=file.parent if file else None)
+    given = {name: value for name, value in vars(flags).items() if name in _MERGE_KEYS}
+    values = values_of(flags.recipe, given, ("source", "target", "texts", "out"))
+    return build_recipe(values, base=folder_of(flags.recipe))
 
 
-def pair_of(file: Path | None, options: dict[str, Any]) -> tuple[Any, bool]:
+def pair_of(flags: PairFlags, mesh: str | None) -> tuple[Any, bool]:
     """Builds a recipe of which only the two models must be known.
 
     Returns:
@@ -98,12 +201,9 @@ def pair_of(file: Path | None, options: dict[str, Any]) -> tuple[Any, bool]:
     Raises:
         InputError: A key is missing or wrong.
     """
-    from tmjax.recipes.base import read_recipe
     from tmjax.transfer.recipe import build_recipe
 
-    values = (read_recipe(file) if file else {}) | given_options(options, ("source", "target", "texts", "mesh"))
-    missing = [name for name in ("source", "target") if name not in values]
-    if missing:
-        raise InputError(f"give {' and '.join('--' + name for name in missing)} or name them in a recipe")
-    recipe = build_recipe({"texts": "-", "out": "-"} | values, base=file.parent if file else None)
+    given = {"source": flags.source, "target": flags.target, "texts": flags.texts, "mesh": mesh}
+    values = values_of(flags.recipe, given, ("source", "target"), between=" and ")
+    recipe = build_recipe({"texts": "-", "out": "-"} | values, base=folder_of(flags.recipe))
     return recipe, "texts" in values

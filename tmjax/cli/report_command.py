@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tmjax.cli.options import Json
-from tmjax.cli.terminal import open_console, print_json, progress_display
+from tmjax.cli.terminal import progress_display, show_result
 
 
 def report(
@@ -18,7 +18,5 @@ def report(
 
     with progress_display() as (_, warn):
         page = rebuild_report(run, warn)
-    if as_json:
-        print_json({"run": str(run), "report": str(page)})
-    else:
-        open_console().print(str(page), highlight=False, soft_wrap=True)
+    result = {"run": str(run), "report": str(page)}
+    show_result(result, lambda console: console.print(str(page), highlight=False, soft_wrap=True), as_json=as_json)

@@ -19,7 +19,7 @@ def print_json(value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:  # the stream's encoding, or a file name that is not valid text
+    except UnicodeEncodeError:  # because of the stream's encoding, or a file name that is not valid text
         text = json.dumps(value, allow_nan=False)
     print(text)
 
@@ -33,16 +33,41 @@ def open_console(*, stderr: bool = False) -> Any:
     return console if console.is_terminal else Console(stderr=stderr, width=120)
 
 
-def show_run(out: str, manifest: dict[str, Any], as_json: bool) -> None:
-    """Prints the result of a merge: its manifest as JSON, or a summary and what its directory holds."""
-    if as_json or job.silent():
-        print_json(manifest)
-        return
-    from tmjax.report.tables import run_summary
+def show_result(result: Any, show: Callable[[Any], None], *, as_json: bool) -> None:
+    """Prints the result of a command on standard output, in the first process of a job.
 
-    open_console().print(run_summary(manifest))
-    done = [name for name in ("merged", "report.html", "plots") if (Path(out) / name).exists()]
-    open_console().print(f"Run directory {out}" + (f" (with {', '.join(done)})" if done else ""))
+    Args:
+        result: The result as one JSON object.
+        show: Prints it for people, on the console that it is given.
+        as_json: Whether it is printed as JSON.
+    """
+    if as_json or job.silent():
+        print_json(result)
+    else:
+        show(open_console())
+
+
+def directory_line(out: str, *names: str) -> str:
+    """Returns the line that names a run directory and which of these files it holds."""
+    present = [name for name in names if (Path(out) / name).exists()]
+    return f"Run directory {out}" + (f" (with {', '.join(present)})" if present else "")
+
+
+def print_note(console: Any, note: str) -> None:
+    """Prints a note on a checkpoint on one line, without markup."""
+    console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_run(out: str, manifest: dict[str, Any], as_json: bool) -> None:
+    """Prints the result of a merge: its manifest as JSON, or a summary and the content of its directory."""
+
+    def show(console: Any) -> None:
+        from tmjax.report.tables import run_summary
+
+        console.print(run_summary(manifest))
+        console.print(directory_line(out, "merged", "report.html", "plots"))
+
+    show_result(manifest, show, as_json=as_json)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-#: Called with (stage, steps done, steps in all); with a total of 0 it begins (0 is done) or has ended (1).
+#: Called with (stage, steps done, steps in all). A total of 0 marks the beginning (0 done) or the end (1 done).
 Progress = Callable[[str, int, int], None]
 Warn = Callable[[str], None]
 

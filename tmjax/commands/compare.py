@@ -24,7 +24,7 @@ FINAL = ("adapted", "merged", "best")
 
 
 def compare_results(names: Sequence[str], *, draws: int = 10000, seed: int = 0) -> dict[str, Any]:
-    """Compares every result with the first, with paired intervals; `notes` list omitted measures and the reasons.
+    """Compares every result with the first, with paired intervals. `notes` list omitted measures and the reasons.
 
     A result is a folder of `tmjax evaluate --out`, a run directory (its final model) or `RUN:ARM`. Raises InputError
     for anything else, and for results of other documents.
@@ -130,7 +130,7 @@ def _of_task(file: Path) -> dict[str, Series]:
 
 
 def _series(documents: tuple[str, ...], metric: str, values: list[Any]) -> Series | None:
-    """A metric that is a number per document, or bits per byte of (log-likelihood, bytes); None for any other."""
+    """Reads a metric per document: numbers, or bits per byte of (log-likelihood, bytes); None for other metrics."""
     if all(isinstance(value, int | float) for value in values):
         return Series(documents, np.asarray(values, float), np.ones(len(values)))
     if metric == "bits_per_byte" and all(isinstance(value, list) and len(value) == 2 for value in values):
@@ -140,7 +140,7 @@ def _series(documents: tuple[str, ...], metric: str, values: list[Any]) -> Serie
 
 
 def _answer(sample: dict[str, Any]) -> float | None:
-    """Log-likelihood of the right choice of a multiple-choice question."""
+    """Returns the log-likelihood of the right choice of a multiple-choice question."""
     target, choices = sample["target"], sample["filtered_resps"]
     target = int(target) if str(target).isdecimal() else None
     if target is None or len(choices) <= target or len(choices) < 2 or not isinstance(choices[target], list):

@@ -1,4 +1,4 @@
-"""`tmjax convert`: a checkpoint from Hugging Face's form to orbax's and back, larger than memory if need be."""
+"""`tmjax convert`: conversion between Hugging Face's form and orbax's, also of checkpoints larger than memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ def convert(
 ) -> Converted:
     """Converts a checkpoint to a Hugging Face or an orbax directory.
 
-    From Hugging Face to Hugging Face a block of a tensor is in memory at a time, otherwise a layer of a parameter.
+    Memory holds one block of a tensor at a time from Hugging Face to Hugging Face, otherwise one layer of a parameter.
 
     Args:
         model: Hugging Face directory, hub id or orbax directory of ours.

@@ -33,7 +33,7 @@ RESULTS, SAMPLES, SCORES = "results.json", "samples", "scores.npz"
 
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
-    """Which tasks are asked, and how."""
+    """Tasks of lm-eval, and the form of their questions."""
 
     names: Sequence[str]
     folder: Path | None = None
@@ -44,7 +44,7 @@ class TaskOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRequest:
-    """Measurements that are asked for.
+    """Requested measurements.
 
     Attributes:
         directories: Checkpoints: directories or hub ids.
@@ -75,7 +75,7 @@ def evaluate_models(
 
     Args:
         request: The measurements.
-        out: Folder of results and per-document scores: itself for one model, a folder per model in it for several.
+        out: Folder of results and per-document scores; for several models it has a folder for each.
         overwrite: Whether existing results are replaced.
         progress: Called with a stage, models done and models in all.
         warn: Called with a warning.
@@ -165,7 +165,7 @@ def _places(directories: Sequence[str], out: Path) -> dict[str, Path]:
 
 
 def _reserve(stack: contextlib.ExitStack, out: Path, places: Iterable[Path], *, overwrite: bool) -> None:
-    """Locks the outputs as long as the stack is open; refuses existing ones."""
+    """Locks the outputs until the stack is closed; refuses existing ones."""
     for place in dict.fromkeys([out, *places]):
         stack.enter_context(OutputLock(place))
     for place in places:

@@ -17,7 +17,7 @@ from tmjax.typing import Params
 
 
 def forgetting_facts(before: Scores, after: Scores, *, arm: str, draws: int, seed: int) -> dict[str, Any]:
-    """Bits per byte of the target and of `arm` on the same texts, and the change with its paired 95% interval."""
+    """Computes bits per byte of the target and of `arm` on texts, and the change with its paired 95% interval."""
     drawn = resample({"target": before, arm: after}, draws=draws, seed=seed)
     change = drawn.samples[arm] - drawn.samples["target"]
     return {
@@ -42,7 +42,7 @@ def measure_forgetting(
     options: EvaluationOptions,
     seed: int,
 ) -> None:
-    """Runs the stage `forgetting`: manifest entry by the name of each other text file, per-document scores on disk.
+    """Runs the stage `forgetting`: a manifest entry per file of other texts, and per-document scores on disk.
 
     `models` loads the target's parameters and those of `arm`, a model of the same architecture; `scorer` scores both.
     `key` is the input hash of the stage that made `arm`. Does nothing without other texts.

@@ -1,4 +1,4 @@
-"""The texts that nothing is fitted on, of a merge and of an adaptation alike; read when first used."""
+"""Texts of a merge or an adaptation that nothing is fitted on, read when first used."""
 
 import functools
 

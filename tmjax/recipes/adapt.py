@@ -1,4 +1,4 @@
-"""The recipe of an adaptation as one frozen, checked object. Files hold the same keys as the command line."""
+"""The recipe of an adaptation as one frozen, checked object. Files have the keys of the command line."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ from tmjax.recipes.base import (
 )
 
 NotNegative = Annotated[float, Field(ge=0)]
-#: Modes that need a source, beside those with terms.
+#: Modes without terms that need a source.
 WITH_SOURCE = ("residual-frozen",)
 Term = Literal["guidance", "distillation", "generated"]
 #: Terms of the loss, and further texts, that each mode adds to next-token training on the given texts.
@@ -35,139 +35,235 @@ RENAMED = {"written": "generation", "distillation.least": "distillation.min_prob
 
 
 class TrainingOptions(Section):
-    """Optimiser, schedule, validation and checkpoints of a training; see `train.step.TrainConfig` for the optimiser.
+    """Optimiser (AdamW), schedule, validation and checkpoints of a training.
 
-    `lr` and `steps` may hold several values: every arm is trained with each pair, and validation text chooses.
-    Validation takes place every `validate_every` steps, the best parameters are kept, and `patience` validations
-    without a better one end the training. The weights of guidance and distillation fall along a cosine to `anneal`
-    times their initial values. A checkpoint is written every `keep_every` steps and the newest `keep` are kept.
+    Every arm is trained with each pair of `steps` and `lr`, and validation texts choose one. The best parameters on
+    them are kept.
     """
 
-    steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (200,)
-    lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (3e-4,)
-    warmup: Annotated[int, Field(ge=0)] = 20
-    final_lr: NotNegative = 0.1
-    weight_decay: NotNegative = 0.1
-    clip: PositiveFloat = 1.0
-    b1: NotNegative = 0.9
-    b2: NotNegative = 0.95
-    eps: PositiveFloat = 1e-8
-    tokens_per_step: Positive = 2048
-    accumulate: Positive = 1
-    row_lengths: Positive = 4
-    remat: bool = False
-    unroll: Positive = 4
-    anneal: Annotated[float, Field(ge=0, le=1)] = 1.0
-    validate_every: Positive = 20
-    patience: Positive | None = None
-    keep_every: Positive = 100
-    keep: Positive = 2
+    steps: Annotated[tuple[Positive, ...], Field(min_length=1, description="Numbers of updates that are tried.")] = (
+        200,
+    )
+    lr: Annotated[
+        tuple[PositiveFloat, ...], Field(min_length=1, description="Largest learning rates that are tried.")
+    ] = (3e-4,)
+    warmup: Annotated[
+        int,
+        Field(ge=0, description="Steps over which the learning rate rises linearly; it then falls along a cosine."),
+    ] = 20
+    final_lr: Annotated[
+        NotNegative, Field(description="Learning rate of the last step, relative to the largest one.")
+    ] = 0.1
+    weight_decay: Annotated[NotNegative, Field(description="Decay of matrices (not of norms and biases).")] = 0.1
+    clip: Annotated[PositiveFloat, Field(description="Largest global norm of the gradient.")] = 1.0
+    b1: Annotated[NotNegative, Field(description="Decay of Adam's first moment.")] = 0.9
+    b2: Annotated[NotNegative, Field(description="Decay of Adam's second moment.")] = 0.95
+    eps: Annotated[PositiveFloat, Field(description="Adam's epsilon.")] = 1e-8
+    tokens_per_step: Annotated[Positive, Field(description="Largest number of tokens of a batch.")] = 2048
+    accumulate: Annotated[Positive, Field(description="Batches per update.")] = 1
+    row_lengths: Annotated[
+        Positive, Field(description="Largest number of row lengths; each is compiled once, and more of them pad less.")
+    ] = 4
+    remat: Annotated[
+        bool,
+        Field(description="Whether only the residual stream between blocks is stored for the backward pass."),
+    ] = False
+    unroll: Annotated[
+        Positive,
+        Field(description="Layers per turn of the loop over them; more take longer to compile and run faster."),
+    ] = 4
+    anneal: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Weights of guidance and distillation fall along a cosine to this part of themselves.",
+        ),
+    ] = 1.0
+    validate_every: Annotated[Positive, Field(description="Steps between validations.")] = 20
+    patience: Annotated[
+        Positive | None,
+        Field(description="Validations in a row without a better one that end the training; never unless given."),
+    ] = None
+    keep_every: Annotated[Positive, Field(description="Steps between checkpoints of the training.")] = 100
+    keep: Annotated[Positive, Field(description="Newest checkpoints of the training that are kept.")] = 2
 
     @property
     def schedules(self) -> list[tuple[int, float]]:
-        """Every (steps, learning rate) that an arm is trained with."""
+        """All pairs (steps, learning rate) that an arm is trained with."""
         return [(steps, lr) for steps in self.steps for lr in self.lr]
 
 
 class GuidanceOptions(Section):
-    """How target features are tied to the source's: weight of the term, penalty of the initial ridge maps.
+    """Maps from target features to source features, which training keeps good."""
 
-    `metric`: errors count alike in every standardised unit (`units`), or by their effect on the source's predictions
-    (`fisher`: the Fisher information of its read-out). `layers`: a target layer is tied to the source layer at its
-    `depth`, or to the one with most weight in the layer `plan` of the run that is adapted.
-    """
-
-    weight: PositiveFloat = 5.0
-    penalty: PositiveFloat = 0.1
-    layers: Literal["depth", "plan"] = "depth"
-    metric: Literal["units", "fisher"] = "units"
+    weight: Annotated[PositiveFloat, Field(description="Weight of the term in the loss.")] = 5.0
+    penalty: Annotated[
+        PositiveFloat,
+        Field(description="Ridge penalty of the initial maps, in units of a standardised unit's variance."),
+    ] = 0.1
+    layers: Annotated[
+        Literal["depth", "plan"],
+        Field(
+            description="A target layer is tied to the source layer at its relative `depth`, or to the one with most "
+            "weight in the layer `plan` of the run that is adapted."
+        ),
+    ] = "depth"
+    metric: Annotated[
+        Literal["units", "fisher"],
+        Field(
+            description="Errors count alike in every standardised unit (`units`), or by their effect on the source's "
+            "predictions (`fisher`: the Fisher information of its read-out)."
+        ),
+    ] = "units"
 
 
 class DistillationOptions(Section):
-    """How the target is trained toward the source's probabilities of its own tokens.
+    """Training toward the source's probabilities of the target's tokens."""
 
-    `weight` is that of the divergence in the loss; the other keys are those of `teacher.probabilities.Search`.
-    """
-
-    weight: PositiveFloat = 1.0
-    steps: Positive = 3
-    candidates: Positive = 128
-    min_probability: PositiveFloat = 0.02
-    branches: Positive = 4
-    keep: Positive = 32
+    weight: Annotated[PositiveFloat, Field(description="Weight of the divergence in the loss.")] = 1.0
+    steps: Annotated[
+        Positive, Field(description="Largest number of source tokens in a chain that spells a target token.")
+    ] = 3
+    candidates: Annotated[
+        Positive, Field(description="Likeliest tokens of each distribution of the source that are read.")
+    ] = 128
+    min_probability: Annotated[
+        PositiveFloat, Field(description="Smallest probability of an unfinished chain that is followed.")
+    ] = 0.02
+    branches: Annotated[
+        Positive, Field(description="Largest number of chains that are followed per position and step.")
+    ] = 4
+    keep: Annotated[Positive, Field(description="Likeliest target tokens that are kept per position.")] = 32
 
 
 class GenerationOptions(Section):
-    """Texts that the source generates after the first 1 to `words` words of training texts.
+    """Texts that the source generates after the first words of training texts."""
 
-    Before each prompt stand `examples` of the given texts, a line each, which keep a general model with their subject
-    and form (null: 3 for a source that begins or ends the given texts by another convention, else none). Texts whose
-    bits per byte under the target exceed `foreign` times those of the given ones are left out (null: none are). The
-    given texts are read `repeat` times as often as generated ones. The other keys are those of
-    `teacher.generation.Generation`.
-    """
-
-    texts: Positive = 3000
-    words: Positive = 3
-    tokens: Positive = 192
-    temperature: PositiveFloat = 0.8
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    examples: Annotated[int, Field(ge=0)] | None = None
-    foreign: PositiveFloat | None = FOREIGN
-    repeat: Positive = 1
+    texts: Annotated[Positive, Field(description="Number of generated texts.")] = 3000
+    words: Annotated[Positive, Field(description="Prompts are the first 1 to so many words of training texts.")] = 3
+    tokens: Annotated[Positive, Field(description="Largest number of new tokens of a text.")] = 192
+    temperature: Annotated[PositiveFloat, Field(description="Temperature of sampling.")] = 0.8
+    top_p: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Probability mass of nucleus sampling; from the whole vocabulary unless given."),
+    ] = None
+    examples: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Given texts that stand before every prompt, a line each, which keep a general model with "
+            "their subject and form; a generated text then ends with its line. null: 3 for a source that begins or "
+            "ends the given texts by another convention, else none.",
+        ),
+    ] = None
+    foreign: Annotated[
+        PositiveFloat | None,
+        Field(
+            description="Generated texts whose bits per byte under the target exceed so many times the 95th percentile "
+            "of the given texts are left out; null keeps all."
+        ),
+    ] = FOREIGN
+    repeat: Annotated[Positive, Field(description="Times that each given text is read per generated text.")] = 1
 
 
 class ResidualOptions(Section):
-    """Which part of W_base + alpha Mask Delta is trained: the base (`frozen_delta`) or the delta (`frozen_base`)."""
+    """Training of W_base + alpha Mask Delta, with the transported Delta of a merge."""
 
-    variant: Literal["frozen_delta", "frozen_base"] = "frozen_delta"
+    variant: Annotated[
+        Literal["frozen_delta", "frozen_base"],
+        Field(description="`frozen_delta` trains the base, `frozen_base` trains the delta."),
+    ] = "frozen_delta"
 
 
 class LoraOptions(Section):
-    """Low-rank updates of the projections `roles` (all unless said)."""
+    """Low-rank updates of projections."""
 
-    rank: Positive = 8
-    alpha: PositiveFloat = 16.0
-    roles: Annotated[tuple[Role, ...], Field(min_length=1)] | None = None
+    rank: Annotated[Positive, Field(description="Rank of the updates.")] = 8
+    alpha: Annotated[PositiveFloat, Field(description="Updates are multiplied by alpha over rank.")] = 16.0
+    roles: Annotated[
+        tuple[Role, ...] | None, Field(min_length=1, description="Projections that are updated; all unless given.")
+    ] = None
 
 
 class AdaptRecipe(Placed):
-    """A whole adaptation. `target` is a checkpoint, or a run of `tmjax merge` whose target and source are meant.
+    """A whole adaptation. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`."""
 
-    `init` is where training begins: the target, or the merged model (default of residual-frozen). `alpha` fixes the
-    coefficient of transported weights, which otherwise is the merge's. `combine` lists the terms of mode combined.
-    `merge` holds settings of a merge's recipe (preset `barycentric` by default), for modes that need one and a target
-    that is not a run. `other_texts` are of other languages or domains: the scores of the target and of the result on
-    them are recorded. `places` is written with a run: the absolute paths of its local inputs, by their names.
-    """
-
-    source: str | None = None
-    target: str
-    texts: str
-    valid: str | None = None
-    test: str | None = None
-    other_texts: tuple[str, ...] = ()
-    out: str
-    mode: Literal["sft", "residual-frozen", "guided", "distilled", "source-written", "combined", "lora"] = "guided"
-    combine: Annotated[tuple[Term, ...], Field(min_length=1)] = TERMS["combined"]
-    init: Literal["target", "merged"] | None = None
-    alpha: Alpha | None = None
-    controls: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
-    mesh: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    max_texts: Positive | None = None
-    max_tokens: Annotated[int, Field(ge=2)] = 512
-    training: TrainingOptions = TrainingOptions()
-    guidance: GuidanceOptions = GuidanceOptions()
-    distillation: DistillationOptions = DistillationOptions()
-    generation: GenerationOptions = GenerationOptions()
-    residual: ResidualOptions = ResidualOptions()
-    lora: LoraOptions = LoraOptions()
-    merge: Annotated[dict[str, Any], Field(default_factory=dict)]
-    evaluation: EvaluationOptions = EvaluationOptions()
-    export: ExportOptions = ExportOptions()
-    places: Annotated[dict[str, str], Field(default_factory=dict)]
+    source: Annotated[
+        str | None, Field(description="Source checkpoint, for modes that have one; of a run its source unless given.")
+    ] = None
+    target: Annotated[
+        str, Field(description="Target checkpoint, or a run of `tmjax merge` whose target and source are meant.")
+    ]
+    texts: Annotated[str, Field(description="Training texts, or dialogues.")]
+    valid: Annotated[str | None, Field(description="Texts on which schedules and the best parameters are chosen.")] = (
+        None
+    )
+    test: Annotated[str | None, Field(description="Texts on which the result is measured, once.")] = None
+    other_texts: Annotated[
+        tuple[str, ...],
+        Field(description="Texts of other languages or domains, on which target and result are scored too."),
+    ] = ()
+    out: Annotated[str, Field(description="Run directory.")]
+    mode: Annotated[
+        Literal["sft", "residual-frozen", "guided", "distilled", "source-written", "combined", "lora"],
+        Field(description="Objectives beside the next tokens of the training texts; see the page on adaptation."),
+    ] = "guided"
+    combine: Annotated[tuple[Term, ...], Field(min_length=1, description="Objectives of the mode `combined`.")] = TERMS[
+        "combined"
+    ]
+    init: Annotated[
+        Literal["target", "merged"] | None,
+        Field(
+            description="Model at which training begins: the target, or the merged model. Unless given, `merged` for "
+            "the mode `residual-frozen` and `target` for all others."
+        ),
+    ] = None
+    alpha: Annotated[
+        Alpha | None, Field(description="Coefficient of transported weights; that of the merge unless given.")
+    ] = None
+    controls: Annotated[bool, Field(description="Whether every control arm is run too.")] = False
+    seed: Annotated[int, Field(ge=0, description="Seed of everything random.")] = 0
+    mesh: Annotated[str | None, Field(description="Device mesh; chosen over all devices unless given.")] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Field(description="Dtype that forward and backward passes compute in.")
+    ] = "float32"
+    max_texts: Annotated[
+        Positive | None, Field(description="Largest number of training texts that are read; all unless given.")
+    ] = None
+    max_tokens: Annotated[
+        int, Field(ge=2, description="Longer documents are cut into pieces that predict so many tokens.")
+    ] = 512
+    training: Annotated[TrainingOptions, Field(description="Optimiser, schedule, validation, checkpoints.")] = (
+        TrainingOptions()
+    )
+    guidance: Annotated[GuidanceOptions, Field(description="Settings of the objective `guidance`.")] = GuidanceOptions()
+    distillation: Annotated[DistillationOptions, Field(description="Settings of the objective `distillation`.")] = (
+        DistillationOptions()
+    )
+    generation: Annotated[GenerationOptions, Field(description="Settings of texts that the source generates.")] = (
+        GenerationOptions()
+    )
+    residual: Annotated[ResidualOptions, Field(description="Settings of the mode `residual-frozen`.")] = (
+        ResidualOptions()
+    )
+    lora: Annotated[LoraOptions, Field(description="Settings of the mode `lora`.")] = LoraOptions()
+    merge: Annotated[
+        dict[str, Any],
+        Field(
+            default_factory=dict,
+            description="Settings of a merge's recipe (preset `barycentric` by default), for modes that need a merge "
+            "and a target that is not a run.",
+        ),
+    ]
+    evaluation: Annotated[EvaluationOptions, Field(description="Scoring.")] = EvaluationOptions()
+    export: Annotated[ExportOptions, Field(description="Writing of the adapted checkpoint.")] = ExportOptions()
+    places: Annotated[
+        dict[str, str],
+        Field(
+            default_factory=dict, description="Written with a run: absolute places of its local inputs, by their names."
+        ),
+    ]
 
     @property
     def terms(self) -> frozenset[str]:

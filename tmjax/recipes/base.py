@@ -17,7 +17,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 ALL_ROLES: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION_ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
-#: Generated texts with more bits per byte under the target than this many times the given ones are left out.
+#: Largest ratio of a generated text to the given ones in bits per byte under the target; beyond, it is left out.
 FOREIGN = 1.5
 
 
@@ -38,7 +38,7 @@ class Placed(Section):
         places: dict[str, str]
 
     def inputs(self) -> dict[str, str]:
-        """Names of all inputs, by their keys."""
+        """Returns the names of all inputs, by their keys."""
         names: dict[str, str | None] = {key: getattr(self, key, None) for key in _PATHS}
         names |= self.bases()
         names |= {f"other_texts.{number}": name for number, name in enumerate(getattr(self, "other_texts", ()))}
@@ -49,7 +49,7 @@ class Placed(Section):
         return {}
 
     def place(self, name: str) -> str:
-        """Returns the path of a named input: its stored place if that exists, else the name itself.
+        """Returns the path of a named input: its stored place if that exists, otherwise the name itself.
 
         A relative name is resolved against the working directory, then against the folders above the run, which may
         have been moved together with its inputs.
@@ -86,17 +86,22 @@ P = TypeVar("P", bound=Placed)
 
 
 class EvaluationOptions(Section):
-    """How bits per byte and their intervals are computed."""
+    """Computation of bits per byte and their intervals."""
 
-    draws: Positive = 10000
-    batch_tokens: Positive = 4096
-    max_tokens: Positive | None = None
+    draws: Annotated[Positive, Field(description="Bootstrap draws of an interval.")] = 10000
+    batch_tokens: Annotated[Positive, Field(description="Tokens per batch of a forward pass.")] = 4096
+    max_tokens: Annotated[
+        Positive | None,
+        Field(description="Longest window of tokens, into which documents are cut; the model's context unless given."),
+    ] = None
 
 
 class ExportOptions(Section):
-    """How the merged checkpoint is written."""
+    """Writing of the resulting checkpoint."""
 
-    max_shard_size: str = "5GB"
+    max_shard_size: Annotated[
+        str, Field(description="Largest file of weights; a larger checkpoint is written as several.")
+    ] = "5GB"
 
 
 def checked(kind: type[R], values: dict[str, Any], renamed: Mapping[str, str] | None = None, *, place: str = "") -> R:
@@ -124,14 +129,14 @@ def checked(kind: type[R], values: dict[str, Any], renamed: Mapping[str, str] | 
 
 
 class _TwiceError(Exception):
-    """A key that a mapping has twice, with its lines."""
+    """A duplicate key of a mapping, with its lines."""
 
 
 class _Loader(yaml.SafeLoader):
     """A YAML loader that refuses duplicate keys; PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        """The mapping of a node; raises if a key is there twice."""
+        """Constructs the mapping of a node; raises for a duplicate key."""
         lines: dict[Any, int] = {}
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
@@ -156,6 +161,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"recipe {path} does not hold a mapping")
     return values
+
+
+def merged_values(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Returns nested values over defaults: mappings are merged, everything else is replaced."""
+    result = dict(defaults)
+    for key, value in values.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged_values(result[key], value) if nested else value
+    return result
 
 
 def dump_recipe(recipe: Section, *, places: bool = True) -> str:

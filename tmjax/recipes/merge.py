@@ -1,10 +1,10 @@
-"""The recipe: everything a run is told, as one frozen, checked object. Files hold the same keys as the command line."""
+"""The recipe of a merge: all settings as one frozen, checked object. Files have the keys of the command line."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tmjax.errors import InputError, summarise
+from tmjax.plugins import plugin_file
 from tmjax.recipes.base import (
     Alpha,
     EvaluationOptions,
@@ -17,64 +17,130 @@ from tmjax.recipes.base import (
 
 
 class ActivationOptions(Section):
-    """What is recorded: rows are texts (`sequence`) or whitespace-delimited pieces of text (`span`).
+    """Recording of activations: the texts that are read, and the rows at which both models are paired."""
 
-    `keep`: activations are stored, all rows of them; otherwise only what alignment needs is summed up, in blocks of
-    `block_rows` rows, which takes no more room however much text is read (8 bytes per pair of units and of layers).
-    """
-
-    keep: bool = True
-    block_rows: Positive = 512
-    pooling: Literal["sequence", "span"] = "span"
-    max_texts: Positive | None = None
-    max_tokens: Positive = 512
-    batch_tokens: Positive = 8192
-    memory_mib: Positive | None = None
+    keep: Annotated[
+        bool,
+        Field(
+            description="Whether activations of all rows are stored. Otherwise the sums that alignment needs are taken "
+            "while texts are read: 8 bytes per pair of units and of layers, however much text there is."
+        ),
+    ] = True
+    block_rows: Annotated[Positive, Field(description="Rows that are summed at once, where none are stored.")] = 512
+    pooling: Annotated[
+        Literal["sequence", "span"],
+        Field(description="Rows are whole texts (`sequence`) or whitespace-delimited pieces of text (`span`)."),
+    ] = "span"
+    max_texts: Annotated[
+        Positive | None, Field(description="Largest number of calibration texts that are read; all unless given.")
+    ] = None
+    max_tokens: Annotated[Positive, Field(description="Tokens to which each text is cut.")] = 512
+    batch_tokens: Annotated[Positive, Field(description="Tokens per batch of a forward pass.")] = 8192
+    memory_mib: Annotated[
+        Positive | None,
+        Field(
+            description="Memory of a batch's pooled activations, which may make the batch smaller. Unless given, a "
+            "sixteenth of an accelerator's memory, 48 on a CPU."
+        ),
+    ] = None
 
 
 class AlignmentOptions(Section):
-    """How units and layers are matched. Both epsilons are in units of the cost, which lies in [0, 2].
+    """Matching of units and layers."""
 
-    `solver` is any that `tmjax.ot.SOLVERS` knows and that finds couplings; `epsilon`, `max_iterations` and `threshold`
-    go to those that have them, and `solver_options` holds the solver's other options (or overrides these three).
-
-    `layer_pairs` says which pairs of layers are solved: `all`; `coarse`, those that hold the share `layer_mass` of each
-    target layer's weight in a layer plan guessed from `coarse_units` units a side; `band`, those whose relative depths
-    differ by at most `layer_band`. `layer_top_k` keeps only so many source layers per target layer, `plan_top_k` only
-    the entries of a plan among the so many largest of their row or column. `gain` multiplies every unit's map by its
-    least-squares gain. Where the activations are kept with the potentials (large models), it is as `feature_dtype`.
-    `memory_mib` is what the solver may use beside the activations of a site: unless given, a quarter of an
-    accelerator's memory, 512 on a CPU.
-
-    `structure`: `none` matches the units of every site by themselves; `heads` matches key-value groups, query heads
-    inside them, rotary planes by their frequencies and values inside matched heads; `full` also gives all that reads
-    or writes the residual stream one plan, for all layers (`residual: tied`) or for each pair of them (`layer`).
-    `depth`: `entropic` couples layers softly; `monotone` one to one and in order, leaving target layers without a
-    partner as they are. With either of the two all projections share one layer plan.
-    """
-
-    cost: Literal["correlation", "cosine"] = "correlation"
-    solver: str = "scaling"
-    solver_options: Annotated[dict[str, str | bool | int | float], Field(default_factory=dict)]
-    epsilon: PositiveFloat = 0.02
-    max_iterations: Positive = 2000
-    threshold: PositiveFloat = 1e-5
-    layer_epsilon: PositiveFloat = 0.1
-    layer_max_iterations: Positive = 10000
-    layer_threshold: PositiveFloat = 1e-6
-    layer_cost_scale: Literal["median", "none"] = "median"
-    layer_top_k: Positive | None = None
-    layer_pairs: Literal["all", "coarse", "band"] = "all"
-    layer_mass: Annotated[float, Field(gt=0, le=1)] = 0.95
-    layer_band: Annotated[float, Field(ge=0, le=1)] = 0.25
-    coarse_units: Positive = 256
-    plan_top_k: Positive | None = None
-    gain: bool = False
-    structure: Literal["none", "heads", "full"] = "none"
-    residual: Literal["tied", "layer"] = "tied"
-    depth: Literal["entropic", "monotone"] = "entropic"
-    feature_dtype: Literal["float16", "float32"] = "float16"
-    memory_mib: Positive | None = None
+    cost: Annotated[
+        Literal["correlation", "cosine"],
+        Field(description="Cost of matching two units: one minus their correlation or their cosine over rows."),
+    ] = "correlation"
+    solver: Annotated[
+        str, Field(description="Solver of neuron plans: any that finds couplings, by name or by its place.")
+    ] = "scaling"
+    solver_options: Annotated[
+        dict[str, str | bool | int | float],
+        Field(
+            default_factory=dict,
+            description="Further options of the solver; they win over `epsilon`, `max_iterations` and `threshold`.",
+        ),
+    ]
+    epsilon: Annotated[
+        PositiveFloat, Field(description="Entropic regularisation, in units of the cost, which lies in [0, 2].")
+    ] = 0.02
+    max_iterations: Annotated[Positive, Field(description="Largest number of iterations of a neuron plan.")] = 2000
+    threshold: Annotated[PositiveFloat, Field(description="Marginal error at which a neuron plan is done.")] = 1e-5
+    layer_epsilon: Annotated[PositiveFloat, Field(description="Entropic regularisation of layer plans.")] = 0.1
+    layer_max_iterations: Annotated[Positive, Field(description="Largest number of iterations of a layer plan.")] = (
+        10000
+    )
+    layer_threshold: Annotated[PositiveFloat, Field(description="Marginal error at which a layer plan is done.")] = 1e-6
+    layer_cost_scale: Annotated[
+        Literal["median", "none"],
+        Field(
+            description="`median` divides layer costs, less their minimum, by their median; `none` leaves them as they "
+            "are."
+        ),
+    ] = "median"
+    layer_top_k: Annotated[
+        Positive | None, Field(description="Source layers that are kept per target layer; all unless given.")
+    ] = None
+    layer_pairs: Annotated[
+        Literal["all", "coarse", "band"],
+        Field(
+            description="Pairs of layers that are solved: all; those with most weight in a layer plan guessed from few "
+            "units (`coarse`); those at similar relative depths (`band`)."
+        ),
+    ] = "all"
+    layer_mass: Annotated[
+        float,
+        Field(gt=0, le=1, description="Share of each target layer's weight that the pairs of `coarse` hold."),
+    ] = 0.95
+    layer_band: Annotated[
+        float, Field(ge=0, le=1, description="Largest difference of relative depths of the pairs of `band`.")
+    ] = 0.25
+    coarse_units: Annotated[Positive, Field(description="Units per side that `coarse` guesses from.")] = 256
+    plan_top_k: Annotated[
+        Positive | None,
+        Field(
+            description="Entries of a plan that are kept: those among so many largest of their row or column; all "
+            "unless given."
+        ),
+    ] = None
+    gain: Annotated[bool, Field(description="Whether every unit's map is multiplied by its least-squares gain.")] = (
+        False
+    )
+    structure: Annotated[
+        Literal["none", "heads", "full"],
+        Field(
+            description="`none` matches the units of every site by themselves. `heads` matches key-value groups, query "
+            "heads inside them, rotary planes by their frequencies and values inside matched heads. `full` also gives "
+            "one plan to all that reads or writes the residual stream. With `heads` or `full` all projections share "
+            "one layer plan."
+        ),
+    ] = "none"
+    residual: Annotated[
+        Literal["tied", "layer"],
+        Field(
+            description="Plan of the residual stream with `structure: full`: one for all layers (`tied`) or one for "
+            "each pair of layers (`layer`)."
+        ),
+    ] = "tied"
+    depth: Annotated[
+        Literal["entropic", "monotone"],
+        Field(
+            description="`entropic` couples layers softly. `monotone` matches them one to one and in order, and target "
+            "layers without a partner stay as they are; all projections then share one layer plan."
+        ),
+    ] = "entropic"
+    feature_dtype: Annotated[
+        Literal["float16", "float32"],
+        Field(description="Dtype of activations that are stored beside potentials, from which plans are rebuilt."),
+    ] = "float16"
+    memory_mib: Annotated[
+        Positive | None,
+        Field(
+            description="Memory of the solver beside the activations of a site. Unless given, a quarter of an "
+            "accelerator's memory, 512 on a CPU."
+        ),
+    ] = None
 
     @property
     def centred(self) -> bool:
@@ -191,6 +257,13 @@ class Recipe(Placed):
         ),
     ]
 
+    def inputs(self) -> dict[str, str]:
+        """Returns the names of all inputs, by their keys: files of operators are among them."""
+        files = {
+            f"operators.{number}": plugin_file(name) for number, entry in enumerate(self.operators) for name in entry
+        }
+        return super().inputs() | {key: file for key, file in files.items() if file is not None}
+
     def bases(self) -> dict[str, str]:
         """Returns the checkpoints that operators name as `base`, by their keys."""
         return {
@@ -199,37 +272,3 @@ class Recipe(Placed):
             for name, options in entry.items()
             if options.get("base") is not None
         }
-
-
-#: Keys of older recipes, and where their settings are now.
-_MOVED = {
-    **dict.fromkeys(
-        ("map", "roles", "mask_top_k", "norm_match", "bias", "base", "trust"), "operators: [{transport: {KEY: ...}}]"
-    ),
-    **dict.fromkeys(("fit", "beta", "alphas", "betas", "groups", "learning"), "coefficients.KEY"),
-    **dict.fromkeys(("embeddings", "norms"), "operators: [{transport: {}}, {residual_stream: {KEY: ...}}]"),
-    "transport": "operators: [{regression: {}}]",
-    "ridge": "operators: [{regression: {ridge: ...}}]",
-    "screen_texts": "screen_texts",
-    "lexical": "operators: [..., {embeddings: {...}}]",
-    "solve": "operators: [..., {predictions: {...}}]",
-}
-
-
-def refuse_old_keys(values: dict[str, Any]) -> None:
-    """Raises InputError for the section `fusion` of older recipes, in one line that says the new keys."""
-    if "fusion" not in values:
-        return
-    section = values["fusion"]
-    keys = list(section) if isinstance(section, dict) and section else list(_MOVED)
-    lines = [f"fusion.{key} is now {_MOVED.get(key, 'operators').replace('KEY', key)}" for key in keys]
-    raise InputError(f"recipe: the section fusion is now a list of operators: {summarise(lines)}")
-
-
-def merged_values(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Returns nested values over defaults: mappings are merged, everything else is replaced."""
-    result = dict(defaults)
-    for key, value in values.items():
-        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged_values(result[key], value) if nested else value
-    return result

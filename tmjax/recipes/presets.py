@@ -1,4 +1,4 @@
-"""Presets: named lists of operators, with the settings that go with them. What a recipe says itself wins."""
+"""Presets: named lists of operators with their settings. The recipe's own keys win."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from tmjax.report.tables import evaluation_rows, gain_sentence, markdown_table, 
 
 
 def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
-    """Markdown with the metadata block that the Hugging Face hub reads."""
+    """Makes the card as Markdown, with the metadata block that the Hugging Face hub reads."""
     tags = {"library_name": "transformers", "tags": ["merge", "tmjax", "optimal-transport"]}
     parts = [
         f"---\n{yaml.safe_dump(tags, sort_keys=False)}---",

@@ -11,7 +11,7 @@ from tmjax.report.tables import Row
 
 
 def compare_rows(compared: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows: measure, result, score and interval, difference to the first result and interval, verdict."""
+    """Makes header and rows: measure, result, score, difference to the first result, intervals, verdict."""
     rows = []
     for measure, facts in compared.items():
         arrow = "↓" if facts["lower_is_better"] else "↑"
@@ -27,7 +27,7 @@ def compare_rows(compared: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def plot_compare(compared: Mapping[str, Any]) -> bytes:
-    """Differences to the first result with their intervals, a panel per measure, as PNG."""
+    """Plots differences to the first result with their intervals, a panel per measure, as PNG."""
     columns = min(3, len(compared))
     rows = -(-len(compared) // columns)
     names = list(next(iter(compared.values()))["results"])[1:]
@@ -43,7 +43,7 @@ def plot_compare(compared: Mapping[str, Any]) -> bytes:
         differences = [facts["results"][name]["difference"] for name in names]
         value = np.asarray([item["value"] for item in differences])
         bounds = np.asarray([item["ci95"] for item in differences])
-        # A percentile interval need not hold the point estimate.
+        # A percentile interval need not contain the point estimate.
         bars = np.maximum(np.abs(bounds - value[:, None]) * ((bounds - value[:, None]) * [-1, 1] > 0), 0)
         axis.errorbar(value, place, xerr=bars.T, fmt="o", capsize=3)
         axis.axvline(0, color="black", linewidth=0.8)

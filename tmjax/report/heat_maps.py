@@ -8,7 +8,7 @@ import numpy as np
 from tmjax.report.plots import new_figure, png_bytes
 from tmjax.report.tables import kind_of
 
-#: Largest number of layers shown of a site, evenly spread over the depth.
+#: Largest number of layers shown per site, evenly spread over the depth.
 SHOWN = 8
 
 
@@ -21,7 +21,7 @@ def plot_arms(manifest: Mapping[str, Any]) -> bytes:
     figure, axes = new_figure(1, 1, 7.0, 1.0 + 0.32 * len(names))
     axis = axes[0, 0]
     place = np.arange(len(names))
-    # A percentile interval need not hold the point estimate.
+    # A percentile interval need not contain the point estimate.
     bars = np.maximum(np.stack([value - bounds[:, 0], bounds[:, 1] - value]), 0)
     axis.errorbar(value, place, xerr=bars, fmt="o", capsize=3)
     if "target" in evaluation:
@@ -33,7 +33,7 @@ def plot_arms(manifest: Mapping[str, Any]) -> bytes:
 
 
 def plot_heads(shares: Mapping[str, list[tuple[int, int, np.ndarray]]]) -> bytes:
-    """The share of each target head's mass on source heads, a row per site, a panel per target layer."""
+    """Plots the share of each target head's mass on source heads: a row per site, a panel per target layer."""
     picked = {site: _spread(blocks) for site, blocks in shares.items() if blocks}
     columns = max(map(len, picked.values()))
     figure, axes = new_figure(columns, len(picked), 2.1, 2.1)
@@ -55,13 +55,13 @@ def plot_heads(shares: Mapping[str, list[tuple[int, int, np.ndarray]]]) -> bytes
 
 
 def _spread(blocks: list[Any]) -> list[Any]:
-    """At most `SHOWN` of them, the first and the last included."""
+    """Returns at most `SHOWN` entries, the first and the last included."""
     chosen = np.unique(np.linspace(0, len(blocks) - 1, min(SHOWN, len(blocks))).round().astype(int))
     return [blocks[i] for i in chosen]
 
 
 def by_layer(manifest: Mapping[str, Any], key: str) -> tuple[list[str], np.ndarray]:
-    """Kinds of tensors, and a value of the update table [kind, layer]; NaN where a kind has no tensor in a layer."""
+    """Returns kinds of tensors and a column of the update table [kind, layer]; NaN without a tensor in a layer."""
     cells: dict[tuple[str, int], float] = {}
     for name, item in manifest["update"].items():
         number = next((int(part) for part in name.split(".") if part.isdecimal()), None)

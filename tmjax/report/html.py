@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page, no network."""
+"""`report.html`: one self-contained page that needs no network."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -33,19 +33,19 @@ font-weight: 600 } #samples td { text-align: left }
 
 
 def table(name: str, header: Row, rows: list[Row]) -> str:
-    """An HTML table with an id."""
+    """Makes an HTML table with an id."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def image(name: str, png: bytes) -> str:
-    """A PNG inside the page, with an id."""
+    """Makes the element of a PNG inside the page, with an id."""
     return f'<img id="{name}" alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def page(title: str, sections: list[str]) -> str:
-    """A whole page of sections of HTML."""
+    """Makes a whole page of sections of HTML."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{''.join(sections)}</body></html>\n"
@@ -53,7 +53,7 @@ def page(title: str, sections: list[str]) -> str:
 
 
 def quotations(samples: Sequence[Mapping[str, str]]) -> str:
-    """What models wrote after the same beginnings, as a table: one row per beginning and model."""
+    """Makes a table of generated texts, one row per beginning and model."""
     rows = [
         f"<tr><td>{escape(name)}</td><td><b>{escape(entry['prompt'])}</b>{escape(text)}</td></tr>"
         for entry in samples
@@ -73,8 +73,8 @@ def write_report(
 ) -> None:
     """Writes the page to `file` and the plots beside it into `run`/plots.
 
-    `samples` hold a `prompt` and what each model, by name, wrote after it. `alignment` is None where no operator needed
-    one.
+    An entry of `samples` has a `prompt` and its continuation by the name of each model. `alignment` is None where no
+    operator needed one.
     """
     plots = {}
     if alignment is not None:

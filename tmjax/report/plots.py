@@ -13,8 +13,8 @@ _SOFTWARE = "tmjax"
 
 
 def new_figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure of `rows` by `columns` axes of a size in inches, and the axes [row, column]."""
-    # The object interface: no global state, no display, no default backend.
+    """Makes a figure of `rows` by `columns` axes of a size in inches; returns it and the axes [row, column]."""
+    # The object interface has no global state and needs no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -24,19 +24,19 @@ def new_figure(columns: int, rows: int, width: float, height: float) -> tuple[An
 
 
 def png_bytes(figure: Any) -> bytes:
-    """The figure as PNG."""
+    """Renders the figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": _SOFTWARE})
     return buffer.getvalue()
 
 
 def is_plot(data: bytes) -> bool:
-    """Whether PNG bytes are of `png_bytes`."""
+    """Whether PNG bytes were made by `png_bytes`."""
     return data.startswith(b"\x89PNG") and f"Software\0{_SOFTWARE}".encode() in data[:1024]
 
 
 def plot_layer_plans(alignment: Alignment) -> bytes:
-    """Heat maps [target layer, source layer] of the layer weights, one per projection."""
+    """Plots heat maps [target layer, source layer] of the layer weights, one per projection."""
     plans = {role: alignment.layer_plans[role] for role in ALL_ROLES if role in alignment.layer_plans}
     columns = min(4, len(plans))
     rows = -(-len(plans) // columns)
@@ -58,7 +58,7 @@ def plot_layer_plans(alignment: Alignment) -> bytes:
 
 
 def plot_coefficients(manifest: Mapping[str, Any]) -> bytes:
-    """The chosen alpha and beta of every projection, and what the validation texts said of every setting tried."""
+    """Plots the chosen alpha and beta of every projection, and the validation loss of every trial."""
     facts = manifest["coefficients"]
     roles = list(facts["by_role"])
     figure, axes = new_figure(2, 1, 5.0, 3.4)
@@ -85,7 +85,7 @@ def plot_coefficients(manifest: Mapping[str, Any]) -> bytes:
 
 
 def plot_solvers(manifest: Mapping[str, Any]) -> bytes:
-    """Per solver: time, variance explained in held-out rows, and bits per byte of the merge where it was made."""
+    """Plots time, explained variance of held-out rows and, where measured, bits per byte of every solver."""
     lines = manifest["solvers"]
     names = [line["solver"] for line in lines]
     figure, axes = new_figure(3, 1, 4.0, 1.2 + 0.35 * len(names))

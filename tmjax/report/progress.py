@@ -1,4 +1,4 @@
-"""How far a command is, on standard error: bars on a terminal, lines in a log."""
+"""Progress of a command on standard error: bars on a terminal, lines in a log."""
 
 import sys
 import threading
@@ -13,7 +13,7 @@ EVERY = 30.0
 
 
 class Bars:
-    """A bar for each stage; nothing is shown before the first, so of a run that is refused only the reason is."""
+    """A bar for each stage. Nothing is shown before the first one, so a refused run shows the reason alone."""
 
     def __init__(self, console: "Console") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -30,16 +30,16 @@ class Bars:
             self.display.stop()
 
     def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Shows that `done` of `total` is done; a total of 0 is that of a stage that begins (0) or has ended (1)."""
+        """Shows that `done` of `total` is done. A total of 0 marks the beginning (0) or the end (1) of a stage."""
         self.display.start()
         self.update(stage, done, total, note)
 
     def update(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """`step` where something else draws the bars."""
+        """Does the same as `step` where something else draws the bars."""
         if stage not in self._tasks:
             self._tasks[stage] = self.display.add_task(stage, total=total or None)
         known = next(task for task in self.display.tasks if task.id == self._tasks[stage])
-        if not total:  # full once it has ended, moving while nothing is known of it
+        if not total:  # full after the end, moving while the total is unknown
             done, total = (known.total or 1, known.total or 1) if done else (known.completed, known.total)
         described = f"{stage}  {note}" if note else stage
         self.display.update(known.id, completed=done, total=total, description=described)
@@ -50,12 +50,12 @@ class Bars:
 
 
 class Lines:
-    """A line as a stage begins, one every `every` seconds while it lasts, with the time left, and one as it ends."""
+    """Lines at the beginning and the end of a stage, and every `every` seconds between with the time left."""
 
     def __init__(self, stream: TextIO = sys.stderr, *, every: float = EVERY) -> None:
         self._stream, self._every = stream, every
         self._lock, self._over = threading.Lock(), threading.Event()
-        #: Stages that have begun and not ended, the innermost last: when they began, when the count began, the count.
+        #: Open stages, the innermost last: time of the beginning, time when the count began, the count.
         self._open: dict[str, tuple[float, float, int, int, str]] = {}
         self._ticking = threading.Thread(target=self._tick, daemon=True)
 
@@ -66,7 +66,7 @@ class Lines:
     def __exit__(self, kind: object, *_: object) -> None:
         self._over.set()
         self._ticking.join()
-        if kind is None:  # stages that nobody ends: of commands without a run directory
+        if kind is None:  # stages of commands without a run directory have no end
             for stage in list(self._open)[::-1]:
                 self.step(stage, 1, 0)
 
@@ -76,7 +76,7 @@ class Lines:
             print(line, file=self._stream, flush=True)
 
     def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Hears that `done` of `total` is done; a total of 0 is that of a stage that begins (0) or has ended (1)."""
+        """Takes note that `done` of `total` is done. A total of 0 marks the beginning (0) or the end (1) of a stage."""
         now, line = time.monotonic(), None
         with self._lock:
             begun, counted, before, of, _ = self._open.get(stage, (now, now, 0, 0, ""))

@@ -28,7 +28,7 @@ def _cells(line: Mapping[str, Any], keys: list[str]) -> list[str]:
 
 
 def solver_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows, one per solver, over all sites. Explained: share of held-out variance, with gains."""
+    """Makes header and rows, one per solver over all sites; "explained" is held-out variance, with gains."""
     rows = []
     for line in manifest["solvers"]:
         rows.append((line["solver"], *_cells(line, list(_COLUMNS))))
@@ -36,7 +36,7 @@ def solver_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def site_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows, one per solver and site."""
+    """Makes header and rows, one per solver and site."""
     keys = [key for key in _COLUMNS if key != "bits_per_byte"]
     rows = [(f"{line['solver']} {line['site']}", *_cells(line, keys)) for line in manifest["solver_sites"]]
     return ("solver, site", *(_COLUMNS[key][0] for key in keys)), rows

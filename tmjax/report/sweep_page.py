@@ -35,7 +35,7 @@ def _finished(rows: Sequence[Result]) -> list[Result]:
 
 
 def best_rows(rows: Sequence[Result], count: int = BEST) -> tuple[Row, list[Row]]:
-    """Header and rows of the best settings: number, swept values, bits per byte, milliseconds."""
+    """Makes header and rows of the best settings: number, swept values, bits per byte, milliseconds."""
     keys = _keys(rows)
     ranked = sorted(_finished(rows), key=lambda row: (row["bits_per_byte"], row["setting"]))[:count]
     lines = [
@@ -51,7 +51,7 @@ def best_rows(rows: Sequence[Result], count: int = BEST) -> tuple[Row, list[Row]
 
 
 def live_table(rows: Sequence[Result], total: int) -> Table:
-    """How far a sweep is, and the best settings so far."""
+    """Makes the live table: progress of a sweep, and the best settings so far."""
     done = _finished(rows)
     failed = len(rows) - len(done)
     pace = f", {1000 * float(np.median([row['seconds'] for row in done])):.0f} ms per setting" if done else ""
@@ -60,7 +60,7 @@ def live_table(rows: Sequence[Result], total: int) -> Table:
 
 
 def sweep_summary(manifest: Mapping[str, Any], rows: Sequence[Result]) -> Group:
-    """Output of `tmjax sweep` at its end."""
+    """Makes the output of `tmjax sweep` at its end."""
     facts = manifest["sweep"]
     parts: list[object] = [rich_table("Best on the validation texts", *best_rows(rows))]
     if manifest["evaluation"]:
@@ -79,14 +79,14 @@ def _sentence(facts: Mapping[str, Any]) -> str:
 
 
 def best_sentence(facts: Mapping[str, Any]) -> str:
-    """The keys and values of the best setting."""
+    """Writes the keys and values of the best setting."""
     best = facts["best"]
     values = ", ".join(f"{key}: {_shown(value)}" for key, value in best["values"].items())
     return f"Best: setting {best['setting']}, {values} ({best['valid_bits_per_byte']:.5f} bits/byte)."
 
 
 def marginals(rows: Sequence[Result], key: str) -> list[tuple[Any, float, float]]:
-    """(value, fewest, mean) bits per byte of the finished rows that share a value of `key`, in order of value."""
+    """Returns (value, fewest, mean) bits per byte of the finished rows for each value of `key`, in its order."""
     groups: dict[Any, list[float]] = {}
     for row in _finished(rows):
         groups.setdefault(row[key], []).append(row["bits_per_byte"])

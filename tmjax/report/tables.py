@@ -10,7 +10,7 @@ Row = tuple[str, ...]
 
 
 def evaluation_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows: arm, bits per byte, 95% interval, difference to the target; hidden bytes if there are any."""
+    """Makes header and rows: arm, bits per byte, 95% interval, difference to the target, hidden bytes if any."""
     evaluation = manifest["evaluation"]
     hidden = any("unknown_share" in item for item in evaluation.values())
     base = evaluation.get("target", {}).get("bits_per_byte")
@@ -24,7 +24,7 @@ def evaluation_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def task_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows: task and metric, and every model's value with its standard error."""
+    """Makes header and rows: task and metric, and every model's value with its standard error."""
     models = result["tasks"]
     keys = dict.fromkeys(
         (task, metric)
@@ -47,7 +47,7 @@ def task_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def forgetting_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows: other texts, bits per byte of the target and of the result, the change and its interval."""
+    """Makes header and rows: other texts, bits per byte of target and result, the change and its interval."""
     rows = []
     for name, item in manifest["forgetting"].items():
         after = next(value for key, value in item.items() if key in ("merged", "adapted"))
@@ -63,7 +63,7 @@ def gain_sentence(manifest: Mapping[str, Any]) -> str:
     if gain is None:
         return "No controls were run: how much of the change is due to the source is not known (--controls)."
     low, high = gain["ci95"]
-    # z: a value that rounds to zero has no sign.
+    # z: values that round to zero have no sign.
     value = f"{gain['bits_per_byte']:+z.4f} [{low:+z.4f}, {high:+z.4f}] bits/byte"
     share = gain["fraction_of_gap"]
     part = "" if share is None else f", {share:z.1%} of the gap between target and source"
@@ -76,7 +76,7 @@ def gain_sentence(manifest: Mapping[str, Any]) -> str:
 
 
 def update_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the per-tensor table."""
+    """Makes header and rows of the per-tensor table."""
     columns = {
         "raw_transported_to_target_norm": "‖Ŵ‖/‖W‖ raw",
         "transported_to_target_norm": "‖Ŵ‖/‖W‖",
@@ -99,7 +99,7 @@ def update_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def alignment_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the convergence certificates."""
+    """Makes header and rows of the convergence certificates."""
     rows = [
         (
             site,
@@ -116,7 +116,7 @@ def alignment_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def concentration_rows(concentration: Mapping[str, Mapping[str, float]]) -> tuple[Row, list[Row]]:
-    """Header and rows of how sharp the plans are (`matching.concentration`)."""
+    """Makes header and rows of the sharpness of plans (`matching.concentration`)."""
     keys = list(dict.fromkeys(key for item in concentration.values() for key in item if key.startswith("top_")))
     rows = [
         (
@@ -132,7 +132,7 @@ def concentration_rows(concentration: Mapping[str, Mapping[str, float]]) -> tupl
 
 
 def stage_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the stages' times."""
+    """Makes header and rows of the stages' times."""
     rows = [
         (name, f"{item['seconds']:.1f}", f"{item['peak_rss_mib']:.0f}", "yes" if item["reused"] else "no")
         for name, item in manifest["stages"].items()
@@ -141,7 +141,7 @@ def stage_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def rich_table(title: str, header: Row, rows: list[Row]) -> Table:
-    """A terminal table: first column left, numbers right."""
+    """Makes a terminal table: first column left, numbers right."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
@@ -151,18 +151,18 @@ def rich_table(title: str, header: Row, rows: list[Row]) -> Table:
 
 
 def markdown_table(header: Row, rows: list[Row]) -> str:
-    """A Markdown table."""
+    """Makes a Markdown table."""
     lines = [header, ("---", *("---:" for _ in header[1:])), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def kind_of(name: str) -> str:
-    """The kind of a tensor: its module and projection, without the layer."""
+    """Returns the kind of a tensor: its module and projection, without the layer."""
     return ".".join([part for part in name.split(".") if not part.isdecimal()][-3:-1])
 
 
 def update_summary(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """The per-tensor table averaged over layers, one row per kind: its module and projection, without the layer."""
+    """Averages the per-tensor table over layers, one row per kind of tensor."""
     groups: dict[str, list[Mapping[str, float]]] = {}
     for name, item in manifest["update"].items():
         groups.setdefault(kind_of(name), []).append(item)
@@ -173,7 +173,7 @@ def update_summary(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def scored_parts(manifest: Mapping[str, Any]) -> list[object]:
-    """Tables at the start of a summary: test texts with the gain due to the source, other texts, as far as scored."""
+    """Makes the first tables of a summary: scores of test texts with the gain, and of other texts."""
     parts: list[object] = []
     if manifest["evaluation"]:
         parts += [
@@ -187,7 +187,7 @@ def scored_parts(manifest: Mapping[str, Any]) -> list[object]:
 
 
 def run_summary(manifest: Mapping[str, Any]) -> Group:
-    """Output of `tmjax merge` at its end."""
+    """Makes the output of `tmjax merge` at its end."""
     parts = scored_parts(manifest)
     if manifest["update"]:
         parts += [rich_table("What the merge did (mean over layers)", *update_summary(manifest))]

@@ -26,12 +26,12 @@ from tmjax.report.tables import (
 
 
 def _further(item: Mapping[str, Any]) -> list[str]:
-    """Names of an arm's terms, beside the next tokens of the given texts."""
+    """Returns the names of an arm's terms, beside the next tokens of the given texts."""
     return [f"texts by {item['texts_by']}" if term == "generated" else term for term in item["terms"]]
 
 
 def training_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows: arm, trained parameters, chosen learning rate, steps, best step, validation bits per byte."""
+    """Makes header and rows: arm, trained parameters, learning rate, steps, best step, validation bits per byte."""
     rows = []
     for arm, item in manifest["training"].items():
         valid = item["valid_bits_per_byte"]
@@ -49,21 +49,21 @@ def training_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def adapt_summary(manifest: Mapping[str, Any]) -> Group:
-    """Output of `tmjax adapt` at its end."""
+    """Makes the output of `tmjax adapt` at its end."""
     parts = scored_parts(manifest)
     parts += [rich_table("Training", *training_rows(manifest)), rich_table("Stages", *stage_rows(manifest))]
     return Group(*parts)
 
 
 def read_log(file: Path) -> dict[str, list[float]]:
-    """Columns of a `log.csv`; NaN where a cell is empty."""
+    """Reads the columns of a `log.csv`; empty cells are NaN."""
     with file.open(newline="", encoding="utf-8") as stream:
         header, *rows = csv.reader(stream)
     return {name: [float(row[i] or "nan") for row in rows] for i, name in enumerate(header)}
 
 
 def plot_training(run: Path, manifest: Mapping[str, Any]) -> bytes:
-    """Text loss, validation bits per byte, guidance loss and throughput over the steps, each arm's best schedule."""
+    """Plots losses, validation bits per byte and throughput over the steps of each arm's best schedule."""
     figure, axes = new_figure(2, 2, 4.6, 3.2)
     panels = {"text": "loss, nats per token", "valid": "validation, bits per byte", "guide": "guidance, squared error"}
     for arm, item in manifest["training"].items():
@@ -112,7 +112,7 @@ def write_training_report(file: Path, run: Path, recipe: AdaptRecipe, manifest: 
 
 
 def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any]) -> str:
-    """The model card of an adapted checkpoint: Markdown with the metadata block that the Hugging Face hub reads."""
+    """Makes the model card of an adapted checkpoint, with the metadata block that the Hugging Face hub reads."""
     tags = {"library_name": "transformers", "tags": ["tmjax", "optimal-transport"]}
     given = manifest["inputs"]
     source = f" and the source `{given['source']['path']}`" if "source" in given else ""

@@ -1,4 +1,4 @@
-"""A run directory: manifest, stages that are skipped when their output is intact, nothing half-written."""
+"""A run directory: its manifest, and stages that are skipped when their output is intact."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ def resumes(path: Path, key: Mapping[str, str]) -> bool:
     return values is not None and is_current(values) and values.get("key") == key
 
 
-#: (stage, steps done, steps in all), as a stage begins (0, 0) and once it has ended (1, 0).
+#: Called with (stage, steps done, steps in all): (0, 0) at the beginning of a stage, (1, 0) at its end.
 Show: TypeAlias = Callable[[str, int, int], None]
 
 
@@ -47,10 +47,10 @@ def quiet(_stage: str, _done: int, _total: int) -> None:
 
 
 class RunDirectory:
-    """One run: `manifest.json` is written first and after every stage; a finished stage with intact files is reused.
+    """One run. `manifest.json` is written first and after every stage; a finished stage with intact files is reused.
 
-    Of a team's processes only the first changes the directory; the others follow its manifest. `show` is called with
-    (name, 0, 0) as a stage begins and with (name, 1, 0) once it has ended.
+    The first process of a team changes the directory, and the others follow its manifest. `show` is called with
+    (name, 0, 0) at the beginning of a stage and with (name, 1, 0) at its end.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class RunDirectory:
         team: Team = ALONE,
         show: Show = quiet,
     ) -> None:
-        """Takes the manifest as it is, and a `header`: that of a new run, with the environment of this process."""
+        """Takes the present manifest, and the `header` of a new run with the environment of this process."""
         self.path, self.manifest, self.team = path, manifest, team
         self._header, self._show = header, show
         self._unlock = (lambda: None) if lock is None else weakref.finalize(self, lock.release)
 
     def close(self) -> None:
-        """Releases the lock of the directory; the end of the process, and of the last use of this object, do too."""
+        """Releases the lock of the directory. The end of the process or of this object releases it too."""
         self._unlock()
 
     @classmethod
@@ -83,10 +83,10 @@ class RunDirectory:
         team: Team = ALONE,
         show: Show = quiet,
     ) -> "RunDirectory":
-        """Creates the run, or resumes the one that is there if the header's `key` is its key.
+        """Creates the run, or resumes an existing one whose key is the header's `key`.
 
-        Holds the lock of `path` from now on. Raises InputError if another process does, or `path` is anything else;
-        `overwrite` replaces a run's own files, nothing else.
+        Takes the lock of `path`. Raises InputError if another process has it, or if `path` is anything else;
+        `overwrite` replaces a run's own files alone.
         """
         with _locked(path) as lock:
             if resumes(path, header.key):
@@ -113,7 +113,7 @@ class RunDirectory:
 
     @classmethod
     def follow(cls, path: Path, header: Manifest, *, team: Team = ALONE, show: Show = quiet) -> "RunDirectory":
-        """Opens the run that another process has started; raises InputError if this host does not see it."""
+        """Opens the run that another process has started; raises InputError if this host has no access to it."""
         if not resumes(path, header.key):
             raise InputError(
                 f"{path.absolute()} is not the directory that the first process sees; the output must lie on a file"
@@ -122,7 +122,7 @@ class RunDirectory:
         return cls(path, load_manifest(path), header, team=team, show=show)
 
     def _resume(self, recipe_yaml: str) -> "RunDirectory":
-        """Clears away what an interrupted process has left, and marks all stages as reused until they are run again."""
+        """Deletes the remains of an interrupted process, and marks all stages as reused until they are run again."""
         path, manifest = self.path, self.manifest
         own = self._listed()
         delete(path, [name for name in walk(path) if partial_of(name) is not None and is_own(name, own)])
@@ -142,9 +142,9 @@ class RunDirectory:
             write_json(self.path / MANIFEST, self.manifest.to_json())
 
     def finished(self, stage: str, key: object) -> bool:
-        """Whether a stage with this input hash has finished and its files are still whole.
+        """Whether a stage with this input hash has finished and its files are intact.
 
-        A text for people, which its user may have edited, only has to be there.
+        A text for people, which a user may have edited, only has to exist.
         """
         entry = self.manifest.outputs.get(stage)
         if entry is None or entry.key != digest(key):
@@ -165,8 +165,8 @@ class RunDirectory:
 
         `work` writes a directory (or a file, if `output` has a suffix) under the temporary path it gets and may return
         a function that writes facts into the manifest. The output is renamed into place, then the manifest records it.
-        All processes of a team do joint work, of which the first (or all, in a directory) write; only the first does
-        other work, which then records nothing.
+        All processes of a team do joint work; the first one writes, or all do in a directory. Other work is done by the
+        first process alone and records nothing.
         """
         path = self.path / output
         first = self.team.is_first()
@@ -192,7 +192,7 @@ class RunDirectory:
             raise
         if first:
             names = [output] if partial.is_file() else [f"{output}/{file}" for file in walk(partial)]
-            self._unfinished(output, names)  # so that they are known for ours if the process dies here
+            self._unfinished(output, names)  # so that they are known as ours if the process dies here
             self._replace(partial, path, output)
             sizes = {file: (self.path / file).stat().st_size for file in sorted(names)}
             self.manifest.outputs[name] = Output(key=digest(key), files=sizes)
@@ -209,28 +209,28 @@ class RunDirectory:
         return path
 
     def _unfinished(self, output: str, files: list[str]) -> None:
-        """Notes what is being written, and the files that will be renamed into place."""
+        """Records the output that is being written, and the files that will be renamed into place."""
         earlier = self.manifest.unfinished
         known = set(files) | set(() if earlier is None else earlier.files)
         self.manifest.unfinished = Unfinished(output=output, files=sorted(known))
         self.save()
 
     def _listed(self) -> set[str]:
-        """Names of the files that stages have written, or were writing."""
+        """Returns the names of files that stages have written or were writing."""
         return listed(self.path, self.manifest.to_json({"outputs", "unfinished"}))
 
     def _foreign(self, output: str) -> list[str]:
-        """Names below an output that no stage has written."""
+        """Returns the names below an output that no stage has written."""
         path, own = self.path / output, self._listed()
         names = [f"{output}/{name}" for name in walk(path)] if path.is_dir() else []
         return sorted(name for name in names if not is_own(name, own))
 
     def _replace(self, partial: Path, path: Path, output: str) -> None:
-        """Renames a finished output into place of the one there; files that no stage has written stay in it."""
+        """Renames a finished output over the present one; files that no stage has written stay in it."""
         if path.is_dir():
             own = self._listed()
             delete(path, [name for name in walk(path) if is_own(f"{output}/{name}", own)])
-            if any(walk(path)):  # they came while the stage was running
+            if any(walk(path)):  # they were added while the stage was running
                 for name in list(walk(partial)):
                     (path / name).parent.mkdir(parents=True, exist_ok=True)
                     os.replace(partial / name, path / name)
@@ -245,7 +245,7 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[OutputLock]:
-    """Takes the lock of an output, and gives it up if what follows fails."""
+    """Takes the lock of an output, and releases it if the block fails."""
     lock = OutputLock(path)
     try:
         yield lock
@@ -255,7 +255,7 @@ def _locked(path: Path) -> Iterator[OutputLock]:
 
 
 def _clear(path: Path, *, overwrite: bool) -> None:
-    """Makes room for a new run; raises InputError if there is anything that must not be deleted."""
+    """Deletes an old run to make room; raises InputError for anything that must not be deleted."""
     names = set(walk(path)) - {MANIFEST + PARTIAL} if refuse_name(path).is_dir() else set()
     if not names:
         return

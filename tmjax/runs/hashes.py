@@ -1,4 +1,4 @@
-"""Hashes of recipes and inputs, by which runs and stages are known again."""
+"""Hashes of recipes and inputs, which identify runs and stages."""
 
 import hashlib
 import json
@@ -11,12 +11,12 @@ _BLOCK = 2**22
 
 
 def digest(value: object) -> str:
-    """SHA-256 of a JSON value."""
+    """Computes the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_files(files: list[Path]) -> str:
-    """SHA-256 over names and contents of files, in name order."""
+    """Computes the SHA-256 over names and contents of files, in the order of names."""
     total = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
         total.update(file.name.encode() + b"\0")
@@ -27,7 +27,7 @@ def sha256_files(files: list[Path]) -> str:
 
 
 def sha256_checkpoint(directory: Path) -> str:
-    """Hash of what a checkpoint directory says: weights, index, config, tokenizer; of an orbax directory every file."""
+    """Hashes a checkpoint directory: weights, index, config and tokenizer; every file of an orbax directory."""
     named = {directory / name for name in (CONFIG_NAME, *COMPANIONS, "tmjax.json")}
     files = [*(file for file in named if file.is_file()), *weight_files(directory)]
     nested = [file for name in ("params", "hf") for file in (directory / name).rglob("*") if file.is_file()]

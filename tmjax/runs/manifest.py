@@ -1,7 +1,7 @@
-"""The manifest of a run: a typed model of everything that `manifest.json` holds.
+"""The manifest of a run: a typed model of `manifest.json`.
 
-Optional sections are left out of the file while nothing has been recorded in them. A section that this version does not
-know, or one of the wrong kind, is refused, so that what is written can always be read again.
+Optional sections are left out of the file until something is recorded in them. Unknown sections and values of the wrong
+type are refused, so that every written manifest can be read again.
 """
 
 import platform
@@ -17,7 +17,7 @@ from tmjax.errors import InputError, summarise
 from tmjax.files.jsonfile import read_json
 
 MANIFEST = "manifest.json"
-#: Number of the layout of the file; raised when a run of an older version cannot be read any more.
+#: Number of the layout of the file; raised when older runs cannot be read any more.
 FORMAT = 2
 _PACKAGES = ("jax", "flax", "ott-jax", "transformers", "orbax-checkpoint", "numpy")
 _ENVIRONMENT = ("mesh", "devices", "processes", "platform")
@@ -28,9 +28,9 @@ Recorded: TypeAlias = Annotated[T | None, Field(exclude_if=lambda value: value i
 Number: TypeAlias = int | float
 #: A cell of a table: a measurement, or a setting of a sweep.
 Cell: TypeAlias = str | bool | int | float | None
-#: By tensor (its Hugging Face name), the columns of what a merge did to it.
+#: Columns of the update table by the Hugging Face name of each tensor.
 UpdateTable: TypeAlias = dict[str, dict[str, float]]
-#: By operator, the facts that it records.
+#: Recorded facts by operator.
 OperatorFacts: TypeAlias = dict[str, dict[str, Any]]
 
 
@@ -280,9 +280,9 @@ class SweepFacts(Facts):
 
 
 class Manifest(AlignmentFacts):
-    """Everything that a run directory says of itself.
+    """The record of a run.
 
-    `key` are the hashes of recipe and inputs, by which a run is known again; mesh, devices, processes and platform are
+    `key` are the hashes of recipe and inputs, which identify a run; mesh, devices, processes and platform are
     those of the latest work. The facts of an alignment are the run's own; a sweep has several in `shared`.
     """
 
@@ -380,7 +380,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 def load_manifest(path: Path) -> Manifest | None:
     """Returns the manifest of a run directory; None if `path` is not a run.
 
-    Raises InputError if it has another format than this version's, or was changed by hand into none at all.
+    Raises InputError if it has another format than this version's, or is not valid.
     """
     values = read_manifest(path)
     try:

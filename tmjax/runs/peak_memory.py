@@ -1,4 +1,4 @@
-"""Memory of this process."""
+"""Peak memory of this process."""
 
 import contextlib
 import resource
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def peak_rss_mib() -> float:
-    """Largest resident memory of this process so far, in MiB."""
-    with contextlib.suppress(OSError, StopIteration):  # getrusage begins at what the parent process held
+    """Returns the largest resident memory of this process so far, in MiB."""
+    with contextlib.suppress(OSError, StopIteration):  # getrusage begins at the memory of the parent process
         lines = Path("/proc/self/status").read_text().splitlines()
         return round(int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

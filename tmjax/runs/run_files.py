@@ -1,4 +1,4 @@
-"""Files that a run owns in its directory: those that its manifest names, and a few others."""
+"""Files of a run in its directory: those that its manifest names, and a few others."""
 
 import json
 import re
@@ -11,16 +11,16 @@ from tmjax.files.paths import PARTIAL
 from tmjax.runs.manifest import MANIFEST
 
 RECIPE = "recipe.yaml"
-#: Files that are no stage's output, by their names below the run.
+#: Names of files that are not the output of a stage.
 _BESIDE = re.compile(
     rf"{MANIFEST}|{RECIPE}|adapter|results\.parquet|solvers\.html"
     r"|plots/(arms|coefficients|coefficient_maps|heads|layer_plan|solvers|sweep|training)\.png"
     r"|settings/[0-9a-f]{64}\.json"
     r"|training/[^/]+/[^/]+/(log\.csv|log\.csv\.new|checkpoints/.+)"
 )
-#: Ends the names of outputs that are written for people, who may go on writing.
+#: Ending of outputs that are written for people, who may edit them.
 EDITED = ".md"
-#: Runs of their own below a run.
+#: Folders of further runs below a run.
 _NESTED = re.compile(r"merge|sources/[^/]+")
 
 
@@ -43,7 +43,7 @@ def split(path: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]
 
 
 def is_own(name: str, listed: set[str]) -> bool:
-    """Whether a file below a run is one of these, or written beside them, or a part of an unfinished output."""
+    """Whether a file below a run is one of these, was written beside them, or is part of an unfinished output."""
     if name in listed or _BESIDE.fullmatch(name):
         return True
     final = partial_of(name)
@@ -51,7 +51,7 @@ def is_own(name: str, listed: set[str]) -> bool:
 
 
 def partial_of(name: str) -> str | None:
-    """Returns the output of which a file below a run is, or belongs to, the unfinished form; None if there is none."""
+    """Returns the output whose unfinished form a file below a run is, or belongs to; None for other files."""
     parts = name.split("/")
     at = next((number for number, part in enumerate(parts) if part.endswith(PARTIAL)), None)
     return None if at is None else "/".join([*parts[:at], parts[at].removesuffix(PARTIAL)])
@@ -69,7 +69,7 @@ def listed(path: Path, manifest: Mapping[str, Any]) -> set[str]:
 
 
 def is_edited(file: Path, size: int) -> bool:
-    """Whether a file is there in another size."""
+    """Whether a file exists with another size."""
     return file.is_file() and file.stat().st_size != size
 
 

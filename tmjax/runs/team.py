@@ -1,4 +1,4 @@
-"""The processes of a job that share a run directory."""
+"""Processes of a job that share a run directory."""
 
 from typing import Any, Protocol
 
@@ -13,21 +13,21 @@ class Team(Protocol):
         """Waits for all processes."""
 
     def agree(self, value: Any) -> Any:
-        """The first process's value, on every process."""
+        """Returns the first process's value on every process."""
 
 
 class Alone:
     """A team of one."""
 
     def is_first(self) -> bool:
-        """Yes."""
+        """Whether this is the first process: always."""
         return True
 
     def barrier(self, name: str) -> None:
-        """Nobody to wait for."""
+        """Returns at once."""
 
     def agree(self, value: Any) -> Any:
-        """The value."""
+        """Returns the value."""
         return value
 
 

@@ -15,7 +15,7 @@ from tmjax.recipes.merge import Recipe
 from tmjax.transfer.coefficients.grid_search import Fit, fit, fixed
 from tmjax.transfer.coefficients.learned import FuseLearned, expanded, learn, start
 from tmjax.transfer.contribution import Coefficients, Context, Contribution
-from tmjax.transfer.operator import Chain, Step, read_chain
+from tmjax.transfer.operator import Chain, Step, operators_of
 from tmjax.transfer.source_view import SourceView
 from tmjax.transfer.update_table import Table, changes, joined_table
 from tmjax.typing import ArrayLike, Params
@@ -40,13 +40,19 @@ class Merged:
 
 def chain_of(recipe: Recipe) -> Chain:
     """Reads the operators of a recipe that run: at a fixed alpha those that choose on validation texts are left out."""
-    chain = read_chain(recipe.operators)
+    chain = operators_of(recipe)
     return chain if recipe.alpha is None else tuple(step for step in chain if not step.operator.chooses)
 
 
 def needs_of(chain: Chain) -> frozenset[str]:
     """Returns what the operators of a chain ask of the source."""
     return frozenset().union(*(step.operator.needs for step in chain))
+
+
+def named_roles(chain: Chain) -> tuple[str, ...] | None:
+    """Returns the roles that options of operators with an alignment name (`roles`); None if all are meant."""
+    asked = [getattr(step.options, "roles", None) for step in chain if "alignment" in step.operator.needs]
+    return None if not asked or None in asked else tuple(dict.fromkeys(role for roles in asked for role in roles))
 
 
 def chain_projections(
@@ -56,9 +62,7 @@ def chain_projections(
 
     Those are the roles that the operators' options name (`roles`), or all that both models have.
     """
-    asked = [getattr(step.options, "roles", None) for step in chain if "alignment" in step.operator.needs]
-    named = None if not asked or None in asked else tuple(dict.fromkeys(role for roles in asked for role in roles))
-    return shared_projections(target_specs, source_specs, named)
+    return shared_projections(target_specs, source_specs, named_roles(chain))
 
 
 def apply_chain(chain: Chain, source: SourceView, context: Context) -> Merged:
@@ -66,7 +70,7 @@ def apply_chain(chain: Chain, source: SourceView, context: Context) -> Merged:
 
     Args:
         chain: The operators and their options.
-        source: The source, as this arm may know it.
+        source: The view of the source in this arm.
         context: Target, validation loss, devices, seed.
 
     Returns:
@@ -91,7 +95,7 @@ def apply_chain(chain: Chain, source: SourceView, context: Context) -> Merged:
         operator = step.operator
         if operator.chooses and context.loss is None:
             raise InputError(f"the operator {operator.name} chooses on validation texts: give some, or fix alpha")
-        applied = operator.apply(params, source, step.options, context)
+        applied = operator.apply(params, source.for_needs(operator.needs), step.options, context)
         measured = {} if applied.rows else _measured(context, params, applied.params, operator.name)
         rows.append(applied.rows or (lambda final, table=measured: table))
         params = applied.params
@@ -127,7 +131,10 @@ def _contributed(
 ) -> tuple[dict[str, ArrayLike], Fit, Callable[[Params], Table]]:
     """Parameters with the contributions of neighbours, their coefficients, and rows of the update table."""
     target, options = context.target, context.coefficients
-    contributions = [step.operator.contribute(params, source, step.options, context) for step in together]
+    contributions = [
+        step.operator.contribute(params, source.for_needs(step.operator.needs), step.options, context)
+        for step in together
+    ]
     roles = tuple(role for each in contributions for role in each.items)
     twice = sorted({role for role in roles if roles.count(role) > 1})
     if twice:

@@ -1,4 +1,4 @@
-"""What operators are given and what they return."""
+"""Arguments and results of operators."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Context:
-    """What operators are given beside the source.
+    """Inputs of operators beside the source.
 
     Attributes:
         target: The target as it was before the first operator.
@@ -82,7 +82,7 @@ class Applied:
 
 
 class Rule(Protocol):
-    """How the items of a contribution enter parameters; hashable, so that all arms run the same compiled programs."""
+    """The way in which items of a contribution enter parameters; hashable, so that all arms share compiled programs."""
 
     def __call__(self, params: Params, items: Any, coefficients: Coefficients) -> dict[str, ArrayLike]:
         """Fuses the items in; traceable.
@@ -132,7 +132,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Contribution:
-    """What an operator adds to parameters, linear in coefficients alpha and beta that are chosen for each role.
+    """A change of parameters, linear in coefficients alpha and beta that are chosen for each role.
 
     Attributes:
         items: By role, a pytree of arrays.

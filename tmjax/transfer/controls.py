@@ -14,7 +14,7 @@ from tmjax.activations.store import Activations
 from tmjax.align.alignment import Alignment
 from tmjax.errors import InputError
 from tmjax.text.token_map import TokenMap
-from tmjax.transfer.source_view import PairedFeatures, SourceView, TeacherData
+from tmjax.transfer.source_view import PairedActivations, PairedFeatures, SourceView, TeacherData
 
 
 def derangement(size: int, seed: int) -> np.ndarray:
@@ -44,13 +44,15 @@ def unit_permutations(alignment: Alignment, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def feature_permutations(features: Activations, seed: int) -> dict[str, np.ndarray]:
-    """Draws an independent permutation of the units for every site and layer: [M, k] each."""
-    generator = np.random.default_rng(seed)
-    return {
-        site: generator.permuted(np.broadcast_to(np.arange(units), (features.layers, units)), axis=1)
-        for site, units in sorted(features.sites.items())
-    }
+def _permuted(activations: Activations, seed: int) -> Activations:
+    """Draws an independent permutation of the units for every site and layer."""
+    generator, layers = np.random.default_rng(seed), activations.layers
+    return activations.permuted(
+        {
+            site: generator.permuted(np.broadcast_to(np.arange(units), (layers, units)), axis=1)
+            for site, units in sorted(activations.sites.items())
+        }
+    )
 
 
 def exchanged_tokens(vocab: int, known_v: np.ndarray | None, seed: int) -> np.ndarray:
@@ -79,16 +81,21 @@ def random_source(view: SourceView, draw: "Draw") -> SourceView:
 def permuted_plan(view: SourceView, draw: "Draw") -> SourceView:
     """The source's units are permuted per site and pair of layers, its tokens exchanged in maps and probabilities.
 
-    Features are permuted per site and layer: operators that use no alignment pair them with weights themselves.
+    The plan of an alignment carries the permutation to all that reads the source through it. Units of features, and of
+    activations for operators without an alignment, are permuted per site and layer: such operators pair units alone.
     """
 
     def alignment() -> Alignment:
         whole = view.alignment()
         return replace(whole, source_order=unit_permutations(whole, draw.seed))
 
+    def unaligned_activations() -> PairedActivations:
+        pair = view.activations()
+        return pair._replace(source=_permuted(pair.source, draw.seed))
+
     def features(sites: Sequence[str]) -> PairedFeatures:
         pair = view.features(sites)
-        return pair._replace(source=pair.source.permuted(feature_permutations(pair.source, draw.seed)))
+        return pair._replace(source=_permuted(pair.source, draw.seed))
 
     def token_map() -> TokenMap:
         whole = view.token_map()
@@ -102,7 +109,14 @@ def permuted_plan(view: SourceView, draw: "Draw") -> SourceView:
         ids = other[data.probabilities.ids].astype(np.int32)
         return data._replace(probabilities=data.probabilities._replace(ids=ids))
 
-    return replace(view, alignment=alignment, features=features, token_map=token_map, teacher=teacher)
+    return replace(
+        view,
+        alignment=alignment,
+        unaligned_activations=unaligned_activations,
+        features=features,
+        token_map=token_map,
+        teacher=teacher,
+    )
 
 
 def shuffled_rows(view: SourceView, draw: "Draw") -> SourceView:

@@ -1,4 +1,4 @@
-"""Transfer operators: the interface, what they are given and what they return, and how they are found by name.
+"""Transfer operators: their interface, the operators of this package and others by name, and operator lists.
 
 A merge is a list of operators, applied in order, as an optax optimiser is a chain of transformations. An operator is
 one file: its options, its needs, `apply` (or `contribute`) and its memory estimate. Recipes, doctor, sweep, controls,
@@ -10,14 +10,15 @@ import hashlib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from tmjax.errors import InputError
-from tmjax.plugins import load_plugin, offered
+from tmjax.plugins import load_plugin, offered, plugin_file
 from tmjax.recipes.base import Section, checked
+from tmjax.recipes.merge import Recipe
 from tmjax.transfer import operators
 from tmjax.transfer.contribution import Applied, Context, Contribution, Shape
 from tmjax.transfer.source_view import SourceView
@@ -25,17 +26,18 @@ from tmjax.typing import Params
 
 #: Group of entry points under which packages offer operators.
 ENTRY_POINTS = "tmjax.operators"
-#: What an operator may ask of the source, by the names of the fields of `SourceView`.
+#: Parts of the source that an operator may need, by the names of the fields of `SourceView`.
 NEEDS = ("alignment", "activations", "features", "token_map", "teacher")
 
 
 class Described(Protocol):
-    """What every operator says of itself.
+    """The description that every operator has.
 
     Attributes:
         name: Its name in recipes.
         options: Its options, a Section whose fields have descriptions.
-        needs: What it asks of the source; of `NEEDS`.
+        needs: Parts of the source that it asks for, of `NEEDS`. With the need of an alignment it has to read the
+            source's activations through the plans: only then do controls leave their units in order.
         chooses: Whether it chooses on validation texts; such an operator is left out at a fixed alpha.
     """
 
@@ -68,7 +70,7 @@ class Operator(Described, Protocol):
 
         Args:
             params: The target's parameters as the operators before have left them.
-            source: The source, as this arm may know it. What is computed from it is multiplied by
+            source: The view of the source in this arm. Results computed from it are multiplied by
                 `source.contribution`.
             options: An object of the class `options`.
             context: Target, validation loss, devices, seed.
@@ -81,7 +83,12 @@ class Operator(Described, Protocol):
 
 @runtime_checkable
 class Contributor(Described, Protocol):
-    """An operator whose result enters with coefficients, which are chosen jointly with those of its neighbours."""
+    """An operator whose result enters with coefficients, which are chosen jointly with those of its neighbours.
+
+    A sweep assigns coefficients before it asks for a contribution: to the roles of the aligned projections, or to those
+    that the operator's method `roles(options)` returns. An operator that contributes to other roles, or to fewer, needs
+    this method, which is no part of the protocol.
+    """
 
     def contribute(self, params: Params, source: SourceView, options: Any, context: Context) -> Contribution:
         """Computes the contribution of the source.
@@ -186,11 +193,27 @@ def code_hashes(chain: Chain) -> dict[str, str]:
     return {name: _digest(Path(file).read_bytes()) for name, file in files.items() if file}
 
 
-def read_chain(entries: Iterable[Any]) -> Chain:
+def operators_of(recipe: Recipe) -> Chain:
+    """Reads the operators of a recipe; a file that is named relatively is taken from its stored place.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        All its operators with their checked options, in order.
+
+    Raises:
+        InputError: As `read_chain`.
+    """
+    return read_chain(recipe.operators, recipe.place)
+
+
+def read_chain(entries: Iterable[Any], place_of: Callable[[str], str] = str) -> Chain:
     """Reads an operator list.
 
     Args:
         entries: `{name: options}` each, or a name alone where no option is set.
+        place_of: Gives the present path of the file of an operator `FILE.py:NAME`.
 
     Returns:
         Operators with their checked options, in order.
@@ -206,6 +229,8 @@ def read_chain(entries: Iterable[Any]) -> Chain:
         if not isinstance(entry, Mapping) or len(entry) != 1:
             raise InputError(f"recipe: {place}: write one operator per entry, as - transport: {{...}}")
         ((name, values),) = entry.items()
-        operator = find_operator(name)
+        file = plugin_file(str(name))
+        located = name if file is None else f"{place_of(file)}{name.removeprefix(file)}"
+        operator = find_operator(located)
         steps.append(Step(operator, checked(operator.options, dict(values or {}), place=f"{place}.{operator.name}")))
     return tuple(steps)

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from tmjax.errors import InputError
-from tmjax.recipes.base import checked, found_near
-from tmjax.recipes.merge import Recipe, merged_values, refuse_old_keys
+from tmjax.plugins import plugin_file
+from tmjax.recipes.base import checked, found_near, merged_values
+from tmjax.recipes.merge import Recipe
+from tmjax.recipes.old_keys import refuse_old_keys
 from tmjax.recipes.presets import DEFAULT_PRESET, PRESETS
-from tmjax.transfer.operator import read_chain
+from tmjax.transfer.operator import operators_of
 
 
 def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
@@ -32,7 +34,7 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
         merged["operators"] = [_entry(entry, base) for entry in merged["operators"]]
     recipe = checked(Recipe, merged)
     names = [next(iter(entry)) for entry in recipe.operators]
-    steps = read_chain(recipe.operators)
+    steps = operators_of(recipe)
     operators = tuple({name: step.options.model_dump(mode="json")} for name, step in zip(names, steps, strict=True))
     recipe = recipe.model_copy(update={"operators": operators})
     return recipe if base is None else found_near(recipe, base)
@@ -45,7 +47,7 @@ def _entry(entry: Any, base: Path | None) -> Any:
     if not isinstance(entry, dict) or len(entry) != 1:
         return entry
     ((name, options),) = entry.items()
-    file, colon, attribute = str(name).rpartition(":")
-    if base is not None and colon and file.endswith(".py") and not Path(file).exists() and (base / file).exists():
-        name = f"{base / file}:{attribute}"
+    file = plugin_file(str(name))
+    if base is not None and file is not None and not Path(file).exists() and (base / file).exists():
+        name = f"{base / file}{name.removeprefix(file)}"
     return {name: {} if options is None else options}

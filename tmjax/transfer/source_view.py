@@ -1,7 +1,7 @@
 """The source as an arm of a merge sees it: everything that an operator may know of the source, and nothing else."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -83,6 +83,8 @@ class SourceView:
         model: Architecture and parameters.
         alignment: Makes the alignment with the target.
         activations: Makes the activations of both models at paired rows.
+        unaligned_activations: Makes them for operators that need no alignment and so pair units themselves; None: the
+            same.
         features: Makes activations of some sites of both models at the last tokens of rows.
         token_map: Makes the map between the two vocabularies.
         teacher: Makes texts and the source's probabilities of the target's tokens.
@@ -95,9 +97,23 @@ class SourceView:
     model: Model
     alignment: Callable[[], Alignment] = _no_alignment
     activations: Callable[[], PairedActivations] = _no_activations
+    unaligned_activations: Callable[[], PairedActivations] | None = None
     features: Callable[[Sequence[str]], PairedFeatures] = _no_features
     token_map: Callable[[], TokenMap] = _no_token_map
     teacher: Callable[[], TeacherData] = _no_teacher
     contribution: float = 1.0
     reordered: Callable[[RowOrder, str], "SourceView"] = lambda order, name: _missing("rows")
     reinitialised: Callable[[int, str], "SourceView"] = lambda seed, name: _missing("architecture")
+
+    def for_needs(self, needs: Collection[str]) -> "SourceView":
+        """Returns the view that an operator with these needs is given.
+
+        Args:
+            needs: What the operator asks of the source; see `operator.NEEDS`.
+
+        Returns:
+            This view; for an operator without need of an alignment, with the activations that are meant for it.
+        """
+        if "alignment" in needs or self.unaligned_activations is None:
+            return self
+        return replace(self, activations=self.unaligned_activations)

@@ -1,4 +1,4 @@
-"""The data of every arm: texts, features and probabilities, of the source or of what a control has in its place."""
+"""Data of every arm: texts, features and probabilities of the source, or of its replacement in a control."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from tmjax.typing import Array, Params
 
 @dataclass(frozen=True)
 class ArmData:
-    """All that one arm is trained on; a control has replaced the source's part of it.
+    """The training data of one arm; in a control the source's part is replaced.
 
     Attributes:
         texts: The training texts.
@@ -50,13 +50,13 @@ class ArmData:
 
 @dataclass(frozen=True)
 class DataOfArms:
-    """Makes the data of arms; the teacher's part are stages of the run.
+    """Makes the data of arms. Each part that a teacher makes is a stage of the run.
 
     Attributes:
-        stages: Stages of the run that ask a teacher.
+        stages: Stages of the run that run a teacher.
         key: Input hash of the run.
         inputs: Inputs of the adaptation.
-        starts: Where the arms begin.
+        starts: Initial arrays of the arms.
     """
 
     stages: TeacherStages
@@ -68,7 +68,7 @@ class DataOfArms:
     _spans: dict[str | None, tuple[Rows, list[list[TokenisedDocument]]]] = field(default_factory=dict)
 
     def of(self, arm: Arm) -> ArmData:
-        """Returns the data of an arm. The arrays are fresh: training donates them."""
+        """Returns the data of an arm, in fresh arrays because training donates them."""
         guidance, maps, statistics, probabilities, facts = None, {}, {}, None, {}
         if "guidance" in arm.terms:
             guidance = self._guidance(arm)
@@ -132,13 +132,13 @@ class DataOfArms:
         return Teacher.of(model, params, dtype=self.inputs.dtype, layout=self.inputs.layout)
 
     def _spans_of(self, arm: Arm) -> tuple[Rows, list[list[TokenisedDocument]]]:
-        """Spans of an arm's texts that both models read; documents of the target, then of the source."""
+        """Returns the spans of an arm's texts that both models read, and the documents of target and source."""
         if arm.texts_by not in self._spans:
             self._spans[arm.texts_by] = self.inputs.rows_of(self.texts(arm.texts_by).texts)
         return self._spans[arm.texts_by]
 
     def _target_features(self, arm: Arm) -> Activations:
-        """Stored features of the model at which training begins, at the spans of an arm's texts."""
+        """Captures features of the initial model at the spans of an arm's texts, as a stage."""
         inputs, start = self.inputs, self.inputs.recipe.start
 
         def features_of() -> tuple[Teacher, Rows, list[TokenisedDocument]]:
@@ -150,7 +150,7 @@ class DataOfArms:
         return self.stages.features(_on("target", arm), key, features_of)
 
     def _guidance(self, arm: Arm) -> SourceFeatures:
-        """Standardised source features of an arm, the control's where it has its own."""
+        """Returns the standardised source features of an arm, or those of its control."""
         inputs, options = self.inputs, self.inputs.recipe.guidance
 
         def features_of() -> tuple[Teacher, Rows, list[TokenisedDocument]]:
@@ -170,7 +170,7 @@ class DataOfArms:
         return features.reordered(derangement(len(stored.rows), inputs.recipe.seed)) if arm.shuffled else features
 
     def _probabilities(self, arm: Arm) -> TeacherProbabilities:
-        """The teacher's probabilities on an arm's texts, the control's where it has its own."""
+        """Returns the teacher's probabilities on an arm's texts, or those of its control."""
         recipe, name = self.inputs.recipe, _on(arm.teacher, arm)
         probabilities = self.stages.probabilities(
             name,
@@ -205,5 +205,5 @@ class DataOfArms:
 
 
 def _on(model: str, arm: Arm) -> str:
-    """The name of a stage about a model on an arm's texts."""
+    """Returns the name of a stage of a model on an arm's texts."""
     return f"{model}-on-{arm.texts_by}" if arm.texts_by else model

@@ -60,7 +60,7 @@ class AdaptInputs:
 
     @property
     def names(self) -> dict[str, str | None]:
-        """Names of source and target: of a run those that were merged, unless the recipe names a source."""
+        """Names of source and target. A run stands for the models that it merged, unless the recipe names a source."""
         run, recipe = self.run_recipe, self.recipe
         if run is None:
             return {"source": recipe.source, "target": recipe.target}
@@ -74,9 +74,9 @@ class AdaptInputs:
         return {name: given and (run if name in of_run else own).place(given) for name, given in self.names.items()}
 
     def merge_recipe(self) -> Recipe:
-        """The merge that has to be done for this adaptation, in a folder of its run.
+        """Returns the recipe of the merge that this adaptation needs, in a folder of its run.
 
-        Residual-frozen training is of transported weights, so weights alone are merged by default.
+        By default weights alone are merged, because residual-frozen training is of transported weights.
         """
         own, plain = self.recipe, {"preset": "barycentric"}
         settings = self.run_recipe.model_dump(mode="json") if self.run_recipe is not None else plain | own.merge
@@ -101,7 +101,7 @@ class AdaptInputs:
         return jnp.dtype(self.recipe.dtype)
 
     def load(self, path: str | Path) -> Model:
-        """A checkpoint, on the mesh."""
+        """Loads a checkpoint onto the mesh."""
         return load_model(path, placement=self.layout.place)
 
     @functools.cached_property
@@ -164,7 +164,7 @@ class AdaptInputs:
         return {name: list(checkpoint_notes(path)) for name, path in self.located.items() if path}
 
     def scorer(self, model: Model, texts: Texts) -> Scorer:
-        """Scorer of `texts` for models of this architecture."""
+        """Makes the scorer of texts for models of an architecture."""
         options = self.recipe.evaluation
         limits: dict[str, Any] = {"batch_tokens": options.batch_tokens, "max_tokens": options.max_tokens}
         tokenizer = load_tokenizer(model.directory, model.spec.vocab)

@@ -1,4 +1,4 @@
-"""The stages of an adaptation, each with its input hash: features, training of every arm, evaluation, report."""
+"""Stages of an adaptation, each with its input hash: features, training of every arm, evaluation, report."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +37,7 @@ _INPUTS = ("source", "target", "texts", "valid", "test")
 
 
 class Adapt:
-    """One run of an adaptation; every stage resumes, training from its newest checkpoint.
+    """One run of an adaptation. Every stage resumes; training resumes from its newest checkpoint.
 
     Args:
         recipe: The recipe.
@@ -81,7 +81,7 @@ class Adapt:
         return lambda done, total: self.show(stage, done, total, "")
 
     def _input_hashes(self) -> dict[str, str]:
-        """Hashes of all that decides the results of the run."""
+        """Hashes everything that the results of the run depend on."""
         without = {"out", "mesh", "other_texts", "places", *_INPUTS}
         key = {"recipe": digest(self.recipe.model_dump(mode="json", exclude=without))} | self.inputs.hashes
         if self.inputs.run is not None:
@@ -119,7 +119,7 @@ class Adapt:
         )
 
     def _arm_key(self, name: str, schedules: Sequence[Schedule]) -> list[Any]:
-        """The part of a stage's key that distinguishes an arm and its schedules, beside the recipe."""
+        """Returns the part of a stage's key that identifies an arm and its schedules, beside the recipe."""
         description, own = self.arms[name].description(), list(schedules)
         if own == self.recipe.training.schedules:
             return [description]

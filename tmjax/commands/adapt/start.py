@@ -1,4 +1,4 @@
-"""Where the training of an arm begins: the target or a merge, as trained and frozen arrays of a mode."""
+"""Initial arrays of the training of an arm: those of the target or of a merge, trained and frozen ones."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +26,9 @@ Show = Callable[[str, int, int, str], None]
 
 
 class _Transported(NamedTuple):
-    """What an arm transports: contributions, their coefficients, and the merge's checkpoint.
+    """Transported contributions of an arm, their coefficients, and the merge's checkpoint.
 
-    There is no checkpoint where contributions with the coefficients are the whole merge.
+    The checkpoint is None where contributions with these coefficients are the whole merge.
     """
 
     contributions: list[Contribution]
@@ -37,11 +37,11 @@ class _Transported(NamedTuple):
 
 
 class Starts:
-    """Makes the arrays at which the arms of one adaptation begin.
+    """Makes the initial arrays of the arms of one adaptation.
 
     Args:
         inputs: Inputs of the adaptation.
-        show: Called while a merge inside the run goes on.
+        show: Called while a merge inside the run is computed.
         warn: Called with a line that the user should read.
     """
 
@@ -60,7 +60,7 @@ class Starts:
         return self._merged
 
     def _transported(self, arm: Arm) -> _Transported:
-        """Returns contributions and coefficients of an arm whose start or residual is transported."""
+        """Returns contributions and coefficients for an arm that starts from a merge or trains a residual."""
         inputs, alpha = self.inputs, self.inputs.recipe.alpha
         if arm.merge_control is None and inputs.run is not None:
             recipe, coefficients = inputs.run_recipe, inputs.coefficients
@@ -89,7 +89,7 @@ class Starts:
         ]
 
     def of(self, arm: Arm) -> tuple[Mode, dict[str, Array], dict[str, Any]]:
-        """Returns mode, trained and frozen arrays (float32) before the first step; guidance comes on top."""
+        """Returns mode, trained and frozen arrays (float32) before the first step, without those of guidance."""
         inputs, recipe = self.inputs, self.inputs.recipe
         target, layout = inputs.target, inputs.layout
         rank = recipe.lora.rank if arm.mode == "lora" else 0

@@ -33,9 +33,9 @@ class ArmTrainer:
 
     Attributes:
         inputs: Inputs of the adaptation.
-        starts: Where the arms begin.
+        starts: Initial arrays of the arms.
         data: The data of the arms.
-        folder: The folder of logs and checkpoints: `ARM/SCHEDULE` in it.
+        folder: Folder of logs and checkpoints, which are in `ARM/SCHEDULE`.
         key: Input hash of the run; checkpoints of another one are deleted.
         show: Called with (stage, done, all, note) after every step.
     """
@@ -132,7 +132,7 @@ class ArmTrainer:
 
 
 class StepLog:
-    """`log.csv` of a training: steps that are made again after an interruption replace their lines.
+    """`log.csv` of a training. Steps that are repeated after an interruption replace their lines.
 
     `valid` is the last validation loss.
     """

@@ -1,4 +1,4 @@
-"""Memory and time of a run, estimated from sizes alone. Coarse on purpose, and said to be so."""
+"""Coarse estimates of the memory and time of a run, from sizes alone."""
 
 import math
 import os
@@ -17,20 +17,20 @@ from tmjax.sharding.memory import solver_mib
 from tmjax.transfer.chain import chain_of
 from tmjax.transfer.contribution import Shape
 
-#: Iterations of the solver that times assume; easy sites take fewer, small epsilons more.
+#: Assumed iterations of the solver; easy sites take fewer, small epsilons more.
 ITERATIONS = 300
-#: What a device is taken to do: float32 products per second, bytes moved per second. The first is measured on two
+#: Assumed speed of a device: float32 products per second, bytes moved per second. The first is measured on two
 #: cores and taken to grow with them; the second is a round number for one data-centre accelerator at full float32.
 RATES: Mapping[str, tuple[float, float]] = {"cpu core": (75e9, 6e9), "accelerator": (30e12, 1.5e12)}
 #: The share of those products that a forward pass reaches; seconds to compile a model's forward pass, a site's solver.
 FORWARD_SHARE = 1 / 3
 COMPILE = (5.0, 1.0)
-#: What Python and its libraries take before anything is loaded.
+#: Memory of Python and its libraries before anything is loaded.
 LIBRARIES = 2**29
 
 
 class Sized(Tabled, Protocol):
-    """The same, and how large it is; weights need not be there."""
+    """A model with its size, which needs no weights."""
 
     @property
     def parameters(self) -> int:
@@ -60,7 +60,7 @@ def _pairs(target: Sized, source: Sized, recipe: Recipe) -> int:
 
 
 def _kept(target: Sized, source: Sized, recipe: Recipe) -> int:
-    """Most pairs of layers whose plans are kept."""
+    """Returns the largest number of pairs of layers whose plans are kept."""
     top = recipe.alignment.layer_top_k
     pairs = _pairs(target, source, recipe)
     return pairs if top is None else min(pairs, target.spec.layers * top)
@@ -88,7 +88,9 @@ def memory(
         n, k = sites.units[site]
         entries = reading.rows * (layers[0] * n + layers[1] * k)
         features, potentials, dense = width * entries, 4 * kept * (n + k), 4 * kept * n * k
-        rebuilt = potentials_possible and 2 * entries + potentials < dense  # as `plans` chooses, whatever is stored
+        rebuilt = (
+            potentials_possible and 2 * entries + potentials < dense
+        )  # as `plans` chooses, independently of the stored form
         by_site[site] = {
             "units": [n, k],
             "pairs": kept,
@@ -104,7 +106,7 @@ def memory(
     store = sum(4 * reading.rows * (layers[0] * units[0] + layers[1] * units[1]) for units in sites.units.values())
     solver = solver_mib(options.memory_mib) * 2**20
     stored = sum(item["kept"] for item in by_site.values())
-    # Activations of a site are mapped from disk, standardised on the host, put on the device: a CPU holds all three.
+    # Activations of a site are mapped from disk, standardised on the host, put on the device: a CPU keeps all three.
     largest = max(3 * item["activations"] + item["kept"] for item in by_site.values())
     if not recipe.activations.keep:
         store = sum(8 * math.prod(layers) * n * k for n, k in sites.units.values())

@@ -29,7 +29,7 @@ from tmjax.teacher.vocabulary_map import few_shared, require_shared
 from tmjax.text.documents import read_texts
 from tmjax.text.rows import pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.transfer.chain import chain_of, chain_projections, needs_of
+from tmjax.transfer.chain import chain_of, chain_projections, named_roles, needs_of
 from tmjax.transfer.operator import Chain
 
 #: Rows and tokens that are assumed where no texts are given.
@@ -144,7 +144,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
 
 
 def _tried(problems: list[str], work: Any) -> Any:
-    """The result of `work`, or None with the user's error among the problems (or notes)."""
+    """Returns the result of `work`; on a user's error None, and adds the error to the problems (or notes)."""
     try:
         return work()
     except InputError as error:
@@ -154,7 +154,7 @@ def _tried(problems: list[str], work: Any) -> Any:
 
 
 def _side(name: str, model: str, problems: list[str]) -> Side:
-    """Describes one model by its config; adds faults of its weights, according to their headers, to the problems."""
+    """Describes one model by its config; adds faults of its weights' headers to the problems."""
     directory = resolve(model, weights=False)
     orbax = is_orbax(directory)
     try:
@@ -252,9 +252,7 @@ def mapped(target: Side, source: Side, chain: Chain) -> dict[str, list[dict[str,
         `mapped`: projections that both models have, with shapes [out, in]; `left_out`: the others, with the reason.
     """
     ours, theirs = projections(target.rows), projections(source.rows)
-    asked = [getattr(step.options, "roles", None) for step in chain if "alignment" in step.operator.needs]
-    named = None if not asked or None in asked else {role for roles in asked for role in roles}
-    both, rest = [], []
+    named, both, rest = named_roles(chain), [], []
     for role in dict.fromkeys((*ours, *theirs)):
         if role not in ours or role not in theirs:
             lacking = "source" if role in ours else "target"
@@ -295,7 +293,7 @@ def _shared_positions(recipe: Recipe, tokenizers: Mapping[str, TextTokenizer]) -
 
 
 def _rows(name: str, tokenizer: TextTokenizer, rows: int) -> tuple[list[str], list[str]]:
-    """Problems and notes where a tokenizer and an embedding of `rows` rows are not of the same size."""
+    """Adds problems and notes where a tokenizer and an embedding of `rows` rows differ in size."""
     known = tokenizer.known(rows)
     problems, notes = [], []
     if known is not None:
@@ -314,7 +312,7 @@ def _rows(name: str, tokenizer: TextTokenizer, rows: int) -> tuple[list[str], li
 
 
 def overlap(target: TextTokenizer, source: TextTokenizer) -> dict[str, Any]:
-    """Sizes, shared token strings (spaces and bytes read alike whatever the vocabulary's spelling), special tokens."""
+    """Compares two vocabularies: sizes, special tokens, shared token strings (in one spelling of spaces and bytes)."""
     ours, theirs = target.vocabulary.ids, source.vocabulary.ids
     shared = len(ours.keys() & theirs.keys())
     special = {

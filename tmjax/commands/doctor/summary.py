@@ -9,7 +9,7 @@ from tmjax.report.tables import Row, rich_table
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Writes a number of bytes with a unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -18,7 +18,7 @@ def size(count: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration for people; an estimate deserves no more digits."""
+    """Writes a duration with a unit and the few digits that an estimate deserves."""
     if value < 1:
         return "< 1 s"
     if value < 120:
@@ -33,7 +33,7 @@ def _shown(value: object) -> str:
 
 
 def model_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the two models."""
+    """Makes header and rows of the two models."""
     models = report["models"]
     keys = list(next(model for model in models.values() if model))
     rows = []
@@ -45,7 +45,7 @@ def model_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def operator_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the operators, in order."""
+    """Makes header and rows of the operators, in order."""
     rows = [
         (item["name"], ", ".join(item["needs"]) or "nothing", "yes" if item["chooses"] else "no")
         for item in report["operators"]
@@ -54,7 +54,7 @@ def operator_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def projection_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the projections, transported or not."""
+    """Makes header and rows of the projections, transported or not."""
     listed = report["projections"]
     rows = [(p["role"], "yes", str(p["target_shape"]), str(p["source_shape"]), "") for p in listed["mapped"]]
     rows += [(p["role"], "no", "", "", p["reason"]) for p in listed["left_out"]]
@@ -62,13 +62,13 @@ def projection_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def difference_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of how the two compute."""
+    """Makes header and rows of the differences in architecture."""
     rows = [(d["what"], d["target"], d["source"], "" if d["same"] else "differs") for d in report["differences"]]
     return ("", "target", "source", ""), rows
 
 
 def tokenizer_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the overlap of two vocabularies."""
+    """Makes header and rows of the overlap of two vocabularies."""
     overlap = report["tokenizers"]
     both = ("target", "source")
     special = [", ".join(f"{token} = {number}" for token, number in overlap["special"][name].items()) for name in both]
@@ -81,7 +81,7 @@ def tokenizer_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def memory_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the memory of every stage."""
+    """Makes header and rows of the memory of every stage."""
     memory = report["memory"]
     rows = [(name, size(value)) for name, value in memory["stages"].items()]
     rows += [("solver, of these", size(memory["solver"])), ("peak", size(memory["peak"]))]
@@ -90,7 +90,7 @@ def memory_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def site_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of how every site's plans can be kept."""
+    """Makes header and rows of the storage of every site's plans."""
     rows = [
         (
             site,
@@ -107,7 +107,7 @@ def site_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def time_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the estimated times, one row per device."""
+    """Makes header and rows of the estimated times, one row per device."""
     devices = report["time"]["devices"]
     stages = list(next(iter(devices.values()))["stages"])
     rows = [
@@ -118,7 +118,7 @@ def time_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def doctor_summary(report: Mapping[str, Any]) -> Group:
-    """Output of `tmjax doctor`."""
+    """Makes the output of `tmjax doctor`."""
     return Group(*_parts(report))
 
 

@@ -1,4 +1,4 @@
-"""What the operators of a merge are given beside the source."""
+"""The context of the operators of a merge: their inputs beside the source."""
 
 import functools
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ def merge_context(session: Session, stage: str) -> Context:
 
 
 def _training(session: Session) -> tuple[Iterable[Any], BatchLoss] | None:
-    """Calibration batches, the same for all arms, and the target's loss, where coefficients are learned."""
+    """Returns calibration batches, the same for all arms, and the target's loss, for learned coefficients."""
     recipe, inputs = session.recipe, session.inputs
     options = recipe.coefficients
     if options.fit != "learned" or recipe.alpha is not None:

@@ -1,4 +1,4 @@
-"""What a recipe names: models, tokenizers, texts, mesh; loaded when first asked for."""
+"""Inputs that a recipe names: models, tokenizers, texts, mesh; loaded when first used."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -29,15 +29,15 @@ from tmjax.transfer.chain import chain_of, chain_projections, needs_of
 from tmjax.transfer.operator import Chain
 from tmjax.typing import Params
 
-#: What to do where a source's probabilities cannot be read as those of the target's tokens.
+#: Advice where the source's probabilities cannot be read as probabilities of the target's tokens.
 WITHOUT = "merge without the source's predictions: preset barycentric"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs that a recipe names, loaded when first asked for.
+    """Inputs that a recipe names, loaded when first used.
 
-    `like` are inputs of a recipe that names the same files: what both have in common is loaded once.
+    `like` are inputs of a recipe that names the same files; common inputs are taken from it.
     """
 
     recipe: Recipe
@@ -69,7 +69,7 @@ class Inputs:
         return chain_of(self.recipe)
 
     def _same(self, name: str) -> object:
-        """An input of `like`; None where there is none."""
+        """Returns an input of `like`; None without one."""
         return None if self.like is None else getattr(self.like, name)
 
     @property
@@ -90,7 +90,7 @@ class Inputs:
         return jnp.dtype(self.recipe.dtype)
 
     def shardings(self, model: Model) -> dict[str, jax.sharding.Sharding | None]:
-        """Where every parameter of a model lives, by path."""
+        """Returns the sharding of every parameter of a model, by path."""
         rows = [row for row in model.rows if row.tied_to is None]
         return {row.path: self.layout.place(row, row.stacked_shape(model.spec)) for row in rows}
 
@@ -116,7 +116,7 @@ class Inputs:
 
     @functools.cached_property
     def all_texts(self) -> Texts:
-        """The calibration texts that the file holds."""
+        """All calibration texts of the file."""
         return read_texts(self.recipe.place(self.recipe.texts))
 
     @functools.cached_property
@@ -128,7 +128,7 @@ class Inputs:
 
     @functools.cached_property
     def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
-        """Shared rows of the calibration texts; documents of the target, then of the source."""
+        """Shared rows of the calibration texts, and the documents of target and source."""
         if self._same_activations:
             return self.like.rows
         options = self.recipe.activations
@@ -142,7 +142,7 @@ class Inputs:
 
     @property
     def bases(self) -> dict[str, str]:
-        """Checkpoints that operators name as a base: `base`, or `base-1`, `base-2` of several."""
+        """Base checkpoints of operators, as `base`, or as `base-1`, `base-2` if there are several."""
         names = list(dict.fromkeys(self.recipe.bases().values()))
         return {f"base-{number}" if len(names) > 1 else "base": name for number, name in enumerate(names, 1)}
 
@@ -158,13 +158,13 @@ class Inputs:
 
     @functools.cached_property
     def notes(self) -> dict[str, list[str]]:
-        """What a user should know of source and target and nothing refuses; see `Model.notes`."""
+        """Notes on the checkpoints of source and target; see `Model.notes`."""
         return {
             name: list(checkpoint_notes(self.recipe.place(getattr(self.recipe, name)))) for name in ("source", "target")
         }
 
     def scorer(self, model: Model, tokenizer: TextTokenizer, texts: Texts) -> Scorer:
-        """Scorer of `texts` for models of this architecture."""
+        """Makes the scorer of texts for models of an architecture."""
         options = self.recipe.evaluation
         return Scorer(
             model.spec,
@@ -183,7 +183,7 @@ class Inputs:
 
     @property
     def validation(self) -> dict[str, Callable[[Params], float]]:
-        """Losses that operators choose by: bits per byte on the validation texts, and on the part for screening."""
+        """Losses for choices of operators: bits per byte on the validation texts, and on the part for screening."""
         if self.valid is None:
             return {}
         limit = self.recipe.screen_texts
@@ -197,7 +197,7 @@ class Inputs:
         return self.scorer(self.target, self.target_tokenizer, self.valid.spread(self.recipe.screen_texts))
 
     def check(self) -> None:
-        """Loads everything, so that whatever is wrong is said before anything is written."""
+        """Loads everything, so that faults are reported before anything is written."""
         recipe, needs = self.recipe, needs_of(self.chain)
         if not self.chain:
             raise InputError("at a fixed alpha no operator of this recipe is left: they all choose on validation texts")

@@ -1,4 +1,4 @@
-"""Rows beside the controls: the same merge from other sources, the target itself and one of the target's size."""
+"""Rows beside the controls: the same merge from the target itself and from a source of the target's size."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ SELF, SAME_SIZE = "self_source", "same_size_source"
 
 
 def other_sources(recipe: Recipe) -> dict[str, Recipe]:
-    """By arm, the recipe of a run of its own inside the run directory; none unless controls are wanted.
+    """Returns recipes of runs inside the run directory, by arm; none unless controls are run.
 
-    They are no controls: neither enters the gain due to the source. `self_source` says what the procedure does to the
-    target without another model, `same_size_source` what a source brings that is no larger than the target.
+    They are no controls and do not enter the gain due to the source. `self_source` measures the procedure without
+    another model, `same_size_source` measures it with a source that is no larger than the target.
     """
     if not recipe.controls:
         return {}

@@ -1,4 +1,4 @@
-"""The stages of a merge, each with its input hash: alignment, fusion, controls, evaluation, report."""
+"""Stages of a merge, each with its input hash: alignment, fusion, controls, evaluation, report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from tmjax.commands.merge.samples import sample_texts
 from tmjax.commands.merge.session import open_session
 from tmjax.commands.merge.source_stages import SourceStages
 from tmjax.commands.notes import note_hidden
-from tmjax.commands.report import REPORT, SAMPLES
+from tmjax.commands.report import MERGED, REPORT, SAMPLES
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.facts import evaluation_facts
@@ -45,8 +45,6 @@ from tmjax.transfer.source_view import SourceView
 from tmjax.transfer.update_table import require_transfer
 from tmjax.typing import Params
 
-MERGED = "merged"
-
 
 class Merge:
     """One run of a recipe; every stage resumes.
@@ -70,13 +68,13 @@ class Merge:
         self.source = SourceStages(self.session)
 
     def fuse_key(self, arm: str) -> object:
-        """Returns what decides the checkpoint of an arm."""
+        """Returns the key of the checkpoint of an arm."""
         return fuse_key(self.source, arm)
 
     # Arms.
 
     def view(self, control: Control | None = None) -> SourceView:
-        """Returns the source as an arm may know it: as it is, or as a control leaves it."""
+        """Returns the view of the source for an arm: the true one, or that of a control."""
         view = self.source.view()
         if control is None:
             return view
@@ -85,7 +83,7 @@ class Merge:
         return control.intervene(view, draw)
 
     def _merge(self, arm: str, view: SourceView, partial: Path) -> Merged:
-        """Applies the operators to what an arm knows of the source, and writes the checkpoint."""
+        """Applies the operators to the view of an arm, and writes the checkpoint."""
         merged = apply_chain(self.inputs.chain, view, merge_context(self.session, arm))
         hf.write(merged.model, partial, max_shard_size=self.recipe.export.max_shard_size)
         return merged
@@ -176,7 +174,7 @@ class Merge:
         session.stage("evaluate", [keys, inputs.hashes["test"], options], "scores.npz", work)
 
     def samples(self, merged: Path) -> Path:
-        """Makes texts of target and merged model after beginnings of the test texts; returns their file."""
+        """Generates texts of target and merged model after beginnings of the test texts; returns their file."""
         inputs = self.inputs
         texts = inputs.test or inputs.valid or inputs.texts
 
@@ -232,10 +230,10 @@ class Merge:
 
 
 def fuse_key(source: SourceStages, arm: str) -> object:
-    """Returns what decides the checkpoint of an arm, given what decides the alignment."""
+    """Returns the key of the checkpoint of an arm: everything that it depends on."""
     sections = {"operators", "coefficients", "screen_texts", "alpha", "evaluation", "export", "seed"}
     options = source.recipe.model_dump(mode="json", include=sections)
-    # Only where there is code outside the package, so that it changes no other key.
+    # Code outside the package alone, so that the keys of other runs stay the same.
     code = code_hashes(source.inputs.chain)
     return [arm, source.alignment_key(), options, source.inputs.hashes.get("valid"), *([code] if code else [])]
 

@@ -20,12 +20,12 @@ from tmjax.runs.manifest import InputFacts, Manifest, Record, find_manifest, is_
 from tmjax.sharding import hosts
 
 _INPUTS = ("source", "target", "texts", "valid", "test")
-#: Settings that do not invalidate a run: where things lie and are computed, and whether a no-op passes.
+#: Settings that do not invalidate a run: places of files and of the computation, and whether a no-op passes.
 _WITHOUT_EFFECT = {"out", "allow_negligible", "mesh", "other_texts", "same_size_source", "self_source", "places"}
 
 
 def refuse_nested(recipe: Placed) -> None:
-    """Raises InputError if a local input is the output, lies inside it or holds it."""
+    """Raises InputError if a local input is the output, is inside it or contains it."""
     refuse_overlap(recipe.out, [(key, recipe.place(name)) for key, name in recipe.inputs().items()])
 
 
@@ -35,7 +35,7 @@ class Session:
 
     Attributes:
         recipe: The recipe, with the places that its local inputs have now.
-        inputs: What it names.
+        inputs: The inputs that it names.
         run: The run directory.
         progress: Called with a stage, steps done and steps in all.
         warn: Called with a warning.
@@ -48,7 +48,7 @@ class Session:
     warn: Warn = silent
 
     def step(self, stage: str) -> Callable[[int, int], None]:
-        """Returns a callback that shows how far a stage is."""
+        """Returns a callback that shows the progress of a stage."""
         return lambda done, total: self.progress(stage, done, total)
 
     def stage(self, name: str, key: object, output: str, work: Callable[[Path], Record | None]) -> Path:
@@ -65,7 +65,7 @@ def open_session(
     warn: Warn = silent,
     extra_key: Mapping[str, str] | None = None,
 ) -> Session:
-    """Creates or resumes the run directory of a recipe, after everything that it needs was found to be good.
+    """Creates or resumes the run directory of a recipe, after all inputs have been checked.
 
     Args:
         recipe: The recipe.
@@ -87,7 +87,7 @@ def open_session(
     try:
         run = _begin(recipe, inputs, overwrite, amend, progress, warn, dict(extra_key or {}))
     finally:
-        if lock is not None:  # the run holds it too by now
+        if lock is not None:  # the run has it too by now
             lock.release()
     return Session(recipe, inputs, run, progress, warn)
 

@@ -1,4 +1,4 @@
-"""Stages that measure a source, and the views of it that the arms of a merge are given."""
+"""Stages that measure a source, and the views of it for the arms of a merge."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ SOURCE = "source"
 
 
 class Staged(Protocol):
-    """What the stages need of a session."""
+    """Members of a session that the stages use."""
 
     recipe: Recipe
     inputs: Inputs
@@ -44,7 +44,7 @@ class Staged(Protocol):
     warn: Warn
 
     def step(self, stage: str) -> Callable[[int, int], None]:
-        """Returns a callback that shows how far a stage is."""
+        """Returns a callback that shows the progress of a stage."""
         ...
 
     def stage(self, name: str, key: object, output: str, work: Callable[[Path], AlignmentRecord | None]) -> Path:
@@ -57,10 +57,10 @@ class Origin:
     """The model that a source's data is made with.
 
     Attributes:
-        model: Name of the model in stages and folders; `source`, or as the control that made it is called.
+        model: Name of the model in stages and folders: `source`, or the name of the control that made it.
         params: Makes its parameters.
-        seed: Seed of fresh weights; None where they are the source's.
-        order: Order of the source's rows; None: their own.
+        seed: Seed of fresh weights; None for the source's own.
+        order: Order of the source's rows; None leaves it.
         rows: Name of that order in stages and folders.
     """
 
@@ -84,16 +84,16 @@ class SourceStages:
         self.teacher = MergeTeacher(session, SOURCE)
         self._alignment: Alignment | None = None
 
-    # Input hashes of the stages, each holding those of what it reads.
+    # Input hashes of the stages. Each includes those of the stages that it reads.
 
     def activation_key(self, model: str) -> object:
-        """Returns what decides activations."""
+        """Returns the key of activations: everything that they depend on."""
         hashes = {name: self.inputs.hashes[name] for name in ("texts", "source", "target")}
         settings = self.recipe.activations.model_dump(), sorted(self.inputs.projections), self.recipe.dtype
         return [model, hashes, *settings, self.recipe.alignment.structure]
 
     def alignment_key(self) -> object:
-        """Returns what decides the alignment."""
+        """Returns the key of the alignment: everything that it depends on."""
         return [self.activation_key(SOURCE), self.recipe.alignment.model_dump(mode="json")]
 
     # Views.
@@ -120,7 +120,7 @@ class SourceStages:
         )
 
     def _fresh_weights(self, seed: int) -> dict[str, jax.Array]:
-        """Random weights of the source's architecture."""
+        """Draws random weights of the source's architecture."""
         source = self.inputs.source
         return init_params(source.spec, jax.random.key(seed), self.inputs.shardings(source))
 
@@ -204,7 +204,7 @@ class SourceStages:
         facts.rows = RowFacts(documents=len(self.inputs.texts), rows=len(rows), pooling=rows.pooling)
 
     def moments(self, origin: Origin) -> Mapping[str, Moments]:
-        """Sums over the rows of target and source, where activations are not kept."""
+        """Sums moments over the rows of target and source, for runs that keep no activations."""
         which = origin.rows or origin.model
         name = f"moments:{which}"
 
@@ -229,7 +229,7 @@ class SourceStages:
         return load_moments(self.session.stage(name, key, f"moments/{which}.safetensors", work))
 
     def align(self) -> Alignment:
-        """Aligns target and source as a stage; warns once of what did not converge."""
+        """Aligns target and source as a stage; warns once of plans that did not converge."""
         if self._alignment is not None:
             return self._alignment
         solve = self._aligner(Origin(SOURCE, lambda: self.inputs.source.params))
@@ -262,7 +262,7 @@ class SourceStages:
         return alignment
 
     def _aligner(self, origin: Origin) -> Callable[[], Alignment]:
-        """Returns a function that aligns the target with a source, whose activations (or moments) are there by then."""
+        """Makes the activations (or moments) of a source; returns a function that aligns the target with it."""
         target, source = self.inputs.target, self.inputs.source
         step = "alignment" if origin.is_source else f"alignment:{origin.rows or origin.model}"
         settings = {

@@ -18,12 +18,12 @@ from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.documents import Texts
 from tmjax.transfer.source_view import TeacherData
 
-#: Generated texts that the target finds more foreign than so many times the given ones are left out, as in adaptation.
+#: Generated texts are left out beyond this ratio to the given ones in bits per byte of the target, as in adaptation.
 FOREIGN = GenerationOptions().foreign
 
 
 class Running(Protocol):
-    """What teacher data needs of a session."""
+    """Members of a session that teacher data uses."""
 
     recipe: Recipe
     inputs: Inputs
@@ -31,15 +31,14 @@ class Running(Protocol):
     warn: Warn
 
     def step(self, stage: str) -> Callable[[int, int], None]:
-        """Returns a callback that shows how far a stage is."""
+        """Returns a callback that shows the progress of a stage."""
         ...
 
 
 class MergeTeacher:
     """Makes the teacher data of a merge, each part a stage of the run.
 
-    `reference` names the model to which the generated texts of others are held: they may be no more, and of no more
-    bytes, than its.
+    `reference` names the model whose generated texts limit those of other models, in number and in bytes.
     """
 
     def __init__(self, session: Running, reference: str) -> None:
@@ -91,7 +90,7 @@ class MergeTeacher:
         return texts.texts.texts
 
     def _filter(self, reference: tuple[str, ...] | None) -> TextFilter:
-        """The true source's texts are judged by the target; those of other models are as many at most."""
+        """Returns the filter of a model's texts: the target judges the true source's, others are limited to as many."""
         without = "predictions are solved for on the calibration texts alone"
         if reference is None:
             return TextFilter(judge=self._bits_per_byte, foreign=FOREIGN, without=without)

@@ -1,4 +1,4 @@
-"""`tmjax solvers`: any set of solvers on one recipe's real activations, a stage each, so that a comparison resumes."""
+"""`tmjax solvers`: solvers on the activations of one recipe, a stage each, so that a comparison resumes."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from tmjax.transfer.chain import apply_chain
 
 
 def parse_solver(text: str, options: AlignmentOptions) -> AlignmentOptions:
-    """Alignment options of a solver written `name` or `name:key=value:...`; raises InputError.
+    """Parses a solver written `name` or `name:key=value:...` into alignment options; raises InputError.
 
     `epsilon`, `threshold` and `max_iterations` replace the recipe's, other keys are the solver's own.
     """
@@ -50,7 +50,7 @@ def parse_solver(text: str, options: AlignmentOptions) -> AlignmentOptions:
 
 
 class SolverComparison:
-    """A run whose stages are activations and, per solver, its problems, its maps and its merge."""
+    """A run whose stages are activations and, for every solver, its problems, maps and merge."""
 
     def __init__(
         self, recipe: Recipe, *, overwrite: bool = False, progress: Progress = quiet, warn: Warn = silent
@@ -59,7 +59,7 @@ class SolverComparison:
         self.run = self.merge.run
 
     def compare(self, names: list[str]) -> dict[str, Any]:
-        """Measures every solver; returns the manifest, with `solvers` (a line each) and `solver_sites` (per site)."""
+        """Measures every solver; returns the manifest with `solvers` (one entry each) and `solver_sites` (per site)."""
         merge, session = self.merge, self.merge.session
         if not merge.recipe.activations.keep:
             raise InputError("solvers are judged on held-out rows of activations; set activations.keep: true")
@@ -104,9 +104,9 @@ class SolverComparison:
         return manifest
 
     def _bits_per_byte(self, options: AlignmentOptions) -> float | None:
-        """Bits per byte on the test texts of the merge made with these plans; None without test texts.
+        """Scores the merge made with these plans on the test texts; None without test texts.
 
-        Only contributions are fused: blended embeddings and solved predictions would hide what the plans do.
+        Only contributions are fused: blended embeddings and solved predictions would hide the effect of the plans.
         """
         merge, inputs = self.merge, self.merge.inputs
         if inputs.test is None:

@@ -1,4 +1,4 @@
-"""Comparison of solvers on the same real problems: time, certificate, cost, what the maps explain of held-out rows."""
+"""Comparison of solvers on the same problems: time, certificate, cost, explained variance of held-out rows."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -47,14 +47,14 @@ class SolverRow:
 
 
 def split_rows(documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of every other document, and of the rest: no document is in both halves."""
+    """Splits row numbers into those of every other document and the rest: no document is in both halves."""
     odd = documents % 2 == 1
     return np.nonzero(~odd)[0], np.nonzero(odd)[0]
 
 
 @jax.jit
 def _explained(plain: SitePlans, gained: SitePlans, zx_lnu: Array, zy_mnu: Array) -> tuple[Array, Array, Array, Array]:
-    """Explained variance of held-out rows, [L, M] each: to target, to source, and both with gains."""
+    """Computes the explained variance of held-out rows, [L, M] each: to target, to source, and both with gains."""
 
     def share(z: Array, predicted: Array) -> Array:
         total = jnp.sum(z * z, axis=0)
@@ -110,7 +110,7 @@ def held_out(fitted: np.ndarray, other: np.ndarray, *, centred: bool = True) -> 
 
 @dataclass(frozen=True)
 class SolverProblem:
-    """One site's activations, half of the rows to fit on, half to judge by, and its optimal plans where feasible."""
+    """Activations of one site, in rows to fit on and held-out rows, and its optimal plans where feasible."""
 
     site: str
     x_fit: np.ndarray
@@ -124,8 +124,10 @@ class SolverProblem:
     def of(
         cls, site: str, target: Activations, source: Activations, *, centred: bool = True, exact_entries: int = 2**17
     ) -> "SolverProblem":
-        """From activations; optimal plans for each target layer and the source layer at its depth, if n k is at most
-        `exact_entries` (a network simplex takes seconds there, hours beyond).
+        """Makes the problem of activations.
+
+        Optimal plans are computed for each target layer and the source layer at its depth if n k is at most
+        `exact_entries`: a network simplex takes seconds there, hours beyond.
         """
         fit_rows, test_rows = split_rows(target.rows.document)
         x, y = target.site(site), source.site(site)
@@ -143,7 +145,7 @@ def measure_site(
 ) -> SolverRow:
     """Solves every pair of layers of a site on one half of the rows and measures the maps on the other.
 
-    The time is the median of `repeats` calls after a first one that compiles.
+    The time is the median of `repeats` calls after the first one, which compiles.
     """
 
     def run(*, gain: bool) -> SitePlans:
@@ -180,7 +182,7 @@ def measure_site(
 
 
 def summarise(rows: list[SolverRow], merges: Mapping[str, float]) -> list[dict[str, object]]:
-    """One line per solver over all sites: sums of seconds and problems, means of shares, the merge's bits per byte."""
+    """Summarises each solver over all sites: sums of seconds and problems, means of shares, bits per byte."""
     lines = []
     for name in dict.fromkeys(row.solver for row in rows):
         own = [row for row in rows if row.solver == name]

@@ -13,7 +13,7 @@ import yaml
 from tmjax.errors import InputError
 from tmjax.recipes.base import ALL_ROLES, ATTENTION_ROLES
 from tmjax.recipes.merge import Recipe
-from tmjax.transfer.operator import read_chain
+from tmjax.transfer.operator import operators_of
 from tmjax.transfer.recipe import build_recipe
 
 Value: TypeAlias = str | bool | int | float | None
@@ -52,7 +52,7 @@ class Range:
     log: bool = False
 
     def draw(self, generator: np.random.Generator, *, whole: bool) -> float | int:
-        """One value; `whole`: an integer, both ends included."""
+        """Draws one value; with `whole` an integer, both ends included."""
         if whole and not self.log:
             return int(generator.integers(math.ceil(self.low), math.floor(self.high), endpoint=True))
         if self.log:
@@ -124,9 +124,9 @@ def is_part(key: str) -> bool:
 
 
 def parse_axes(texts: Sequence[str], recipe: Recipe, *, random: bool) -> list[Axis]:
-    """All axes, each value checked against the recipe; raises InputError."""
+    """Parses all axes and checks each value against the recipe; raises InputError."""
     axes = [parse_axis(text) for text in texts]
-    choosing = [step.operator.name for step in read_chain(recipe.operators) if step.operator.chooses]
+    choosing = [step.operator.name for step in operators_of(recipe) if step.operator.chooses]
     keys = [SHORT.get(axis.key, axis.key) for axis in axes]
     for key in keys:
         if keys.count(key) > 1:
@@ -150,7 +150,7 @@ def parse_axes(texts: Sequence[str], recipe: Recipe, *, random: bool) -> list[Ax
                 raise InputError(f"--grid {axis.key}={_shown(value)}: {error}") from None
     named = {key.partition(".")[2] for key in keys if key == "alpha" or key.startswith("alpha.")}
     covered = {role for part in named for role in (PARTS[part] if part else ALL_ROLES)}
-    options = [step.options for step in read_chain(recipe.operators) if step.contributes]
+    options = [step.options for step in operators_of(recipe) if step.contributes]
     needed = {role for item in options for role in getattr(item, "roles", None) or ALL_ROLES}
     if recipe.alpha is None and not covered >= needed:
         raise InputError(
@@ -164,7 +164,7 @@ def _shown(value: Value) -> str:
 
 
 def _whole(recipe: Recipe, axis: Axis) -> bool:
-    """Whether the recipe takes only whole numbers for a key: it refuses one between two that it takes."""
+    """Whether the recipe takes only whole numbers for a key: it refuses a number between two that it takes."""
     low = math.ceil(axis.range.low)
 
     def takes(value: float) -> bool:
@@ -178,7 +178,7 @@ def _whole(recipe: Recipe, axis: Axis) -> bool:
 
 
 def recipe_of(recipe: Recipe, setting: Mapping[str, Value]) -> Recipe:
-    """The recipe with a setting's values; coefficients of parts (`is_part`) are checked but have no place in it.
+    """Returns the recipe with a setting's values. Coefficients of parts (`is_part`) are checked and left out.
 
     Raises InputError for unknown keys and for values that the recipe refuses.
     """
@@ -197,7 +197,7 @@ def recipe_of(recipe: Recipe, setting: Mapping[str, Value]) -> Recipe:
 
 
 def _section(values: dict[str, Any], parents: list[str]) -> Any:
-    """The section that holds a key: of the recipe, or the options of an operator, which is named without its place."""
+    """Finds the section of a key: one of the recipe, or the options of an operator, named without its place."""
     if parents and parents[0] == "operators":
         parents = parents[1:]
     operators = {name: options for entry in values["operators"] for name, options in entry.items()}
@@ -218,7 +218,7 @@ def _check_coefficient(name: str, value: Value) -> None:
 
 
 def make_settings(axes: Sequence[Axis], recipe: Recipe, *, random: int | None = None) -> list[Setting]:
-    """Every combination of the axes' values, the last axis fastest; or `random` draws of each, by the recipe's seed.
+    """Combines the axes' values, the last axis fastest, or makes `random` draws with the recipe's seed.
 
     Raises InputError for more than 100,000 settings.
     """
@@ -242,7 +242,7 @@ def make_settings(axes: Sequence[Axis], recipe: Recipe, *, random: int | None = 
 
 
 def coefficients_of(recipe: Recipe, setting: Mapping[str, Any], roles: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """(alpha, beta) of every role: those of all roles, then of its kind, then its own; a tied beta is minus alpha."""
+    """Returns (alpha, beta) of every role, its own before those of its kind and of all; a tied beta is -alpha."""
     beta_of_all = setting.get("beta", setting.get("coefficients.beta", recipe.coefficients.beta))
     result = {}
     for role in roles:

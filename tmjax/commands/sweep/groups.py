@@ -1,4 +1,4 @@
-"""Which settings share what: activations, then plans, then transported weights; the rest of a setting is numbers."""
+"""Groups of settings that share activations, plans and transported weights, and differ in coefficients alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from tmjax.commands.sweep.grid import Setting, is_part, recipe_of
 from tmjax.recipes.merge import Recipe
 
-#: Keys that change nothing but the coefficients of a fusion (and `seed`, which draws the settings, not the merge).
+#: Keys that affect the coefficients of a fusion alone, and `seed`, which draws the settings of a sweep.
 NUMBERS = frozenset({"alpha", "beta", "coefficients.beta", "seed"})
 
 
 @dataclass(frozen=True)
 class Group:
-    """Settings, by number, that differ in coefficients only, and the recipe they share."""
+    """Numbers of the settings that differ in coefficients alone, and the recipe that they share."""
 
     recipe: Recipe
     members: tuple[int, ...]
 
 
 def make_groups(recipe: Recipe, settings: Sequence[Setting]) -> list[Group]:
-    """Groups such that what is dearest changes least often from one to the next: activations, alignment, transport."""
+    """Groups settings so that activations change least often from group to group, then alignment, then transport."""
     recipes: dict[tuple[str, ...], Recipe] = {}
     members: dict[tuple[str, ...], list[int]] = {}
     for number, setting in enumerate(settings):

@@ -13,10 +13,10 @@ from tmjax.files.atomic import partial_name
 
 @dataclass(frozen=True)
 class Result:
-    """One setting: bits per byte on the validation texts (None if it failed, `reason` says why) and what it took.
+    """Outcome of one setting: bits per byte on the validation texts and cost; None with a `reason` if it failed.
 
-    `seconds` is the setting's share of its batch, without compilation and what its group shares; `seed` the recipe's,
-    or that of the setting.
+    `seconds` is the setting's share of its batch, without compilation and without the work that its group shares.
+    `seed` is that of the setting, or the recipe's.
     """
 
     number: int
@@ -33,20 +33,20 @@ class Result:
         return "failed" if self.bits_per_byte is None else "done"
 
     def cells(self) -> dict[str, Value]:
-        """The row of a table."""
+        """Returns the row of a table."""
         own = {"bits_per_byte": self.bits_per_byte, "seconds": self.seconds, "seed": self.seed, "group": self.group}
         swept = {key: value for key, value in self.setting.items() if key != "seed"}
         return {"setting": self.number, **swept, **own, "status": self.status, "reason": self.reason}
 
 
 def best_of(results: Sequence[Result]) -> Result | None:
-    """The result with the fewest bits per byte, the first of equals; None if all failed."""
+    """Returns the result with the fewest bits per byte, the first of equals; None if all failed."""
     done = [result for result in results if result.bits_per_byte is not None]
     return min(done, key=lambda result: (result.bits_per_byte, result.number), default=None)
 
 
 def write_csv(file: Path, results: Sequence[Result]) -> None:
-    """Writes one line per result, under a header; an empty cell is a value that is not there."""
+    """Writes one line per result under a header; missing values are empty cells."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(results[0].cells()))
         writer.writeheader()
@@ -54,12 +54,12 @@ def write_csv(file: Path, results: Sequence[Result]) -> None:
 
 
 def has_parquet() -> bool:
-    """Whether pyarrow is there, which writes Parquet."""
+    """Whether pyarrow, which writes Parquet, is installed."""
     return importlib.util.find_spec("pyarrow") is not None
 
 
 def write_parquet(file: Path, results: Sequence[Result]) -> None:
-    """The same table as Parquet; a column whose values are of several types is written as text."""
+    """Writes the same table as Parquet; a column with values of several types is written as text."""
     import pyarrow
     import pyarrow.parquet
 
@@ -78,7 +78,7 @@ def _of_one_type(column: list[Value]) -> list[Value]:
 
 
 def read_csv(file: Path) -> list[dict[str, Value]]:
-    """The rows that `write_csv` wrote; what reads as a number is one, an empty cell None."""
+    """Reads rows that `write_csv` wrote. Cells that read as numbers are numbers, empty cells are None."""
     with file.open(newline="", encoding="utf-8") as stream:
         return [{key: _parsed(cell) for key, cell in row.items()} for row in csv.DictReader(stream)]
 

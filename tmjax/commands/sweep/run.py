@@ -1,4 +1,4 @@
-"""`tmjax sweep`: many settings of one recipe; activations, plans and transports are made once for those that share."""
+"""`tmjax sweep`: many settings of one recipe. Shared activations, plans and transports are made once."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ from tmjax.runs.manifest import AlignmentRecord, BestSetting, Coefficient, Manif
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts
 from tmjax.transfer.contribution import Coefficients, Contribution
-from tmjax.transfer.operator import Chain, Step, code_hashes, read_chain
+from tmjax.transfer.operator import Chain, Step, code_hashes, operators_of
 from tmjax.transfer.projections import with_masks
 from tmjax.transfer.update_table import joined_table, require_transfer
 
@@ -46,7 +46,7 @@ Show = Callable[[Sequence[Mapping[str, Any]], int], None]
 
 @dataclasses.dataclass(frozen=True)
 class SharedSession:
-    """The session of one variant, whose stages have a name and a folder for each input hash, so that variants share."""
+    """The session of one variant. Its stages have a name and a folder per input hash, so that variants share them."""
 
     recipe: Recipe
     inputs: Inputs
@@ -55,7 +55,7 @@ class SharedSession:
     warn: Warn
 
     def step(self, stage: str) -> Callable[[int, int], None]:
-        """Returns a callback that shows how far a stage is."""
+        """Returns a callback that shows the progress of a stage."""
         return lambda done, total: self.progress(stage, done, total)
 
     def stage(self, name: str, key: object, output: str, work: Callable[[Path], AlignmentRecord | None]) -> Path:
@@ -82,7 +82,7 @@ def contributing(recipe: Recipe) -> Chain:
     """
     if recipe.coefficients.fit != CoefficientOptions().fit:
         raise InputError("a sweep fuses contributions by given coefficients: leave coefficients.fit out")
-    steps = [step for step in read_chain(recipe.operators) if not step.operator.chooses]
+    steps = [step for step in operators_of(recipe) if not step.operator.chooses]
     others = [step.operator.name for step in steps if not step.contributes]
     if others:
         raise InputError(f"a sweep fuses contributions by given coefficients: leave the operator {others[0]} out")
@@ -102,7 +102,7 @@ class Variant:
         self.recipe, self.inputs, self.source = recipe, inputs, SourceStages(self.session)
 
     def key(self) -> list[object]:
-        """Returns what decides the contributions; masks are put on afterwards."""
+        """Returns the key of the contributions: everything that they depend on. Masks are applied afterwards."""
         options = [
             [step.operator.name, {**step.options.model_dump(mode="json"), "mask_top_k": None}]
             for step in contributing(self.recipe)
@@ -122,7 +122,7 @@ class Variant:
         return results
 
     def masked(self, contributions: Sequence[Contribution]) -> list[Contribution]:
-        """Puts the masks of this recipe on."""
+        """Applies the masks of this recipe."""
         limits = [getattr(step.options, "mask_top_k", None) for step in contributing(self.recipe)]
         return [
             each if limit is None else with_masks(each, self.source.align(), limit)
@@ -131,7 +131,7 @@ class Variant:
 
 
 class Sweep:
-    """A run of many settings; what is finished is kept, batch by batch."""
+    """A run of many settings, whose results are kept batch by batch."""
 
     def __init__(
         self,
@@ -147,7 +147,9 @@ class Sweep:
     ) -> None:
         if recipe.valid is None:
             raise InputError("settings are compared on validation texts: give --valid FILE")
-        if recipe.mesh is None:  # settings are split over data, so the models are whole on every device unless told
+        if (
+            recipe.mesh is None
+        ):  # settings are split over data, so every device has whole models unless the recipe says otherwise
             recipe = recipe.model_copy(update={"mesh": f"data={jax.device_count()}"})
         self.axes = parse_axes(grid, recipe, random=random is not None)
         self.settings = make_settings(self.axes, recipe, random=random)
@@ -165,7 +167,7 @@ class Sweep:
         self._latest: tuple[list[object], list[Contribution]] | None = None
 
     def _scorer(self, recipe: Recipe, which: str, *, stored: bool = False) -> SettingsScorer:
-        """Scorer of the `valid` or `test` texts."""
+        """Makes the scorer of the `valid` or `test` texts."""
         name = (recipe.dtype, which, stored)
         if name not in self._scorers:
             texts: Texts = getattr(self.inputs, which)
@@ -183,7 +185,7 @@ class Sweep:
         return self._scorers[name]
 
     def _contributions(self, variant: Variant) -> list[Contribution]:
-        """The contributions with masks; those of the last group are kept, of which the next may need all."""
+        """Returns the contributions with masks. Those of the last group are kept, as the next group may need them."""
         key = variant.key()
         if self._latest is None or self._latest[0] != key:
             self._latest = None  # before the next are made
@@ -191,24 +193,24 @@ class Sweep:
         return variant.masked(self._latest[1])
 
     def _coefficients(self, group: Group, number: int) -> dict[str, tuple[float, float]]:
-        """Coefficients of every role that an operator contributes to."""
+        """Returns the coefficients of every role that an operator contributes to."""
         roles = {role for step in contributing(group.recipe) for role in self._roles_of(step)}
         return coefficients_of(group.recipe, self.settings[number], sorted(roles))
 
     def _roles_of(self, step: Step) -> Sequence[str]:
-        """Roles that an operator contributes to: its own (`roles(options)`), or the projections that are aligned."""
+        """Returns the roles that an operator contributes to: `roles(options)`, or the projections that are aligned."""
         own = getattr(step.operator, "roles", None)
         return sorted(self.inputs.projections) if own is None else own(step.options)
 
     def _results(self, number: int, group: Group) -> Iterator[list[Result]]:
-        """Results of one group, batch by batch; those on disk are read."""
+        """Yields results of one group, batch by batch; those on disk are read."""
         variant = Variant(group.recipe, self.session)
 
         def result(member: int, bits: float | None, seconds: float, reason: str = "") -> Result:
             setting = self.settings[member]
             return Result(member, setting, bits, seconds, setting.get("seed", self.recipe.seed), number, reason)
 
-        # Settings that come to the same coefficients are scored once.
+        # Settings with the same coefficients are scored once.
         members: dict[tuple[Any, ...], list[int]] = {}
         for member in group.members:
             members.setdefault(tuple(self._coefficients(group, member).items()), []).append(member)
@@ -291,7 +293,7 @@ class Sweep:
         return self.run.manifest.to_json()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The finished sweep's table, a mapping per setting."""
+        """Returns the finished sweep's table, a mapping per setting."""
         return read_csv(self.run.path / "results.csv")
 
     def _fuse_options(self, recipe: Recipe) -> list[object]:
@@ -323,7 +325,7 @@ class Sweep:
         )
 
     def _best(self, settings_key: object) -> None:
-        """Measures the best setting and the target on the test texts, once, and writes its checkpoint if asked to."""
+        """Measures the best setting and the target on the test texts, once; writes its checkpoint if requested."""
         best = self.run.manifest.sweep.best
         group = next(group for group in self.groups if best.setting in group.members)
         pairs = self._coefficients(group, best.setting)

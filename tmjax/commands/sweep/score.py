@@ -1,7 +1,7 @@
 """Scoring of many coefficients at once: one compiled program fuses and scores a batch of settings.
 
-Settings are split over devices; each device takes its own one after the other (or a few at a time, where memory and
-hardware are made for it) and scores the packed texts chunk by chunk.
+Settings are split over devices. A device scores its settings in turn, or a few at a time where memory and hardware
+allow it, and reads the packed texts chunk by chunk.
 """
 
 import functools
@@ -28,7 +28,7 @@ from tmjax.text.unknown import hidden_nats
 from tmjax.transfer.contribution import Coefficients, Contribution, Rule
 from tmjax.typing import Array, Params
 
-#: Nodes per chunk on a CPU, whose caches hold the activations of about so many.
+#: Nodes per chunk on a CPU: its caches have room for their activations.
 CPU_TOKENS = 1536
 #: Memory that settings scored at once by one accelerator may take, beyond the first.
 ACCELERATOR_BYTES = 2**32
@@ -38,12 +38,12 @@ MAX_AT_ONCE = 16
 
 
 def _roles(contributions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Roles of all contributions, in the order in which their coefficients are handed over."""
+    """Returns the roles of all contributions, in the order of their coefficients."""
     return sorted(role for items in contributions for role in items)
 
 
 class SettingsScorer:
-    """Scores texts, packed and placed once, under many coefficients of one transport after the other.
+    """Scores texts, packed and placed once, under many coefficients of one transport at a time.
 
     At most `max_settings` settings are expected in all. Settings are split over the data axis of `layout`; its other
     axes split the parameters, as elsewhere. With `stored`, fused parameters are first rounded to the target's dtypes,
@@ -108,7 +108,7 @@ class SettingsScorer:
         if shape not in self._programs:
             started = time.perf_counter()
             whole, split = PartitionSpec(), PartitionSpec(self._axis)
-            # Where parameters are split too (fsdp, tensor), those axes stay the compiler's.
+            # The compiler handles axes that parameters are split over (fsdp, tensor).
             program = jax.shard_map(
                 functools.partial(self._score, rules=rules),
                 mesh=self._mesh,
@@ -123,7 +123,7 @@ class SettingsScorer:
 
     @property
     def compilations(self) -> int:
-        """Number of compiled programs: one for every kind of transport (its roles, with or without biases)."""
+        """Number of compiled programs: one per kind of transport (its roles, with or without biases)."""
         return len(self._programs)
 
     def _score(
@@ -135,7 +135,7 @@ class SettingsScorer:
         *,
         rules: tuple[Rule, ...],
     ) -> Array:
-        """Sums [S, C, B] of the texts in all chunks under every setting."""
+        """Sums losses [S, C, B] of the texts in all chunks under every setting."""
 
         def one(pairs_r2: Array) -> Array:
             pairs = {
@@ -151,7 +151,7 @@ class SettingsScorer:
         return jax.lax.map(one, pairs_sr2, batch_size=self._at_once if self._at_once > 1 else None)
 
     def __call__(self, contributions: Sequence[Contribution], settings: Sequence[Coefficients]) -> np.ndarray:
-        """Negative log-likelihood [S, D] in nats of every document under every setting, hidden bytes charged, float64.
+        """Computes negative log-likelihoods [S, D] of documents under settings: nats, hidden bytes charged, float64.
 
         `settings` are at most `batch`, each with the coefficients of every role of the contributions (see `place`).
         """
@@ -167,9 +167,9 @@ class SettingsScorer:
         return nll + hidden_nats(self._cut.hidden.unknown)
 
     def scores(self, nll: np.ndarray) -> Scores:
-        """Scores of one setting's `nll` [D]."""
+        """Makes the scores of one setting from its `nll` [D]."""
         return Scores(nll, self._cut.bytes, self._cut.tokens, self._cut.hidden)
 
     def bits_per_byte(self, nll: np.ndarray) -> np.ndarray:
-        """Bits per byte [S] of `nll` [S, D]."""
+        """Computes bits per byte [S] of `nll` [S, D]."""
         return nll.sum(axis=-1) / math.log(2) / self._cut.bytes.sum()
