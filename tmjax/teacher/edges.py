@@ -106,16 +106,16 @@ def measure_edges(
         pairs.append(each[is_first | is_end])
     if not sum(map(len, pairs)):
         return {}
-    found = probabilities_at(source, shared.crossing, shared.source, pairs, search=search)
-    label = np.asarray([documents[d][p + 1] for d, p in zip(found.document, found.position, strict=True)])
-    rest = np.clip(1 - found.weight.sum(axis=1), 1e-6, 1.0) / target.spec.vocab
-    chosen = np.sum(found.weight * (found.ids == label[:, None]), axis=1)
+    asked = probabilities_at(source, shared.crossing, shared.source, pairs, search=search)
+    label = np.asarray([documents[d][p + 1] for d, p in zip(asked.document, asked.position, strict=True)])
+    rest = np.clip(1 - asked.weight.sum(axis=1), 1e-6, 1.0) / target.spec.vocab
+    chosen = np.sum(asked.weight * (asked.ids == label[:, None]), axis=1)
     by_source = -np.log(np.maximum(chosen, rest))
-    by_target = _target_nll(target, documents, found)
+    by_target = _target_nll(target, documents, asked)
     result = {}
-    for name, here in zip(("first", "end"), _edges(found.document, found.position, documents), strict=True):
-        if here.any():
-            nll = float(by_source[here].mean()), float(by_target[here].mean())
+    for name, at_edge in zip(("first", "end"), _edges(asked.document, asked.position, documents), strict=True):
+        if at_edge.any():
+            nll = float(by_source[at_edge].mean()), float(by_target[at_edge].mean())
             result[name] = EdgeFacts(source=nll[0], target=nll[1], used=nll[0] <= nll[1] + MARGIN)
     return result
 
