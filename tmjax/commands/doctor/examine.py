@@ -17,6 +17,7 @@ from tmjax.checkpoints.formats.container import any_weights, no_weights
 from tmjax.checkpoints.formats.weights import has_safetensors, weight_files
 from tmjax.checkpoints.headers import open_headers
 from tmjax.checkpoints.hub import resolve
+from tmjax.checkpoints.load import require_plain
 from tmjax.checkpoints.orbax import is_orbax
 from tmjax.commands.doctor.estimate import Reading, memory, time
 from tmjax.commands.merge.inputs import WITHOUT
@@ -77,6 +78,8 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         name: _tried(problems, lambda n=name: _side(n, recipe.place(getattr(recipe, n)), problems))
         for name in ("target", "source")
     }
+    if sides["target"]:
+        _tried(problems, lambda: require_plain(recipe.place(recipe.target)))
     tokenizers = {
         name: _tried(problems, lambda s=side: load_tokenizer(s.directory, s.spec.vocab)) if side else None
         for name, side in sides.items()
