@@ -9,7 +9,8 @@ from tmjax.activations import store
 from tmjax.activations.store import Activations
 from tmjax.errors import InputError
 from tmjax.runs.directory import RunDirectory
-from tmjax.runs.manifest import GeneratedFacts, Record, TeacherFacts
+from tmjax.runs.manifest import Record
+from tmjax.runs.run_facts import GeneratedFacts, TeacherFacts
 from tmjax.sharding import hosts
 from tmjax.teacher.generation import Generation, TextFilter, filter_texts, generate_texts
 from tmjax.teacher.probabilities import Search, TeacherProbabilities, probabilities_of_texts
