@@ -22,7 +22,7 @@ from tmjax.checkpoints.hub import CONFIG_NAME, copy_companions
 from tmjax.commands.doctor.examine import examine
 from tmjax.errors import InputError
 from tmjax.models.families import FAMILIES, family_of, unread
-from tmjax.models.families.base import ACTIVATION_NAMES
+from tmjax.models.families.config_values import ACTIVATION_NAMES
 from tmjax.models.families.quantised import is_float8, without_quantisation
 from tmjax.models.layers import ACTIVATIONS
 from tmjax.transfer.recipe import build_recipe

@@ -9,7 +9,7 @@ from schema import HERE, PaperRecipe
 from tmjax.align.sizes import sites_of
 from tmjax.checkpoints.hub import CONFIG_NAME, read_config
 from tmjax.commands.doctor.estimate import Reading, memory
-from tmjax.commands.doctor.examine import Side
+from tmjax.commands.doctor.side import Side
 from tmjax.errors import InputError, summarise
 from tmjax.evaluate.tasks import task_manager
 from tmjax.models.families import family_of

@@ -36,7 +36,7 @@ from tmjax.runs.run_files import split
 from tmjax.sharding.mesh import Layout
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
-from tmjax.transfer.chain import read_chain
+from tmjax.transfer.operator import read_chain
 from tmjax.transfer.operators.transport import transport_model
 from tmjax.transfer.projections import fuse_params, projection_contribution
 from tmjax.transfer.recipe import build_recipe

@@ -9,24 +9,20 @@ import pytest
 from tmjax import cli
 from tmjax.errors import InputError
 from tmjax.runs.directory import RunDirectory, resumes
-from tmjax.runs.manifest import (
-    FORMAT,
-    MANIFEST,
+from tmjax.runs.manifest import FORMAT, MANIFEST, Manifest, load_manifest, read_manifest
+from tmjax.runs.run_facts import (
     CoefficientFacts,
     ControlFacts,
     EvaluationFacts,
     GeneratedFacts,
     HeadCounts,
     LayerPlanFacts,
-    Manifest,
     PlanFacts,
     RowFacts,
     ScheduleFacts,
     SourceGain,
     TeacherFacts,
     TrainingFacts,
-    load_manifest,
-    read_manifest,
 )
 
 KEY = {"recipe": "1"}

@@ -10,7 +10,8 @@ from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.bootstrap import percentile_interval, resample
 from tmjax.recipes.base import EvaluationOptions
 from tmjax.runs.directory import RunDirectory
-from tmjax.runs.manifest import ForgettingFacts, Manifest, Record
+from tmjax.runs.manifest import Manifest, Record
+from tmjax.runs.run_facts import ForgettingFacts
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts
 from tmjax.typing import Params

@@ -6,7 +6,8 @@ from typing import Any
 
 from tmjax.evaluate.bits import Scores
 from tmjax.evaluate.bootstrap import resample, source_gain
-from tmjax.runs.manifest import EvaluationFacts, Manifest, SourceGain
+from tmjax.runs.manifest import Manifest
+from tmjax.runs.run_facts import EvaluationFacts, SourceGain
 
 
 @dataclass(frozen=True)

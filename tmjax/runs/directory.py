@@ -18,16 +18,14 @@ from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import (
     MANIFEST,
     Manifest,
-    Output,
     Record,
-    Stage,
-    Unfinished,
     find_manifest,
     is_current,
     load_manifest,
     refuse_other_format,
 )
 from tmjax.runs.peak_memory import peak_rss_mib
+from tmjax.runs.run_facts import Output, Stage, Unfinished
 from tmjax.runs.run_files import EDITED, RECIPE, is_edited, is_own, listed, partial_of, split
 from tmjax.runs.team import ALONE, Team
 

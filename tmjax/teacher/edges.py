@@ -17,7 +17,7 @@ import numpy as np
 from tmjax.activations.joined import Joined, join
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import token_nll
-from tmjax.runs.manifest import EdgeFacts
+from tmjax.runs.run_facts import EdgeFacts
 from tmjax.sharding.hosts import to_host
 from tmjax.teacher.probabilities import Search, TeacherProbabilities, probabilities_at, read_shared
 from tmjax.teacher.teacher_model import Teacher

@@ -9,7 +9,8 @@ from tmjax.activations import store
 from tmjax.activations.store import Activations
 from tmjax.errors import InputError
 from tmjax.runs.directory import RunDirectory
-from tmjax.runs.manifest import GeneratedFacts, Manifest, Record, TeacherFacts
+from tmjax.runs.manifest import Manifest, Record
+from tmjax.runs.run_facts import GeneratedFacts, TeacherFacts
 from tmjax.sharding import hosts
 from tmjax.teacher.edges import Edges, edge_notes, measure_edges, save_edges
 from tmjax.teacher.generation import GeneratedTexts, Generation, TextFilter, filter_texts, generate_texts

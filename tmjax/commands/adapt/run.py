@@ -28,7 +28,8 @@ from tmjax.recipes.base import dump_recipe
 from tmjax.report.training_page import adapted_card, write_training_report
 from tmjax.runs.directory import RunDirectory, resumes
 from tmjax.runs.hashes import digest
-from tmjax.runs.manifest import InputFacts, Manifest, Record, ScheduleFacts, TrainingFacts, load_manifest
+from tmjax.runs.manifest import Manifest, Record, load_manifest
+from tmjax.runs.run_facts import InputFacts, ScheduleFacts, TrainingFacts
 from tmjax.teacher.stages import TeacherStages
 from tmjax.train.modes import Lora
 from tmjax.train.peft import write_adapter

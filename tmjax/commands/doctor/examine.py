@@ -4,25 +4,19 @@ Only config.json, the tokenizers' files and the headers of the weights are read,
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tmjax.align.alignment import solver_of
 from tmjax.align.sizes import require_room, sites_of
 from tmjax.align.streaming import require_streamable
-from tmjax.checkpoints.description import describe
-from tmjax.checkpoints.formats.container import any_weights, no_weights
-from tmjax.checkpoints.formats.weights import has_safetensors, weight_files
-from tmjax.checkpoints.headers import open_headers
-from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.load import require_plain
-from tmjax.checkpoints.orbax import is_orbax
+from tmjax.commands.doctor.compatibility import differences, mapped, overlap, tokenizer_faults
 from tmjax.commands.doctor.estimate import Reading, memory, time
+from tmjax.commands.doctor.side import Side, describe_side, side_facts
 from tmjax.commands.merge.inputs import WITHOUT
 from tmjax.errors import InputError
-from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec, Rotary, projections
+from tmjax.models.spec import ParamSpec
 from tmjax.ot import ShapeCheckingSolver
 from tmjax.recipes.merge import Recipe
 from tmjax.sharding.mesh import AUTO, Layout
@@ -30,40 +24,11 @@ from tmjax.teacher.vocabulary_map import few_shared, require_shared
 from tmjax.text.documents import read_texts
 from tmjax.text.rows import pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.transfer.chain import chain_of, chain_projections, named_roles, needs_of
+from tmjax.transfer.chain import chain_of, chain_projections, needs_of
 from tmjax.transfer.operator import Chain
 
 #: Rows and tokens that are assumed where no texts are given.
 ASSUMED = Reading(rows=10_000, target_tokens=15_000, source_tokens=15_000, assumed=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """One model as its config describes it; no weights."""
-
-    name: str
-    directory: Path
-    config: Mapping[str, Any]
-    spec: DecoderSpec
-    rows: tuple[ParamSpec, ...]
-    weights: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters, tied copies counted once."""
-        return sum(math.prod(row.stacked_shape(self.spec)) for row in self.rows if row.tied_to is None)
-
-    @property
-    def dtype(self) -> str | None:
-        """Name of the stored dtype of the weights according to config.json."""
-        stored = self.config.get("dtype") or self.config.get("torch_dtype")
-        return stored if isinstance(stored, str) else None
-
-    @property
-    def bytes(self) -> int:
-        """Size of the weights in their stored dtype (float32 if the config names none)."""
-        return self.parameters * (2 if self.dtype in ("bfloat16", "float16") else 4)
 
 
 def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
@@ -75,7 +40,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
     problems: list[str] = []
     notes: list[str] = []
     sides = {
-        name: _tried(problems, lambda n=name: _side(n, recipe.place(getattr(recipe, n)), problems))
+        name: _tried(problems, lambda n=name: describe_side(n, recipe.place(getattr(recipe, n)), problems))
         for name in ("target", "source")
     }
     if sides["target"]:
@@ -91,7 +56,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         "mergeable": False,
         "problems": problems,
         "notes": notes,
-        "models": {name: _model(side) if side else None for name, side in sides.items()},
+        "models": {name: side_facts(side) if side else None for name, side in sides.items()},
         "operators": operators(chain) if chain else None,
         "projections": None,
         "differences": None,
@@ -105,8 +70,9 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         if side and side.weights == "missing":
             notes.append(f"{name} {side.directory} holds no weights; they were not needed here")
         if side and tokenizers[name]:
-            for lines, added in zip((problems, notes), _rows(name, tokenizers[name], side.spec.vocab), strict=True):
-                lines += added
+            faults, remarks = tokenizer_faults(name, tokenizers[name], side.spec.vocab)
+            problems += faults
+            notes += remarks
         if side and layout:
             _tried(problems, lambda s=side: [layout.param_sharding(r.path, r.axes, r.shape(s.spec)) for r in s.rows])
     if all(tokenizers.values()):
@@ -156,116 +122,12 @@ def _tried(problems: list[str], work: Any) -> Any:
         return None
 
 
-def _side(name: str, model: str, problems: list[str]) -> Side:
-    """Describes one model by its config; adds faults of its weights' headers to the problems."""
-    directory = resolve(model, weights=False)
-    orbax = is_orbax(directory)
-    try:
-        described = describe(directory / "hf" if orbax else directory)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    weights, notes = "orbax" if orbax else "missing", described.notes
-    if not orbax and weight_files(directory):
-        weights = "safetensors" if has_safetensors(directory) else "PyTorch"
-        try:
-            notes = open_headers(described).notes
-        except InputError as error:
-            problems.append(f"{name}: {error}")
-    elif not orbax and any_weights(directory):
-        problems.append(f"{name}: {no_weights(directory)}")
-    return Side(name, described.directory, described.config, described.spec, described.rows, weights, notes)
-
-
-def _model(side: Side) -> dict[str, Any]:
-    spec = side.spec
-    return {
-        "path": str(side.directory),
-        "family": side.config["model_type"],
-        "parameters": side.parameters,
-        "layers": spec.layers,
-        "hidden": spec.hidden,
-        "heads": spec.heads,
-        "kv_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
-        "mlp": spec.mlp,
-        "vocab": spec.vocab,
-        "tied_embeddings": spec.tied_embeddings,
-        "dtype": side.dtype,
-        "bytes": side.bytes,
-        "weights": side.weights,
-    }
-
-
-def _rotary(rotary: Rotary, head_dim: int) -> str:
-    if rotary.scaling == "none":
-        return "none"
-    scaled = rotary.scaling if rotary.scaling in ("default", "longrope") else f"{rotary.scaling} x {rotary.factor:g}"
-    kind = ", interleaved" if rotary.interleaved else ""
-    return f"theta {rotary.theta:g}, {scaled}, {rotary.dims(head_dim)} of {head_dim} dimensions{kind}"
-
-
-def _windows(spec: DecoderSpec) -> str:
-    sizes = [window for window in spec.layer_windows if window != FULL_ATTENTION]
-    return f"{len(sizes)} of {spec.layers} layers, {max(sizes)} tokens" if sizes else "none"
-
-
-def differences(target: DecoderSpec, source: DecoderSpec) -> list[dict[str, Any]]:
-    """Compares attention, positions and MLP of the two architectures: `what`, `target`, `source`, `same`."""
-
-    def facts(spec: DecoderSpec) -> dict[str, str]:
-        norms = [kind for kind, present in (("before", spec.pre_norm), ("after", spec.post_norm)) if present]
-        return {
-            "head_dim": str(spec.head_dim),
-            "query heads per KV head": str(spec.heads // spec.kv_heads),
-            "rotary": _rotary(spec.rotary, spec.head_dim),
-            "rotary of windowed layers": "same"
-            if len(spec.rotaries) == 1
-            else _rotary(spec.rotaries[1], spec.head_dim),
-            "layers of the second rotary": str(sum(spec.layer_rotaries)),
-            "learned positions": "yes" if spec.learned_positions else "no",
-            "qk norm": spec.qk_norm,
-            "windows": _windows(spec),
-            "MLP": ("gated, " if spec.gated else "plain, ") + spec.activation,
-            "norm": f"{spec.norm}, {' and '.join(norms)} each branch" + (", parallel" if spec.parallel else ""),
-            "biases (qkv, o, MLP)": ", ".join(
-                "yes" if b else "no" for b in (spec.qkv_bias, spec.o_bias, spec.mlp_bias)
-            ),
-            "caps (attention, logits)": f"{spec.attention_cap or 'none'}, {spec.logit_cap or 'none'}",
-        }
-
-    ours, theirs = facts(target), facts(source)
-    return [
-        {"what": feature, "target": ours[feature], "source": theirs[feature], "same": ours[feature] == theirs[feature]}
-        for feature in ours
-    ]
-
-
 def operators(chain: Chain) -> list[dict[str, Any]]:
     """Returns the operators that run, in order, with their needs and whether they choose on validation texts."""
     return [
         {"name": step.operator.name, "needs": sorted(step.operator.needs), "chooses": step.operator.chooses}
         for step in chain
     ]
-
-
-def mapped(target: Side, source: Side, chain: Chain) -> dict[str, list[dict[str, Any]]]:
-    """Lists the projections that are aligned.
-
-    Returns:
-        `mapped`: projections that both models have, with shapes [out, in]; `left_out`: the others, with the reason.
-    """
-    ours, theirs = projections(target.rows), projections(source.rows)
-    named, both, rest = named_roles(chain), [], []
-    for role in dict.fromkeys((*ours, *theirs)):
-        if role not in ours or role not in theirs:
-            lacking = "source" if role in ours else "target"
-            rest.append({"role": role, "reason": f"the {lacking} has none"})
-        elif named is not None and role not in named:
-            rest.append({"role": role, "reason": "not in the roles of any operator"})
-        else:
-            shapes = [list(row[role].shape(side.spec)) for row, side in ((ours, target), (theirs, source))]
-            both.append({"role": role, "target_shape": shapes[0], "source_shape": shapes[1]})
-    return {"mapped": both, "left_out": rest}
 
 
 def _require_solver(recipe: Recipe, target: Side, source: Side, chosen: Mapping[str, ParamSpec]) -> bool:
@@ -291,43 +153,5 @@ def _reading(recipe: Recipe, tokenizers: Mapping[str, TextTokenizer]) -> Reading
 
 
 def _shared_positions(recipe: Recipe, tokenizers: Mapping[str, TextTokenizer]) -> tuple[int, int]:
-    texts = read_texts(recipe.texts).part(recipe.activations.max_texts, recipe.seed).texts
+    texts = read_texts(recipe.place(recipe.texts)).part(recipe.activations.max_texts, recipe.seed).texts
     return require_shared(tokenizers["target"], tokenizers["source"], texts, otherwise=WITHOUT)
-
-
-def _rows(name: str, tokenizer: TextTokenizer, rows: int) -> tuple[list[str], list[str]]:
-    """Adds problems and notes where a tokenizer and an embedding of `rows` rows differ in size."""
-    known = tokenizer.known(rows)
-    problems, notes = [], []
-    if known is not None:
-        padded = int((~known).sum())
-        notes.append(f"{name}: {padded} of the embedding's {rows} rows are no tokens; they stay as they are")
-    vocabulary = tokenizer.vocabulary
-    beyond = sorted(number for number in (*vocabulary.text, *vocabulary.special) if number >= rows)
-    if any(number >= rows for number in tokenizer.backend.get_vocab(with_added_tokens=False).values()):
-        problems.append(f"{name}: the tokenizer has {tokenizer.size} tokens, the embedding {rows} rows")
-    elif beyond:
-        notes.append(
-            f"{name}: {len(beyond)} added tokens lie beyond the embedding's {rows} rows, the first is "
-            f"{tokenizer.backend.id_to_token(beyond[0])!r}; a text that holds one is refused"
-        )
-    return problems, notes
-
-
-def overlap(target: TextTokenizer, source: TextTokenizer) -> dict[str, Any]:
-    """Compares two vocabularies: sizes, special tokens, shared token strings (in one spelling of spaces and bytes)."""
-    ours, theirs = target.vocabulary.ids, source.vocabulary.ids
-    shared = len(ours.keys() & theirs.keys())
-    special = {
-        name: {str(token): each.backend.token_to_id(str(token)) for token in each.fast.all_special_tokens}
-        for name, each in (("target", target), ("source", source))
-    }
-    return {
-        "target": target.backend.get_vocab_size(),
-        "source": source.backend.get_vocab_size(),
-        "shared": shared,
-        "share_of_target": shared / max(len(ours), 1),
-        "share_of_source": shared / max(len(theirs), 1),
-        "identical": target.backend.get_vocab() == source.backend.get_vocab(),
-        "special": special,
-    }

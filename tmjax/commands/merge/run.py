@@ -27,14 +27,8 @@ from tmjax.recipes.base import read_recipe
 from tmjax.recipes.merge import Recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
-from tmjax.runs.manifest import (
-    CoefficientFacts,
-    ControlFacts,
-    Manifest,
-    Record,
-    find_manifest,
-    read_manifest,
-)
+from tmjax.runs.manifest import Manifest, Record, find_manifest, read_manifest
+from tmjax.runs.run_facts import CoefficientFacts, ControlFacts
 from tmjax.runs.run_files import RECIPE
 from tmjax.sharding import hosts
 from tmjax.transfer.chain import Merged, apply_chain, fit_facts, needs_of

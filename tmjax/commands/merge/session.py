@@ -16,7 +16,8 @@ from tmjax.recipes.base import Placed, dump_recipe
 from tmjax.recipes.merge import Recipe
 from tmjax.runs.directory import RunDirectory
 from tmjax.runs.hashes import digest
-from tmjax.runs.manifest import InputFacts, Manifest, Record, find_manifest, is_current
+from tmjax.runs.manifest import Manifest, Record, find_manifest, is_current
+from tmjax.runs.run_facts import InputFacts
 from tmjax.sharding import hosts
 
 _INPUTS = ("source", "target", "texts", "valid", "test")

@@ -23,7 +23,8 @@ from tmjax.models.decoder import init_params
 from tmjax.models.spec import DecoderSpec
 from tmjax.recipes.merge import Recipe
 from tmjax.runs.directory import RunDirectory
-from tmjax.runs.manifest import AlignmentFacts, AlignmentRecord, HeadCounts, LayerPlanFacts, PlanFacts, RowFacts
+from tmjax.runs.manifest import AlignmentRecord
+from tmjax.runs.run_facts import AlignmentFacts, HeadCounts, LayerPlanFacts, PlanFacts, RowFacts
 from tmjax.sharding import hosts
 from tmjax.teacher.span_features import last_tokens
 from tmjax.text.rows import TokenisedDocument

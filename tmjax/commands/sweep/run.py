@@ -1,6 +1,5 @@
 """`tmjax sweep`: many settings of one recipe. Shared activations, plans and transports are made once."""
 
-import dataclasses
 import functools
 import json
 import time
@@ -16,118 +15,29 @@ from tmjax.align.alignment import solver_of
 from tmjax.align.streaming import require_streamable
 from tmjax.checkpoints import hf
 from tmjax.commands.callbacks import Progress, Warn, quiet, silent
-from tmjax.commands.merge.context import merge_context
-from tmjax.commands.merge.inputs import Inputs
-from tmjax.commands.merge.session import Session, open_session
-from tmjax.commands.merge.source_stages import SourceStages
+from tmjax.commands.merge.session import open_session
 from tmjax.commands.notes import note_hidden
 from tmjax.commands.sweep.grid import coefficients_of, make_settings, parse_axes
 from tmjax.commands.sweep.groups import Group, make_groups
 from tmjax.commands.sweep.results import Result, best_of, has_parquet, read_csv, write_csv, write_parquet
 from tmjax.commands.sweep.score import SettingsScorer
+from tmjax.commands.sweep.shared_stages import Variant, contributing
 from tmjax.errors import InputError
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_json
-from tmjax.recipes.merge import CoefficientOptions, Recipe
+from tmjax.recipes.merge import Recipe
 from tmjax.report.sweep_page import write_sweep_report
-from tmjax.runs.directory import RunDirectory
 from tmjax.runs.hashes import digest
-from tmjax.runs.manifest import AlignmentRecord, BestSetting, Coefficient, Manifest, Record, SweepFacts
+from tmjax.runs.manifest import Manifest, Record
+from tmjax.runs.run_facts import BestSetting, Coefficient, SweepFacts
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts
 from tmjax.transfer.contribution import Coefficients, Contribution
-from tmjax.transfer.operator import Chain, Step, code_hashes, operators_of
-from tmjax.transfer.projections import with_masks
+from tmjax.transfer.operator import Step, code_hashes
 from tmjax.transfer.update_table import joined_table, require_transfer
 
 #: Called with the rows so far and the number of all settings.
 Show = Callable[[Sequence[Mapping[str, Any]], int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class SharedSession:
-    """The session of one variant. Its stages have a name and a folder per input hash, so that variants share them."""
-
-    recipe: Recipe
-    inputs: Inputs
-    run: RunDirectory
-    progress: Progress
-    warn: Warn
-
-    def step(self, stage: str) -> Callable[[int, int], None]:
-        """Returns a callback that shows the progress of a stage."""
-        return lambda done, total: self.progress(stage, done, total)
-
-    def stage(self, name: str, key: object, output: str, work: Callable[[Path], AlignmentRecord | None]) -> Path:
-        """Runs a stage unless it is finished for this input hash."""
-        label = digest(key)[:8]
-
-        def labelled(partial: Path) -> Record:
-            record = work(partial)
-
-            def shared(manifest: Manifest) -> None:
-                if record is not None:
-                    record(manifest.shared_facts(label))
-
-            return shared
-
-        return self.run.stage(f"{name}:{label}", key, f"shared/{label}/{output}", labelled)
-
-
-def contributing(recipe: Recipe) -> Chain:
-    """Returns the operators that a sweep can fuse by given coefficients; those that choose on text are left out.
-
-    Raises:
-        InputError: Another operator is in the list, none is left, or coefficients are to be learned.
-    """
-    if recipe.coefficients.fit != CoefficientOptions().fit:
-        raise InputError("a sweep fuses contributions by given coefficients: leave coefficients.fit out")
-    steps = [step for step in operators_of(recipe) if not step.operator.chooses]
-    others = [step.operator.name for step in steps if not step.contributes]
-    if others:
-        raise InputError(f"a sweep fuses contributions by given coefficients: leave the operator {others[0]} out")
-    if not steps:
-        raise InputError(
-            "a sweep fuses contributions by given coefficients: add an operator that has some, as transport"
-        )
-    return tuple(steps)
-
-
-class Variant:
-    """Alignment and contributions of one recipe of a sweep, inside the sweep's run directory."""
-
-    def __init__(self, recipe: Recipe, session: Session) -> None:
-        inputs = Inputs(recipe, like=session.inputs)
-        self.session = SharedSession(recipe, inputs, session.run, session.progress, session.warn)
-        self.recipe, self.inputs, self.source = recipe, inputs, SourceStages(self.session)
-
-    def key(self) -> list[object]:
-        """Returns the key of the contributions: everything that they depend on. Masks are applied afterwards."""
-        options = [
-            [step.operator.name, {**step.options.model_dump(mode="json"), "mask_top_k": None}]
-            for step in contributing(self.recipe)
-        ]
-        code = code_hashes(contributing(self.recipe))
-        return [self.source.alignment_key(), options, *([code] if code else [])]
-
-    def contributions(self) -> list[Contribution]:
-        """Makes the contributions, without masks."""
-        view, context = self.source.view(), merge_context(self.session, "transport")
-        results = []
-        for step in contributing(self.recipe):
-            options = step.options
-            if "mask_top_k" in type(options).model_fields:
-                options = options.model_copy(update={"mask_top_k": None})
-            results.append(step.operator.contribute(self.inputs.target.params, view, options, context))
-        return results
-
-    def masked(self, contributions: Sequence[Contribution]) -> list[Contribution]:
-        """Applies the masks of this recipe."""
-        limits = [getattr(step.options, "mask_top_k", None) for step in contributing(self.recipe)]
-        return [
-            each if limit is None else with_masks(each, self.source.align(), limit)
-            for each, limit in zip(contributions, limits, strict=True)
-        ]
 
 
 class Sweep:

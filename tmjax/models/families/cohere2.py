@@ -4,7 +4,8 @@ from typing import Any
 
 from tmjax.errors import InputError
 from tmjax.models.families import cohere
-from tmjax.models.families.base import ConfigView, Family, read_windows, write_windows
+from tmjax.models.families.base import Family
+from tmjax.models.families.config_values import ConfigView, read_windows, write_windows
 from tmjax.models.families.layout import llama_like
 from tmjax.models.spec import DecoderSpec, Rotary
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from tmjax.errors import InputError
 from tmjax.models.families import gemma, gemma2
-from tmjax.models.families.base import ConfigView, Family, Field, read_windows, write_activation, write_windows
+from tmjax.models.families.base import Family, Field
+from tmjax.models.families.config_values import ConfigView, read_windows, write_activation, write_windows
 from tmjax.models.families.layout import fields
 from tmjax.models.families.rope import RotaryKeys, rotary_of, write_settings
 from tmjax.models.spec import DecoderSpec, Rotary

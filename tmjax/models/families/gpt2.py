@@ -3,7 +3,8 @@
 from typing import Any
 
 from tmjax.errors import InputError
-from tmjax.models.families.base import ConfigView, Family, Field, read_activation, write_activation
+from tmjax.models.families.base import Family, Field
+from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
 from tmjax.models.families.layout import fused, head, linear, norm
 from tmjax.models.spec import DecoderSpec, ParamSpec, Part, Rotary
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from tmjax.models.families import llama
-from tmjax.models.families.base import ConfigView, Family
+from tmjax.models.families.base import Family
+from tmjax.models.families.config_values import ConfigView
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.spec import DecoderSpec
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from tmjax.models.families.base import (
+from tmjax.models.families.base import Family, Field
+from tmjax.models.families.config_values import (
     ConfigView,
-    Family,
-    Field,
     read_activation,
     read_windows,
     write_activation,

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from tmjax.models.families.base import ConfigView, Family, Field, attention_biases, read_activation
+from tmjax.models.families.base import Family, Field
+from tmjax.models.families.config_values import ConfigView, attention_biases, read_activation
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.qwen2 import upper_windows
 from tmjax.models.families.qwen2 import write as write_qwen2

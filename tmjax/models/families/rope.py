@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tmjax.errors import InputError
-from tmjax.models.families.base import ConfigView, Kind, check_kind
+from tmjax.models.families.config_values import ConfigView, Kind, check_kind
 from tmjax.models.families.unread import known_rope_keys
 from tmjax.models.spec import DecoderSpec, Rotary
 

@@ -4,10 +4,9 @@ from typing import Any
 
 from tmjax.errors import InputError
 from tmjax.models.families import llama
-from tmjax.models.families.base import (
+from tmjax.models.families.base import Family, Field
+from tmjax.models.families.config_values import (
     ConfigView,
-    Family,
-    Field,
     attention_biases,
     read_activation,
     read_windows,

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from tmjax.models.families.base import ConfigView, Family, Field, read_activation, write_activation
+from tmjax.models.families.base import Family, Field
+from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
 from tmjax.models.families.layout import fields, linear, llama_like
 from tmjax.models.families.mistral import read_window
 from tmjax.models.families.rope import read_rotary, write_rotary
