@@ -174,7 +174,7 @@ def packed_beside(name: str, value: dict):
 CANNOT = {
     "gguf": (files("model-Q4_K_M.gguf"), "model-Q4_K_M.gguf is a GGUF file, whose weights are packed; give"),
     "gguf with a config": (weights("model.gguf"), "model.gguf is a GGUF file"),
-    "lora": (adapter, "it holds an adapter (LoRA) of meta-llama/Llama-3.2-1B, not a model; fold it into its base"),
+    "lora": (adapter, "adapter_model.safetensors is truncated or not a safetensors file"),
     "lora with a config": (lambda d: adapter(d, config=True), "it holds an adapter (LoRA) of meta-llama/Llama-3.2-1B"),
     "mlx": (mlx, "an MLX checkpoint with 4-bit weights); write it unpacked with mlx_lm.convert --dequantize"),
     "mistral": (weights("consolidated.safetensors"), "consolidated.safetensors is Mistral's own format; give the"),

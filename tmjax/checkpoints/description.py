@@ -1,13 +1,14 @@
 """What a checkpoint directory says of itself before any tensor is looked at: config, family, spec, notes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tmjax.checkpoints.formats.adapter import Adapter
 from tmjax.checkpoints.formats.container import container_notes, float8_beside, refuse_packed
 from tmjax.checkpoints.formats.float8 import Float8
-from tmjax.checkpoints.hub import read_config
+from tmjax.checkpoints.hub import adapter_base, is_adapter, read_config
 from tmjax.errors import InputError
 from tmjax.models.families import family_of
 from tmjax.models.families.base import Family
@@ -18,7 +19,7 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 
 @dataclass(frozen=True)
 class CheckpointDescription:
-    """One checkpoint as its `config.json` describes it.
+    """One checkpoint as its `config.json` describes it; of an `adapter` the base model's.
 
     `config` is that of the text model of a multimodal `wrapper`, and of the dequantised model where weights are
     `float8`. `notes` are what a user should know and
@@ -32,6 +33,7 @@ class CheckpointDescription:
     notes: tuple[str, ...]
     wrapper: Wrapper | None = None
     float8: Float8 | None = None
+    adapter: Adapter | None = None
 
     @property
     def rows(self) -> tuple[ParamSpec, ...]:
@@ -47,6 +49,10 @@ def describe(directory: Path) -> CheckpointDescription:
             or not supported; names the directory.
     """
     directory = Path(directory)
+    if is_adapter(directory):
+        adapter = Adapter(directory)
+        base = describe(adapter_base(directory, adapter))
+        return replace(base, adapter=adapter, notes=(*base.notes, adapter.note))
     config = read_config(directory)
     wrapper = wrapper_of(config)
     if wrapper is not None:

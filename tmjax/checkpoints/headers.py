@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tmjax.checkpoints.description import CheckpointDescription
+from tmjax.checkpoints.formats.adapter import Folded
 from tmjax.checkpoints.formats.names import matched
 from tmjax.checkpoints.formats.safetensors import Weights
 from tmjax.checkpoints.formats.weights import Renamed, open_weights
@@ -17,9 +19,11 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 class CheckpointHeaders:
     """A Hugging Face directory whose tensors match its config; only headers were read.
 
+    `directory` is where config, tokenizer and weights lie: of an adapter that of its base model.
     `ties` are the tied copies that are on disk, `notes` what a user should know and nothing refuses.
     """
 
+    directory: Path
     config: Mapping[str, Any]
     family: Family
     spec: DecoderSpec
@@ -40,7 +44,10 @@ def open_headers(described: CheckpointDescription) -> CheckpointHeaders:
         index = Renamed(index, {text: name for name, text in names.items() if text is not None})
     index, renamed = matched(index, rows, spec)
     ties = check_tensors(index, rows, spec)
-    return CheckpointHeaders(described.config, described.family, spec, index, ties, (*described.notes, *renamed))
+    if described.adapter is not None:
+        index = Folded(index, described.adapter)
+    notes = (*described.notes, *renamed)
+    return CheckpointHeaders(described.directory, described.config, described.family, spec, index, ties, notes)
 
 
 def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> dict[str, ParamSpec]:

@@ -38,7 +38,8 @@ def open_model(directory: Path) -> Model:
     opened = open_checkpoint(directory)
     rows = opened.family.params(opened.spec)
     params = {row.path: _lazy(opened.index, row, opened.spec) for row in rows if row.tied_to is None}
-    return Model(opened.family, opened.spec, params, opened.config, directory, tuple(opened.ties), notes=opened.notes)
+    ties = tuple(opened.ties)
+    return Model(opened.family, opened.spec, params, opened.config, opened.directory, ties, notes=opened.notes)
 
 
 def load(directory: Path, *, placement: Placement = default_placement) -> Model:

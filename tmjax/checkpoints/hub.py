@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tmjax.checkpoints.formats.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from tmjax.checkpoints.formats.container import explain
 from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME
@@ -63,7 +64,7 @@ def resolve(model: str, *, weights: bool = True) -> Path:
     import huggingface_hub.errors
 
     def fetch(names: list[str]) -> Path:
-        patterns = [*names, CONFIG_NAME, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
+        patterns = [*names, CONFIG_NAME, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
 
     try:
@@ -81,6 +82,30 @@ def resolve(model: str, *, weights: bool = True) -> Path:
         raise InputError(f"no directory {model}, and the hub did not give it: {reason}") from None
     except Exception as error:  # network libraries raise their own types, which huggingface_hub does not wrap
         raise InputError(f"no directory {model}, and the hub could not be reached: {type(error).__name__}") from None
+
+
+def adapter_base(directory: Path, adapter: Adapter) -> Path:
+    """Returns the directory of an adapter's base model: from there, from here, or of the hub.
+
+    Raises:
+        InputError: The adapter names none, or there is none.
+    """
+    base = adapter.base
+    if base is None:
+        raise InputError(f"{directory}: {ADAPTER_CONFIG} names no base_model_name_or_path")
+    near = Path(directory) / base
+    try:
+        return near if near.is_dir() else resolve(base)
+    except InputError as error:
+        raise InputError(f"{directory} is an adapter of {base}: {error}") from None
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter and no model."""
+    directory = Path(directory)
+    if not (directory / ADAPTER_CONFIG).is_file() or (directory / CONFIG_NAME).is_file():
+        return False
+    return not any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME, BIN_SINGLE_NAME, BIN_INDEX_NAME))
 
 
 def is_gguf(file: Path) -> bool:

@@ -43,9 +43,8 @@ def checkpoint_notes(path: str | Path) -> tuple[str, ...]:
 
     Raises InputError and CheckpointError as `load_model` does, except for faults that only the numbers show.
     """
-    directory = config_directory(path)
-    described = describe(directory)
-    return open_headers(described).notes if weight_files(directory) else described.notes
+    described = describe(config_directory(path))
+    return open_headers(described).notes if weight_files(described.directory) else described.notes
 
 
 def require_plain(path: str | Path) -> None:

@@ -4,8 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from tmjax.checkpoints.formats.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from tmjax.checkpoints.formats.weights import weight_files
-from tmjax.checkpoints.hub import COMPANIONS, CONFIG_NAME, extra_templates
+from tmjax.checkpoints.hub import COMPANIONS, CONFIG_NAME, adapter_base, extra_templates, is_adapter
 
 _BLOCK = 2**22
 
@@ -27,7 +28,13 @@ def sha256_files(files: list[Path]) -> str:
 
 
 def sha256_checkpoint(directory: Path) -> str:
-    """Hashes a checkpoint directory: weights, index, config and tokenizer; every file of an orbax directory."""
+    """Hashes a checkpoint directory: weights, index, config and tokenizer; every file of an orbax directory.
+
+    Of an adapter its two files and its base model count.
+    """
+    if is_adapter(directory):
+        own = sha256_files([directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS])
+        return digest([own, sha256_checkpoint(adapter_base(directory, Adapter(directory)))])
     named = {directory / name for name in (CONFIG_NAME, *COMPANIONS, "tmjax.json")}
     files = [*(file for file in named if file.is_file()), *weight_files(directory)]
     nested = [file for name in ("params", "hf") for file in (directory / name).rglob("*") if file.is_file()]

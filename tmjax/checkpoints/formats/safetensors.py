@@ -219,6 +219,29 @@ def read_shards(
     return tensors
 
 
+def read_one(info: TensorInfo, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """Reads a tensor of a file, or `tensor[index]`; only the rows that the first slice names are read from disk."""
+    rows = index[0] if index and info.shape else slice(None)
+    shape, start, count = info.shape, info.start, math.prod(info.shape)
+    if rows != slice(None):
+        first, stop, step = rows.indices(info.shape[0])
+        stop = max(first, stop)
+        if step != 1:
+            raise ValueError(f"slices with a step are not read lazily: {rows}")
+        row = math.prod(info.shape[1:])
+        shape, start, count = (
+            (stop - first, *info.shape[1:]),
+            info.start + first * row * info.dtype.itemsize,
+            (stop - first) * row,
+        )
+    buffer = np.empty(count, info.dtype)
+    with info.file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        _fill(stream, buffer, info)
+    array = buffer.reshape(shape)
+    return array[(slice(None), *index[1:])] if index[1:] else array
+
+
 class TensorIndex(Weights):
     """All tensors of a checkpoint directory in safetensors (single file or sharded with an index), read lazily.
 
@@ -238,26 +261,7 @@ class TensorIndex(Weights):
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads a tensor, or `tensor[index]`; only the rows that the first slice names are read from disk."""
-        info = self._tensors[name]
-        rows = index[0] if index and info.shape else slice(None)
-        shape, start, count = info.shape, info.start, math.prod(info.shape)
-        if rows != slice(None):
-            first, stop, step = rows.indices(info.shape[0])
-            stop = max(first, stop)
-            if step != 1:
-                raise ValueError(f"slices with a step are not read lazily: {rows}")
-            row = math.prod(info.shape[1:])
-            shape, start, count = (
-                (stop - first, *info.shape[1:]),
-                info.start + first * row * info.dtype.itemsize,
-                (stop - first) * row,
-            )
-        buffer = np.empty(count, info.dtype)
-        with info.file.open("rb", buffering=0) as stream:
-            stream.seek(start)
-            _fill(stream, buffer, info)
-        array = buffer.reshape(shape)
-        return array[(slice(None), *index[1:])] if index[1:] else array
+        return read_one(self._tensors[name], index)
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """The numbers of a tensor in order, through two buffers: fresh memory would cost more than the reading."""

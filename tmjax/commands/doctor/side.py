@@ -54,8 +54,8 @@ def describe_side(name: str, model: str, problems: list[str]) -> Side:
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     weights, notes = "orbax" if orbax else "missing", described.notes
-    if not orbax and weight_files(directory):
-        weights = "safetensors" if has_safetensors(directory) else "PyTorch"
+    if not orbax and weight_files(described.directory):
+        weights = "safetensors" if has_safetensors(described.directory) else "PyTorch"
         try:
             notes = open_headers(described).notes
         except InputError as error:
