@@ -23,6 +23,7 @@ from tmjax.commands.doctor.examine import examine
 from tmjax.errors import InputError
 from tmjax.models.families import FAMILIES, family_of, unread
 from tmjax.models.families.config_values import ACTIVATION_NAMES
+from tmjax.models.families.quantised import is_float8, without_quantisation
 from tmjax.models.layers import ACTIVATIONS
 from tmjax.transfer.recipe import build_recipe
 from tools import config_keys
@@ -49,8 +50,8 @@ FEATURES = {
     "kimi_k3": [f"{WRAPPER}kimi_linear", MOE, LATENT, LINEAR, "quantised weights"],
     "llama4": [f"{WRAPPER}llama4_text", MOE, "attention in chunks"],
     "mimo": [FURTHER],
-    "mimo_v2_flash": [MOE, "value heads of another size", "attention sinks", "quantised weights"],
-    "minimax_m2": [MOE, FURTHER, "quantised weights"],
+    "mimo_v2_flash": [MOE, "value heads of another size", "attention sinks"],
+    "minimax_m2": [MOE, FURTHER],
     "minimax_m3": [MOE, SPARSE, FURTHER],
     "minimax_m3_vl": ["multimodal wrapper", MOE, SPARSE, "quantised weights"],
     "mixtral": [MOE],
@@ -66,8 +67,6 @@ FEATURES = {
 #: Configs of supported families that are refused, since their weights are packed.
 PACKED = {
     "mlx-Qwen3-0.6B-4bit": "an MLX checkpoint with 4-bit weights); write it unpacked with mlx_lm.convert --dequantize",
-    "Qwen--Qwen3-32B-FP8": "quantised (quantization_config, fp8, e4m3 in config.json); dequantise it first",
-    "Qwen--Qwen3-32B-FP8-Static-PerTensor": "quantised (quantization_config, FP8 in config.json); dequantise it first",
 }
 
 
@@ -112,7 +111,8 @@ def test_it_loads_or_is_refused_for_a_feature_that_it_has(file, bare, qwen2_dir)
             assert feature in about[0]
     assert len(about) == 1 and "\n" not in about[0]
     assert report["models"]["source"] is None
-    packed = isinstance(config.get("quantization_config"), dict)
+    # Weights in float8 are read, and are no reason.
+    packed = isinstance(config.get("quantization_config"), dict) and not is_float8(config["quantization_config"])
     assert ("quantised" in about[0]) == (packed or "quantization_config" in str(config.get("text_config")))
     # Whoever could not use the weights in any case is not told to unpack them.
     assert bool(re.search("dequanti[sz]e", about[0])) == (file.stem in PACKED)
@@ -131,6 +131,8 @@ LOADED = [file for file in RELEASED + COPIED if read(file)["model_type"] in FAMI
 @pytest.mark.parametrize("file", LOADED, ids=named)
 def test_it_is_read_as_transformers_reads_it(file):
     config = read(file)
+    if is_float8(config.get("quantization_config")):
+        config = without_quantisation(config)
     if config["model_type"] == "gpt_neox":  # transformers 5 does not take null there
         config = {key: value for key, value in config.items() if value is not None}
     if file.stem == "Phi-3-mini-128k-su":

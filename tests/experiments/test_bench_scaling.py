@@ -28,6 +28,7 @@ def points(result: dict, factor: str) -> list[dict]:
     return sorted((p for p in result["points"] if p["factor"] in (factor, "base")), key=lambda p: p["times"])
 
 
+@pytest.mark.slow
 def test_each_sum_of_the_formula_grows_as_its_symbols_say(quick) -> None:
     base = quick[0]["points"][0]
     assert base["factor"] == "base"
@@ -51,6 +52,7 @@ def test_each_sum_of_the_formula_grows_as_its_symbols_say(quick) -> None:
     assert growth("layers", "extraction", "tokenising") == growth("width", "extraction", "tokenising") == 1
 
 
+@pytest.mark.slow
 def test_predictions_start_at_what_the_base_took(quick) -> None:
     base = quick[0]["points"][0]
     for stage in STAGES:
@@ -64,6 +66,7 @@ def test_predictions_start_at_what_the_base_took(quick) -> None:
             assert point[stage]["predicted"] == pytest.approx(sum(rates[name] * terms[name] for name in rates))
 
 
+@pytest.mark.slow
 def test_exponents_are_those_of_the_times(quick) -> None:
     result, printed, out = quick
     for factor in FACTORS:

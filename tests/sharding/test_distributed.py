@@ -105,6 +105,7 @@ def test_two_processes_merge_as_one_device_does(merged, plain) -> None:
     assert {path.relative_to(merged["out"]) for path in merged["out"].rglob("*")} == names
 
 
+@pytest.mark.slow
 def test_a_sweep_over_two_processes(flags, recipe_file, tmp_path) -> None:
     """Settings over all eight devices; the table is that of one device."""
     command = ["sweep", recipe_file, *flags, "--grid", "alpha=0:0.15:0.01", "--write-best", "--out"]

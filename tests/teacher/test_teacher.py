@@ -298,8 +298,8 @@ def test_generated_texts_do_not_depend_on_batches(llama_dir, verses) -> None:
     settings, teacher = Generation(texts=6, tokens=40), Teacher(model.spec, model.params, tokenizer)
     told = [generate_texts(teacher, verses, dataclasses.replace(settings, batch=batch), seed=3) for batch in (2, 6)]
     begun = openings(verses, settings, 3)
-    assert told[0] == told[1] and len(set(told[0])) == 6
-    for text, opening in zip(told[0], begun, strict=True):
+    assert told[0] == told[1] and len(set(told[0][0])) == 6
+    for text, opening in zip(told[0][0], begun, strict=True):
         assert text.startswith(opening.strip()) and 1 <= len(opening.split()) <= 3
         assert any(verse.startswith(opening) for verse in verses)
     assert openings(verses, settings, 4) != begun

@@ -332,6 +332,7 @@ def test_a_second_start_makes_nothing_again(solved, solving, flags, capsys) -> N
     assert again["evaluation"] == first["evaluation"] and again["operators"] == first["operators"]
 
 
+@pytest.mark.slow
 def test_eight_devices_solve_as_one_does(solved, solving, flags, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     assert cli.run(["merge", solving, *flags, "--out", str(out), "--mesh", "data=2,fsdp=2,tensor=2"]) == 0

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tmjax.checkpoints.formats.container import container_notes, refuse_packed
+from tmjax.checkpoints.formats.container import container_notes, float8_beside, refuse_packed
+from tmjax.checkpoints.formats.float8 import Float8
 from tmjax.checkpoints.hub import read_config
 from tmjax.errors import InputError
 from tmjax.models.families import family_of
 from tmjax.models.families.base import Family
+from tmjax.models.families.quantised import float8_settings, quantisation, without_quantisation
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
 
@@ -17,7 +19,8 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 class CheckpointDescription:
     """One checkpoint as its `config.json` describes it.
 
-    `notes` are what a user should know and nothing refuses: settings without effect, files that are not read.
+    `config` is that of the dequantised model where weights are `float8`. `notes` are what a user should know and
+    nothing refuses: settings without effect, files that are not read.
     """
 
     directory: Path
@@ -25,6 +28,7 @@ class CheckpointDescription:
     family: Family
     spec: DecoderSpec
     notes: tuple[str, ...]
+    float8: Float8 | None = None
 
     @property
     def rows(self) -> tuple[ParamSpec, ...]:
@@ -41,10 +45,14 @@ def describe(directory: Path) -> CheckpointDescription:
     """
     directory = Path(directory)
     config = read_config(directory)
+    float8, packed = None, float8_settings(config) if quantisation(config) else float8_beside(directory)
+    if packed is not None:
+        float8, config = Float8.of(config, packed), without_quantisation(config)
     try:
         family = family_of(config)
         spec, notes = family.read_config(config)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
     refuse_packed(directory)
-    return CheckpointDescription(directory, config, family, spec, (*notes, *container_notes(directory)))
+    notes = (*notes, *container_notes(directory), *(() if float8 is None else (float8.note,)))
+    return CheckpointDescription(directory, config, family, spec, notes, float8)

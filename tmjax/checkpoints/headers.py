@@ -34,7 +34,7 @@ def open_headers(described: CheckpointDescription) -> CheckpointHeaders:
     Raises InputError and CheckpointError as `load_model` does, except for faults that only the numbers show.
     """
     rows, spec = described.rows, described.spec
-    index, renamed = matched(open_weights(described.directory, BUFFERS), rows, spec)
+    index, renamed = matched(open_weights(described.directory, BUFFERS, described.float8), rows, spec)
     ties = check_tensors(index, rows, spec)
     return CheckpointHeaders(described.config, described.family, spec, index, ties, (*described.notes, *renamed))
 

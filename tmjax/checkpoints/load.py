@@ -8,6 +8,7 @@ from tmjax.checkpoints.formats.weights import weight_files
 from tmjax.checkpoints.headers import open_headers
 from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.model import Model, Placement, default_placement
+from tmjax.errors import InputError
 
 
 def config_directory(path: str | Path) -> Path:
@@ -45,3 +46,13 @@ def checkpoint_notes(path: str | Path) -> tuple[str, ...]:
     directory = config_directory(path)
     described = describe(directory)
     return open_headers(described).notes if weight_files(directory) else described.notes
+
+
+def require_plain(path: str | Path) -> None:
+    """Raises InputError if the weights of a checkpoint are quantised: a merge changes them and writes them back."""
+    directory = config_directory(path)
+    if describe(directory).float8 is not None:
+        raise InputError(
+            f"the target {path} has float8 weights; give the checkpoint that it was made from, or write it dequantised "
+            f"first: tmjax convert {path} OUT --to hf"
+        )

@@ -148,6 +148,15 @@ class GenerationOptions(Section):
         float | None,
         Field(gt=0, le=1, description="Probability mass of nucleus sampling; from the whole vocabulary unless given."),
     ] = None
+    examples: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Given texts that stand before every prompt, a line each, which keep a general model with "
+            "their subject and form; a generated text then ends with its line. null: 3 for a source that begins or "
+            "ends the given texts by another convention, else none.",
+        ),
+    ] = None
     foreign: Annotated[
         PositiveFloat | None,
         Field(

@@ -20,6 +20,7 @@ from tmjax.runs.run_facts import (
     Cell,
     CoefficientFacts,
     ControlFacts,
+    EdgeFacts,
     EvaluationFacts,
     Facts,
     ForgettingFacts,
@@ -81,6 +82,7 @@ class Manifest(AlignmentFacts):
     forgetting: Recorded[dict[str, ForgettingFacts]] = None
     generated: Recorded[dict[str, GeneratedFacts]] = None
     teacher: Recorded[dict[str, TeacherFacts]] = None
+    edges: Recorded[dict[str, EdgeFacts]] = None
     training: Recorded[dict[str, TrainingFacts]] = None
     sweep: Recorded[SweepFacts] = None
     shared: Recorded[dict[str, AlignmentFacts]] = None

@@ -171,11 +171,15 @@ class ControlFacts(CoefficientFacts):
 
 
 class GeneratedFacts(Facts):
-    """Number of texts that a model was to generate, that were foreign to the target, and that were kept."""
+    """Number of texts that a model was to generate, that were foreign to the target, that were kept.
+
+    `cut`: kept ones that were cut before the model had ended them.
+    """
 
     asked: int
     foreign: int
     kept: int
+    cut: int = 0
 
 
 class TeacherFacts(Facts):
@@ -184,6 +188,17 @@ class TeacherFacts(Facts):
     positions: int
     of: int
     mass: float
+
+
+class EdgeFacts(Facts):
+    """Mean negative log-likelihood (nats) of both models at one edge of the given texts: the first token or the end.
+
+    `used`: whether the source's probabilities are used there.
+    """
+
+    source: float
+    target: float
+    used: bool
 
 
 class ScheduleFacts(Facts):

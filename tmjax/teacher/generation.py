@@ -14,6 +14,7 @@ from tmjax.sharding.memory import share_mib
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.buckets import bucket_length
 from tmjax.text.documents import Texts
+from tmjax.text.tokenizer import TextTokenizer
 
 #: Prompts are padded to multiples of this.
 PROMPT_TOKENS = 16
@@ -31,6 +32,8 @@ class Generation:
         tokens: Most new tokens of a text.
         temperature: Temperature of sampling.
         top_p: Probability mass of nucleus sampling; None samples from the whole vocabulary.
+        examples: Number of given texts that stand before every prompt, a line each, so that the model stays with
+            their subject and form; a generated text then ends with its line.
         batch: Most texts that are generated together.
     """
 
@@ -39,12 +42,13 @@ class Generation:
     tokens: int = 192
     temperature: float = 0.8
     top_p: float | None = None
+    examples: int = 0
     batch: int = 256
 
     @classmethod
-    def of(cls, options: GenerationOptions) -> Self:
-        """Returns the settings of a recipe."""
-        return cls(options.texts, options.words, options.tokens, options.temperature, options.top_p)
+    def of(cls, options: GenerationOptions, examples: int) -> Self:
+        """Returns the settings of a recipe, with so many examples."""
+        return cls(options.texts, options.words, options.tokens, options.temperature, options.top_p, examples)
 
     @property
     def sampling(self) -> Sampling:
@@ -72,12 +76,43 @@ class TextFilter:
     without: str | None = None
 
 
+@dataclass(frozen=True)
+class GeneratedTexts:
+    """Generated texts, and whether the model has ended each of them; it was cut otherwise."""
+
+    texts: Texts
+    ended: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        """Returns the number of texts."""
+        return len(self.texts)
+
+
 def openings(texts: Sequence[str], generation: Generation, seed: int) -> list[str]:
     """Draws a prompt for every text to be generated: the first 1 to `generation.words` words of a random text."""
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(texts), size=generation.texts)
     words = rng.integers(1, generation.words + 1, size=generation.texts)
     return [" ".join(texts[i].split()[:n]) for i, n in zip(chosen, words, strict=True)]
+
+
+def contexts(texts: Sequence[str], generation: Generation, seed: int) -> list[str]:
+    """Draws the lines before every prompt: `generation.examples` different given texts each, or nothing."""
+    count = min(generation.examples, len(texts))
+    # A stream of its own: openings are those of a generation without examples.
+    rng = np.random.default_rng([seed, 1])
+    drawn = [rng.choice(len(texts), size=count, replace=False) for _ in range(generation.texts)]
+    return ["".join(" ".join(texts[i].split()) + "\n" for i in chosen) for chosen in drawn]
+
+
+def _require_lines(tokenizer: TextTokenizer) -> None:
+    """Raises InputError if a tokenizer loses line breaks, by which a text is told from the examples before it."""
+    (encoding,) = tokenizer.encode(["a\nb"])
+    if tokenizer.decode(encoding.ids).count("\n") != 1:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name} drops line breaks, which set generated texts apart from examples; "
+            "leave generation.examples out"
+        )
 
 
 def generate_texts(
@@ -87,7 +122,7 @@ def generate_texts(
     *,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[str]:
+) -> tuple[list[str], list[bool]]:
     """Samples texts that begin as given ones do; the same for the same seed on any mesh.
 
     Args:
@@ -98,10 +133,25 @@ def generate_texts(
         progress: Called with (texts done, all texts) after each batch.
 
     Returns:
-        `generation.texts` texts, prompts included. A text that does not end within `generation.tokens` is cut there.
+        `generation.texts` texts, prompts included, and whether each has ended. A text that does not end within
+        `generation.tokens` is cut there.
+
+    Raises:
+        InputError: There are examples, and the tokenizer drops line breaks.
     """
     spec, tokenizer = teacher.spec, teacher.tokenizer
-    ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(openings(given, generation, seed))]
+    before = contexts(given, generation, seed)
+    begun = [context + opening for context, opening in zip(before, openings(given, generation, seed), strict=True)]
+    ids = [[tokenizer.prefix, *encoding.ids] for encoding in tokenizer.encode(begun)]
+    ended, ends = [False] * len(ids), [tokenizer.suffix]
+    lines = before[0].count("\n")
+    if lines:
+        _require_lines(tokenizer)
+        ends += [number for number, piece in tokenizer.vocabulary.text.items() if piece and piece.startswith(b"\n")]
+
+    def finished(number: int, new: list[int]) -> bool:
+        return lines > 0 and "\n" in tokenizer.decode(new)
+
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     longest = len(ids[order[-1]]) + generation.tokens
     room = share_mib(CACHE_SHARE, CACHE_CPU_MIB) * 2**20 // cache_bytes(spec, longest, teacher.dtype)
@@ -110,7 +160,7 @@ def generate_texts(
         rows = order[start : start + size]
         options = DecodingOptions(
             generation.tokens,
-            ends=[tokenizer.suffix],
+            ends=ends,
             known=tokenizer.known(spec.vocab),
             sampling=generation.sampling,
             seed=seed,
@@ -119,11 +169,13 @@ def generate_texts(
             dtype=teacher.dtype,
         )
         prompts = [ids[n] for n in rows]
-        new = generate(spec, teacher.params, prompts, options, numbers=rows, layout=teacher.layout)
+        new = generate(spec, teacher.params, prompts, options, numbers=rows, layout=teacher.layout, finished=finished)
         for number, added in zip(rows, new, strict=True):
             ids[number] += added
+            ended[number] = len(added) < generation.tokens or finished(number, added)
         progress(start + len(rows), len(ids))
-    return [tokenizer.decode(item[1:]).strip() for item in ids]
+    written = [tokenizer.decode(item[1:]) for item in ids]
+    return [(text.split("\n")[lines] if lines else text).strip() for text in written], ended
 
 
 def familiar(bits_per_byte: np.ndarray, of_given: np.ndarray, *, maximum: float) -> np.ndarray:
@@ -164,17 +216,20 @@ def chosen_texts(name: str, texts: Sequence[str], kept: np.ndarray, *, required:
     return Texts(name, tuple(seen.values()), tuple(seen))
 
 
-def filter_texts(name: str, texts: Sequence[str], given: Texts, settings: TextFilter) -> tuple[Texts, dict[str, int]]:
+def filter_texts(
+    name: str, texts: Sequence[str], ended: Sequence[bool], given: Texts, settings: TextFilter
+) -> tuple[GeneratedTexts, dict[str, int]]:
     """Leaves out foreign, empty and repeated texts, and those beyond the limits.
 
     Args:
         name: Who generated the texts.
         texts: The generated texts.
+        ended: Whether each has ended.
         given: The texts that they should resemble.
         settings: What is kept.
 
     Returns:
-        The kept texts, and counts: `asked`, `foreign`, `kept`.
+        The kept texts, and counts: `asked`, `foreign`, `kept`, `cut` (kept ones that have not ended).
 
     Raises:
         InputError: No text is left and `settings.without` is None.
@@ -189,4 +244,8 @@ def filter_texts(name: str, texts: Sequence[str], given: Texts, settings: TextFi
     if settings.max_bytes is not None:
         sizes = np.cumsum([len(text.encode()) for text in chosen.texts])
         chosen = chosen.first(max(1, int(np.searchsorted(sizes, settings.max_bytes, side="right"))))
-    return chosen, {"asked": len(texts), "foreign": int(np.sum(~kept)), "kept": len(chosen)}
+    # The first of several equal texts is the one that is kept.
+    has_ended = dict(zip(reversed(texts), reversed(ended), strict=True))
+    result = GeneratedTexts(chosen, tuple(has_ended[text] for text in chosen.texts))
+    facts = {"asked": len(texts), "foreign": int(np.sum(~kept)), "kept": len(chosen)}
+    return result, facts | {"cut": len(chosen) - sum(result.ended)}

@@ -193,6 +193,42 @@ def probabilities_at(
     return result
 
 
+class Shared(NamedTuple):
+    """Texts as two models read them.
+
+    Attributes:
+        crossing: From the source's vocabulary to the target's.
+        target: The target's token ids of every text, uncut, without prefix and suffix.
+        source: The source's token ids of every text, prefix first, cut to the most tokens of a text.
+        pairs: Of every text the shared positions, int [n, 2]: of the target, of the source.
+    """
+
+    crossing: Crossing
+    target: list[list[int]]
+    source: list[list[int]]
+    pairs: list[np.ndarray]
+
+
+def read_shared(teacher: Teacher, target: TextTokenizer, texts: Sequence[str], *, max_tokens: int) -> Shared:
+    """Reads texts with both tokenizers.
+
+    Args:
+        teacher: The source.
+        target: The target's tokenizer.
+        texts: The texts.
+        max_tokens: Most tokens of a text, in both vocabularies, prefix included.
+    """
+    crossing = Crossing(target, teacher.tokenizer)
+    encoded, readings = crossing.read(texts)
+    cut = [[reading.first(max_tokens - 1) for reading in each] for each in readings]
+    return Shared(
+        crossing,
+        [encoding.ids for encoding in encoded[0]],
+        [[teacher.tokenizer.prefix, *encoding.ids[: max_tokens - 1]] for encoding in encoded[1]],
+        [crossing.shared_positions(*both) for both in zip(*cut, strict=True)],
+    )
+
+
 def probabilities_of_texts(
     teacher: Teacher,
     target: TextTokenizer,
@@ -219,19 +255,9 @@ def probabilities_of_texts(
     Raises:
         InputError: The two tokenizers share no position.
     """
-    source = teacher.tokenizer
-    crossing = Crossing(target, source)
-    encoded, readings = crossing.read(texts)
-    cut = [[reading.first(max_tokens - 1) for reading in each] for each in readings]
-    result = probabilities_at(
-        teacher,
-        crossing,
-        [[source.prefix, *encoding.ids[: max_tokens - 1]] for encoding in encoded[1]],
-        [crossing.shared_positions(*both) for both in zip(*cut, strict=True)],
-        search=search,
-        progress=progress,
-    )
-    tokens = sum(min(len(encoding.ids), max_tokens - 1) + 1 for encoding in encoded[0])
+    shared = read_shared(teacher, target, texts, max_tokens=max_tokens)
+    result = probabilities_at(teacher, shared.crossing, shared.source, shared.pairs, search=search, progress=progress)
+    tokens = sum(min(len(ids), max_tokens - 1) + 1 for ids in shared.target)
     mass = float(np.mean(result.weight.sum(axis=1)))
     return result, {"positions": len(result.document), "of": tokens, "mass": mass}
 

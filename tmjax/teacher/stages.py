@@ -9,10 +9,11 @@ from tmjax.activations import store
 from tmjax.activations.store import Activations
 from tmjax.errors import InputError
 from tmjax.runs.directory import RunDirectory
-from tmjax.runs.manifest import Record
+from tmjax.runs.manifest import Manifest, Record
 from tmjax.runs.run_facts import GeneratedFacts, TeacherFacts
 from tmjax.sharding import hosts
-from tmjax.teacher.generation import Generation, TextFilter, filter_texts, generate_texts
+from tmjax.teacher.edges import Edges, edge_notes, measure_edges, save_edges
+from tmjax.teacher.generation import GeneratedTexts, Generation, TextFilter, filter_texts, generate_texts
 from tmjax.teacher.probabilities import Search, TeacherProbabilities, probabilities_of_texts
 from tmjax.teacher.span_features import capture_features
 from tmjax.teacher.teacher_model import Teacher
@@ -52,7 +53,7 @@ class TeacherStages:
         *,
         seed: int,
         settings: TextFilter,
-    ) -> Texts:
+    ) -> GeneratedTexts:
         """Runs the stage `generate:NAME`, which writes `generated/NAME.jsonl`.
 
         Args:
@@ -73,12 +74,10 @@ class TeacherStages:
         stage = f"generate:{name}"
 
         def work(partial: Path) -> Record:
-            texts = generate_texts(teacher(), given.texts, generation, seed=seed, progress=self.step(stage))
-            kept, facts = filter_texts(name, texts, given, settings)
+            texts, ended = generate_texts(teacher(), given.texts, generation, seed=seed, progress=self.step(stage))
+            kept, facts = filter_texts(name, texts, ended, given, settings)
             if hosts.is_first():
-                with partial.open("w", encoding="utf-8") as stream:
-                    for number, text in zip(kept.ids, kept.texts, strict=True):
-                        stream.write(json.dumps({"id": number, "text": text}, ensure_ascii=False) + "\n")
+                _write_generated(partial, kept)
             if not facts["kept"]:
                 self.warn(
                     f"of {facts['asked']} texts by {name} {facts['foreign']} are foreign to the target and none is of "
@@ -87,8 +86,10 @@ class TeacherStages:
             return lambda manifest: manifest.record("generated", name, GeneratedFacts(**facts))
 
         path = self.run.stage(stage, key, f"generated/{name}.jsonl", work)
-        kept = self.run.manifest.generated[name].kept
-        return read_texts(str(path)) if kept else Texts(str(path), (), ())
+        if not self.run.manifest.generated[name].kept:
+            return GeneratedTexts(Texts(str(path), (), ()), ())
+        ended = [json.loads(line)["ended"] for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return GeneratedTexts(read_texts(str(path)), tuple(ended))
 
     def probabilities(
         self,
@@ -135,6 +136,42 @@ class TeacherStages:
 
         return TeacherProbabilities.load(self.run.stage(stage, key, f"teacher/{name}.npz", work))
 
+    def edges(
+        self,
+        key: object,
+        models: Callable[[], tuple[Teacher, Teacher]],
+        texts: Sequence[str],
+        *,
+        max_tokens: int,
+        search: Search | None = None,
+    ) -> Edges:
+        """Runs the stage `edges`, which writes `teacher/edges.json`.
+
+        Args:
+            key: Input hash of the stage.
+            models: Makes the source and the target.
+            texts: The given texts.
+            max_tokens: Most tokens of a text, in both vocabularies, prefix included.
+            search: How far continuations are followed.
+
+        Returns:
+            The edges of texts at which the source's probabilities are used.
+        """
+
+        def work(partial: Path) -> Record:
+            facts = measure_edges(*models(), texts, max_tokens=max_tokens, search=search or Search())
+            for line in edge_notes(facts):
+                self.warn(line)
+            if hosts.is_first():
+                save_edges(partial, facts)
+
+            def record(manifest: Manifest) -> None:
+                manifest.edges = facts
+
+            return record
+
+        return Edges.load(self.run.stage("edges", key, "teacher/edges.json", work))
+
     def warn_few_shared(self, name: str) -> None:
         """Warns if the finished stage `teacher:NAME` has probabilities at few of the target's positions."""
         facts = self.run.manifest.teacher[name]
@@ -165,3 +202,10 @@ class TeacherStages:
             capture_features(teacher, rows, documents, partial, self.step(stage))
 
         return store.read(self.run.stage(stage, key, f"features/{name}", work))
+
+
+def _write_generated(path: Path, generated: GeneratedTexts) -> None:
+    """Writes one JSON object per text: `id`, `text`, and whether it has `ended`."""
+    with path.open("w", encoding="utf-8") as stream:
+        for number, text, ended in zip(generated.texts.ids, generated.texts.texts, generated.ended, strict=True):
+            stream.write(json.dumps({"id": number, "text": text, "ended": ended}, ensure_ascii=False) + "\n")

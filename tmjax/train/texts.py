@@ -23,19 +23,27 @@ _ANSWER = "assistant"
 
 @dataclass(frozen=True)
 class TrainingTexts:
-    """Documents in order; `dialogues` holds the messages of each, or is None for plain text."""
+    """Documents in order; `dialogues` holds the messages of each, or is None for plain text.
+
+    `ended`: whether each document ends with its last token, and did not merely stop there; None: all do.
+    """
 
     texts: Texts
     dialogues: tuple[tuple[Message, ...], ...] | None = None
+    ended: tuple[bool, ...] | None = None
 
     def first(self, count: int | None) -> "TrainingTexts":
         """Returns the first `count` documents (all for None)."""
-        return TrainingTexts(self.texts.first(count), None if self.dialogues is None else self.dialogues[:count])
+        dialogues, ended = (None if each is None else each[:count] for each in (self.dialogues, self.ended))
+        return TrainingTexts(self.texts.first(count), dialogues, ended)
 
     def documents(self, tokenizer: TextTokenizer) -> tuple[list[list[int]], list[list[bool]] | None]:
         """Returns token ids of every document, as it is scored, and which tokens are to be predicted (None: all)."""
         if self.dialogues is None:
-            return [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(self.texts.texts)], None
+            documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(self.texts.texts)]
+            # Without a suffix nobody learns that a text which was cut ends there.
+            ended = self.ended or [True] * len(documents)
+            return [ids if whole else ids[:-1] for ids, whole in zip(documents, ended, strict=True)], None
         rendered = [
             _rendered(tokenizer, f"{self.texts.path}: dialogue {i}", d) for i, d in enumerate(self.dialogues, 1)
         ]

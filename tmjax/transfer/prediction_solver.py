@@ -284,6 +284,15 @@ class PredictionOptions(Section):
         Field(ge=0, description="Texts that the source generates, read beside the calibration texts; 0: none."),
     ] = 3000
     tokens: Annotated[Positive, Field(description="Longest generated text, in tokens of the source.")] = 96
+    examples: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Calibration texts that stand before the beginning of every generated text, a line each: a "
+            "general model stays with their subject and form. null: 3 for a source that begins or ends the calibration "
+            "texts by another convention, else none.",
+        ),
+    ] = None
     trust: Annotated[
         PositiveFloat | None,
         Field(description="Largest change of a tensor from where the solve began, as a part of its norm."),

@@ -8,6 +8,7 @@ from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME
 from tmjax.errors import InputError
 from tmjax.files.jsonfile import read_json
+from tmjax.models.families.quantised import is_float8
 
 ADAPTER_NAME = "adapter_config.json"
 #: Files beside `config.json` in which quantisation tools record their settings.
@@ -89,13 +90,25 @@ def no_weights(directory: Path) -> InputError:
     )
 
 
+def float8_beside(directory: Path) -> dict[str, Any] | None:
+    """Returns the settings of float8 weights that a file beside the config declares."""
+    for name in _PACKED:
+        settings = _json(directory / name)
+        settings = settings.get("quantization", settings)
+        if is_float8(settings):
+            return settings
+    return None
+
+
 def refuse_packed(directory: Path) -> None:
-    """Raises InputError if a file beside the config declares quantised weights."""
+    """Raises InputError if a file beside the config declares quantised weights other than float8."""
     for name in _PACKED:
         if (directory / name).is_file():
             settings = _json(directory / name)
             settings = settings.get("quantization", settings)
             settings = settings if isinstance(settings, dict) else {}
+            if is_float8(settings):
+                continue
             details = [str(settings[key]) for key in ("quant_algo", "quant_method") if settings.get(key)]
             details += [f"{settings['bits']} bits"] if settings.get("bits") else []
             if not details and "kv_cache_quant_algo" in settings:

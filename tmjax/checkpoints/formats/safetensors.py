@@ -35,6 +35,8 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 #: The same by the names that configs and command lines use: float32, float16, bfloat16.
 DTYPES_BY_NAME: Mapping[str, np.dtype] = {dtype.name: dtype for dtype in DTYPES.values()}
+#: Numbers that stand for others by a scale (see `formats.float8`).
+FLOAT8: Mapping[str, np.dtype] = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 DTYPE_NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 #: The bits of the exponent, all of them set in NaN and infinity and in nothing else.
 _EXPONENTS = {"float32": np.uint32(0x7F800000), "bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
@@ -110,10 +112,12 @@ def refused_dtype(file: Path, name: str, dtype: str) -> CheckpointError:
     )
 
 
-def read_header(file: Path, ignored: tuple[str, ...] = ()) -> dict[str, TensorInfo]:
+def read_header(
+    file: Path, ignored: tuple[str, ...] = (), dtypes: Mapping[str, np.dtype] = DTYPES
+) -> dict[str, TensorInfo]:
     """Parses and checks the header of one safetensors file; raises CheckpointError naming the file and the defect.
 
-    Tensors whose names end in one of `ignored` may have any dtype; they are left out.
+    Tensors have one of the `dtypes`. Those whose names end in one of `ignored` may have any; they are left out.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -134,7 +138,7 @@ def read_header(file: Path, ignored: tuple[str, ...] = ()) -> dict[str, TensorIn
         raise CheckpointError(f"{file} has a damaged safetensors header: not a JSON object")
     header.pop("__metadata__", None)
     data_start = 8 + length
-    tensors = {name: _entry(file, name, entry, data_start, ignored) for name, entry in header.items()}
+    tensors = {name: _entry(file, name, entry, data_start, ignored, dtypes) for name, entry in header.items()}
     position = data_start
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
         if info.start != position:
@@ -154,7 +158,14 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def _entry(file: Path, name: str, entry: object, data_start: int, ignored: tuple[str, ...]) -> TensorInfo:
+def _entry(
+    file: Path,
+    name: str,
+    entry: object,
+    data_start: int,
+    ignored: tuple[str, ...],
+    dtypes: Mapping[str, np.dtype],
+) -> TensorInfo:
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
@@ -166,9 +177,9 @@ def _entry(file: Path, name: str, entry: object, data_start: int, ignored: tuple
         raise CheckpointError(f"{file}: header entry of {name!r} is damaged")
     if name.endswith(ignored) and end >= begin:  # a dtype that we cannot name has a size that we cannot check
         return TensorInfo(name, file, np.dtype(np.uint8), (end - begin,), data_start + begin, data_start + end)
-    if dtype_name not in DTYPES:
+    if dtype_name not in dtypes:
         raise refused_dtype(file, name, dtype_name)
-    dtype = DTYPES[dtype_name]
+    dtype = dtypes[dtype_name]
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{file}: tensor {name} of shape {list(shape)} {dtype_name} has {end - begin} bytes")
     return TensorInfo(name, file, dtype, shape, data_start + begin, data_start + end)
@@ -211,17 +222,17 @@ def read_shards(
 class TensorIndex(Weights):
     """All tensors of a checkpoint directory in safetensors (single file or sharded with an index), read lazily.
 
-    Tensors whose names end in one of `ignored` are left out.
+    Tensors have one of the `dtypes`; those whose names end in one of `ignored` are left out.
     """
 
-    def __init__(self, directory: Path, ignored: tuple[str, ...] = ()) -> None:
+    def __init__(self, directory: Path, ignored: tuple[str, ...] = (), dtypes: Mapping[str, np.dtype] = DTYPES) -> None:
         self.directory = Path(directory)
         index_file = self.directory / INDEX_NAME
         single = self.directory / SINGLE_NAME
         if single.is_file():  # before an index, as in transformers
-            self._tensors = read_header(single, ignored)
+            self._tensors = read_header(single, ignored, dtypes)
         elif index_file.is_file():
-            self._tensors = read_shards(index_file, lambda file: read_header(file, ignored), ignored)
+            self._tensors = read_shards(index_file, lambda file: read_header(file, ignored, dtypes), ignored)
         else:
             raise InputError(f"{self.directory} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 

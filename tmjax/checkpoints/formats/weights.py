@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from tmjax.checkpoints.formats.container import no_weights
-from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME, TensorIndex, Weights
+from tmjax.checkpoints.formats.float8 import Dequantised, Float8
+from tmjax.checkpoints.formats.safetensors import DTYPES, FLOAT8, INDEX_NAME, SINGLE_NAME, TensorIndex, Weights
 from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME, TorchIndex
 
 
@@ -43,13 +44,17 @@ def weight_files(directory: Path) -> list[Path]:
     return []
 
 
-def open_weights(directory: Path, ignored: tuple[str, ...] = ()) -> Weights:
+def open_weights(directory: Path, ignored: tuple[str, ...] = (), float8: Float8 | None = None) -> Weights:
     """The tensors of a checkpoint directory, read lazily; those whose names end in one of `ignored` are left out.
+
+    With `float8` weights they are dequantised as they are read.
 
     Raises InputError if there are none or their format needs a package that is not there, CheckpointError if they are
     damaged or quantised.
     """
     directory = Path(directory)
+    if float8 is not None and has_safetensors(directory):
+        return Dequantised(TensorIndex(directory, ignored, DTYPES | FLOAT8), float8)
     if has_safetensors(directory):
         return TensorIndex(directory, ignored)
     if has_torch(directory):

@@ -12,7 +12,8 @@ from tmjax.commands.adapt.arms import RANDOM_MODEL, Arm
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Starts
 from tmjax.models.decoder import init_params
-from tmjax.teacher.generation import Generation, TextFilter
+from tmjax.teacher.edges import Edges
+from tmjax.teacher.generation import GeneratedTexts, Generation, TextFilter
 from tmjax.teacher.probabilities import Search, TeacherProbabilities
 from tmjax.teacher.span_features import by_depth, by_plan, read_out_metric
 from tmjax.teacher.stages import TeacherStages
@@ -89,10 +90,11 @@ class DataOfArms:
     def _with_generated(self, given: Texts, texts_by: str) -> TrainingTexts:
         generated, repeat = self._generated(texts_by), self.inputs.recipe.generation.repeat
         ids = [f"{name}:{turn}" for turn in range(repeat) for name in given.ids]
-        return TrainingTexts(Texts(given.path, (*ids, *generated.ids), (*given.texts * repeat, *generated.texts)))
+        texts = Texts(given.path, (*ids, *generated.texts.ids), (*given.texts * repeat, *generated.texts.texts))
+        return TrainingTexts(texts, ended=(*[True] * len(ids), *generated.ended))
 
-    def _generated(self, texts_by: str) -> Texts:
-        """Generates texts: the source's are filtered by the target, other models keep at most as many."""
+    def _generated(self, texts_by: str) -> GeneratedTexts:
+        """Texts that a model generates; of the source, those familiar to the target, of others at most as many."""
         inputs, options = self.inputs, self.inputs.recipe.generation
         by_source = texts_by == "source"
         settings = TextFilter(
@@ -105,7 +107,7 @@ class DataOfArms:
             [self.key, texts_by, options.model_dump()],
             lambda: self._teacher(texts_by),
             inputs.texts.texts,
-            Generation.of(options),
+            Generation.of(options, self._edges().examples(options.examples)),
             seed=inputs.recipe.seed,
             settings=settings,
         )
@@ -181,9 +183,25 @@ class DataOfArms:
         )
         if arm.teacher == "source":
             self.stages.warn_few_shared(name)
+        tokenizer = self.inputs.tokenizer
+        texts = self.texts(arm.texts_by).texts.texts
+        probabilities = self._edges().of(
+            probabilities, [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts)]
+        )
         if not arm.shuffled:
             return probabilities
         return probabilities.reordered(derangement(len(probabilities.document), recipe.seed))
+
+    def _edges(self) -> Edges:
+        """The edges at which the true source follows the given texts; those of the controls are the same."""
+        recipe, inputs = self.inputs.recipe, self.inputs
+        return self.stages.edges(
+            [self.key, recipe.distillation.model_dump()],
+            lambda: (self._teacher("source"), self._teacher("target")),
+            inputs.texts.texts.texts,
+            max_tokens=recipe.max_tokens,
+            search=Search.of(recipe.distillation),
+        )
 
 
 def _on(model: str, arm: Arm) -> str:

@@ -11,7 +11,7 @@ from tmjax.align import storage as alignment_store
 from tmjax.align.alignment import Alignment
 from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.hub import resolve
-from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model
+from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model, require_plain
 from tmjax.checkpoints.model import Model
 from tmjax.commands.callbacks import Warn
 from tmjax.commands.held_out import HeldOut
@@ -191,6 +191,7 @@ class AdaptInputs:
             TrainConfig.of(training, steps, training.lr[0], recipe.dtype)
         if recipe.terms and self.texts.dialogues is not None:
             raise InputError(f"{recipe.texts} holds dialogues; mode {recipe.mode} reads plain documents (a text field)")
+        require_plain(self.located["target"])
         spec = self.target.spec
         if spec.learned_positions and recipe.max_tokens > spec.max_positions:
             raise InputError(f"max_tokens is {recipe.max_tokens}, the model learned {spec.max_positions} positions")

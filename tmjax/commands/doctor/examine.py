@@ -10,6 +10,7 @@ from typing import Any
 from tmjax.align.alignment import solver_of
 from tmjax.align.sizes import require_room, sites_of
 from tmjax.align.streaming import require_streamable
+from tmjax.checkpoints.load import require_plain
 from tmjax.commands.doctor.compatibility import differences, mapped, overlap, tokenizer_faults
 from tmjax.commands.doctor.estimate import Reading, memory, time
 from tmjax.commands.doctor.side import Side, describe_side, side_facts
@@ -42,6 +43,8 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         name: _tried(problems, lambda n=name: describe_side(n, recipe.place(getattr(recipe, n)), problems))
         for name in ("target", "source")
     }
+    if sides["target"]:
+        _tried(problems, lambda: require_plain(recipe.place(recipe.target)))
     tokenizers = {
         name: _tried(problems, lambda s=side: load_tokenizer(s.directory, s.spec.vocab)) if side else None
         for name, side in sides.items()

@@ -12,7 +12,7 @@ from tmjax.align.sizes import require_room, sites_of
 from tmjax.align.streaming import require_streamable
 from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.hub import resolve
-from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model
+from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model, require_plain
 from tmjax.checkpoints.model import Model
 from tmjax.commands.held_out import HeldOut
 from tmjax.errors import InputError
@@ -212,6 +212,7 @@ class Inputs:
                     raise InputError(
                         f"the operator {step.operator.name} needs the activations; set activations.keep: true"
                     )
+        require_plain(recipe.place(recipe.target))
         for name in ("layout", "texts", "valid", "test", "other_texts", "target", "source", "rows"):
             getattr(self, name)
         if recipe.controls and recipe.same_size_source is not None:

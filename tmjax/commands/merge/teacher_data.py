@@ -11,6 +11,7 @@ from tmjax.commands.merge.inputs import WITHOUT, Inputs
 from tmjax.recipes.adapt import GenerationOptions
 from tmjax.recipes.merge import Recipe
 from tmjax.runs.directory import RunDirectory
+from tmjax.teacher.edges import Edges
 from tmjax.teacher.generation import Generation, TextFilter
 from tmjax.teacher.stages import TeacherStages
 from tmjax.teacher.teacher_model import Teacher
@@ -47,6 +48,7 @@ class MergeTeacher:
         steps = [step for step in session.inputs.chain if "teacher" in step.operator.needs]
         self.count = max((getattr(step.options, "generated_texts", 0) for step in steps), default=0)
         self.tokens = max((getattr(step.options, "tokens", 0) for step in steps), default=0)
+        self.examples = next((step.options.examples for step in steps if hasattr(step.options, "examples")), None)
 
     @property
     def _longest(self) -> int:
@@ -55,7 +57,16 @@ class MergeTeacher:
     def _key(self, name: str) -> list[object]:
         hashes = [self.inputs.hashes[key] for key in ("texts", "source", "target")]
         recipe = self.recipe
-        return [name, hashes, self.count, self.tokens, recipe.activations.max_tokens, recipe.dtype, recipe.seed]
+        return [
+            name,
+            hashes,
+            self.count,
+            self.tokens,
+            self.examples,
+            recipe.activations.max_tokens,
+            recipe.dtype,
+            recipe.seed,
+        ]
 
     def _teacher(self, model: Model) -> Teacher:
         return Teacher.of(model, dtype=self.inputs.dtype, layout=self.inputs.layout)
@@ -72,11 +83,11 @@ class MergeTeacher:
             self._key(name),
             lambda: self._teacher(model),
             self.inputs.texts,
-            Generation(self.count, tokens=self.tokens),
+            Generation(self.count, tokens=self.tokens, examples=self._edges().examples(self.examples)),
             seed=self.recipe.seed,
             settings=self._filter(reference),
         )
-        return texts.texts
+        return texts.texts.texts
 
     def _filter(self, reference: tuple[str, ...] | None) -> TextFilter:
         """Returns the filter of a model's texts: the target judges the true source's, others are limited to as many."""
@@ -115,5 +126,16 @@ class MergeTeacher:
         if name == self.reference:
             self.stages.warn_few_shared(name)
         tokenizer = inputs.target_tokenizer
-        documents = [tokenizer.document(encoding.ids)[: self._longest] for encoding in tokenizer.encode(texts)]
-        return TeacherData(tuple(documents), len(inputs.texts), probabilities)
+        documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts)]
+        probabilities = self._edges().of(probabilities, documents)
+        return TeacherData(tuple(ids[: self._longest] for ids in documents), len(inputs.texts), probabilities)
+
+    def _edges(self) -> Edges:
+        """The edges at which the true source follows the given texts; those of the controls are the same."""
+        inputs = self.inputs
+        return self.stages.edges(
+            self._key(self.reference),
+            lambda: (self._teacher(inputs.source), self._teacher(inputs.target)),
+            inputs.texts.texts,
+            max_tokens=min(self._longest, inputs.source.spec.max_positions),
+        )

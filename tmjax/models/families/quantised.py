@@ -1,4 +1,4 @@
-"""Quantised checkpoints: recognised and named from their `config.json`, never read."""
+"""Quantised checkpoints, recognised and named from their `config.json`: float8 weights are read, others are refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +21,37 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
             if part.get(key) is not None:
                 return _method_and_format(key, part[key])
     return None
+
+
+def is_float8(settings: Any) -> bool:
+    """Returns whether settings of a quantisation say float8 weights, with a scale per tensor, channel or block.
+
+    Known are those of transformers (`fp8`), compressed-tensors and modelopt; the latter's also from the file
+    `hf_quant_config.json`.
+    """
+    if not isinstance(settings, dict):
+        return False
+    method, algorithm = settings.get("quant_method"), settings.get("quant_algo")
+    if method == "fp8":
+        return algorithm in (None, "FP8") and str(settings.get("fmt", "e4m3")).endswith(("e4m3", "e4m3fn"))
+    if method == "compressed-tensors":
+        groups = settings.get("config_groups")
+        weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+        eight = [
+            isinstance(each, dict) and each.get("type") == "float" and each.get("num_bits") == 8 for each in weights
+        ]
+        return bool(eight) and all(eight) and settings.get("format") in (None, "float-quantized", "naive-quantized")
+    return method in (None, "modelopt") and algorithm == "FP8"
+
+
+def float8_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns the settings of a config's float8 quantisation; None if it declares another one or none."""
+    return next((config[key] for key in _KEYS if is_float8(config.get(key))), None)
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of the dequantised model."""
+    return {key: value for key, value in config.items() if key not in _KEYS}
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:
