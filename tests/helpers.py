@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -101,3 +102,32 @@ def alone_nll(spec: DecoderSpec, params: Params, ids: Sequence[int]) -> float:
     padded = np.zeros(bucket_length(len(ids)), np.int32)
     padded[: len(ids)] = ids
     return float(np.asarray(_following_nll(spec, params, padded), np.float64)[: len(ids) - 1].sum())
+
+
+def loop_collectives(program: str) -> list[tuple[str, int]]:
+    """Collectives inside the loops of a compiled program (`compiled.as_text()`): operation, entries of its result."""
+    bodies: dict[str, list[str]] = {}
+    name = ""
+    for line in program.splitlines():
+        opened = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if opened:
+            name = opened[1]
+        bodies.setdefault(name, []).append(line)
+    within, waiting = set(), re.findall(r"(?:body|condition)=%?([\w.\-]+)", program)
+    while waiting:
+        name = waiting.pop()
+        if name not in within and name in bodies:
+            within.add(name)
+            waiting += re.findall(r"=\{?%?([\w.\-]+)", "\n".join(bodies[name]))
+    moved = []
+    for line in (line for name in within for line in bodies[name]):
+        found = re.match(
+            r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+            r"(?:-start)?\(",
+            line,
+        )
+        if found:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", found[1])
+            sizes = [int(np.prod([int(size) for size in shape.split(",") if size])) for shape in shapes]
+            moved.append((found[2], sum(sizes)))
+    return moved

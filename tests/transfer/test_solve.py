@@ -28,8 +28,8 @@ from tmjax.recipes.base import read_recipe
 from tmjax.sharding.mesh import Layout
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
-from tmjax.transfer import prediction_solver as solve
 from tmjax.transfer.controls import CONTROLS
+from tmjax.transfer.least_squares import prediction_sums
 from tmjax.transfer.operators.predictions import prediction_targets
 from tmjax.transfer.prediction_solver import FACTORS, WEIGHTS, PredictionOptions, PredictionTargets, Solver
 from tmjax.transfer.recipe import build_recipe
@@ -140,8 +140,8 @@ def test_sums_are_slopes_of_the_loss(loose, said, batches) -> None:
 def test_sums_do_not_depend_on_batches(target, said, batches, monkeypatch) -> None:
     """Nor on how many tokens' logits are made at a time."""
     whole = solver(target).sums(target.params, batches)
-    monkeypatch.setattr(solve, "CPU_ENTRIES", 1)
-    monkeypatch.setattr(solve, "LEAST_TOKENS", 7)
+    monkeypatch.setattr(prediction_sums, "CPU_ENTRIES", 1)
+    monkeypatch.setattr(prediction_sums, "LEAST_TOKENS", 7)
     split = solver(target).sums(target.params, [joined(target.spec, [text]) for text in said])
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.abs(one).max()))
@@ -156,7 +156,7 @@ def test_sums_of_a_large_batch_are_those_of_its_parts(target, monkeypatch) -> No
         token = generator.integers(0, target.spec.vocab, (126, 3)).astype(np.int32)
         said.append(Said(ids, True, token, np.full((126, 3), 0.3, np.float32)))
     monkeypatch.setattr(joined_texts, "CPU_TOKENS", 10**6)
-    monkeypatch.setattr(solve, "LEAST_TOKENS", 10**6)
+    monkeypatch.setattr(prediction_sums, "LEAST_TOKENS", 10**6)
     batch = joined(target.spec, said)
     assert batch.texts.ids.size * target.spec.hidden > 2**18
     whole = solver(target).sums(target.params, [batch])
@@ -168,7 +168,8 @@ def test_sums_of_a_large_batch_are_those_of_its_parts(target, monkeypatch) -> No
 def test_the_solve_is_a_ridge_regression(target, said, batches) -> None:
     held = solver(target)
     sums = held.sums(target.params, batches)
-    directions = held.directions(sums)
+    # The right-hand sides are donated.
+    directions = held.directions(jax.tree.map(jnp.copy, sums))
 
     def ridged(gram) -> np.ndarray:
         gram = np.asarray(gram, np.float64)

@@ -69,7 +69,11 @@ Cost = Array | FeatureCost
 
 def cost_matrix(cost: Cost) -> Array:
     """The cost written out, [..., n, k]."""
-    return 1.0 - correlation(jnp.asarray(cost.zx), jnp.asarray(cost.zy)) if isinstance(cost, FeatureCost) else cost
+    if not isinstance(cost, FeatureCost):
+        return cost
+    # A batched product that a branch of `lax.cond` captures ends the TPU compiler (libtpu 0.0.42 and 0.0.52, SIGILL in
+    # its BFloat16 propagation); nothing propagates through the barrier.
+    return jax.lax.optimization_barrier(1.0 - correlation(jnp.asarray(cost.zx), jnp.asarray(cost.zy)))
 
 
 def cost_rows(cost: Cost, start: Array | int, size: int) -> Array:

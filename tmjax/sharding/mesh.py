@@ -93,12 +93,21 @@ class Layout:
         """The number that the leading axis of a batch must be a multiple of."""
         return self.sizes["data"] * self.sizes["fsdp"]
 
-    def place_batch(self, array: np.ndarray) -> Array:
-        """Puts a batch on the devices, its leading axis split over data and fsdp; every process gives all of it."""
+    def place_batch(self, array: np.ndarray, axis: int = 0) -> Array:
+        """Puts a batch on the devices, `axis` split over data and fsdp; a process gives all that its devices get."""
         if self.mesh is None:
             return jax.numpy.asarray(array)
-        spec = PartitionSpec(ACTIVATION_RULES["batch"])
+        spec = PartitionSpec(*[None] * axis, ACTIVATION_RULES["batch"])
         return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), lambda index: array[index])
+
+    def own_rows(self, rows: int) -> np.ndarray:
+        """Whether each of the rows of a batch is on a device of this process, bool [rows]."""
+        own = np.full(rows, self.mesh is None)
+        if self.mesh is not None:
+            sharding = NamedSharding(self.mesh, PartitionSpec(ACTIVATION_RULES["batch"]))
+            for (part,) in sharding.addressable_devices_indices_map((rows,)).values():
+                own[part] = True
+        return own
 
     def place(self, row: Parameter, shape: tuple[int, ...]) -> NamedSharding | None:
         """`param_sharding` of a row of a family's table."""

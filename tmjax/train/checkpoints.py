@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from tmjax.files.atomic import remove, write_json
 from tmjax.runs.hashes import digest
 from tmjax.sharding import hosts
-from tmjax.train.loop import Selection
+from tmjax.train.selection import Selection
 from tmjax.train.step import State
 
 _KEY = "key.json"
@@ -52,8 +52,8 @@ class Checkpoints:
         args = {"state": ocp.args.StandardRestore(shapes), "facts": ocp.args.JsonRestore()}
         facts = self._manager.restore(step, args=ocp.args.Composite(facts=args["facts"]))["facts"]
         if facts["selected"]:
-            plain = {p: np.empty(x.shape, x.dtype) for p, x in like.trained.items()}
-            args["best"] = ocp.args.StandardRestore(plain)
+            best = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like.trained))
+            args["best"] = ocp.args.StandardRestore(best)
         arrays = self._manager.restore(step, args=ocp.args.Composite(**args))
         leaves = [arrays["state"][f"{number:05d}"] for number in range(len(arrays["state"]))]
         selection = Selection(
@@ -61,7 +61,7 @@ class Checkpoints:
             facts["step"],
             facts["worse"],
             [(count, loss) for count, loss in facts["history"]],
-            {path: np.asarray(x) for path, x in arrays["best"].items()} if facts["selected"] else None,
+            dict(arrays["best"]) if facts["selected"] else None,
         )
         return step, jax.tree.unflatten(jax.tree.structure(like), leaves), selection
 

@@ -1,22 +1,23 @@
 """The training loop: steps, validation with selection and early stop, checkpoints, handling of NaN."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.spec import DecoderSpec
-from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
 from tmjax.train.data import Batch, Batches
+from tmjax.train.feed import ahead, step_data
 from tmjax.train.modes import Frozen, Mode, Plain
 from tmjax.train.optimizer import TrainConfig, Weights, learning_rate
+from tmjax.train.selection import Selection
 from tmjax.train.step import Losses, Objective, State, fold, start, step
 from tmjax.typing import Array, Params
 
@@ -41,26 +42,6 @@ class Facts(NamedTuple):
 
 #: Called with the facts of every step.
 Progress = Callable[[Facts], None]
-
-
-@dataclass
-class Selection:
-    """The best validation loss so far, the trained arrays that gave it (on the host) and the steps before them."""
-
-    loss: float = float("inf")
-    step: int = 0
-    worse: int = 0
-    history: list[tuple[int, float]] = field(default_factory=list)
-    trained: dict[str, np.ndarray] | None = None
-
-    def see(self, count: int, loss: float, trained: dict[str, Array]) -> None:
-        """Records the validation loss after `count` steps, and the trained arrays if it is the best."""
-        self.history.append((count, loss))
-        if loss < self.loss:
-            self.loss, self.step, self.worse = loss, count, 0
-            self.trained = {path: np.array(value) for path, value in to_host(trained).items()}
-        else:
-            self.worse += 1
 
 
 class Keeper(Protocol):
@@ -147,34 +128,32 @@ class Trainer:
         elif self.validate is not None:
             selection.see(0, self.validate(fold(self.objective.mode, state.trained, frozen)), state.trained)
         facts = _Reporter(config, self.progress, done)
-        batches = self._batches(data, done)
         stopped = self._exhausted(selection)
-        while done < config.steps and not stopped:
-            group = list(itertools.islice(batches, config.accumulate))
-            if len(group) < config.accumulate:
-                raise InputError(f"the training data ended after {done} of {config.steps} steps")
-            tokens = sum(int(np.count_nonzero(batch.mask_bt)) for batch in group)
-            placed = [self._place(batch) for batch in group]
-            state, losses = step(self.objective, state, frozen, placed, facts.rates[done], Weights.at(config, done))
-            done += 1
-            measured = None
-            if self.validate is not None and (done % self.validate_every == 0 or done == config.steps):
-                self._require_healthy(state, facts, losses, done, selection)
-                measured = self.validate(fold(self.objective.mode, state.trained, frozen))
-                selection.see(done, measured, state.trained)
-                stopped = self._exhausted(selection)
-            bad = facts.add(done, losses, tokens, measured)
-            if bad or done == config.steps:
-                self._require_healthy(state, facts, losses, done, selection)
-            if self.keeper and (done % self.keep_every == 0 or done == config.steps or stopped):
-                self._require_healthy(state, facts, losses, done, selection)
-                self.keeper.save(done, state, selection)
+        steps = step_data(self._batches(data, done), self.layout, config.accumulate)
+        with contextlib.closing(ahead(steps)) as made:
+            while done < config.steps and not stopped:
+                batches, tokens = next(made, (None, 0))
+                if batches is None:
+                    raise InputError(f"the training data ended after {done} of {config.steps} steps")
+                rate, weights = facts.rates[done], Weights.at(config, done)
+                state, losses = step(self.objective, state, frozen, batches, rate, weights)
+                done += 1
+                measured = None
+                if self.validate is not None and (done % self.validate_every == 0 or done == config.steps):
+                    self._require_healthy(state, facts, losses, done, selection)
+                    measured = self.validate(fold(self.objective.mode, state.trained, frozen))
+                    selection.see(done, measured, state.trained)
+                    stopped = self._exhausted(selection)
+                bad = facts.add(done, losses, tokens, measured)
+                if bad or done == config.steps:
+                    self._require_healthy(state, facts, losses, done, selection)
+                if self.keeper and (done % self.keep_every == 0 or done == config.steps or stopped):
+                    self._require_healthy(state, facts, losses, done, selection)
+                    self.keeper.save(done, state, selection)
         facts.flush()
         if self.keeper:
             self.keeper.wait()
-        best = state.trained
-        if selection.trained is not None:
-            best = {path: jax.device_put(x, state.trained[path].sharding) for path, x in selection.trained.items()}
+        best = state.trained if selection.trained is None else selection.trained
         folded = fold(self.objective.mode, best, frozen)
         losses = np.asarray([fact.loss for fact in facts.all])
         return TrainResult(folded, best, losses, done, selection if self.validate else None, stopped)
@@ -187,18 +166,6 @@ class Trainer:
 
     def _exhausted(self, selection: Selection) -> bool:
         return self.patience is not None and selection.worse >= self.patience
-
-    def _place(self, batch: Batch) -> Batch:
-        guide = batch.guide
-        if guide is not None and self.layout.mesh is not None:
-            source = self.layout.place_batch(np.moveaxis(np.asarray(guide.source_lbrk), 1, 0))
-            rest = (self.layout.place_batch(np.asarray(x)) for x in (guide.position_br, guide.mask_br))
-            guide = type(guide)(*rest, jnp.moveaxis(source, 0, 1))
-        parts = (batch.ids_bt, batch.targets_bt, batch.mask_bt)
-        teacher = batch.teacher
-        if teacher is not None:
-            teacher = type(teacher)(*(self.layout.place_batch(np.asarray(part)) for part in teacher))
-        return Batch(*(self.layout.place_batch(np.asarray(part)) for part in parts), guide, teacher)
 
     def _require_healthy(
         self, state: State, facts: "_Reporter", losses: Losses, done: int, selection: Selection

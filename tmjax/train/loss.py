@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from tmjax.models.decoder import scaled_logits
 from tmjax.models.layers import einsum
 from tmjax.models.spec import DecoderSpec
+from tmjax.sharding.mesh import ACTIVATION_RULES
 from tmjax.typing import Array, ArrayLike
 
 #: Logits are made for about this many entries (token x vocabulary) at a time,
@@ -80,7 +82,7 @@ def _block(spec: DecoderSpec, head: Array, part: _Part, *, slopes: bool) -> tupl
 
     The teacher's loss is the divergence KL(q | p) over the k tokens and all others together: q is known no finer.
     """
-    logits = scaled_logits(spec, einsum("re,ve->rv", part.states, head.astype(part.states.dtype)))
+    logits = scaled_logits(spec, einsum("re,ve->rv", part.states, head))
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     nll = normaliser - jnp.take_along_axis(logits, part.labels[..., None], axis=-1)[..., 0]
     text, divergence = jnp.sum(nll * part.weight), jnp.zeros((), jnp.float32)
@@ -127,7 +129,132 @@ def _parts(
     return count, jax.tree.map(lambda x: _cut(x, count), _Part(hidden, labels, weight, *teacher_parts))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+class _Sums(NamedTuple):
+    """Sums of both losses over tokens, and their sum's slopes in head [vocab, embed] (float32) and hidden states."""
+
+    text: Array
+    divergence: Array
+    d_head: Array | None = None
+    d_hidden: Array | None = None
+
+
+def _summed(
+    spec: DecoderSpec,
+    head: Array,
+    hidden_bte: Array,
+    labels_bt: Array,
+    weight_bt: Array,
+    teacher: TeacherTokens | None,
+    *,
+    slopes: bool,
+) -> _Sums:
+    """Sums over the tokens that are here, block by block; the head [vocab, embed] is whole and of the states' dtype."""
+
+    def make(total: _Sums, part: _Part) -> tuple[_Sums, Array | None]:
+        text, divergence, slope = _block(spec, head, part, slopes=slopes)
+        total = total._replace(text=total.text + text, divergence=total.divergence + divergence)
+        if slope is None:
+            return total, None
+        d_head = einsum("rv,re->ve", slope, part.states).astype(jnp.float32)
+        return total._replace(d_head=total.d_head + d_head), einsum("rv,ve->re", slope, head)
+
+    count, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teacher)
+    zero = jnp.zeros((), jnp.float32)
+    initial = _Sums(zero, zero, jnp.zeros(head.shape, jnp.float32) if slopes else None)
+    total, d_hidden = _over(make, initial, parts)
+    if not slopes:
+        return total
+    batch, tokens, width = hidden_bte.shape
+    d_hidden = jnp.moveaxis(d_hidden.reshape(count, batch, -1, width), 0, 1).reshape(batch, -1, width)[:, :tokens]
+    return total._replace(d_hidden=d_hidden)
+
+
+def _summed_on(
+    mesh: Mesh | None,
+    spec: DecoderSpec,
+    head_ve: Array,
+    hidden_bte: Array,
+    labels_bt: Array,
+    weight_bt: Array,
+    teacher: TeacherTokens | None,
+    *,
+    slopes: bool,
+) -> _Sums:
+    """`_summed` over a mesh: the head is gathered once, and its slope summed over the devices once, after all blocks.
+
+    Left to XLA, both would be done for every block. The axis `tensor`, which splits the vocabulary, stays XLA's.
+    """
+    compute = functools.partial(_summed, spec, slopes=slopes)
+    head = head_ve.astype(hidden_bte.dtype)
+    axes = () if mesh is None else tuple(axis for axis in ACTIVATION_RULES["batch"] if mesh.shape[axis] > 1)
+    if not axes:
+        return compute(head, hidden_bte, labels_bt, weight_bt, teacher)
+    split = "fsdp" in axes and head_ve.shape[1] % mesh.shape["fsdp"] == 0
+    copies = tuple(axis for axis in axes if not (split and axis == "fsdp"))
+
+    def on_device(head: Array, *batch: Array | TeacherTokens | None) -> _Sums:
+        if split:
+            head = jax.lax.all_gather(head, "fsdp", axis=1, tiled=True)
+        sums = compute(head, *batch)
+        text, divergence = jax.lax.psum((sums.text, sums.divergence), axes)
+        d_head = sums.d_head
+        if slopes and split:
+            d_head = jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=1, tiled=True)
+        if slopes and copies:
+            d_head = jax.lax.psum(d_head, copies)
+        return _Sums(text, divergence, d_head, sums.d_hidden)
+
+    whole, rows, columns = PartitionSpec(), PartitionSpec(axes), PartitionSpec(None, "fsdp" if split else None)
+    placed = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(columns, rows, rows, rows, rows),
+        out_specs=_Sums(whole, whole, *((columns, rows) if slopes else ())),
+        axis_names=set(axes),
+        check_vma=False,  # zeros begin the sums on every device alike
+    )
+    return placed(head, hidden_bte, labels_bt, weight_bt, teacher)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _losses(
+    spec: DecoderSpec,
+    mesh: Mesh | None,
+    head_ve: Array,
+    hidden_bte: Array,
+    labels_bt: Array,
+    weight_bt: Array,
+    teacher: TeacherTokens | None,
+) -> tuple[Array, Array, Array]:
+    sums = _summed_on(mesh, spec, head_ve, hidden_bte, labels_bt, weight_bt, teacher, slopes=False)
+    return sums.text + sums.divergence, sums.text, sums.divergence
+
+
+def _forward(
+    spec: DecoderSpec,
+    mesh: Mesh | None,
+    head_ve: Array,
+    hidden_bte: Array,
+    labels_bt: Array,
+    weight_bt: Array,
+    teacher: TeacherTokens | None,
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    sums = _summed_on(mesh, spec, head_ve, hidden_bte, labels_bt, weight_bt, teacher, slopes=True)
+    slopes = sums.d_head.astype(head_ve.dtype), sums.d_hidden.astype(hidden_bte.dtype)
+    return (sums.text + sums.divergence, sums.text, sums.divergence), slopes
+
+
+def _backward(
+    _spec: DecoderSpec, _mesh: Mesh | None, stored: tuple[Array, Array], slopes: tuple[Array, Array, Array]
+) -> tuple[Array, Array, None, None, None]:
+    d_head, d_hidden = stored
+    slope = slopes[0]
+    return d_head * slope.astype(d_head.dtype), d_hidden * slope.astype(d_hidden.dtype), None, None, None
+
+
+_losses.defvjp(_forward, _backward)
+
+
 def summed_losses(
     spec: DecoderSpec,
     head_ve: Array,
@@ -135,6 +262,7 @@ def summed_losses(
     labels_bt: Array,
     weight_bt: Array,
     teacher: TeacherTokens | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, Array, Array]:
     """Sums weight x -ln p(label) and mask x KL(teacher | model) over the tokens of a batch.
 
@@ -147,53 +275,12 @@ def summed_losses(
         labels_bt: The next tokens [B, T].
         weight_bt: Weights of the first loss [B, T].
         teacher: Distributions of the next token; its mask may hold any weights.
+        mesh: The device mesh that splits B.
 
     Returns:
         The sum of both losses, the first and the second; float32, nats.
     """
-    _, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teacher)
-
-    def make(total: tuple[Array, Array], part: _Part) -> tuple[tuple[Array, Array], tuple]:
-        text, divergence, _ = _block(spec, head_ve, part, slopes=False)
-        return (total[0] + text, total[1] + divergence), ()
-
-    zero = jnp.zeros((), jnp.float32)
-    text, divergence = _over(make, (zero, zero), parts)[0]
-    return text + divergence, text, divergence
-
-
-def _forward(
-    spec: DecoderSpec,
-    head_ve: Array,
-    hidden_bte: Array,
-    labels_bt: Array,
-    weight_bt: Array,
-    teacher: TeacherTokens | None = None,
-) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
-    def make(total: tuple[Array, Array, Array], part: _Part) -> tuple[tuple[Array, Array, Array], Array]:
-        text, divergence, slope = _block(spec, head_ve, part, slopes=True)
-        d_head = einsum("rv,re->ve", slope, part.states).astype(jnp.float32)
-        d_states = einsum("rv,ve->re", slope, head_ve.astype(part.states.dtype))
-        return (total[0] + text, total[1] + divergence, total[2] + d_head), d_states
-
-    count, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teacher)
-    zero = jnp.zeros((), jnp.float32)
-    (text, divergence, d_head), d_hidden = _over(make, (zero, zero, jnp.zeros(head_ve.shape, jnp.float32)), parts)
-    batch, tokens, width = hidden_bte.shape
-    d_hidden = jnp.moveaxis(d_hidden.reshape(count, batch, -1, width), 0, 1).reshape(batch, -1, width)[:, :tokens]
-    slopes = (d_head.astype(head_ve.dtype), d_hidden.astype(hidden_bte.dtype))
-    return (text + divergence, text, divergence), slopes
-
-
-def _backward(
-    _spec: DecoderSpec, stored: tuple[Array, Array], slopes: tuple[Array, Array, Array]
-) -> tuple[Array, Array, None, None, None]:
-    d_head, d_hidden = stored
-    slope = slopes[0]
-    return d_head * slope.astype(d_head.dtype), d_hidden * slope.astype(d_hidden.dtype), None, None, None
-
-
-summed_losses.defvjp(_forward, _backward)
+    return _losses(spec, mesh, head_ve, hidden_bte, labels_bt, weight_bt, teacher)
 
 
 def summed_nll(spec: DecoderSpec, head_ve: Array, hidden_bte: Array, labels_bt: Array, weight_bt: Array) -> Array:

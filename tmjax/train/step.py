@@ -115,7 +115,7 @@ def _losses(
         scale = weights.teacher * share.teacher
         teacher = TeacherTokens(teacher.ids_btk, teacher.weight_btk, teacher.mask_bt * scale)
     total, text, divergence = summed_losses(
-        spec, model.unembedding, hidden, batch.targets_bt, batch.mask_bt * share.text, teacher
+        spec, model.unembedding, hidden, batch.targets_bt, batch.mask_bt * share.text, teacher, mesh
     )
     divergence = divergence / jnp.maximum(weights.teacher, 1e-30)
     if guide is None:

@@ -21,16 +21,19 @@ from typing import Annotated, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding, PartitionSpec
 from pydantic import Field
 
-from tmjax.activations.joined import Joined, run_joined
-from tmjax.errors import NonFiniteError
-from tmjax.models.decoder import ForwardPlan, bind
+from tmjax.activations.joined import Joined
+from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.recipes.base import Positive, PositiveFloat, Section
 from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
+from tmjax.transfer.least_squares.prediction_sums import added, means
+from tmjax.transfer.least_squares.ridge_systems import TOLERANCE, right_solve
+from tmjax.transfer.least_squares.steps import moved
+from tmjax.transfer.least_squares.sum_program import SumProgram, Sums
 from tmjax.typing import Array, ArrayLike, Params
 
 #: Weights tried for the teacher probabilities, relative to the true next tokens.
@@ -42,15 +45,6 @@ STEPS = (0.12, 0.05)
 FACTORS = ((0.5, 1.0), (1.0, 0.5), (1.5, 1.5))
 #: Projections that write the residual stream.
 WRITERS = ("o", "down")
-#: Entries (token x vocabulary) of the logits made at a time: of a batch on an accelerator, of a part of one on a CPU,
-#: whose caches hold about that many; and the smallest number of tokens.
-LOGIT_ENTRIES, CPU_ENTRIES, LEAST_TOKENS = 2**26, 2**20, 512
-_EXACT = jax.lax.Precision.HIGHEST
-
-
-def batch_tokens(vocab: int, max_tokens: int) -> int:
-    """Returns the tokens of a batch: at most `max_tokens`, unless that is too few to read the unembedding for."""
-    return max(LEAST_TOKENS, min(max_tokens, LOGIT_ENTRIES // vocab))
 
 
 class PredictionTargets(NamedTuple):
@@ -64,167 +58,6 @@ class PredictionTargets(NamedTuple):
     own: bool
     token: ArrayLike
     weight: ArrayLike
-
-
-class Sums(NamedTuple):
-    """Sums or means over positions: target changes times inputs, of true tokens and of the teacher; Grams of inputs.
-
-    `cross` [2, V, embed] and `gram` [embed, embed] belong to the read-out, `curvature` [V] is its mean of p (1 - p);
-    `inner` [2, L, out, in] by path and `grams` [L, in, in] by input site belong to the projections. `count` [3]:
-    positions of the true tokens, of the teacher (by its probability), of all texts.
-    """
-
-    cross: Array
-    gram: Array
-    curvature: Array
-    inner: dict[str, Array]
-    grams: dict[str, Array]
-    count: Array
-
-
-class SolvedArrays(NamedTuple):
-    """Arrays that are solved: the path of the read-out, and (path, input site) of the projections that change."""
-
-    readout: str
-    writers: tuple[tuple[str, str], ...]
-
-
-def logits_at_once(vocab: int, tokens: int) -> int:
-    """Returns the number of tokens, of a batch of `tokens`, whose logits are made at the same time."""
-    return tokens if jax.default_backend() != "cpu" else min(tokens, max(LEAST_TOKENS, CPU_ENTRIES // vocab))
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "own", "solved", "dtype", "mesh"))
-def _sums(
-    spec: DecoderSpec,
-    params: Params,
-    texts: Joined,
-    token: Array,
-    weight: Array,
-    own: bool,
-    solved: SolvedArrays,
-    dtype: jnp.dtype,
-    mesh: Mesh | None,
-) -> Sums:
-    """Sums one batch for the arrays that are solved."""
-    readout, writers = solved
-    real = (texts.text >= 0).astype(jnp.float32)
-    sites = ("resid", *dict.fromkeys(site for _, site in writers))
-    captured = run_joined(bind(spec, params), texts, ForwardPlan(dtype, sites, mesh=mesh)).captured
-    last = captured.pop("resid")[-1]
-    rows, tokens, _ = last.shape
-    # Parts of the token axis, not of the batch: the batch is what a mesh splits.
-    count = -(-tokens // max(1, logits_at_once(spec.vocab, rows * tokens) // rows))
-    size = -(-tokens // count)
-
-    def logits(weight: Array, stream: Array) -> tuple[Array, Array]:
-        decoder = bind(spec, {**params, readout: weight})
-        states = decoder.norm(stream)
-        return decoder.logits(states), states
-
-    def cut(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, 0), (0, count * size - tokens), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(rows, count, size, *x.shape[2:]), 1, 0)
-
-    def whole(x: Array) -> Array:
-        """[pieces, B, size, ...] as [B, T, ...]."""
-        return jnp.moveaxis(x, 0, 1).reshape(rows, count * size, *x.shape[3:])[:, :tokens]
-
-    def piece(total: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        stream, label, real, token, weight = part
-        scores, back, states = jax.vjp(logits, jnp.asarray(params[readout], jnp.float32), stream, has_aux=True)
-        p = jax.nn.softmax(scores)
-        row, place = jnp.ogrid[: p.shape[0], : p.shape[1]]
-        mass = jnp.sum(weight, axis=-1)
-        # Residuals of the logits, the negative gradient of the loss: q - p, weighted by the mass of the target.
-        residuals = [(-mass[..., None] * p).at[row[..., None], place[..., None], token].add(weight)]
-        if own:
-            residuals.insert(0, (-real[..., None] * p).at[row, place, jnp.maximum(label, 0)].add(real))
-        moved, asked = zip(*map(back, residuals), strict=True)
-        total = total[0] + jnp.stack(moved), total[1] + jnp.sum(real[..., None] * p * (1 - p), axis=(0, 1))
-        return total, (jnp.stack(asked, axis=2).astype(jnp.float32), states.astype(jnp.float32))
-
-    kinds = 1 + own
-    start = jnp.zeros((kinds, *params[readout].shape)), jnp.zeros(spec.vocab)
-    parts = tuple(map(cut, (last, jnp.asarray(texts.label), real, token, weight)))
-    (cross, curvature), pieces = jax.lax.scan(piece, start, parts)
-    asked, states = map(whole, pieces)
-    hidden = states * real[..., None]
-    inputs = {site: x.astype(jnp.float32) * real[:, :, None] for site, x in captured.items()}
-
-    def both(x: Array) -> Array:
-        """Returns [true tokens, teacher]; the former is zero if true tokens are no targets."""
-        return x if own else jnp.concatenate([jnp.zeros_like(x), x])
-
-    return Sums(
-        both(cross),
-        jnp.einsum("bte,btf->ef", hidden, hidden, precision=_EXACT),
-        curvature,
-        {path: both(jnp.einsum("btso,lbti->sloi", asked, inputs[site], precision=_EXACT)) for path, site in writers},
-        {site: jnp.einsum("lbti,lbtj->lij", x, x, precision=_EXACT) for site, x in inputs.items()},
-        jnp.stack([own * jnp.sum(real), jnp.sum(weight), jnp.sum(real)]),
-    )
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _added(total: Sums, more: Sums) -> Sums:
-    return jax.tree.map(jnp.add, total, more)
-
-
-@jax.jit
-def _means(sums: Sums) -> Sums:
-    seen = sums.count[2]
-    each = jnp.maximum(sums.count[:2], 1e-30)
-
-    def both(x: Array) -> Array:
-        return x / each.reshape(2, *[1] * (x.ndim - 1))
-
-    return Sums(
-        both(sums.cross),
-        sums.gram / seen,
-        sums.curvature / seen,
-        {path: both(x) for path, x in sums.inner.items()},
-        {site: x / seen for site, x in sums.grams.items()},
-        sums.count,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="ridge")
-def _right_solve(gram: Array, values: Array, ridge: float) -> Array:
-    """values (gram + ridge tr(gram) / n I)^-1 for symmetric gram [..., n, n] and values [2, ..., out, n]."""
-    n = gram.shape[-1]
-    mean = jnp.trace(gram, axis1=-2, axis2=-1) / n
-    damped = gram + ridge * mean[..., None, None] * jnp.eye(n)
-    # Both right-hand sides as more rows of one.
-    rows = jnp.moveaxis(values, 0, -3).reshape(*gram.shape[:-2], -1, n)
-    solved = jnp.swapaxes(jnp.linalg.solve(damped, jnp.swapaxes(rows, -1, -2)), -1, -2)
-    return jnp.moveaxis(solved.reshape(*gram.shape[:-2], 2, -1, n), -3, 0)
-
-
-def _norm(x: Array) -> Array:
-    return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-
-
-@functools.partial(jax.jit, static_argnames="trust")
-def _moved(
-    now: dict[str, Array],
-    start: dict[str, ArrayLike],
-    direction: dict[str, Array],
-    step: dict[str, Array],
-    weight: Array,
-    trust: float | None,
-) -> dict[str, Array]:
-    """Moves tensors by `step` (in units of their norms) in the mixed direction, each within `trust` of its start."""
-    result = {}
-    for path, value in now.items():
-        change = direction[path][0] + weight * direction[path][1]
-        value = value + step[path] * change * _norm(value) / jnp.maximum(_norm(change), 1e-30)
-        if trust is not None:
-            first = start[path].astype(jnp.float32)
-            far, limit = _norm(value - first), trust * _norm(first)
-            value = first + (value - first) * jnp.where(far > limit, limit / jnp.maximum(far, 1e-30), 1.0)
-        result[path] = value
-    return result
 
 
 def finite(loss: Callable[[Params], float], params: Params) -> float:
@@ -332,28 +165,63 @@ class Solver:
         """Paths of all tensors that change."""
         return (self.readout, *(path for path, _ in self.writers))
 
+    @functools.cached_property
+    def placements(self) -> dict[str, NamedSharding]:
+        """Layouts of the tensors that change, by path; empty on one device."""
+        rows = {row.path: row for row in self.rows}
+        # A read-out without a row of its own is laid out as the embeddings are.
+        specs = {path: rows.get(path, rows["embed.weight"]) for path in self.paths}
+        places = {path: self.layout.place(row, row.stacked_shape(self.spec)) for path, row in specs.items()}
+        return {path: place for path, place in places.items() if place is not None}
+
+    @functools.cached_property
+    def program(self) -> SumProgram:
+        """The static part of the sums."""
+        rows = {row.path: row for row in self.rows}
+        shapes = tuple(rows[path].stacked_shape(self.spec) for path, _ in self.writers)
+        placements = tuple(self.placements.values())
+        return SumProgram(
+            self.spec, self.readout, self.writers, shapes, jnp.dtype(self.dtype), self.layout.mesh, placements
+        )
+
     def sums(self, params: Params, batches: Sequence[PredictionTargets]) -> Sums:
         """Computes the means over the texts that the solve needs, under these parameters."""
-        total: Sums | None = None
-        how = SolvedArrays(self.readout, self.writers), self.dtype, self.layout.mesh
+        total, place = self.program.zeros(), self.layout.place_batch
         for batch in batches:
-            place = self.layout.place_batch
             arrays = Joined(*map(place, batch.texts)), place(batch.token), place(batch.weight)
-            batch_sums = _sums(self.spec, params, *arrays, batch.own, *how)
-            total = jax.block_until_ready(batch_sums if total is None else _added(total, batch_sums))
-        assert total is not None
-        return jax.block_until_ready(_means(total))
+            total = jax.block_until_ready(added(self.program, total, params, *arrays, batch.own))
+        return jax.block_until_ready(means(total))
 
     def directions(self, sums: Sums) -> dict[str, Array]:
-        """Solves for the changes by path, [2, ...]: for the true tokens, for the teacher probabilities."""
-        ridge = self.options.ridge
-        seen = sums.curvature + self.options.prior_tokens / sums.count[2]
-        readout = _right_solve(sums.gram, sums.cross, ridge) / seen[:, None]
-        changes = {self.readout: readout if self.known is None else jnp.where(self.known[:, None], readout, 0.0)}
+        """Solves for the changes by path, [2, ...]: for the true tokens, for the teacher probabilities.
+
+        The sums' right-hand sides are donated. Raises InputError if a solution does not satisfy its equations.
+        """
+        count, vocab = sums.count[2], self.spec.vocab
+        seen = sums.curvature[:vocab] + self.options.prior_tokens / count
+        readout = self._solved(sums.gram, sums.cross, self.readout)[:, :vocab] / seen[:, None]
+        if self.known is not None:
+            readout = jnp.where(self.known[:, None], readout, 0.0)
+        changes = {self.readout: self._placed(readout, self.readout)}
         for path, site in self.writers:
-            # One at a time: several LAPACK calls in one program can lock up the thread pool of XLA's CPU backend.
-            changes[path] = jax.block_until_ready(_right_solve(sums.grams[site], sums.inner[path], ridge))
+            changes[path] = self._placed(self._solved(sums.grams[site], sums.inner[path], path), path)
         return changes
+
+    def _solved(self, gram: Array, values: Array, path: str) -> Array:
+        # One at a time: several LAPACK calls in one program can lock up the thread pool of XLA's CPU backend.
+        cpu = jax.default_backend() == "cpu"
+        x, error = jax.block_until_ready(right_solve(gram, values, self.options.ridge, self.layout.mesh, cpu))
+        if (error := float(np.max(to_host(error)))) > TOLERANCE:
+            raise InputError(
+                f"the operator predictions cannot solve for {path}: a residual of {error:.1e}, above {TOLERANCE};"
+                " raise its ridge"
+            )
+        return x
+
+    def _placed(self, x: Array, path: str) -> Array:
+        """Changes [2, ...] laid out like the tensor that they change."""
+        place = self.placements.get(path)
+        return x if place is None else jax.device_put(x, NamedSharding(place.mesh, PartitionSpec(None, *place.spec)))
 
     def moved(
         self, params: Params, directions: dict[str, Array], weight: float, steps: tuple[float, float]
@@ -361,7 +229,8 @@ class Solver:
         """Returns the parameters after steps of these sizes (read-out, projections)."""
         sizes = {path: jnp.float32(steps[path != self.readout]) for path in self.paths}
         now, first = ({path: each[path] for path in self.paths} for each in (params, self.start))
-        return {**params, **_moved(now, first, directions, sizes, jnp.float32(weight), self.options.trust)}
+        how = self.options.trust, tuple(self.placements.items())
+        return {**params, **moved(now, first, directions, sizes, jnp.float32(weight), *how)}
 
     def _tried(
         self,
@@ -408,16 +277,17 @@ class Solver:
             sums = self.sums(params, batches)
             positions = tuple(float(x) for x in to_host(sums.count))
             directions = self.directions(sums)
+            del sums
             tried = self._tried(params, directions, steps, screen or loss, with_source=with_source)
             trials += len(tried)
             best = min(tried)
             if math.isinf(best.loss):
                 raise NonFiniteError("the predictions of the model that is solved for are not finite")
-            moved = self.moved(params, directions, best.weight, best.steps)
+            changed = self.moved(params, directions, best.weight, best.steps)
             if screen is not None:
-                best = best._replace(loss=finite(loss, moved))
+                best = best._replace(loss=finite(loss, changed))
             if best.loss < losses[-1]:
-                params = moved
+                params = changed
                 steps, failures = best.steps, 0
                 losses.append(best.loss)
                 chosen.append({"weight": best.weight, "readout": best.steps[0], "projections": best.steps[1]})

@@ -20,14 +20,8 @@ from tmjax.sharding.hosts import to_host
 from tmjax.sharding.mesh import Layout
 from tmjax.teacher.probabilities import Search, TeacherProbabilities
 from tmjax.transfer.contribution import Applied, Context, Shape
-from tmjax.transfer.prediction_solver import (
-    PredictionOptions,
-    PredictionTargets,
-    Solved,
-    Solver,
-    batch_tokens,
-    logits_at_once,
-)
+from tmjax.transfer.least_squares.prediction_sums import batch_tokens, logits_at_once
+from tmjax.transfer.prediction_solver import PredictionOptions, PredictionTargets, Solved, Solver
 from tmjax.transfer.source_view import SourceView, TeacherData
 from tmjax.transfer.update_table import Table
 from tmjax.typing import Params
@@ -41,16 +35,17 @@ def prediction_targets(
     Args:
         spec: Architecture of the target.
         data: Texts and probabilities.
-        tokens: Tokens per batch, as an evaluation would take; see `prediction_solver.batch_tokens`.
+        tokens: Tokens per batch, as an evaluation would take; see `prediction_sums.batch_tokens`.
         layout: Devices.
 
     Returns:
         Batches of the calibration texts, whose own next tokens are targets too, then of the generated ones.
     """
-    limit = batch_tokens(spec.vocab, tokens)
+    layout = layout or Layout()
+    limit = batch_tokens(spec.vocab, tokens, layout.devices)
     batches = []
     for first, part in ((0, data.documents[: data.given]), (data.given, data.documents[data.given :])):
-        for batch in join(spec, list(part), limit, layout or Layout()):
+        for batch in join(spec, list(part), limit, layout):
             batches.append(PredictionTargets(batch, first == 0, *_attached(data.probabilities, batch, first)))
     return batches
 
@@ -158,9 +153,9 @@ def solver_memory(target: Shape, options: PredictionOptions, tokens: int) -> int
     size = {path: math.prod(by_path[path].stacked_shape(spec)) for path in solver.paths}
     inputs = {site: by_path[path].shape(spec)[1] for path, site in solver.writers}
     grams = spec.hidden**2 + spec.layers * sum(width**2 for width in inputs.values())
-    # Two right-hand sides in both copies of the sums and in the changes, and one moved tensor.
+    # Two right-hand sides, which the changes replace, copies of them while one is solved for, and one moved tensor.
     logits = spec.vocab * logits_at_once(spec.vocab, batch_tokens(spec.vocab, tokens))
-    return 4 * (2 * grams + 7 * sum(size.values()) + 6 * logits)
+    return 4 * (2 * grams + 5 * sum(size.values()) + 6 * logits)
 
 
 OPERATOR = Predictions()

@@ -1,0 +1,1 @@
+"""Linear algebra of the operator `predictions`: sums over positions, ridge systems."""
