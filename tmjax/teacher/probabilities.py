@@ -24,7 +24,7 @@ from tmjax.text.tokenizer import TextTokenizer
 
 @dataclass(frozen=True)
 class Search:
-    """How far a source's continuations are followed.
+    """Limits of the search through a source's continuations.
 
     Attributes:
         steps: Most source tokens in a chain.
