@@ -9,7 +9,7 @@ import numpy as np
 from tmjax.errors import InputError
 from tmjax.models.generate import LEAST_ROWS, DecodingOptions, cache_bytes, generate
 from tmjax.models.sample import Sampling
-from tmjax.recipes.adapt import GenerationOptions
+from tmjax.recipes.objectives import GenerationOptions
 from tmjax.sharding.memory import share_mib
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.buckets import bucket_length
