@@ -24,6 +24,7 @@ from tmjax.errors import InputError
 from tmjax.models.families import FAMILIES, family_of, unread
 from tmjax.models.families.config_values import ACTIVATION_NAMES
 from tmjax.models.families.quantised import is_float8, without_quantisation
+from tmjax.models.families.wrappers import TEXTS, TIED
 from tmjax.models.layers import ACTIVATIONS
 from tmjax.transfer.recipe import build_recipe
 from tools import config_keys
@@ -60,7 +61,6 @@ FEATURES = {
     "qwen3_5": [f"{WRAPPER}qwen3_5_text", LINEAR, FURTHER],
     "qwen3_5_moe": [f"{WRAPPER}qwen3_5_moe_text", MOE, LINEAR, FURTHER],
     "qwen3_moe": [MOE],
-    "qwen3_vl": [f"{WRAPPER}qwen3_vl_text"],
     "qwen3_vl_moe": [f"{WRAPPER}qwen3_vl_moe_text", MOE],
     "step3p7": [MOE, FURTHER],
 }
@@ -105,6 +105,10 @@ def test_it_loads_or_is_refused_for_a_feature_that_it_has(file, bare, qwen2_dir)
         assert PACKED[file.stem] in about[0]
     elif config["model_type"] in FAMILIES:
         assert not about and report["models"]["source"]["family"] == config["model_type"]
+        return
+    elif config["model_type"] in TIED:
+        text, _ = TEXTS[config["text_config"]["model_type"]]
+        assert not about and report["models"]["source"]["family"] == text
         return
     else:
         for feature in FEATURES[config["model_type"]]:

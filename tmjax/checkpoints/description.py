@@ -12,6 +12,7 @@ from tmjax.errors import InputError
 from tmjax.models.families import family_of
 from tmjax.models.families.base import Family
 from tmjax.models.families.quantised import float8_settings, quantisation, without_quantisation
+from tmjax.models.families.wrappers import Wrapper, wrapper_of
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
 
@@ -19,7 +20,8 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 class CheckpointDescription:
     """One checkpoint as its `config.json` describes it.
 
-    `config` is that of the dequantised model where weights are `float8`. `notes` are what a user should know and
+    `config` is that of the text model of a multimodal `wrapper`, and of the dequantised model where weights are
+    `float8`. `notes` are what a user should know and
     nothing refuses: settings without effect, files that are not read.
     """
 
@@ -28,6 +30,7 @@ class CheckpointDescription:
     family: Family
     spec: DecoderSpec
     notes: tuple[str, ...]
+    wrapper: Wrapper | None = None
     float8: Float8 | None = None
 
     @property
@@ -45,6 +48,9 @@ def describe(directory: Path) -> CheckpointDescription:
     """
     directory = Path(directory)
     config = read_config(directory)
+    wrapper = wrapper_of(config)
+    if wrapper is not None:
+        config = wrapper.config
     float8, packed = None, float8_settings(config) if quantisation(config) else float8_beside(directory)
     if packed is not None:
         float8, config = Float8.of(config, packed), without_quantisation(config)
@@ -54,5 +60,8 @@ def describe(directory: Path) -> CheckpointDescription:
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
     refuse_packed(directory)
-    notes = (*notes, *container_notes(directory), *(() if float8 is None else (float8.note,)))
-    return CheckpointDescription(directory, config, family, spec, notes, float8)
+    if wrapper is not None:
+        config = {"architectures": [family.architecture], **config}
+    readers = tuple(reader.note for reader in (wrapper, float8) if reader is not None)
+    notes = (*notes, *container_notes(directory), *readers)
+    return CheckpointDescription(directory, config, family, spec, notes, wrapper, float8)

@@ -7,7 +7,7 @@ from typing import Any
 from tmjax.checkpoints.description import CheckpointDescription
 from tmjax.checkpoints.formats.names import matched
 from tmjax.checkpoints.formats.safetensors import Weights
-from tmjax.checkpoints.formats.weights import open_weights
+from tmjax.checkpoints.formats.weights import Renamed, open_weights
 from tmjax.errors import CheckpointError, summarise
 from tmjax.models.families.base import BUFFERS, Family
 from tmjax.models.spec import DecoderSpec, ParamSpec
@@ -34,7 +34,11 @@ def open_headers(described: CheckpointDescription) -> CheckpointHeaders:
     Raises InputError and CheckpointError as `load_model` does, except for faults that only the numbers show.
     """
     rows, spec = described.rows, described.spec
-    index, renamed = matched(open_weights(described.directory, BUFFERS, described.float8), rows, spec)
+    index = open_weights(described.directory, BUFFERS, described.float8)
+    if described.wrapper is not None:
+        names = {name: described.wrapper.text_name(name) for name in index}
+        index = Renamed(index, {text: name for name, text in names.items() if text is not None})
+    index, renamed = matched(index, rows, spec)
     ties = check_tensors(index, rows, spec)
     return CheckpointHeaders(described.config, described.family, spec, index, ties, (*described.notes, *renamed))
 

@@ -49,9 +49,14 @@ def checkpoint_notes(path: str | Path) -> tuple[str, ...]:
 
 
 def require_plain(path: str | Path) -> None:
-    """Raises InputError if the weights of a checkpoint are quantised: a merge changes them and writes them back."""
-    directory = config_directory(path)
-    if describe(directory).float8 is not None:
+    """Raises InputError for checkpoints that are read as sources alone: a merge cannot write them back as they are."""
+    described = describe(config_directory(path))
+    if described.wrapper is not None:
+        raise InputError(
+            f"the target {path} is a multimodal {described.wrapper.model_type}, of which only the text model is read; "
+            f"write that by itself first: tmjax convert {path} OUT --to hf"
+        )
+    if described.float8 is not None:
         raise InputError(
             f"the target {path} has float8 weights; give the checkpoint that it was made from, or write it dequantised "
             f"first: tmjax convert {path} OUT --to hf"
