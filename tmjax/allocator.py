@@ -1,4 +1,4 @@
-"""What the C library does with freed memory: kept within a stage, given back between stages."""
+"""Freed memory in the C library: kept within a stage, given back between stages."""
 
 import ctypes
 import os

@@ -94,6 +94,21 @@ def test_alpha_must_come_from_somewhere() -> None:
     parse_axes(["alpha.mlp=0.1", "alpha.attention=0.2"], NO_ALPHA, random=False)
 
 
+def test_alpha_has_to_be_swept_for_the_roles_that_operators_contribute_to() -> None:
+    """Embeddings and norms have no alpha of their own; an operator that contributes to few roles needs no others."""
+    parts = ["alpha.mlp=0.1", "alpha.attention=0.2"]
+    stream = NO_ALPHA.model_copy(update={"operators": ({"transport": {}}, {"residual_stream": {}})})
+    with pytest.raises(InputError, match="does not choose alpha by itself"):
+        parse_axes(parts, stream, random=False)
+    parse_axes(["alpha=0.1", *parts], stream, random=False)
+    parse_axes(parts, RECIPE.model_copy(update={"operators": stream.operators}), random=False)
+    kept = {"residual_stream": {"embeddings": "keep", "norms": "keep"}}
+    parse_axes(parts, NO_ALPHA.model_copy(update={"operators": ({"transport": {}}, kept)}), random=False)
+    parse_axes(
+        ["alpha.q=0.1"], NO_ALPHA.model_copy(update={"operators": ({"transport": {"roles": ["q"]}},)}), random=False
+    )
+
+
 def test_a_grid_is_the_product_and_its_size_is_bounded() -> None:
     axes = parse_axes(["alpha=0:1:0.01", "beta=-5:5:0.01", "seed=0,1"], RECIPE, random=False)
     with pytest.raises(InputError, match="the sweep has 202202 settings; at most 100000"):

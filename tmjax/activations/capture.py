@@ -25,7 +25,7 @@ from tmjax.typing import Array, Params
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """Which activations are captured, and in which batches on which devices.
+    """Selection of the captured activations, batches and devices of a capture.
 
     Attributes:
         sites: Sites; None: all that the models have.

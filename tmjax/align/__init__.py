@@ -1,1 +1,1 @@
-"""Which units and layers of the source correspond to which of the target, with certificates."""
+"""Correspondence of units and layers between source and target, with certificates."""

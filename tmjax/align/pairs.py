@@ -1,4 +1,4 @@
-"""Which pairs of layers are worth solving: a cheap guess at the layer plan P, and what is lost by believing it."""
+"""Choice of the pairs of layers that are solved, by a cheap guess at the layer plan P, and the share it leaves out."""
 
 from collections.abc import Collection, Mapping
 

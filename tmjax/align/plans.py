@@ -195,7 +195,7 @@ def map_gains(zx_nt: Array, zy_nk: Array, to_target_nt: Array, to_source_nk: Arr
 
 
 def _kept(site: Site, solver: Solver, gain: bool, form: str, top_k: int | None) -> Callable[..., _Kept]:
-    """What to do with the result of a pair of layers."""
+    """Makes the function that keeps the result of a pair of layers."""
     properties = solver.properties
 
     def finish(pair: Array, problem: Problem, result: OTResult) -> _Kept:

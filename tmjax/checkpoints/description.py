@@ -1,4 +1,4 @@
-"""What a checkpoint directory says of itself before any tensor is looked at: config, family, spec, notes."""
+"""Description of a checkpoint directory without its tensors: config, family, spec, notes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -36,7 +36,7 @@ class LazyArray:
         return self.size * self.dtype.itemsize
 
     def __getitem__(self, at: tuple[int | slice, ...]) -> np.ndarray:
-        """What `array[at]` is: indices and slices of the leading axes, () for everything."""
+        """Reads `array[at]`: indices and slices of the leading axes, () for everything."""
         slices = [slice(part, part + 1) if isinstance(part, int) else part for part in at]
         array = self.read((*slices, *map(slice, self.shape[len(at) :])))
         return array[tuple(0 if isinstance(part, int) else slice(None) for part in at)]

@@ -12,7 +12,7 @@ from tmjax.errors import InputError
 
 
 def config_directory(path: str | Path) -> Path:
-    """Where config and tokenizer of a checkpoint lie (directory, hub id or orbax directory of ours)."""
+    """Returns the directory of config and tokenizer of a checkpoint (directory, hub id or orbax directory of ours)."""
 
     directory = resolve(str(path))
     return directory / "hf" if orbax.is_orbax(directory) else directory

@@ -276,7 +276,7 @@ class TmjaxLM(TemplateLM):
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
-    """What is left of a task's generation settings; raises InputError for those that are not supported."""
+    """Returns the supported generation settings of a task; raises InputError for others."""
     drawn, temperature = settings.pop("do_sample", False), float(settings.pop("temperature", 0.0) or 0.0)
     top_k, top_p = settings.pop("top_k", None), settings.pop("top_p", None)
     for name, value in settings.items():

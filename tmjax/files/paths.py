@@ -1,4 +1,4 @@
-"""Which places an output may have: not a file, not a dangling link, not over or under what is read."""
+"""Checks of an output's place: no file, no dangling link, not above or below an input."""
 
 import os
 from collections.abc import Iterable

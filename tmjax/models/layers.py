@@ -91,7 +91,7 @@ Attend: TypeAlias = Callable[[Array, Array, Array, Array, Array, float | None], 
 
 
 class LayerPlace(NamedTuple):
-    """What a block is told of its place: cosines and sines [(B,) T, planes], mask [T, T], scale of the scores."""
+    """Inputs of a block that depend on its place: cosines, sines [(B,) T, planes], mask [T, T], scale of scores."""
 
     tables: tuple[Array, Array]
     mask_tt: Array

@@ -1,4 +1,4 @@
-"""What a decoder is (`DecoderSpec`) and where each parameter lies in a Hugging Face checkpoint (`ParamSpec`)."""
+"""Architecture of a decoder (`DecoderSpec`), and place of a parameter in a Hugging Face checkpoint (`ParamSpec`)."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Rotary:
     long_factors: tuple[float, ...] = ()
 
     def dims(self, head_dim: int) -> int:
-        """How many dimensions of a head turn."""
+        """Returns the number of dimensions of a head that turn."""
         return int(head_dim * self.fraction)
 
 
@@ -134,7 +134,7 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class Part:
-    """How a parameter `[out, in]` or `[out]` lies in a tensor on disk that holds it transposed, or holds several.
+    """Place of a parameter `[out, in]` or `[out]` in a tensor on disk that has it transposed, or has several.
 
     `start` is its first row in a tensor of `total` rows (0: all rows are its own). With `of` > 1 the rows of `of`
     parameters alternate head by head, this one being number `index`, `heads` heads each. `transposed`: the tensor is

@@ -59,7 +59,7 @@ class Plan(abc.ABC):
         return self.matrix()
 
     def price(self, problem: Problem) -> Array:
-        """What |Q| pays per unit of mass [..., n, k]: the problem's cost unless the solver charges another."""
+        """Returns the cost of |Q| per unit of mass [..., n, k]: the problem's, unless the solver has another."""
         return cost_matrix(problem.cost)
 
     def measure(self, problem: Problem, _start: Array | int, _size: int) -> tuple[Array, Array, Array]:
@@ -68,7 +68,7 @@ class Plan(abc.ABC):
         return q, jnp.log(jnp.where(q > 0, q, 1.0)), self.price(problem)
 
     def measured_rows(self, shape: tuple[int, int]) -> int:
-        """How many rows `measure` gives at a time: all, unless the plan can make some alone."""
+        """Number of rows that `measure` gives at a time: all, unless the plan can make parts of them."""
         return shape[0]
 
     def attach(self, _problem: Problem) -> "Plan":
@@ -88,7 +88,7 @@ class EntropicPlan(Plan):
 
     @staticmethod
     def own_price(cost: Array) -> Array:
-        """What the plan pays, from the problem's cost."""
+        """Computes the cost of the plan from the problem's cost."""
         return cost
 
     @staticmethod
@@ -109,7 +109,7 @@ class EntropicPlan(Plan):
         return jnp.exp(self._exponent(self.own_price(cost_matrix(self.cost))))
 
     def price(self, problem: Problem) -> Array:
-        """What |Q| pays per unit of mass."""
+        """Returns the cost of |Q| per unit of mass."""
         return self.own_price(cost_matrix(problem.cost))
 
     def measure(self, problem: Problem, start: Array | int, size: int) -> tuple[Array, Array, Array]:

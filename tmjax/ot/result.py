@@ -1,4 +1,4 @@
-"""What every solver returns: a plan, a certificate of its marginals, its costs."""
+"""The result of every solver: a plan, a certificate of its marginals, its costs."""
 
 import functools
 from dataclasses import dataclass, replace

@@ -9,7 +9,7 @@ import numpy as np
 from tmjax.errors import InputError
 from tmjax.models.generate import LEAST_ROWS, DecodingOptions, cache_bytes, generate
 from tmjax.models.sample import Sampling
-from tmjax.recipes.adapt import GenerationOptions
+from tmjax.recipes.objectives import GenerationOptions
 from tmjax.sharding.memory import share_mib
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.buckets import bucket_length
@@ -24,7 +24,7 @@ CACHE_SHARE, CACHE_CPU_MIB = 8, 1024
 
 @dataclass(frozen=True)
 class Generation:
-    """How many texts are generated, and how they are sampled.
+    """Number of generated texts, and settings of their sampling.
 
     Attributes:
         texts: Number of texts.
@@ -52,13 +52,13 @@ class Generation:
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are sampled."""
+        """Settings of the sampling of tokens."""
         return Sampling(self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
 class TextFilter:
-    """Which generated texts are kept.
+    """Conditions under which generated texts are kept.
 
     Attributes:
         judge: Returns the bits per byte [N] of texts under the model that will learn from them; None keeps all texts.

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from tmjax.errors import InputError
-from tmjax.recipes.adapt import DistillationOptions
+from tmjax.recipes.objectives import DistillationOptions
 from tmjax.teacher.branches import Branches, Reader
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import NONE_SHARED, Crossing
@@ -24,7 +24,7 @@ from tmjax.text.tokenizer import TextTokenizer
 
 @dataclass(frozen=True)
 class Search:
-    """How far a source's continuations are followed.
+    """Limits of the search through a source's continuations.
 
     Attributes:
         steps: Most source tokens in a chain.

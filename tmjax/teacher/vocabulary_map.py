@@ -28,7 +28,7 @@ NONE_SHARED = (
 
 
 class Readings(NamedTuple):
-    """How each source token, appended to some bytes, reads in the target's vocabulary.
+    """Readings of each source token, appended to some bytes, in the target's vocabulary.
 
     `token` [source vocab] int32: the target token that the whole begins with, -1 if none does; `is_open` [source vocab]
     bool: whether the whole is the beginning of a longer one.
@@ -147,7 +147,7 @@ class Crossing:
         return differing / max(places, 1), shown
 
     def _shown(self, text: str, target: Reading, source: Reading, pair: Sequence[int]) -> str:
-        """Which of two tokenizers changes a text at a pair of positions, and how."""
+        """Names the tokenizer that changes a text at a pair of positions, and the change."""
         place = int(target.starts[pair[0]])
         given = b" " + text.encode() if place == BEFORE else text.encode()[place:]
         following = [reading.strings[at : at + 1] for reading, at in zip((target, source), pair, strict=True)]

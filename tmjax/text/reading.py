@@ -11,9 +11,9 @@ import numpy as np
 
 from tmjax.text.tokenizer import Encoding, TextTokenizer
 
-#: Where a token begins that begins with a space which the tokenizer put before the text.
+#: Beginning of a token whose first character is a space that the tokenizer put before the text.
 BEFORE = -1
-#: Where a token begins within a character, or within the normalised form of a character.
+#: Beginning of a token within a character, or within the normalised form of a character.
 WITHIN = -2
 
 

@@ -52,7 +52,7 @@ class TextTokenizer:
 
     @functools.cached_property
     def state(self) -> Mapping[str, Any]:
-        """What `tokenizer.json` says, parsed."""
+        """The parsed content of `tokenizer.json`."""
         return json.loads(self.backend.to_str())
 
     @functools.cached_property

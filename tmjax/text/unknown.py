@@ -32,7 +32,7 @@ class Hidden(NamedTuple):
 
 
 def hidden_nats(unknown: np.ndarray) -> np.ndarray:
-    """What hidden bytes are charged, in nats."""
+    """Computes the charge of hidden bytes, in nats."""
     return unknown * (BITS_PER_BYTE * math.log(2))
 
 
@@ -44,7 +44,7 @@ def hidden_bytes(tokenizer: TextTokenizer, texts: Sequence[str], encodings: Sequ
 
 
 class _Reader:
-    """What is asked of one tokenizer."""
+    """Finds the hidden and changed characters of texts under one tokenizer."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._backend = backend = tokenizer.backend
@@ -82,7 +82,7 @@ class _Reader:
         return int(widths[under].sum()), changed
 
     def _lost(self, text: str, under: np.ndarray, uncovered: np.ndarray, encoding: Encoding) -> np.ndarray:
-        """Which of the uncovered characters are lost: all but white space that decoding gives back.
+        """Finds the lost ones of the uncovered characters: all but white space that decoding gives back.
 
         Offsets leave out white space that belongs to tokens.
         """

@@ -65,7 +65,7 @@ def components(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class _Spelling:
-    """How pieces are read."""
+    """The spelling of pieces in a vocabulary."""
 
     byte_level: bool
     marks: tuple[str, ...]

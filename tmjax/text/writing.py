@@ -1,4 +1,4 @@
-"""How a tokenizer writes byte strings that stand within a text: the tokens of other vocabularies, for one."""
+"""Tokens of byte strings within a text, for example of the tokens of another vocabulary."""
 
 import functools
 import json

@@ -121,6 +121,17 @@ class Step:
 Chain = tuple[Step, ...]
 
 
+def contributed_roles(step: Step, aligned: Iterable[str]) -> frozenset[str]:
+    """Returns the roles that an operator contributes to.
+
+    Args:
+        step: The operator and its options.
+        aligned: Roles of the aligned projections, to which an operator without a method `roles` contributes.
+    """
+    own = getattr(step.operator, "roles", None)
+    return frozenset(aligned if own is None else own(step.options))
+
+
 @functools.cache
 def builtin_operators() -> Mapping[str, Operator | Contributor]:
     """Finds the operators of this package: every module of `transfer.operators` with an `OPERATOR`.

@@ -60,7 +60,7 @@ class ProjectionOptions(Section):
 @pytree_dataclass
 @dataclass(frozen=True)
 class Transported:
-    """What the source contributes to one projection of the target, all layers.
+    """The contribution of the source to one projection of the target, all layers.
 
     weight [L, out, in] and bias [L, out] (None where the target has no bias), after norm matching; masks broadcastable
     to them; `raw_norm` [L] is ||W^|| before norm matching; `input_mean` [L, in] is the target's mean input.
@@ -75,7 +75,7 @@ class Transported:
 
 
 def sharding_of(x: ArrayLike) -> NamedSharding | None:
-    """Where an array lies on a mesh; None if it is on no mesh."""
+    """Returns the sharding of an array; None if it is on no mesh."""
     return x.sharding if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) else None
 
 

@@ -55,7 +55,7 @@ class AttentionSide:
         return cls(spec, scales, sizes, factors)
 
     def logit_scale(self, layer: int) -> float:
-        """What q . k is multiplied by in a layer."""
+        """Returns the factor on q . k in a layer."""
         scale = self.spec.head_dim**-0.5 if self.spec.attention_scale is None else self.spec.attention_scale
         return scale / (layer + 1) if self.spec.inverse_layer_scale else scale
 
@@ -67,7 +67,7 @@ class Edges(NamedTuple):
     source: np.ndarray
 
     def counts(self, heads: int, source_heads: int) -> tuple[np.ndarray, np.ndarray]:
-        """How many pairs each head is in."""
+        """Counts the pairs of each head."""
         return np.bincount(self.target, minlength=heads), np.bincount(self.source, minlength=source_heads)
 
 
@@ -88,7 +88,7 @@ class HeadMatch:
 
 
 def _likeness(rho_gdgd: np.ndarray) -> np.ndarray:
-    """How alike value heads are [G, G'] from correlations [G, d, G', d']: the mean of every unit's best."""
+    """Computes similarities of value heads [G, G'] from correlations [G, d, G', d']: the mean of units' best."""
     ahead, back = rho_gdgd.max(axis=3).mean(axis=1), rho_gdgd.max(axis=1).mean(axis=2)
     return np.clip((ahead + back) / 2, 0.0, 1.0)
 

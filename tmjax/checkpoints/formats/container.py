@@ -1,4 +1,4 @@
-"""What a directory holds that is no Hugging Face checkpoint, or more than one: named, with what to do."""
+"""Directories that are no Hugging Face checkpoint, or several: names of their content, with advice."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ ADAPTER_NAME = "adapter_config.json"
 #: Files beside `config.json` in which quantisation tools record their settings.
 _PACKED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _ADVICE = "give the Hugging Face checkpoint that it was made from"
-#: How files begin that a trainer leaves beside a checkpoint and that hold no weights.
+#: Beginnings of names of files without weights that a trainer leaves beside a checkpoint.
 _TRAINING = ("optimizer", "scheduler", "rng_state", "scaler")
 #: Files of formats that are not read, in order of precedence: pattern, kind, advice.
 _OTHERS = (

@@ -38,7 +38,7 @@ class Float8:
 
     @property
     def note(self) -> str:
-        """What a user should know of such a checkpoint."""
+        """Notes on such a checkpoint."""
         return f"weights in float8 are read as {self.dtype.name}; activations are not quantised"
 
 

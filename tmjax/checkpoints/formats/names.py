@@ -14,7 +14,7 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 
 #: Parts of a name that wrappers add, wherever they stand.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-#: How many parts that all names begin with may be left out: `module.`, `model.` of a training framework, both.
+#: Largest number of parts at the beginning of all names that may be left out: `module.`, `model.`, both.
 _LEADING = 3
 
 

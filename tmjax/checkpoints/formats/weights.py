@@ -1,4 +1,4 @@
-"""Which files of a checkpoint directory are read, and by whom: safetensors if there are any, PyTorch's otherwise."""
+"""Files of a checkpoint directory and their readers: safetensors if there are any, otherwise PyTorch's."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -20,7 +20,7 @@ class Arm:
     """One training.
 
     Attributes:
-        mode: Which arrays are trained: `sft`, `residual-frozen` or `lora`.
+        mode: Selects the trained arrays: `sft`, `residual-frozen` or `lora`.
         start: Initial model: `target` or `merged`.
         terms: Terms of the loss and further texts, beside the next tokens of the given texts.
         texts_by: Model that generates further texts: `source`, `target`, RANDOM_MODEL or None.

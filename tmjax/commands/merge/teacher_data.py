@@ -8,8 +8,8 @@ import numpy as np
 from tmjax.checkpoints.model import Model
 from tmjax.commands.callbacks import Warn
 from tmjax.commands.merge.inputs import WITHOUT, Inputs
-from tmjax.recipes.adapt import GenerationOptions
 from tmjax.recipes.merge import Recipe
+from tmjax.recipes.objectives import GenerationOptions
 from tmjax.runs.directory import RunDirectory
 from tmjax.teacher.edges import Edges
 from tmjax.teacher.generation import Generation, TextFilter

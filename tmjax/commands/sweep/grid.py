@@ -13,7 +13,7 @@ import yaml
 from tmjax.errors import InputError
 from tmjax.recipes.base import ALL_ROLES, ATTENTION_ROLES
 from tmjax.recipes.merge import Recipe
-from tmjax.transfer.operator import operators_of
+from tmjax.transfer.operator import contributed_roles, operators_of
 from tmjax.transfer.recipe import build_recipe
 
 Value: TypeAlias = str | bool | int | float | None
@@ -148,11 +148,14 @@ def parse_axes(texts: Sequence[str], recipe: Recipe, *, random: bool) -> list[Ax
                 recipe_of(recipe, {axis.key: value})
             except InputError as error:
                 raise InputError(f"--grid {axis.key}={_shown(value)}: {error}") from None
-    named = {key.partition(".")[2] for key in keys if key == "alpha" or key.startswith("alpha.")}
-    covered = {role for part in named for role in (PARTS[part] if part else ALL_ROLES)}
-    options = [step.options for step in operators_of(recipe) if step.contributes]
-    needed = {role for item in options for role in getattr(item, "roles", None) or ALL_ROLES}
-    if recipe.alpha is None and not covered >= needed:
+    covered = {role for key in keys if key.startswith("alpha.") for role in PARTS[key.removeprefix("alpha.")]}
+    needed = {
+        role
+        for step in operators_of(recipe)
+        if step.contributes
+        for role in contributed_roles(step, getattr(step.options, "roles", None) or ALL_ROLES)
+    }
+    if recipe.alpha is None and "alpha" not in keys and not covered >= needed:
         raise InputError(
             "a sweep does not choose alpha by itself: sweep it (--grid alpha=0:0.3:0.02) or give --alpha X"
         )

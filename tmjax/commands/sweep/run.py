@@ -33,7 +33,7 @@ from tmjax.runs.run_facts import BestSetting, Coefficient, SweepFacts
 from tmjax.sharding import hosts
 from tmjax.text.documents import Texts
 from tmjax.transfer.contribution import Coefficients, Contribution
-from tmjax.transfer.operator import Step, code_hashes
+from tmjax.transfer.operator import code_hashes, contributed_roles
 from tmjax.transfer.update_table import joined_table, require_transfer
 
 #: Called with the rows so far and the number of all settings.
@@ -104,13 +104,9 @@ class Sweep:
 
     def _coefficients(self, group: Group, number: int) -> dict[str, tuple[float, float]]:
         """Returns the coefficients of every role that an operator contributes to."""
-        roles = {role for step in contributing(group.recipe) for role in self._roles_of(step)}
+        steps = contributing(group.recipe)
+        roles = {role for step in steps for role in contributed_roles(step, self.inputs.projections)}
         return coefficients_of(group.recipe, self.settings[number], sorted(roles))
-
-    def _roles_of(self, step: Step) -> Sequence[str]:
-        """Returns the roles that an operator contributes to: `roles(options)`, or the projections that are aligned."""
-        own = getattr(step.operator, "roles", None)
-        return sorted(self.inputs.projections) if own is None else own(step.options)
 
     def _results(self, number: int, group: Group) -> Iterator[list[Result]]:
         """Yields results of one group, batch by batch; those on disk are read."""

@@ -17,7 +17,7 @@ FIXED = {"norm": "layer", "parallel": True, "shared_norm": True}
 
 
 def common(view: ConfigView, values: dict[str, Any], *, theta: float) -> dict[str, Any]:
-    """What both generations have."""
+    """Reads the settings that both generations have."""
     return {
         "activation": read_activation(view, default="silu"),
         "rotary": read_rotary(view, values["max_positions"], RotaryKeys(theta=theta, interleaved=True)),

@@ -25,7 +25,7 @@ def refuse_bidirectional(view: ConfigView) -> None:
 
 
 def common(view: ConfigView, values: dict[str, Any], key: str) -> dict[str, Any]:
-    """What all Gemmas have: activation, biases, embedding scale."""
+    """Reads the settings that all Gemmas have: activation, biases, embedding scale."""
     refuse_bidirectional(view)
     return {
         "activation": read_activation(view, key, default="gelu_pytorch_tanh"),

@@ -46,7 +46,7 @@ _MSCALE = ("mscale", "mscale_all_dim")
 
 @dataclass(frozen=True)
 class RotaryKeys:
-    """Where a family's configs have their rotary settings, and their meaning where a key is missing.
+    """Keys of the rotary settings in a family's configs, and the meaning of missing keys.
 
     Attributes:
         theta: Base of the frequencies.

@@ -20,7 +20,7 @@ from tmjax.typing import Array, Params
 
 #: Parameters from what is fused (any tree of arrays) and coefficients, traceable.
 Combine = Callable[[Any, Any], Params]
-#: What is learned: alpha and beta by role, in the shape of `coefficient_shape`.
+#: Learned arrays: alpha and beta by role, in the shape of `coefficient_shape`.
 Learned = Mapping[str, tuple[Array, Array]]
 
 
