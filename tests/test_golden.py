@@ -1,6 +1,6 @@
 """Small merges and adaptations give the numbers that are stored, within 1e-6 of every tensor's largest entry.
 
-`python -m tools.golden` records them. The stored ones were recorded before the operators had files of their own.
+`python -m tools.golden` records them. On a processor of another kind than the recording's the tolerance is larger.
 """
 
 import os
