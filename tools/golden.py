@@ -8,7 +8,8 @@
 Recorded are, of every checkpoint that a case writes, the SHA-256, norm, largest entry and some entries of every tensor,
 and bits per byte of every arm. Bit for bit holds on one machine with one version of JAX; between machines compare with
 a tolerance, in units of a tensor's largest entry. A processor of another kind rounds otherwise, which solves and
-training amplify: a case that was recorded on one is compared with the tolerance `OTHER_PROCESSOR` at least. A change of the code that must not change a number is checked so.
+training amplify: a case that was recorded on one is compared with the tolerance `OTHER_PROCESSOR` at least. A change of
+the code that must not change a number is checked so.
 """
 
 import gzip
