@@ -21,12 +21,16 @@ class ActivationOptions(Section):
 
     `keep`: activations are stored, all rows of them; otherwise only what alignment needs is summed up, in blocks of
     `block_rows` rows, which takes no more room however much text is read (8 bytes per pair of units and of layers).
+
+    `max_rows` is the largest number of rows; of more, every text keeps its share, chosen by the seed. Unless given, the
+    rows of kept activations are limited so that those of the largest site take at most 12 GB in float16.
     """
 
     keep: bool = True
     block_rows: Positive = 512
     pooling: Literal["sequence", "span"] = "span"
     max_texts: Positive | None = None
+    max_rows: Positive | None = None
     max_tokens: Positive = 512
     batch_tokens: Positive = 8192
     memory_mib: Positive | None = None

@@ -49,6 +49,11 @@ def needs_of(chain: Chain) -> frozenset[str]:
     return frozenset().union(*(step.operator.needs for step in chain))
 
 
+def aligns(chain: Chain) -> bool:
+    """Whether an operator reads an alignment or the activations that one is made from."""
+    return bool(needs_of(chain) & {"alignment", "activations"})
+
+
 def chain_projections(
     chain: Chain, target_specs: tuple[ParamSpec, ...], source_specs: tuple[ParamSpec, ...]
 ) -> dict[str, ParamSpec]:

@@ -90,7 +90,9 @@ class SourceStages:
         """Returns what decides activations."""
         hashes = {name: self.inputs.hashes[name] for name in ("texts", "source", "target")}
         settings = self.recipe.activations.model_dump(), sorted(self.inputs.projections), self.recipe.dtype
-        return [model, hashes, *settings, self.recipe.alignment.structure]
+        seed = self.inputs.row_seed
+        # Only where it chose rows, so that it changes no other key.
+        return [model, hashes, *settings, self.recipe.alignment.structure, *([] if seed is None else [seed])]
 
     def alignment_key(self) -> object:
         """Returns what decides the alignment."""
@@ -200,8 +202,13 @@ class SourceStages:
         return PairedFeatures(target, source, target_documents)
 
     def _row_record(self, facts: AlignmentFacts) -> None:
-        rows, _ = self.inputs.rows
-        facts.rows = RowFacts(documents=len(self.inputs.texts), rows=len(rows), pooling=rows.pooling)
+        (rows, _), (shared, _) = self.inputs.rows, self.inputs.shared_rows
+        facts.rows = RowFacts(
+            documents=len(self.inputs.texts),
+            rows=len(rows),
+            pooling=rows.pooling,
+            shared=len(shared) if len(rows) < len(shared) else None,
+        )
 
     def moments(self, origin: Origin) -> Mapping[str, Moments]:
         """Sums over the rows of target and source, where activations are not kept."""
