@@ -18,6 +18,7 @@ from tmjax.activations.capture import CaptureOptions
 from tmjax.activations.extract import extract_activations
 from tmjax.align.alignment import Alignment, needed_sites
 from tmjax.align.alignment import align as align_activations
+from tmjax.align.sizes import row_budget, sites_of
 from tmjax.align.streaming import align_moments, gather, require_streamable
 from tmjax.checkpoints.hf import export
 from tmjax.checkpoints.load import load_model
@@ -28,7 +29,7 @@ from tmjax.commands.merge.run import MERGED, Merge
 from tmjax.evaluate.bits import evaluate
 from tmjax.recipes.merge import ActivationOptions, AlignmentOptions
 from tmjax.text.documents import Texts, read_texts
-from tmjax.text.rows import pair_rows
+from tmjax.text.rows import pair_rows, sample_rows
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.transfer.fuse import fuse
 from tmjax.transfer.recipe import build_recipe
@@ -68,6 +69,8 @@ def align(
     texts, projections = texts.first(reading.max_texts), target.projections
     sites = needed_sites(projections.values(), options.structure)
     models = (target.spec, target.params), (source.spec, source.params)
+    widths = sites_of(target, source, projections, options.structure)
+    max_rows = row_budget(widths, (target.spec.layers, source.spec.layers), reading)
     capture = CaptureOptions(sites, reading.batch_tokens, reading.memory_mib)
     if reading.keep:
         with tempfile.TemporaryDirectory(prefix="tmjax-") as folder:
@@ -79,12 +82,15 @@ def align(
                 path,
                 pooling=reading.pooling,
                 max_tokens=reading.max_tokens,
+                max_rows=max_rows,
                 options=capture,
             )
             return align_activations(*pair, projections, options, models=models)
     require_streamable(options)
     tokenizers = [load_tokenizer(model.directory, model.spec.vocab) for model in (target, source)]
     rows, documents = pair_rows(texts, tokenizers, pooling=reading.pooling, max_tokens=reading.max_tokens)
+    if max_rows is not None:
+        rows, documents = sample_rows(rows, documents, max_rows, seed=0)
     blocks = paired_blocks(
         *((*model, read) for model, read in zip(models, documents, strict=True)),
         rows,

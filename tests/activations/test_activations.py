@@ -14,7 +14,7 @@ from tmjax.models.decoder import ForwardPlan, bind
 from tmjax.models.sites import SITES
 from tmjax.text.buckets import bucket_length, bucketed
 from tmjax.text.documents import Texts, read_texts
-from tmjax.text.rows import Rows, pair_rows, spans
+from tmjax.text.rows import Rows, pair_rows, sample_rows, spans
 from tmjax.text.tokenizer import Encoding, load_tokenizer
 
 
@@ -92,6 +92,28 @@ def test_multibyte_characters_and_real_tokenizers(qwen2_dir, llama_dir) -> None:
     )
     assert [text[s:e] for s, e in zip(rows.start, rows.end, strict=True)] == text.split()
     assert all(len(document[0].rows) == len(rows) and all(document[0].rows) for document in documents)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=9), st.integers(1, 40), st.integers(0, 3))
+def test_of_many_rows_every_text_keeps_its_share(words: list[int], limit: int, seed: int) -> None:
+    """The same rows in both models, by the seed alone, in their order; all of them where there are few."""
+    texts = _texts(*(" ".join("ab" for _ in range(count)) for count in words))
+    if not sum(words):
+        return
+    rows, documents = pair_rows(texts, [FixedTokenizer(2), FixedTokenizer(3)], pooling="span", max_tokens=512)
+    chosen, kept = sample_rows(rows, documents, limit, seed)
+    assert len(chosen) == min(limit, len(rows))
+    counts, shares = (np.bincount(each.document, minlength=len(words)) for each in (rows, chosen))
+    assert np.all(np.abs(shares - counts * min(1, limit / len(rows))) <= 1)
+    places = {place: number for number, place in enumerate(zip(rows.document, rows.start, strict=True))}
+    index = [places[place] for place in zip(chosen.document, chosen.start, strict=True)]
+    assert index == sorted(set(index)) and np.array_equal(rows.end[index], chosen.end)
+    for model, part in zip(documents, kept, strict=True):
+        every = [positions for document in model for positions in document.rows]
+        assert [positions for document in part for positions in document.rows] == [every[i] for i in index]
+        assert [document.ids for document in model] == [document.ids for document in part]
+    again, _ = sample_rows(rows, documents, limit, seed)
+    again.require_same(chosen)
 
 
 def test_another_text_or_another_row_is_an_error() -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -11,10 +12,12 @@ from tmjax import cli
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer
+from tmjax.sharding.mesh import Layout
 from tmjax.text.documents import read_texts
 from tmjax.text.token_map import TokenMap, read_token_map
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.transfer.controls import derangement
+from tmjax.transfer.operators import embeddings
 from tmjax.transfer.operators.embeddings import (
     EMBEDDINGS,
     EmbeddingOptions,
@@ -166,6 +169,25 @@ def test_nothing_changes_where_no_trial_is_better(damaged) -> None:
     _, held, broken, source, _, _ = damaged
     found = blend(broken, source[EMBEDDINGS], held, EmbeddingOptions(), lambda params: float(params is not broken))
     assert found.params is broken and found.chosen is None and not found.weight.any() and found.trials == 16
+
+
+def test_the_mapped_table_is_on_the_devices_once(damaged, monkeypatch) -> None:
+    """Split as the target's table is, and the same array in every trial."""
+    _, held, broken, source, _, _ = damaged
+    layout = Layout("fsdp=4")
+    sharding = layout.param_sharding(EMBEDDINGS, ("vocab", "embed"), broken[EMBEDDINGS].shape)
+    placed = {EMBEDDINGS: jax.device_put(broken[EMBEDDINGS], sharding)}
+    tables, blended = [], embeddings._blended
+
+    def recorded(own, mapped, weight):
+        tables.append(mapped)
+        return blended(own, mapped, weight)
+
+    monkeypatch.setattr(embeddings, "_blended", recorded)
+    found = blend(placed, source[EMBEDDINGS], held, EmbeddingOptions(), lambda params: float(params is placed))
+    assert len(tables) == found.trials + 1 and all(table is tables[0] for table in tables)
+    assert tables[0].sharding == sharding == found.params[EMBEDDINGS].sharding
+    np.testing.assert_array_equal(tables[0], found.mapped)
 
 
 def test_a_screen_compares_blends_and_the_best_is_held_to_the_loss(damaged) -> None:

@@ -8,7 +8,7 @@ from tmjax.checkpoints.model import Model
 from tmjax.files.atomic import atomic_directory
 from tmjax.models.sites import SITES
 from tmjax.text.documents import Texts
-from tmjax.text.rows import Pooling, pair_rows
+from tmjax.text.rows import Pooling, pair_rows, sample_rows
 from tmjax.text.tokenizer import load_tokenizer
 
 
@@ -20,6 +20,7 @@ def extract_activations(
     *,
     pooling: Pooling = "span",
     max_tokens: int = 512,
+    max_rows: int | None = None,
     options: CaptureOptions | None = None,
     overwrite: bool = False,
 ) -> tuple[Activations, Activations]:
@@ -32,6 +33,7 @@ def extract_activations(
         out: Directory, into which `target` and `source` are written.
         pooling: Pieces of text that are the rows: `span` or `sequence`.
         max_tokens: Largest number of tokens of a document that is read.
+        max_rows: Largest number of rows, of which every document keeps its share; None is no limit.
         options: Sites, batches and devices.
         overwrite: Whether existing activations may be replaced.
 
@@ -44,6 +46,8 @@ def extract_activations(
     options = CaptureOptions() if options is None else options
     tokenizers = [load_tokenizer(model.directory, model.spec.vocab) for model in (target, source)]
     rows, documents = pair_rows(texts, tokenizers, pooling=pooling, max_tokens=max_tokens)
+    if max_rows is not None:
+        rows, documents = sample_rows(rows, documents, max_rows, seed=0)
     stores = []
     for name, model, read in zip(("target", "source"), (target, source), documents, strict=True):
         path = Path(out) / name

@@ -8,8 +8,11 @@ from tmjax.align.alignment import needed_sites, plan_site, solver_of
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
 from tmjax.ot import MemoryBoundSolver
-from tmjax.recipes.merge import AlignmentOptions
+from tmjax.recipes.merge import ActivationOptions, AlignmentOptions
 from tmjax.sharding.memory import solver_mib
+
+#: Entries of a site's activations, of all layers of both models, that a device is taken to hold: 12 GB in float16.
+SITE_ENTRIES = 6 * 10**9
 
 
 class Tabled(Protocol):
@@ -51,3 +54,14 @@ def require_room(sites: Sites, rows: int, options: AlignmentOptions) -> None:
         solver = solver.with_memory(solver_mib(options.memory_mib))
         for site in sites.plans:
             solver.form(sites.units[site], 1, rows)
+
+
+def row_budget(sites: Sites, layers: tuple[int, int], options: ActivationOptions) -> int | None:
+    """The largest number of rows recorded: `activations.max_rows`, or as many as the largest site has room for.
+
+    `layers` are those of target and source. None is no limit: where only sums are kept, or no site is needed.
+    """
+    if options.max_rows is not None or not options.keep or not sites.units:
+        return options.max_rows
+    widest = max(layers[0] * n + layers[1] * k for n, k in sites.units.values())
+    return max(1, SITE_ENTRIES // widest)

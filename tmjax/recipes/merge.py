@@ -34,6 +34,14 @@ class ActivationOptions(Section):
     max_texts: Annotated[
         Positive | None, Field(description="Largest number of calibration texts that are read; all unless given.")
     ] = None
+    max_rows: Annotated[
+        Positive | None,
+        Field(
+            description="Largest number of rows; of more, every text keeps its share, chosen by the seed. Unless "
+            "given, the rows of stored activations are limited so that those of the largest site take at most 12 GB in "
+            "float16."
+        ),
+    ] = None
     max_tokens: Annotated[Positive, Field(description="Tokens to which each text is cut.")] = 512
     batch_tokens: Annotated[Positive, Field(description="Tokens per batch of a forward pass.")] = 8192
     memory_mib: Annotated[

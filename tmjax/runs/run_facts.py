@@ -96,11 +96,15 @@ class ForgettingFacts(Facts):
 
 
 class RowFacts(Facts):
-    """Number of paired rows of activations, of how many documents, and the pooling that made them."""
+    """Number of paired rows of activations, of how many documents, and the pooling that made them.
+
+    `shared` is the number of rows from which these were chosen; None where all were taken.
+    """
 
     documents: int
     rows: int
     pooling: str
+    shared: int | None = None
 
 
 class PlanFacts(Facts):

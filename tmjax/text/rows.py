@@ -6,7 +6,7 @@ the tokens that overlap its characters; special and pad tokens never count.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -89,6 +89,29 @@ def pair_rows(
         raise InputError(f"{texts.path}: no piece of text is read by both models; look at the texts and the tokenizers")
     document, start, end = (np.asarray(column, np.int32) for column in zip(*identity, strict=True))
     return Rows(texts.sha256, pooling, document, start, end), documents
+
+
+def sample_rows(
+    rows: Rows, documents: list[list[TokenisedDocument]], max_rows: int, seed: int
+) -> tuple[Rows, list[list[TokenisedDocument]]]:
+    """At most `max_rows` of the rows, the same ones for every model, in their order.
+
+    Every document keeps the same share of its rows, to within one; which ones, the seed decides. Documents are read as
+    before, also by those whose rows are all left out.
+    """
+    if len(rows) <= max_rows:
+        return rows, documents
+    counts = np.bincount(rows.document, minlength=len(documents[0])).astype(np.int64)
+    ends = np.cumsum(counts)
+    quotas = np.diff(ends * max_rows // len(rows), prepend=0)
+    generator = np.random.default_rng(seed)
+    chosen = [np.sort(generator.permutation(count)[:quota]) for count, quota in zip(counts, quotas, strict=True)]
+    index = np.concatenate([first + part for first, part in zip(ends - counts, chosen, strict=True)])
+    kept = [
+        [replace(document, rows=[document.rows[i] for i in part]) for document, part in zip(model, chosen, strict=True)]
+        for model in documents
+    ]
+    return replace(rows, document=rows.document[index], start=rows.start[index], end=rows.end[index]), kept
 
 
 def _readable(encoding: Encoding, tokens: int, length: int) -> int:

@@ -49,6 +49,11 @@ def needs_of(chain: Chain) -> frozenset[str]:
     return frozenset().union(*(step.operator.needs for step in chain))
 
 
+def aligns(chain: Chain) -> bool:
+    """Whether an operator reads an alignment or the activations that one is made from."""
+    return bool(needs_of(chain) & {"alignment", "activations"})
+
+
 def named_roles(chain: Chain) -> tuple[str, ...] | None:
     """Returns the roles that options of operators with an alignment name (`roles`); None if all are meant."""
     asked = [getattr(step.options, "roles", None) for step in chain if "alignment" in step.operator.needs]

@@ -209,8 +209,12 @@ class Solver:
 
     def _solved(self, gram: Array, values: Array, path: str) -> Array:
         # One at a time: several LAPACK calls in one program can lock up the thread pool of XLA's CPU backend.
-        cpu = jax.default_backend() == "cpu"
-        x, error = jax.block_until_ready(right_solve(gram, values, self.options.ridge, self.layout.mesh, cpu))
+        cpu, mesh = jax.default_backend() == "cpu", self.layout.mesh
+        if cpu and mesh is not None:
+            # Whole on every simulated device beforehand: devices that wait for others take the threads LAPACK needs.
+            whole = NamedSharding(mesh, PartitionSpec())
+            gram, values = jax.block_until_ready(jax.device_put((gram, values), whole))
+        x, error = jax.block_until_ready(right_solve(gram, values, self.options.ridge, mesh, cpu))
         if (error := float(np.max(to_host(error)))) > TOLERANCE:
             raise InputError(
                 f"the operator predictions cannot solve for {path}: a residual of {error:.1e}, above {TOLERANCE};"

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -14,7 +14,7 @@ from tmjax.align.sizes import Sites, Tabled
 from tmjax.models.spec import ParamSpec, projections
 from tmjax.recipes.merge import Recipe
 from tmjax.sharding.memory import solver_mib
-from tmjax.transfer.chain import chain_of
+from tmjax.transfer.chain import aligns, chain_of
 from tmjax.transfer.contribution import Shape
 
 #: Assumed iterations of the solver; easy sites take fewer, small epsilons more.
@@ -77,8 +77,11 @@ def memory(
     """Estimates bytes by stage and site, their peak, and the memory of this machine; host memory unless stated.
 
     `shards` is the number of devices that a parameter is split over; devices of the mesh's `data` axis hold copies.
-    Per plan site: `features` and `potentials` against `dense`; the smaller of the two is stored.
+    Per plan site: `features` and `potentials` against `dense`; the smaller of the two is stored. Without an operator
+    that needs an alignment there are no sites, and nothing is recorded or solved.
     """
+    if not aligns(chain_of(recipe)):
+        sites = Sites({}, ())
     layers = target.spec.layers, source.spec.layers
     kept, options = _kept(target, source, recipe), recipe.alignment
     width = 2 if options.feature_dtype == "float16" else 4
@@ -104,13 +107,13 @@ def memory(
         }
     weights = target.bytes + source.bytes
     store = sum(4 * reading.rows * (layers[0] * units[0] + layers[1] * units[1]) for units in sites.units.values())
-    solver = solver_mib(options.memory_mib) * 2**20
+    solver = solver_mib(options.memory_mib) * 2**20 if by_site else 0
     stored = sum(item["kept"] for item in by_site.values())
-    # Activations of a site are mapped from disk, standardised on the host, put on the device: a CPU keeps all three.
-    largest = max(3 * item["activations"] + item["kept"] for item in by_site.values())
+    # Activations of a site are mapped from disk, standardised on the host, put on the device: a CPU holds all three.
+    largest = max((3 * item["activations"] + item["kept"] for item in by_site.values()), default=0)
     if not recipe.activations.keep:
         store = sum(8 * math.prod(layers) * n * k for n, k in sites.units.values())
-        largest = max(item["moments"] + item["kept"] for item in by_site.values())
+        largest = max((item["moments"] + item["kept"] for item in by_site.values()), default=0)
     shapes = Shape(target.spec, target.rows), Shape(source.spec, source.rows)
     tokens = recipe.evaluation.batch_tokens
     extra = [(step, step.operator.memory(*shapes, step.options, tokens)) for step in chain_of(recipe)]
@@ -123,6 +126,8 @@ def memory(
         "alignment (on disk)": stored,
         "fusion": LIBRARIES + weights + stored + contributed + 4 * target.parameters,
     }
+    if not by_site:
+        stages = {name: value for name, value in stages.items() if name in ("libraries", "weights of both models")}
     for step, size in extra:
         if not step.contributes:
             stages[f"operator {step.operator.name}"] = LIBRARIES + weights + 4 * target.parameters + size
@@ -160,8 +165,11 @@ def time(
 ) -> dict[str, Any]:
     """Estimates seconds by stage roughly, for this machine's CPU and for accelerators, with the assumptions.
 
-    `rebuilt` are the sites whose plans are stored as potentials and rebuilt from activations at each use.
+    `rebuilt` are the sites whose plans are stored as potentials and rebuilt from activations at each use. Without an
+    operator that needs an alignment there is only compilation; see the assumptions.
     """
+    if not aligns(chain_of(recipe)):
+        sites, chosen, reading = Sites({}, ()), {}, replace(reading, target_tokens=0, source_tokens=0)
     pairs, kept = _pairs(target, source, recipe), _kept(target, source, recipe)
     forward = 2 * (target.parameters * reading.target_tokens + source.parameters * reading.source_tokens)
     costs = sum(2 * pairs * reading.rows * n * k for n, k in (sites.units[site] for site in sites.plans))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tmjax.align.alignment import solver_of
-from tmjax.align.sizes import require_room, sites_of
+from tmjax.align.sizes import require_room, row_budget, sites_of
 from tmjax.align.streaming import require_streamable
 from tmjax.checkpoints.load import require_plain
 from tmjax.commands.doctor.compatibility import differences, mapped, overlap, tokenizer_faults
@@ -24,7 +24,7 @@ from tmjax.teacher.vocabulary_map import few_shared, require_shared
 from tmjax.text.documents import read_texts
 from tmjax.text.rows import pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.transfer.chain import chain_of, chain_projections, needs_of
+from tmjax.transfer.chain import aligns, chain_of, chain_projections, needs_of
 from tmjax.transfer.operator import Chain
 
 #: Rows and tokens that are assumed where no texts are given.
@@ -89,15 +89,19 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         report["differences"] = differences(target.spec, source.spec)
         report["projections"] = mapped(target, source, chain or ())
         chosen = _tried(problems, lambda: chain_projections(chain or (), target.rows, source.rows))
-        if chosen is not None and not chosen:
+        aligned = chain is None or aligns(chain)
+        if aligned and chosen is not None and not chosen:
             problems.append("the two models share no projection that could be transported")
         solvable = _tried(problems, lambda: _require_solver(recipe, target, source, chosen or {}))
         if chosen and reading and layout and solvable:
-            report["rows"] = dataclasses.asdict(reading)
             sites = sites_of(target, source, chosen, recipe.alignment.structure)
+            limit = row_budget(sites, (target.spec.layers, source.spec.layers), recipe.activations)
+            reading = dataclasses.replace(reading, rows=min(reading.rows, limit or reading.rows))
+            report["rows"] = dataclasses.asdict(reading)
             rows = reading.rows if recipe.activations.keep else 0
             # With assumed rows a lack of room is only a hint.
-            _tried(notes if reading.assumed else problems, lambda: require_room(sites, rows, recipe.alignment))
+            if aligned:
+                _tried(notes if reading.assumed else problems, lambda: require_room(sites, rows, recipe.alignment))
             shards = layout.sizes["fsdp"] * layout.sizes["tensor"]
             report["memory"] = memory(target, source, sites, reading, recipe, shards)
             rebuilt = {site for site, item in report["memory"]["sites"].items() if item["kept_as"] != "dense"}

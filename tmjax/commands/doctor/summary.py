@@ -135,7 +135,8 @@ def _parts(report: Mapping[str, Any]) -> Iterator[object]:
         yield rich_table("Tokenizers", *tokenizer_rows(report))
     if report["memory"]:
         yield rich_table("Memory, estimated", *memory_rows(report))
-        yield rich_table("Plans by site, estimated", *site_rows(report))
+        if report["memory"]["sites"]:
+            yield rich_table("Plans by site, estimated", *site_rows(report))
     if report["time"]:
         yield rich_table("Time: a rough estimate, not a measurement", *time_rows(report))
         yield f"Assumed: {report['time']['assumption']}."

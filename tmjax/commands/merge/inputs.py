@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tmjax.align.alignment import solver_of
-from tmjax.align.sizes import require_room, sites_of
+from tmjax.align.sizes import Sites, require_room, row_budget, sites_of
 from tmjax.align.streaming import require_streamable
 from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.hub import resolve
@@ -23,9 +23,9 @@ from tmjax.runs.hashes import sha256_checkpoint
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.teacher.vocabulary_map import require_shared
 from tmjax.text.documents import Texts, read_texts
-from tmjax.text.rows import Rows, TokenisedDocument, pair_rows
+from tmjax.text.rows import Rows, TokenisedDocument, pair_rows, sample_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
-from tmjax.transfer.chain import chain_of, chain_projections, needs_of
+from tmjax.transfer.chain import aligns, chain_of, chain_projections, needs_of
 from tmjax.transfer.operator import Chain
 from tmjax.typing import Params
 
@@ -127,13 +127,30 @@ class Inputs:
         return self.all_texts.part(self.recipe.activations.max_texts, self.recipe.seed)
 
     @functools.cached_property
-    def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
-        """Shared rows of the calibration texts, and the documents of target and source."""
+    def shared_rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
+        """Shared rows of the calibration texts; documents of the target, then of the source."""
         if self._same_activations:
-            return self.like.rows
+            return self.like.shared_rows
         options = self.recipe.activations
         tokenizers = [self.target_tokenizer, self.source_tokenizer]
         return pair_rows(self.texts, tokenizers, pooling=options.pooling, max_tokens=options.max_tokens)
+
+    @functools.cached_property
+    def rows(self) -> tuple[Rows, list[list[TokenisedDocument]]]:
+        """The rows that are recorded, and the documents with these rows."""
+        layers = self.target.spec.layers, self.source.spec.layers
+        limit = row_budget(self.sites, layers, self.recipe.activations)
+        return self.shared_rows if limit is None else sample_rows(*self.shared_rows, limit, self.recipe.seed)
+
+    @property
+    def row_seed(self) -> int | None:
+        """The seed that chose the rows; None where all are recorded."""
+        return self.recipe.seed if len(self.rows[0]) < len(self.shared_rows[0]) else None
+
+    @functools.cached_property
+    def sites(self) -> Sites:
+        """The sites that the alignment needs."""
+        return sites_of(self.target, self.source, self.projections, self.recipe.alignment.structure)
 
     @functools.cached_property
     def projections(self) -> dict[str, ParamSpec]:
@@ -219,5 +236,5 @@ class Inputs:
             load_tokenizer(load_model(recipe.place(recipe.same_size_source)).directory)
         if "teacher" in needs:
             require_shared(self.target_tokenizer, self.source_tokenizer, self.texts.texts, otherwise=WITHOUT)
-        sites = sites_of(self.target, self.source, self.projections, recipe.alignment.structure)
-        require_room(sites, len(self.rows[0]) if recipe.activations.keep else 0, recipe.alignment)
+        if aligns(self.chain):
+            require_room(self.sites, len(self.rows[0]) if recipe.activations.keep else 0, recipe.alignment)

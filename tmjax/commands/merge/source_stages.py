@@ -91,7 +91,9 @@ class SourceStages:
         """Returns the key of activations: everything that they depend on."""
         hashes = {name: self.inputs.hashes[name] for name in ("texts", "source", "target")}
         settings = self.recipe.activations.model_dump(), sorted(self.inputs.projections), self.recipe.dtype
-        return [model, hashes, *settings, self.recipe.alignment.structure]
+        seed = self.inputs.row_seed
+        # Only where it chose rows, so that it changes no other key.
+        return [model, hashes, *settings, self.recipe.alignment.structure, *([] if seed is None else [seed])]
 
     def alignment_key(self) -> object:
         """Returns the key of the alignment: everything that it depends on."""
@@ -201,8 +203,13 @@ class SourceStages:
         return PairedFeatures(target, source, target_documents)
 
     def _row_record(self, facts: AlignmentFacts) -> None:
-        rows, _ = self.inputs.rows
-        facts.rows = RowFacts(documents=len(self.inputs.texts), rows=len(rows), pooling=rows.pooling)
+        (rows, _), (shared, _) = self.inputs.rows, self.inputs.shared_rows
+        facts.rows = RowFacts(
+            documents=len(self.inputs.texts),
+            rows=len(rows),
+            pooling=rows.pooling,
+            shared=len(shared) if len(rows) < len(shared) else None,
+        )
 
     def moments(self, origin: Origin) -> Mapping[str, Moments]:
         """Sums moments over the rows of target and source, for runs that keep no activations."""

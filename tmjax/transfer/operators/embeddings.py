@@ -129,6 +129,13 @@ def _blended(own: ArrayLike, mapped: ArrayLike, weight_v: ArrayLike) -> Array:
     return own + weight_v[:, None] * (mapped - own)
 
 
+def _beside(table: ArrayLike, mapped: np.ndarray) -> Array:
+    """Puts the mapped table on the devices as the target's lies there: once, not in every trial."""
+    if isinstance(table, jax.Array):
+        return jax.make_array_from_callback(mapped.shape, table.sharding, lambda index: mapped[index])
+    return jnp.asarray(mapped)
+
+
 def blend(
     params: Params,
     source_vk: np.ndarray,
@@ -158,6 +165,7 @@ def blend(
     """
     own = np.asarray(to_host(params[EMBEDDINGS]), np.float32)
     mapped = mapped_embeddings(token_map, own, source_vk, options)
+    placed = _beside(params[EMBEDDINGS], mapped)
 
     def weights(alpha: float, kappa: float) -> np.ndarray:
         result = np.zeros(len(own), np.float32)
@@ -167,12 +175,12 @@ def blend(
     tried = [{"alpha": alpha, "kappa": kappa} for alpha in options.alphas for kappa in options.kappas]
     before, best = loss(params), (np.inf, -1)
     for number, values in enumerate(tried):
-        moved = {**params, EMBEDDINGS: _blended(params[EMBEDDINGS], mapped, weights(**values))}
+        moved = {**params, EMBEDDINGS: _blended(params[EMBEDDINGS], placed, weights(**values))}
         best = min(best, ((screen or loss)(moved), number))
         progress(number + 1, len(tried))
     after, number = best
     weight = weights(**tried[number])
-    moved = {**params, EMBEDDINGS: _blended(params[EMBEDDINGS], mapped, weight)}
+    moved = {**params, EMBEDDINGS: _blended(params[EMBEDDINGS], placed, weight)}
     after = after if screen is None else loss(moved)
     if after >= before:
         return Blended(params, None, (before, before), len(tried), mapped, np.zeros(len(own), np.float32))
