@@ -4,13 +4,18 @@ from typing import Annotated
 
 import typer
 
+from tmjax.cli.application import join_job
 from tmjax.cli.options import (
     Controls,
+    Coordinator,
+    Distributed,
     Json,
     Mesh,
     Others,
     Out,
     Overwrite,
+    Process,
+    Processes,
     RecipeFile,
     Seed,
     Source,
@@ -19,6 +24,7 @@ from tmjax.cli.options import (
 )
 from tmjax.cli.terminal import open_console, print_json, progress_display
 from tmjax.errors import InputError
+from tmjax.sharding import job
 
 
 def adapt(
@@ -46,6 +52,10 @@ def adapt(
     controls: Controls = None,
     seed: Seed = None,
     mesh: Mesh = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    num_processes: Processes = None,
+    process_id: Process = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -53,9 +63,10 @@ def adapt(
     from tmjax.recipes.adapt import build_adapt_recipe
     from tmjax.recipes.base import read_recipe
 
+    options = locals()
     values = read_recipe(recipe) if recipe else {}
-    given = given_options(locals(), ("source", "target", "texts", "valid", "test", "out", "mode", "init", "alpha"))
-    given |= given_options(locals(), ("controls", "seed", "mesh", "other_texts"))
+    given = given_options(options, ("source", "target", "texts", "valid", "test", "out", "mode", "init", "alpha"))
+    given |= given_options(options, ("controls", "seed", "mesh", "other_texts"))
     missing = [name for name in ("target", "texts", "out") if name not in values | given]
     if missing:
         raise InputError(f"give {', '.join('--' + name for name in missing)} or name them in a recipe")
@@ -64,11 +75,11 @@ def adapt(
     }
     training = dict(values.get("training") or {}) | listed
     settings = build_adapt_recipe(values | given | {"training": training}, base=recipe.parent if recipe else None)
-    with progress_display() as (progress, warn):
+    with join_job(options), progress_display() as (progress, warn):
         from tmjax.commands.adapt.run import Adapt
 
         manifest = Adapt(settings, overwrite=overwrite, show=progress, warn=warn).all()
-    if as_json:
+    if as_json or job.silent():
         print_json(manifest)
         return
     from tmjax.report.training_page import adapt_summary
