@@ -1,66 +1,20 @@
 """One job of two real processes with four devices each, over loopback: same results, one voice, clear ends, resume."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import Job, errors
 from safetensors.numpy import load_file
 
 from tmjax import cli
 from tmjax.commands.sweep.results import read_csv
 
 MESH = "data=2,fsdp=2,tensor=2"
-
-
-class Job:
-    """The same command in two processes. Ended with the test, whatever happens."""
-
-    def __init__(self, arguments: Sequence[object], *, own: Sequence[Sequence[object]] = ((), ())) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-        where = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tmjax.cli", *map(str, [*arguments, *own[process], *where, process])],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for process in range(2)
-        ]
-
-    def end(self, timeout: float = 600) -> list[tuple[int, str, str]]:
-        """Exit status, standard output and standard error of both."""
-        try:
-            told = [process.communicate(timeout=timeout) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.communicate()
-        return [(process.returncode, *texts) for process, texts in zip(self.processes, told, strict=True)]
-
-    def wait_for_stage(self, out: Path, stage: str, timeout: float = 600) -> None:
-        """Waits until the manifest of a run has a stage."""
-        manifest, until = out / "manifest.json", time.monotonic() + timeout
-        while not (manifest.exists() and stage in json.loads(manifest.read_text())["stages"]):
-            if time.monotonic() > until or any(process.poll() is not None for process in self.processes):
-                pytest.fail(f"never saw {stage}: {self.end(timeout=1)}")
-            time.sleep(0.02)
-
-
-def _errors(text: str) -> list[str]:
-    return [line for line in text.splitlines() if "tmjax: error:" in line]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +33,7 @@ def merged(flags, recipe_file, tmp_path_factory) -> dict[str, object]:
 def test_a_killed_process_ends_the_job_with_a_clear_line(merged) -> None:
     (code, printed, error), (other, *_) = merged["killed"]
     assert code == 1 and other == -signal.SIGKILL and printed == ""
-    assert len(_errors(error)) == 1 and "another process of this job" in error and "resumes" in error
+    assert len(errors(error)) == 1 and "another process of this job" in error and "resumes" in error
     assert "Traceback" not in error and "merged" not in merged["left"]
 
 
@@ -128,7 +82,7 @@ def test_processes_that_were_told_different_things(flags, recipe_file, texts, tm
         ([["--out", tmp_path / "b"], ["--out", tmp_path / "c"]], "must lie on a file system that all processes share"),
     ):
         ended = Job([*command, "--mesh", MESH], own=own).end(timeout=300)
-        assert all(code != 0 and len(_errors(error)) == 1 for code, _, error in ended)
+        assert all(code != 0 and len(errors(error)) == 1 for code, _, error in ended)
         assert any(said in " ".join(error.split()) for *_, error in ended), ended
         assert not any((tmp_path / name / "activations").exists() for name in "abc")
 
@@ -179,7 +133,7 @@ def test_the_first_process_killed(flags, recipe_file, tmp_path) -> None:
     job.processes[0].send_signal(signal.SIGKILL)
     (code, *_), (other, printed, error) = job.end(timeout=300)
     assert code == -signal.SIGKILL and other == 1 and printed == ""
-    assert len(_errors(error)) == 1 and "resumes" in error and "Traceback" not in error
+    assert len(errors(error)) == 1 and "resumes" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
@@ -197,7 +151,7 @@ def test_the_first_process_killed(flags, recipe_file, tmp_path) -> None:
 def test_what_is_wrong_with_a_job_is_said(flags, recipe_file, tmp_path, capfd, more: list[str], said: str) -> None:
     code = cli.run(["merge", recipe_file, *flags, "--out", str(tmp_path / "run"), *more])
     error = capfd.readouterr().err
-    assert code == 2 and len(_errors(error)) == 1 and said in error and not (tmp_path / "run").exists()
+    assert code == 2 and len(errors(error)) == 1 and said in error and not (tmp_path / "run").exists()
 
 
 def test_no_job_around_it(flags, recipe_file, tmp_path) -> None:
@@ -214,5 +168,5 @@ def test_no_job_around_it(flags, recipe_file, tmp_path) -> None:
         "--distributed",
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and len(_errors(done.stderr)) == 1 and done.stdout == ""
+    assert done.returncode == 2 and len(errors(done.stderr)) == 1 and done.stdout == ""
     assert "found no TPU pod, SLURM, Open MPI or Kubernetes job" in done.stderr and not (tmp_path / "run").exists()

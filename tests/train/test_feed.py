@@ -108,6 +108,7 @@ def test_the_best_is_a_copy_laid_out_as_it_was() -> None:
     assert kept.sharding.is_equivalent_to(sharding, 2) and (selection.step, selection.worse) == (1, 1)
 
 
+@pytest.mark.slow
 def test_checkpoints_give_state_and_best_back_laid_out_as_they_were(tmp_path) -> None:
     layout = Layout("fsdp=8")
     places = shardings_of(layout, FAMILIES["llama"].params(SPEC), SPEC)

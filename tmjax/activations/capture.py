@@ -29,6 +29,7 @@ class CaptureOptions:
 
     Attributes:
         sites: Sites; None: all that the models have.
+        layers: Layers that `capture` stores, ascending; None: all.
         batch_tokens: Largest number of padded tokens in a batch.
         memory_mib: Memory of a batch's pooled activations, which may make it smaller; None: a share of the device's.
         dtype: Dtype of the forward pass.
@@ -40,6 +41,7 @@ class CaptureOptions:
     memory_mib: int | None = None
     dtype: jnp.dtype = jnp.float32
     layout: Layout = field(default_factory=Layout)
+    layers: tuple[int, ...] | None = None
 
     def batch_limit(self, spec: DecoderSpec, sites: Sequence[str], documents: Sequence[TokenisedDocument]) -> int:
         """Padded tokens of a batch: `batch_tokens`, or fewer where its rows' activations exceed the memory."""
@@ -49,7 +51,7 @@ class CaptureOptions:
         return max(1, min(self.batch_tokens, int(memory / (row_bytes * max(rows, 1 / self.batch_tokens)))))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "sites", "dtype", "mesh"))
+@functools.partial(jax.jit, static_argnames=("spec", "sites", "dtype", "mesh", "layers"))
 def pooled_forward(
     spec: DecoderSpec,
     params: Params,
@@ -58,16 +60,19 @@ def pooled_forward(
     sites: tuple[str, ...],
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
+    layers: tuple[int, ...] | None = None,
 ) -> dict[str, Array]:
     """Activations of each site averaged over tokens by `weights`: `[layer, B, R, unit]` float32.
 
-    With a mesh they are split along B alone.
+    With a mesh they are split along B alone. `layers` are those that are returned; None: all.
     """
 
     def pool(x_btu: Array) -> Array:
         return jnp.einsum("brt,btu->bru", weights_brt, x_btu.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
     captured = bind(spec, params).run(ids_bt, ForwardPlan(dtype, sites, pool, mesh)).captured
+    if layers is not None:
+        captured = {site: x[np.asarray(layers)] for site, x in captured.items()}
     return {site: constrain(mesh, x, (None, "batch", None, None)) for site, x in captured.items()}
 
 
@@ -107,6 +112,7 @@ def pooled_batches(
     sites: Sequence[str],
     dtype: jnp.dtype,
     layout: Layout,
+    layers: tuple[int, ...] | None = None,
 ) -> Iterator[tuple[Batch, dict[str, Array]]]:
     """Each batch with its pooled activations, `[layer, slot, R, unit]` float32 of every site, on the devices.
 
@@ -116,7 +122,7 @@ def pooled_batches(
     before: tuple[Batch, dict[str, Array]] | None = None
     for batch, rows in batches:
         ids, weights = (layout.place_batch(x) for x in _arrays(batch, documents, rows))
-        started = batch, pooled_forward(spec, params, ids, weights, tuple(sites), dtype, layout.mesh)
+        started = batch, pooled_forward(spec, params, ids, weights, tuple(sites), dtype, layout.mesh, layers)
         if before is not None:
             yield before
         before = started
@@ -164,7 +170,8 @@ def capture(
     sites, layout = spec.sites if options.sites is None else options.sites, options.layout
     require_readable(spec, documents, sites)
     if hosts.is_first():
-        store.create(directory, rows, spec.layers, {site: spec.axis_size(SITES[site]) for site in sites})
+        widths = {site: spec.axis_size(SITES[site]) for site in sites}
+        store.create(directory, rows, spec.layers, widths, options.layers)
     hosts.barrier("activation store")
     counts = [len(document.rows) for document in documents]
     first_row = np.concatenate([[0], np.cumsum(counts)])
@@ -177,7 +184,8 @@ def capture(
     for batch in batches:
         widest[batch.tokens] = max(widest.get(batch.tokens, 1), *(counts[n] for n in batch.documents))
     padded = [(batch, widest[batch.tokens]) for batch in batches]
-    pooled = pooled_batches(spec, params, documents, padded, sites=sites, dtype=options.dtype, layout=layout)
+    settings = {"sites": sites, "dtype": options.dtype, "layout": layout, "layers": options.layers}
+    pooled = pooled_batches(spec, params, documents, padded, **settings)
     for done, (batch, captured) in enumerate(pooled):
         for site, values in captured.items():
             for start, part in hosts.local_parts(values, axis=1):

@@ -56,6 +56,16 @@ class Activations:
     sites: Mapping[str, int]
     order: np.ndarray | None = None
     unit_order: Mapping[str, np.ndarray] = field(default_factory=dict)
+    #: The model's layers that are stored, in order; None: all.
+    numbers: tuple[int, ...] | None = None
+
+    def place_of(self, layer: int) -> int:
+        """Returns the place in the arrays of one of the model's layers; raises InputError if it is not stored."""
+        if self.numbers is None:
+            return layer
+        if layer not in self.numbers:
+            raise InputError(f"{self.directory} holds the layers {list(self.numbers)}, not layer {layer}")
+        return self.numbers.index(layer)
 
     def site(self, name: str) -> np.ndarray:
         """The `[layer, row, unit]` float32 array of a site; mapped from disk where rows and units are as recorded."""
@@ -81,10 +91,17 @@ class Activations:
         return self.directory / f"{name}.npy"
 
 
-def create(directory: Path, rows: Rows, layers: int, sites: Mapping[str, int]) -> None:
-    """Makes the files of an activation store, filled with zeros, in an existing directory."""
+def create(
+    directory: Path, rows: Rows, layers: int, sites: Mapping[str, int], numbers: Sequence[int] | None = None
+) -> None:
+    """Makes the files of an activation store, filled with zeros, in an existing directory.
+
+    `numbers` are the model's layers that are stored, if not all of its `layers`.
+    """
+    layers = layers if numbers is None else len(numbers)
     np.savez(directory / ROWS, document=rows.document, start=rows.start, end=rows.end)
     meta = {"texts_sha256": rows.texts_sha256, "pooling": rows.pooling, "layers": layers, "sites": dict(sites)}
+    meta |= {} if numbers is None else {"numbers": list(numbers)}
     write_json(directory / META, meta)
     for site, units in sites.items():
         np.lib.format.open_memmap(directory / f"{site}.npy", "w+", np.float32, (layers, len(rows), units))
@@ -120,4 +137,5 @@ def read(directory: Path) -> Activations:
     meta = read_json(directory / META)
     with np.load(directory / ROWS) as arrays:
         rows = Rows(meta["texts_sha256"], meta["pooling"], arrays["document"], arrays["start"], arrays["end"])
-    return Activations(directory, rows, meta["layers"], meta["sites"])
+    numbers = tuple(meta["numbers"]) if "numbers" in meta else None
+    return Activations(directory, rows, meta["layers"], meta["sites"], numbers=numbers)

@@ -5,8 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from tmjax.cli.application import join_job
 from tmjax.cli.options import (
     Controls,
+    JobFlags,
     Mesh,
     Others,
     Out,
@@ -51,7 +53,7 @@ class AdaptFlags:
     mesh: Mesh = None
 
 
-def adapt(flags: AdaptFlags, output: OutputFlags) -> None:
+def adapt(flags: AdaptFlags, job: JobFlags, output: OutputFlags) -> None:
     """Train a target on texts, guided by a source or on top of a merge, beside controls of the same budget."""
     from tmjax.recipes.adapt import build_adapt_recipe
 
@@ -64,7 +66,7 @@ def adapt(flags: AdaptFlags, output: OutputFlags) -> None:
     }
     training = dict(values.get("training") or {}) | listed
     settings = build_adapt_recipe(values | {"training": training}, base=folder_of(flags.recipe))
-    with progress_display() as (progress, warn):
+    with join_job(job), progress_display() as (progress, warn):
         from tmjax.commands.adapt.run import Adapt
 
         manifest = Adapt(settings, overwrite=output.overwrite, show=progress, warn=warn).all()

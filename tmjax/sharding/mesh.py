@@ -123,7 +123,7 @@ class Layout:
         chosen: list[str | None] = [None] * (len(shape) - len(axes))
         for axis, size in zip(axes, shape[len(chosen) :], strict=True):
             where = RULES.get(axis)
-            if where in chosen:
+            if where is not None and where in chosen:
                 raise InputError(f"parameter {name}: two of its axes {axes} ask for the mesh axis {where}")
             if where is not None and size % self.sizes[where]:
                 raise InputError(

@@ -49,6 +49,8 @@ def capture_features(
     rows: Rows,
     documents: Sequence[TokenisedDocument],
     directory: Path,
+    layers: Sequence[int] | None = None,
+    *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Stores the features of a model at the spans of texts.
@@ -58,6 +60,7 @@ def capture_features(
         rows: The spans, as `pair_rows` gave them.
         documents: The texts in the model's own tokens.
         directory: An existing folder for the activation store.
+        layers: The layers that are stored; None: all.
         progress: Called with (texts done, all texts).
     """
     capture(
@@ -66,7 +69,9 @@ def capture_features(
         rows,
         last_tokens(documents),
         directory,
-        CaptureOptions((SITE,), dtype=teacher.dtype, layout=teacher.layout),
+        CaptureOptions(
+            (SITE,), dtype=teacher.dtype, layout=teacher.layout, layers=None if layers is None else tuple(layers)
+        ),
         progress=progress,
     )
 
@@ -98,6 +103,6 @@ def read_out_metric(spec: DecoderSpec, params: Params, values: Activations, *, m
     Returns:
         A matrix [k, k], float64.
     """
-    states = values.site(SITE)[spec.layers - 1]
+    states = values.site(SITE)[values.place_of(spec.layers - 1)]
     chosen = np.linspace(0, len(states) - 1, min(max_rows, len(states))).astype(int)
     return np.asarray(_fisher(spec, params, jnp.asarray(states[chosen], jnp.float32)), np.float64)

@@ -184,6 +184,7 @@ class TeacherStages:
         name: str,
         key: object,
         inputs: Callable[[], tuple[Teacher, Rows, Sequence[TokenisedDocument]]],
+        layers: Sequence[int] | None = None,
     ) -> Activations:
         """Runs the stage `features:NAME`, which writes the activation store `features/NAME`.
 
@@ -191,6 +192,7 @@ class TeacherStages:
             name: Model and texts.
             key: Input hash of the stage.
             inputs: Makes the model, the spans, and the texts in the model's own tokens.
+            layers: The layers that are stored; None: all.
 
         Returns:
             The stored features.
@@ -199,8 +201,9 @@ class TeacherStages:
 
         def work(partial: Path) -> None:
             teacher, rows, documents = inputs()
-            capture_features(teacher, rows, documents, partial, self.step(stage))
+            capture_features(teacher, rows, documents, partial, layers, progress=self.step(stage))
 
+        key = key if layers is None else [key, list(layers)]
         return store.read(self.run.stage(stage, key, f"features/{name}", work))
 
 

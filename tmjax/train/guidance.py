@@ -5,7 +5,7 @@ ridge regressions and are trained with the model. Only the target's own forward 
 features are computed once and stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -25,11 +25,35 @@ from tmjax.typing import Array
 MAX_ROWS = 20000
 
 
+#: Rows whose moments are summed at a time in float64.
+BLOCK_ROWS = 65536
+#: Means and standard deviations of units [L, n].
+Moments = tuple[np.ndarray, np.ndarray]
+
+
 def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of every unit over rows [N, n]; a dead unit's is 1."""
-    wide = np.asarray(values, np.float64)
-    scale = wide.std(axis=0)
-    return wide.mean(axis=0).astype(np.float32), np.where(scale > 1e-6, scale, 1.0).astype(np.float32)
+    blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(values), BLOCK_ROWS)]
+    mean = sum(np.asarray(values[block], np.float64).sum(axis=0) for block in blocks) / len(values)
+    squares = sum(np.square(np.asarray(values[block], np.float64) - mean).sum(axis=0) for block in blocks)
+    scale = np.sqrt(squares / len(values))
+    return mean.astype(np.float32), np.where(scale > 1e-6, scale, 1.0).astype(np.float32)
+
+
+def moments_of(values: Activations, layers: Sequence[int]) -> Moments:
+    """Computes the moments of stored features.
+
+    Args:
+        values: The stored features of a model.
+        layers: Layers of the model; one that is named again is read once.
+
+    Returns:
+        Means and standard deviations [len(layers), units] float32; the deviation of a dead unit is 1.
+    """
+    states = values.site(SITE)
+    once = {layer: _moments(states[values.place_of(layer)]) for layer in dict.fromkeys(layers)}
+    means, scales = zip(*(once[layer] for layer in layers), strict=True)
+    return np.stack(means), np.stack(scales)
 
 
 def _root(metric: np.ndarray) -> np.ndarray:
@@ -51,6 +75,7 @@ class SourceFeatures:
         scale: Standard deviation of every unit [L, k].
         order: The source row of every span, if not the span's own.
         metric: Root of the metric of errors, in standardised units [L, k, k].
+        own_rows: Returns which rows of a batch of that many this process has; features of others are not read.
     """
 
     values: Activations
@@ -61,6 +86,7 @@ class SourceFeatures:
     scale: np.ndarray
     order: np.ndarray | None = None
     metric: np.ndarray | None = None
+    own_rows: Callable[[int], np.ndarray] | None = None
 
     @classmethod
     def of(
@@ -69,6 +95,8 @@ class SourceFeatures:
         documents: Sequence[TokenisedDocument],
         layers: Sequence[int],
         metric: np.ndarray | None = None,
+        *,
+        moments: Moments | None = None,
     ) -> Self:
         """Standardises stored features.
 
@@ -77,6 +105,7 @@ class SourceFeatures:
             documents: The target's documents, as `pair_rows` gave them.
             layers: The source layer of each target layer.
             metric: Metric of errors in the source's residual state [k, k].
+            moments: `moments_of` these layers; computed unless given.
 
         Raises:
             InputError: The store has another number of rows than the documents have spans.
@@ -86,7 +115,7 @@ class SourceFeatures:
         first = np.concatenate([[0], np.cumsum([len(spans) for spans in positions])])
         if first[-1] != states.shape[1]:
             raise InputError(f"{values.directory} holds {states.shape[1]} rows, the documents have {first[-1]} spans")
-        mean, scale = (np.stack(part) for part in zip(*(_moments(states[layer]) for layer in layers), strict=True))
+        mean, scale = moments_of(values, layers) if moments is None else moments
         roots = None if metric is None else np.stack([_root(metric * np.outer(each, each)) for each in scale])
         return cls(values, list(layers), positions, first, mean, scale, metric=roots)
 
@@ -97,10 +126,22 @@ class SourceFeatures:
     def rows(self, number: np.ndarray) -> np.ndarray:
         """Returns standardised features [L, spans, k] float32 of the spans with these numbers."""
         number = number if self.order is None else self.order[number]
-        states = self.values.site(SITE)
-        chosen = np.stack([states[layer][number] for layer in self.layers])
+        chosen = self._stored(number)
         standard = (chosen - self.mean[:, None]) / self.scale[:, None]
         return standard if self.metric is None else standard @ self.metric
+
+    def _stored(self, number: np.ndarray) -> np.ndarray:
+        """Reads rows of the store [L, rows, k]; neighbours, such as a document's, are one read."""
+        states = self.values.site(SITE)
+        ordered, inverse = np.unique(number, return_inverse=True)
+        runs = np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1) if len(ordered) else []
+        result = np.empty((len(self.layers), len(ordered), states.shape[2]), np.float32)
+        for layer, values in zip(self.layers, result, strict=True):
+            stored, start = states[self.values.place_of(layer)], 0
+            for run in runs:
+                values[start : start + len(run)] = stored[run[0] : run[-1] + 1]
+                start += len(run)
+        return result[:, inverse]
 
     def _within(self, piece: Piece) -> np.ndarray:
         """Returns the spans of a piece's document that end among its inputs."""
@@ -117,14 +158,17 @@ class SourceFeatures:
         source = np.zeros((len(self.layers), rows, spans, self.mean.shape[1]), np.float32)
         within = [self._within(piece) for piece in pieces]
         numbers = [self.first_row[piece.document] + own for piece, own in zip(pieces, within, strict=True)]
-        values = self.rows(np.concatenate(numbers))
+        own_rows = np.ones(rows, bool) if self.own_rows is None else self.own_rows(rows)
+        read = [each for each, own in zip(numbers, own_rows, strict=False) if own]
+        values = self.rows(np.concatenate([np.zeros(0, int), *read]))
         start = 0
         for slot, (piece, own) in enumerate(zip(pieces, within, strict=True)):
             count = len(own)
             position[slot, :count] = self.positions[piece.document][own] - piece.start
             mask[slot, :count] = 1.0
-            source[:, slot, :count] = values[:, start : start + count]
-            start += count
+            if own_rows[slot]:
+                source[:, slot, :count] = values[:, start : start + count]
+                start += count
         return Guide(position, mask, source)
 
 
@@ -137,7 +181,7 @@ def _ridge(x: Array, y: Array, penalty: Array) -> Array:
 
 
 def start_maps(
-    target: Activations, source: SourceFeatures, *, penalty: float = 0.1
+    target: Activations, source: SourceFeatures, *, penalty: float = 0.1, moments: Moments | None = None
 ) -> tuple[dict[str, Array], dict[str, Array], list[float]]:
     """Fits the initial maps from the target's features to the source's by ridge regression.
 
@@ -145,6 +189,7 @@ def start_maps(
         target: Features of the untrained model at the same spans.
         source: Features of the source.
         penalty: Ridge penalty, in units of a standardised unit's variance.
+        moments: Moments of the target's features; computed unless given.
 
     Returns:
         Trained maps `guide.weight` [L, k, n] and `guide.bias` [L, k]; frozen statistics of the target's features; part
@@ -154,8 +199,8 @@ def start_maps(
     chosen = np.linspace(0, states.shape[1] - 1, min(states.shape[1], MAX_ROWS)).astype(int)
     everything = source.rows(chosen)
     weights, biases, means, scales, explained = [], [], [], [], []
-    for layer, y in enumerate(everything):
-        mean, scale = _moments(states[layer])
+    target_moments = moments_of(target, range(len(everything))) if moments is None else moments
+    for layer, (y, mean, scale) in enumerate(zip(everything, *target_moments, strict=True)):
         x = (states[layer][chosen] - mean) / scale
         centre = y.mean(axis=0)  # not zero where the fit reads a part of the rows
         weight = np.asarray(_ridge(jnp.asarray(x), jnp.asarray(y - centre), jnp.float32(penalty)))

@@ -131,6 +131,14 @@ def shardings_of(
     return {path: _plain(layout, sharding) for path, sharding in result.items()}
 
 
+def map_sharding(layout: Layout, shape: tuple[int, int, int]) -> NamedSharding | None:
+    """Returns the sharding of the maps of guidance [layer, source unit, target unit]; None without a mesh."""
+    if layout.mesh is None:
+        return None
+    units = "mlp" if shape[1] % layout.sizes["tensor"] == 0 else "rank"
+    return _plain(layout, layout.param_sharding("guide.weight", (units, "embed"), shape))
+
+
 def _plain(layout: Layout, sharding: NamedSharding) -> NamedSharding:
     """Returns the sharding as XLA writes it, without axes of one device; else a second step would be compiled anew."""
     axes = [axis if axis is not None and layout.sizes[axis] > 1 else None for axis in sharding.spec]

@@ -1,10 +1,12 @@
 """Data of every arm: texts, features and probabilities of the source, or of its replacement in a control."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tmjax.activations.store import Activations
 from tmjax.checkpoints.model import Model
@@ -20,11 +22,14 @@ from tmjax.teacher.stages import TeacherStages
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.documents import Texts
 from tmjax.text.rows import Rows, TokenisedDocument
-from tmjax.train.guidance import SourceFeatures, start_maps
-from tmjax.train.modes import shardings_of
+from tmjax.train.guidance import Moments, SourceFeatures, moments_of, start_maps
+from tmjax.train.modes import map_sharding, shardings_of
 from tmjax.train.texts import TrainingTexts
 from tmjax.transfer.controls import derangement
 from tmjax.typing import Array, Params
+
+#: Source features, initial maps, statistics, and part of the variance that each map explains.
+_Start = tuple[SourceFeatures, dict[str, np.ndarray], dict[str, np.ndarray], list[float]]
 
 
 @dataclass(frozen=True)
@@ -65,20 +70,45 @@ class DataOfArms:
     starts: Starts
     # On the object: models and texts go when the run does.
     _texts: dict[str | None, TrainingTexts] = field(default_factory=dict)
+    _moments: dict[str, Moments] = field(default_factory=dict)
+    _started: dict[Arm, _Start] = field(default_factory=dict)
     _spans: dict[str | None, tuple[Rows, list[list[TokenisedDocument]]]] = field(default_factory=dict)
 
     def of(self, arm: Arm) -> ArmData:
         """Returns the data of an arm, in fresh arrays because training donates them."""
         guidance, maps, statistics, probabilities, facts = None, {}, {}, None, {}
         if "guidance" in arm.terms:
-            guidance = self._guidance(arm)
-            penalty = self.inputs.recipe.guidance.penalty
-            maps, statistics, explained = start_maps(self._target_features(arm), guidance, penalty=penalty)
+            if arm not in self._started:
+                self._started.clear()  # the maps of one arm at a time
+                self._started[arm] = self._start(arm)
+            guidance, maps, statistics, explained = self._started[arm]
+            maps, statistics = ({path: self._fresh(x) for path, x in part.items()} for part in (maps, statistics))
             facts = {"source_layers": guidance.layers, "explained_at_start": explained}
         if "distillation" in arm.terms:
             probabilities = self._probabilities(arm)
             facts["teacher_positions"] = len(probabilities.document)
         return ArmData(self.texts(arm.texts_by), guidance, maps, statistics, probabilities, facts)
+
+    def _start(self, arm: Arm) -> _Start:
+        """Returns source features, initial maps and statistics (on the host) of an arm, and what the maps explain.
+
+        They are the same for every schedule; moments are those of all arms with the same features.
+        """
+        guidance, target = self._guidance(arm), self._target_features(arm)
+        name = _on("target", arm)
+        if name not in self._moments:
+            self._moments[name] = moments_of(target, range(target.layers))
+        penalty = self.inputs.recipe.guidance.penalty
+        maps, statistics, explained = start_maps(target, guidance, penalty=penalty, moments=self._moments[name])
+        return guidance, *({p: np.asarray(x) for p, x in part.items()} for part in (maps, statistics)), explained
+
+    def _fresh(self, value: np.ndarray) -> Array:
+        """Returns a copy on the devices: of maps [L, k, n] split like parameters, else whole on each."""
+        layout = self.inputs.layout
+        if layout.mesh is None:
+            return jnp.array(value, copy=True)
+        whole = NamedSharding(layout.mesh, PartitionSpec())
+        return jax.device_put(value, map_sharding(layout, value.shape) if value.ndim == 3 else whole, may_alias=False)
 
     def texts(self, texts_by: str | None) -> TrainingTexts:
         """Returns the given texts, followed by texts that a model generates, if any."""
@@ -157,16 +187,22 @@ class DataOfArms:
             rows, (_, documents) = self._spans_of(arm)
             return self._teacher(arm.teacher), rows, documents
 
-        key = [self.key, arm.teacher, None, arm.texts_by]
-        stored = self.stages.features(_on(arm.teacher, arm), key, features_of)
-        layers = by_depth(inputs.target.spec.layers, stored.layers)
+        layers = by_depth(inputs.target.spec.layers, inputs.source.spec.layers)
         if options.layers == "plan":
             layers = by_plan(list(inputs.alignment.layer_plans.values()))
+        used = sorted({*layers, inputs.source.spec.layers - 1})  # a metric reads the last
+        key = [self.key, arm.teacher, None, arm.texts_by]
+        stored = self.stages.features(_on(arm.teacher, arm), key, features_of, used)
         metric = None
         if (arm.metric or options.metric) == "fisher":
             model, params = self._model(arm.teacher)
             metric = read_out_metric(model.spec, params, stored)
-        features = SourceFeatures.of(stored, self._spans_of(arm)[1][0], layers, metric)
+        name = _on(arm.teacher, arm)
+        if name not in self._moments:
+            self._moments[name] = moments_of(stored, layers)
+        spans = self._spans_of(arm)[1][0]
+        features = SourceFeatures.of(stored, spans, layers, metric, moments=self._moments[name])
+        features = replace(features, own_rows=inputs.layout.own_rows)
         return features.reordered(derangement(len(stored.rows), inputs.recipe.seed)) if arm.shuffled else features
 
     def _probabilities(self, arm: Arm) -> TeacherProbabilities:

@@ -30,9 +30,11 @@ from tmjax.runs.directory import RunDirectory, resumes
 from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import Manifest, Record, load_manifest
 from tmjax.runs.run_facts import InputFacts, ScheduleFacts, TrainingFacts
+from tmjax.sharding import hosts
 from tmjax.teacher.stages import TeacherStages
 from tmjax.train.modes import Lora
 from tmjax.train.peft import write_adapter
+from tmjax.typing import Params
 
 _INPUTS = ("source", "target", "texts", "valid", "test")
 
@@ -70,11 +72,16 @@ class Adapt:
         self.arms = dict(arms or arms_of(recipe))
         self.schedules = schedules or dict.fromkeys(self.arms, recipe.training.schedules)
         self.starts = Starts(self.inputs, show, warn)
-        refuse_nested(recipe)
+        hosts.together(lambda: refuse_nested(recipe))
         path = Path(recipe.out)
-        with OutputLock(path):
-            self._key = self._input_hashes()
+        lock = hosts.together(lambda: OutputLock(path) if hosts.is_first() else None)
+        try:
+            self._key = hosts.together(self._input_hashes)
+            hosts.require_same("inputs", self._key)
             self.run = self._begin(path, overwrite=overwrite)
+        finally:
+            if lock is not None:  # the run holds it too by now
+                lock.release()
         data = DataOfArms(TeacherStages(self.run, self._step, warn), self._key, self.inputs, self.starts)
         self.trainer = ArmTrainer(self.inputs, self.starts, data, self.run.path / "training", self._key, show)
 
@@ -92,8 +99,8 @@ class Adapt:
     def _begin(self, path: Path, *, overwrite: bool) -> RunDirectory:
         """Creates or resumes the run directory, after all inputs have been checked."""
         recipe, inputs, layout = self.recipe, self.inputs, self.inputs.layout
-        if not resumes(path, self._key):
-            inputs.check(self.warn)
+        if not hosts.agree(resumes(path, self._key)):
+            hosts.together(lambda: inputs.check(self.warn))
             tell_notes(inputs.notes, self.warn)
         texts = inputs.held_out
         note_blank([inputs.texts.texts, texts.valid, texts.test, *texts.other_texts.values()], self.warn)
@@ -109,15 +116,20 @@ class Adapt:
             key=self._key,
             mesh=layout.sizes,
             devices=layout.devices,
+            processes=hosts.count(),
             platform=jax.devices()[0].platform,
         )
-        return RunDirectory.start(
-            path,
-            dump_recipe(recipe),
-            header,
-            overwrite=overwrite,
-            show=lambda stage, done, total: self.show(stage, done, total, ""),
-        )
+
+        def show(stage: str, done: int, total: int) -> None:
+            self.show(stage, done, total, "")
+
+        def start() -> RunDirectory | None:
+            if not hosts.is_first():
+                return None
+            return RunDirectory.start(path, dump_recipe(recipe), header, overwrite=overwrite, team=hosts, show=show)
+
+        started = hosts.together(start)
+        return hosts.together(lambda: started or RunDirectory.follow(path, header, team=hosts, show=show))
 
     def _arm_key(self, name: str, schedules: Sequence[Schedule]) -> list[Any]:
         """Returns the part of a stage's key that identifies an arm and its schedules, beside the recipe."""
@@ -150,9 +162,7 @@ class Adapt:
             target = self.inputs.target
             hf.write(target.with_params(result.params), partial, max_shard_size=self.recipe.export.max_shard_size)
             if isinstance(objective.mode, Lora) and name == ADAPTED:
-                with atomic_directory(self.run.path / "adapter", overwrite=True) as adapter:
-                    base = self.inputs.names["target"]
-                    write_adapter(objective.mode, target.spec, target.rows, result.trained, adapter, base=base)
+                self._write_adapter(objective.mode, result.trained)
             settings = {"mode": arm.mode, "terms": sorted(arm.terms), "texts_by": arm.texts_by, "init": arm.start}
             trained = TrainingFacts(**facts, **settings, tried=[ScheduleFacts(**item) for item in tried])
             merge = None
@@ -168,9 +178,18 @@ class Adapt:
 
         output = "merged" if name == ADAPTED else f"controls/{name}"
         path = self.run.stage(f"train:{name}", [self._key, name, *self._arm_key(name, schedules)], output, work)
-        for checkpoints in (self.run.path / "training" / name).glob("*/checkpoints"):
-            remove(checkpoints)  # needed until the result is there
+        if hosts.is_first():
+            for checkpoints in (self.run.path / "training" / name).glob("*/checkpoints"):
+                remove(checkpoints)  # needed until the result is there
         return path
+
+    def _write_adapter(self, mode: Lora, trained: Params) -> None:
+        """Writes the matrices of low-rank updates as `adapter`; the first process does, with those of all devices."""
+        target, whole = self.inputs.target, hosts.to_host(dict(trained))
+        if hosts.is_first():
+            with atomic_directory(self.run.path / "adapter", overwrite=True) as adapter:
+                base = self.inputs.names["target"]
+                write_adapter(mode, target.spec, target.rows, whole, adapter, base=base)
 
     def evaluate(self, checkpoints: Mapping[str, Path]) -> None:
         """Scores every arm on the test texts, with paired intervals and the gain due to the source.
@@ -190,8 +209,9 @@ class Adapt:
             for done, (arm, path) in enumerate(checkpoints.items()):
                 scores[arm] = scorer(inputs.load(path).params)
                 self.show("evaluate", done + 1, len(checkpoints), "")
-            with partial.open("wb") as stream:
-                np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
+            if hosts.is_first():
+                with partial.open("wb") as stream:
+                    np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             note_hidden(scores, self.warn)
             options = self.recipe.evaluation
             return evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed, merged=ADAPTED).record
@@ -222,8 +242,8 @@ class Adapt:
             write_training_report(partial, self.run.path, self.recipe, self.run.manifest.to_json())
 
         key = self.run.manifest.to_json({"evaluation", "source_gain", "training", "forgetting"})
-        self.run.stage("card", key, "merged/README.md", card)
-        self.run.stage("report", key, "report.html", report)
+        self.run.stage("card", key, "merged/README.md", card, joint=False)
+        self.run.stage("report", key, "report.html", report, joint=False)
         return self.run.manifest.to_json()
 
 

@@ -11,12 +11,13 @@ from tmjax.commands.adapt.arms import Arm
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Show, Starts
 from tmjax.recipes.adapt import TrainingOptions
+from tmjax.sharding import hosts
 from tmjax.train.checkpoints import Checkpoints
 from tmjax.train.data import Batches
 from tmjax.train.loop import Facts, Trainer, TrainResult
 from tmjax.train.optimizer import TrainConfig
 from tmjax.train.step import Objective, padding_of
-from tmjax.typing import Array
+from tmjax.typing import Array, Params
 
 #: Steps and learning rate.
 Schedule = tuple[int, float]
@@ -108,16 +109,19 @@ class ArmTrainer:
         log = StepLog(folder / "log.csv")
 
         def progress(fact: Facts) -> None:
-            log.add(fact)
+            if hosts.is_first():
+                log.add(fact)
             note = f"loss {fact.loss:.3f}, {fact.tokens / fact.seconds:,.0f} tokens/s"
             note += "" if log.valid is None else f", validation {log.valid:.4f} bits/byte"
             self.show(f"{name} {folder.name}", fact.step, config.steps, note)
 
-        validated = inputs.held_out.valid is not None
+        def validate(params: Params) -> float:
+            return hosts.agree(inputs.valid_scorer(params).bits_per_byte)
+
         trainer = Trainer(
             objective,
             inputs.layout,
-            validate=(lambda params: inputs.valid_scorer(params).bits_per_byte) if validated else None,
+            validate=None if inputs.held_out.valid is None else validate,
             validate_every=training.validate_every,
             patience=training.patience,
             keeper=keeper,
