@@ -37,6 +37,7 @@ def require_equal_logs(out: Path, one: Path, steps: int) -> None:
         np.testing.assert_allclose(*numbers, rtol=0, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(flags, tmp_path) -> None:
     without_test = flags[: flags.index("--test")]
     arguments = command(tmp_path, without_test, "sft", steps=2, validate_every=2)

@@ -39,7 +39,14 @@ def test_cholesky_in_blocks_solves_ridge_systems(n, block) -> None:
     assert error.shape == (3,) and 0 < float(error.max()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("layers", [3, 8, 1], ids=["fewer than devices", "one each", "rows are split"])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param(3, id="fewer than devices", marks=pytest.mark.slow),
+        pytest.param(8, id="one each", marks=pytest.mark.slow),
+        pytest.param(1, id="rows are split"),
+    ],
+)
 def test_devices_share_layers_or_rows(layers) -> None:
     gram, values, truth = system(layers, 24, 5)
     mesh = Layout("data=2,fsdp=2,tensor=2").mesh
