@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from pydantic import Field
 
+from tmjax import backend
 from tmjax.activations.joined import Joined, run_joined
 from tmjax.errors import NonFiniteError
 from tmjax.models.decoder import ForwardPlan, bind
@@ -91,7 +92,7 @@ class SolvedArrays(NamedTuple):
 
 def logits_at_once(vocab: int, tokens: int) -> int:
     """Returns the number of tokens, of a batch of `tokens`, whose logits are made at the same time."""
-    return tokens if jax.default_backend() != "cpu" else min(tokens, max(LEAST_TOKENS, CPU_ENTRIES // vocab))
+    return tokens if backend.platform() != "cpu" else min(tokens, max(LEAST_TOKENS, CPU_ENTRIES // vocab))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "own", "solved", "dtype", "mesh"))
