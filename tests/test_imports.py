@@ -14,7 +14,7 @@ import pytest
 #: Top-level modules and folders of the package, lowest level first; those on one level do not see each other.
 LEVELS = (
     ("errors",),
-    ("typing", "interrupt", "allocator", "plugins"),
+    ("typing", "interrupt", "allocator", "plugins", "backend"),
     ("files",),
     ("sharding", "ot"),
     ("models",),

@@ -8,9 +8,10 @@ import pytest
 import safetensors.numpy
 from jax.sharding import PartitionSpec
 
-from tmjax import cli
+from tmjax import backend, cli
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
+from tmjax.sharding.memory import share_mib
 from tmjax.sharding.mesh import Layout, parse_mesh
 
 MESH = "data=2,fsdp=2,tensor=2"
@@ -22,6 +23,25 @@ def test_mesh_is_parsed_or_refused() -> None:
     for wrong in ("data", "data=0", "data=-1", "data=2,data=2", "rows=2", "data=2;fsdp=2"):
         with pytest.raises(InputError, match="write for example"):
             parse_mesh(wrong)
+
+
+def test_a_layout_takes_the_devices_that_it_is_given() -> None:
+    last = jax.devices()[-2:]
+    layout = Layout("auto", [64], devices=last)
+    assert layout.sizes == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert list(layout.mesh.devices.flat) == last
+    with pytest.raises(InputError, match="needs 4 devices, 2 are"):
+        Layout("fsdp=4", devices=last)
+
+
+def test_choices_by_the_device_are_those_of_the_machine_that_is_compiled_for() -> None:
+    assert (backend.platform(), share_mib(4, 512)) == ("cpu", 512)
+    backend.compile_for(backend.Machine("tpu", 16 * 2**30))
+    try:
+        assert (backend.platform(), share_mib(4, 512)) == ("tpu", 4096)
+    finally:
+        backend.compile_for(None)
+    assert backend.platform() == jax.default_backend()
 
 
 def test_parameters_are_split_along_their_logical_axes(qwen2_dir) -> None:

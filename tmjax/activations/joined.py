@@ -8,10 +8,10 @@ import bisect
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tmjax import backend
 from tmjax.models.decoder import Decoder, ForwardPlan, ForwardResult, TokenContext
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.spec import DecoderSpec
@@ -67,7 +67,7 @@ def _filled(inputs: Sequence[int], *, join: bool) -> dict[int, list[list[int]]]:
 def join(spec: DecoderSpec, texts: Sequence[Sequence[int]], batch_tokens: int, layout: Layout) -> Iterator[Joined]:
     """Batches of at most about `batch_tokens` tokens that hold all texts (token ids, at least two each)."""
     inputs = [len(ids) - 1 for ids in texts]
-    if jax.default_backend() == "cpu":
+    if backend.platform() == "cpu":
         batch_tokens = min(batch_tokens, CPU_TOKENS * layout.batch_multiple)
     for length, rows in sorted(_filled(inputs, join=joins(spec)).items()):
         size = batch_size(len(rows), max(1, batch_tokens // length), layout.batch_multiple)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from tmjax import backend
 from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 #: A unit whose standard deviation is below this fraction of its root mean square is constant: float32 noise, no signal.
@@ -34,7 +35,7 @@ def correlation(zx_nt: Array, zy_nk: Array) -> Array:
     Of float16 activations the products are exact in float32, so that accelerators may take their fast units for them;
     the CPU has none and widens them first.
     """
-    if zx_nt.dtype != jnp.float16 or jax.default_backend() == "cpu":
+    if zx_nt.dtype != jnp.float16 or backend.platform() == "cpu":
         zx_nt, zy_nk = zx_nt.astype(jnp.float32), zy_nk.astype(jnp.float32)
     product = jnp.einsum(
         "...rn,...rk->...nk", zx_nt, zy_nk, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32

@@ -1,6 +1,6 @@
 """Memory of the device that work runs on, of which parts are set aside for one purpose or another."""
 
-import jax
+from tmjax import backend
 
 #: Default memory of the solver: a quarter of an accelerator's, this many MiB of a CPU's.
 SOLVER_SHARE, SOLVER_CPU_MIB = 4, 512
@@ -11,8 +11,7 @@ def share_mib(share: int, cpu: int) -> int:
 
     A power of two: processes whose devices differ a little must come to the same.
     """
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    limit = backend.device_memory()
     return cpu if limit is None else max(cpu, 2 ** ((limit // share // 2**20).bit_length() - 1))
 
 

@@ -70,17 +70,20 @@ class Layout:
     """Where parameters and batches go; a layout of one device leaves everything to JAX's default.
 
     `widths` are the embedding sizes of the models, which `auto` divides. Raises InputError for a mesh that the devices
-    of the job do not make up.
+    of the job do not make up. `devices` are the ones to use, such as those of a topology that programs are compiled
+    for; all of the job unless given.
     """
 
-    def __init__(self, mesh: str | None = None, widths: Iterable[int] = ()) -> None:
-        available = jax.devices()
+    def __init__(
+        self, mesh: str | None = None, widths: Iterable[int] = (), devices: Sequence[jax.Device] | None = None
+    ) -> None:
+        available = jax.devices() if devices is None else list(devices)
         self.sizes = automatic(len(available), widths) if mesh == AUTO else parse_mesh(mesh)
         self.devices = math.prod(self.sizes.values())
         self.mesh = None
         if self.devices > len(available):
             raise InputError(f"mesh {mesh!r} needs {self.devices} devices, {len(available)} are here")
-        if jax.process_count() > 1 and self.devices != len(available):
+        if devices is None and jax.process_count() > 1 and self.devices != len(available):
             raise InputError(
                 f"mesh {mesh!r} has {self.devices} devices, the job's {jax.process_count()} processes have"
                 f" {len(available)}; a mesh over processes takes all"

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from pydantic import Field
 
+from tmjax import backend
 from tmjax.activations.joined import Joined
 from tmjax.errors import InputError, NonFiniteError
 from tmjax.models.spec import DecoderSpec, ParamSpec, projections
@@ -209,7 +210,7 @@ class Solver:
 
     def _solved(self, gram: Array, values: Array, path: str) -> Array:
         # One at a time: several LAPACK calls in one program can lock up the thread pool of XLA's CPU backend.
-        cpu, mesh = jax.default_backend() == "cpu", self.layout.mesh
+        cpu, mesh = backend.platform() == "cpu", self.layout.mesh
         if cpu and mesh is not None:
             # Whole on every simulated device beforehand: devices that wait for others take the threads LAPACK needs.
             whole = NamedSharding(mesh, PartitionSpec())

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from tmjax import backend
 from tmjax.errors import InputError
 from tmjax.ot.cost import Cost, FeatureCost, cost_bounds, cost_matrix, cost_rows
 from tmjax.ot.plan import EntropicPlan, coupling
@@ -168,7 +169,7 @@ class Scaling:
                 f"memory_mib {self.memory_mib} is too little for {shape[0]} x {shape[1]} units and {rows} rows:"
                 f" at least {-(-(fixed + own) // 2**20)} are needed"
             )
-        requested = self.together or (1 if jax.default_backend() == "cpu" else count)
+        requested = self.together or (1 if backend.platform() == "cpu" else count)
         # A cost, its kernel, and the memory of the product that makes the cost.
         together = min(free // (3 * kept + own), requested, count)
         return free >= 3 * kept + own, free >= kept + own, int(max(1, together))

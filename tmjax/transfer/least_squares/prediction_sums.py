@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tmjax import backend
 from tmjax.activations.joined import Joined, run_joined
 from tmjax.models.decoder import ForwardPlan, bind, scaled_logits
 from tmjax.models.layers import einsum, precision
@@ -32,14 +33,14 @@ def batch_tokens(vocab: int, max_tokens: int, devices: int = 1) -> int:
 
     At most `max_tokens` on a CPU, unless that is too few to read the unembedding for; an accelerator takes more.
     """
-    if jax.default_backend() == "cpu":
+    if backend.platform() == "cpu":
         return max(LEAST_TOKENS, min(max_tokens, LOGIT_ENTRIES // vocab))
     return max(max_tokens, DEVICE_TOKENS * devices)
 
 
 def logits_at_once(vocab: int, tokens: int, devices: int = 1) -> int:
     """Returns the number of tokens, of a batch of `tokens`, whose logits are made at the same time."""
-    entries = CPU_ENTRIES if jax.default_backend() == "cpu" else LOGIT_ENTRIES * devices
+    entries = CPU_ENTRIES if backend.platform() == "cpu" else LOGIT_ENTRIES * devices
     return min(tokens, max(LEAST_TOKENS, entries // vocab))
 
 
