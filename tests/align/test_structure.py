@@ -138,7 +138,7 @@ def _recovers(model: Model, kind: str, verses: tuple[Texts, Texts], path: Path) 
     ("name", "kind"),
     [
         ("qwen3", "larger source"),
-        ("gpt_neox", "larger source"),
+        pytest.param("gpt_neox", "larger source", marks=pytest.mark.slow),
         ("gpt_neox", "larger target"),
         pytest.param("qwen3", "larger target", marks=pytest.mark.slow),
     ],

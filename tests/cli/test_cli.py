@@ -284,6 +284,7 @@ def test_align_then_fuse_equals_merge_and_alpha_can_change(plain, flags, recipe_
     )
 
 
+@pytest.mark.slow
 def test_paper_preset_is_refused_as_a_no_op(flags, capsys, tmp_path) -> None:
     arguments = ["merge", *flags, "--preset", "paper", "--out", tmp_path / "run"]
     code, _, error = _run(capsys, *arguments)

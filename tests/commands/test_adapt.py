@@ -114,6 +114,7 @@ def test_second_start_reuses_everything(guided, flags, short, capsys) -> None:
     assert code == 2 and "another recipe" in error
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again_gives_the_same_bits(flags, tmp_path) -> None:
     """SIGKILL after the second checkpoint; what the second start writes is what an uninterrupted run writes."""
     recipe = tmp_path / "recipe.yaml"

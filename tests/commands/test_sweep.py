@@ -244,6 +244,7 @@ def test_an_interrupted_sweep_goes_on_at_the_next_batch(flags, recipe_file, tmp_
     assert code == 2 and "--overwrite" in error
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_resumes(flags, recipe_file, tmp_path, capsys) -> None:
     """Killed in a process of its own after its first batch; what is finished is kept, the table is whole."""
     grid = ["--grid", "alpha=0:0.99:0.01", "--grid", "beta=-0.1:0.1:0.05"]

@@ -54,6 +54,7 @@ def whole(tmp_path_factory) -> tuple[dict, str, Path]:
     return json.loads(done.stdout.splitlines()[-1]), done.stdout, out
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_says_what_it_took(whole, bench) -> None:
     report, printed, out = whole
     assert json.loads((out / "report.json").read_text()) == report
@@ -86,6 +87,7 @@ def test_every_stage_runs_and_says_what_it_took(whole, bench) -> None:
     assert "tiny-target <- tiny-source, 40 texts x 48 tokens, 120 rows (span), activations: keep" in printed
 
 
+@pytest.mark.slow
 def test_moments_solve_the_same_problems_as_kept_activations(whole, tmp_path, bench, capsys) -> None:
     arguments = [*COMMON, "--json", "--stages", "align", "--activations", "stream", "--folder", str(tmp_path)]
     assert bench["h200"].main(arguments) == 0

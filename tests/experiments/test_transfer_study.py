@@ -95,6 +95,7 @@ def test_what_failed_is_tried_again_and_what_is_finished_is_not(modules, tmp_pat
     assert study.measure("plain", recipe, out, 0, 300) == finished
 
 
+@pytest.mark.slow
 def test_the_transplant_is_an_operator_of_its_own_file_with_all_controls(modules, texts, repo, tmp_path) -> None:
     """What the source contributes nothing to is solved for the target's own units, with as many trials."""
     _, study = modules

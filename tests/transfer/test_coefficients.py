@@ -220,6 +220,7 @@ def test_regression_and_task_vectors_are_the_formulas():
     np.testing.assert_allclose(task.bias, np.asarray(moved.bias) - _model(6)[BIASES["o"].path], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on(tmp_path, flags, qwen2_dir, capsys):
     """Structure, embeddings, norms, learned coefficients, trust cap and a base, through the command line."""
     recipe = {

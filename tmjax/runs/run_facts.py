@@ -104,7 +104,7 @@ class RowFacts(Facts):
     documents: int
     rows: int
     pooling: str
-    shared: int | None = None
+    shared: Recorded[int] = None
 
 
 class PlanFacts(Facts):
