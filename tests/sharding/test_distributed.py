@@ -30,7 +30,6 @@ def merged(flags, recipe_file, tmp_path_factory) -> dict[str, object]:
     return {"out": out, "killed": killed, "left": left, "ended": Job(command).end()}
 
 
-@pytest.mark.slow
 def test_a_killed_process_ends_the_job_with_a_clear_line(merged) -> None:
     (code, printed, error), (other, *_) = merged["killed"]
     assert code == 1 and other == -signal.SIGKILL and printed == ""
@@ -38,7 +37,6 @@ def test_a_killed_process_ends_the_job_with_a_clear_line(merged) -> None:
     assert "Traceback" not in error and "merged" not in merged["left"]
 
 
-@pytest.mark.slow
 def test_the_rerun_resumes_and_only_the_first_process_speaks(merged) -> None:
     (code, printed, error), (other, nothing, silence) = merged["ended"]
     assert code == other == 0, error + silence
