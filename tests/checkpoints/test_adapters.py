@@ -145,5 +145,11 @@ def test_faults_are_one_line(bases, tmp_path) -> None:
     fault(InputError, "is an adapter of ./nowhere: no checkpoint at ./nowhere", base_model_name_or_path="./nowhere")
     fault(CheckpointError, "lacks a part of its update", use_dora=True)
     fault(CheckpointError, "the base model has no", base_model_name_or_path=str(bases["gpt2"]))
+    fault(InputError, "which is an adapter itself", base_model_name_or_path=str(directory))
     (directory / "adapter_model.safetensors").unlink()
     fault(InputError, "has no adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"has no adapter_model.safetensors"):
+        sha256_checkpoint(directory)
+    file.write_text("[1]")
+    with pytest.raises(InputError, match=r"adapter_config.json"):
+        load_model(directory)

@@ -22,8 +22,7 @@ class CheckpointDescription:
     """One checkpoint as its `config.json` describes it; of an `adapter` the base model's.
 
     `config` is that of the text model of a multimodal `wrapper`, and of the dequantised model where weights are
-    `float8`. `notes` are what a user should know and
-    nothing refuses: settings without effect, files that are not read.
+    `float8`. `notes` are what a user should know and nothing refuses: settings without effect, files that are not read.
     """
 
     directory: Path

@@ -95,9 +95,12 @@ def adapter_base(directory: Path, adapter: Adapter) -> Path:
         raise InputError(f"{directory}: {ADAPTER_CONFIG} names no base_model_name_or_path")
     near = Path(directory) / base
     try:
-        return near if near.is_dir() else resolve(base)
+        where = near if near.is_dir() else resolve(base)
     except InputError as error:
         raise InputError(f"{directory} is an adapter of {base}: {error}") from None
+    if is_adapter(where):
+        raise InputError(f"{directory} is an adapter of {base}, which is an adapter itself; fold that one first")
+    return where
 
 
 def is_adapter(directory: Path) -> bool:

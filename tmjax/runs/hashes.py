@@ -33,8 +33,9 @@ def sha256_checkpoint(directory: Path) -> str:
     Of an adapter its two files and its base model count.
     """
     if is_adapter(directory):
+        base = adapter_base(directory, Adapter(directory))
         own = sha256_files([directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS])
-        return digest([own, sha256_checkpoint(adapter_base(directory, Adapter(directory)))])
+        return digest([own, sha256_checkpoint(base)])
     named = {directory / name for name in (CONFIG_NAME, *COMPANIONS, "tmjax.json")}
     files = [*(file for file in named if file.is_file()), *weight_files(directory)]
     nested = [file for name in ("params", "hf") for file in (directory / name).rglob("*") if file.is_file()]

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from tmjax.checkpoints.formats.adapter import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
+from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
 from tmjax.checkpoints.formats.writer import TensorMeta, write_tensors
 from tmjax.files.atomic import write_json
 from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.sharding.hosts import to_host
 from tmjax.train.modes import Lora
 from tmjax.typing import Params
-
-_PREFIX = "base_model.model."
 
 
 def write_adapter(
@@ -49,8 +49,8 @@ def write_adapter(
         rank = mode.rank * len(parts)
         for layer in range(spec.layers):
             name = hf.format(layer=layer).removesuffix(".weight")
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.concatenate([a[layer] for a, _ in matrices])
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = _placed(parts, spec, [b[layer] for _, b in matrices])
+            tensors[f"{ADAPTER_PREFIX}{name}.lora_A.weight"] = np.concatenate([a[layer] for a, _ in matrices])
+            tensors[f"{ADAPTER_PREFIX}{name}.lora_B.weight"] = _placed(parts, spec, [b[layer] for _, b in matrices])
         if len(parts) > 1:
             pattern[_module(hf)] = rank
     config: dict[str, Any] = {
@@ -70,10 +70,10 @@ def write_adapter(
         "rank_pattern": pattern,
         "alpha_pattern": {name: mode.alpha * rank / mode.rank for name, rank in pattern.items()},
     }
-    write_json(directory / "adapter_config.json", config)
+    write_json(directory / ADAPTER_CONFIG, config)
     metas = [TensorMeta(name, np.dtype(np.float32), value.shape) for name, value in tensors.items()]
     write_tensors(directory, metas, lambda name: np.asarray(tensors[name], np.float32), max_shard_size="1000GB")
-    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    (directory / SINGLE_NAME).rename(directory / ADAPTER_WEIGHTS)
 
 
 def _module(hf: str) -> str:

@@ -6,7 +6,6 @@ length of its own. Embeddings have A and B the other way round. Whole tensors th
 `modules_to_save`) replace those of the base.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,9 +17,11 @@ import numpy as np
 
 from tmjax.checkpoints.formats.safetensors import Weights, read_header, read_one
 from tmjax.errors import CheckpointError, InputError, summarise
+from tmjax.files.jsonfile import read_json
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+#: What PEFT puts before the names of the base model.
+ADAPTER_PREFIX = "base_model.model."
 #: Endings of the names of an adapter's tensors, and what each is of a module.
 _PARTS = {
     ".lora_A.weight": "a",
@@ -66,10 +67,7 @@ class Adapter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        try:
-            self.config: dict[str, Any] = json.loads((self.directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.directory / ADAPTER_CONFIG} cannot be read: {error}") from None
+        self.config: dict[str, Any] = read_json(self.directory / ADAPTER_CONFIG)
         kind = self.config.get("peft_type")
         if kind != "LORA":
             raise InputError(f"{self.directory} is an adapter of the kind {kind}; LoRA, rsLoRA and DoRA are read")
@@ -112,7 +110,7 @@ class Adapter:
         modules: dict[str, dict[str, str]] = {}
         whole: dict[str, str] = {}
         for name in self._tensors:
-            plain = name.removeprefix(_PREFIX)
+            plain = name.removeprefix(ADAPTER_PREFIX)
             ending = next((end for end in _PARTS if plain.endswith(end)), None)
             if ending is not None:
                 modules.setdefault(plain.removesuffix(ending), {})[_PARTS[ending]] = name
@@ -139,7 +137,9 @@ class Adapter:
         """The alpha of a module: of the first pattern that its name ends in, else that of all."""
         patterns = self.config.get("alpha_pattern") or {}
         named = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
-        return float(patterns[key]) if (key := next(named, None)) is not None else float(self.config["lora_alpha"])
+        return (
+            float(patterns[key]) if (key := next(named, None)) is not None else float(self.config.get("lora_alpha", 8))
+        )
 
 
 class Folded(Weights):

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tmjax.checkpoints.formats.adapter import ADAPTER_CONFIG
 from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME
 from tmjax.errors import InputError
 from tmjax.files.jsonfile import read_json
 from tmjax.models.families.quantised import is_float8
 
-ADAPTER_NAME = "adapter_config.json"
 #: Files beside `config.json` in which quantisation tools record their settings.
 _PACKED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _ADVICE = "give the Hugging Face checkpoint that it was made from"
@@ -59,8 +59,8 @@ def explain(directory: Path, wrong: str) -> str:
     Returns:
         The fault, the kind of the directory and the advice.
     """
-    if (directory / ADAPTER_NAME).is_file():
-        base = _json(directory / ADAPTER_NAME).get("base_model_name_or_path")
+    if (directory / ADAPTER_CONFIG).is_file():
+        base = _json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
         of = f" of {base}" if isinstance(base, str) and base else ""
         return (
             f"{wrong}: it holds an adapter (LoRA){of}, not a model; fold it into its base model with peft's"
@@ -80,7 +80,7 @@ def explain(directory: Path, wrong: str) -> str:
 
 def any_weights(directory: Path) -> bool:
     """Whether a directory holds weights in some format that is not read, or an adapter."""
-    return (directory / ADAPTER_NAME).is_file() or any(_first(directory, pattern) for pattern, *_ in _OTHERS)
+    return (directory / ADAPTER_CONFIG).is_file() or any(_first(directory, pattern) for pattern, *_ in _OTHERS)
 
 
 def no_weights(directory: Path) -> InputError:
@@ -135,5 +135,5 @@ def _notes(directory: Path) -> Iterator[str]:
         copy = _first(directory, pattern)
         if copy is not None:
             yield f"{copy.relative_to(directory)} is another copy of the weights, which is not read"
-    if (directory / ADAPTER_NAME).is_file():
-        yield f"{ADAPTER_NAME} belongs to an adapter, which is not applied; the model is read as it is stored"
+    if (directory / ADAPTER_CONFIG).is_file():
+        yield f"{ADAPTER_CONFIG} belongs to an adapter, which is not applied; the model is read as it is stored"
