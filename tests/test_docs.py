@@ -252,6 +252,8 @@ def test_what_is_shown_is_compared_word_by_word() -> None:
     assert text_fault(shown.replace("1.4e-05", "2.0e-05"), PRINTED, 0.001) is None
     assert "3.4e-05" in text_fault(shown.replace("1.4e-05", "3.4e-05"), PRINTED, 0.001)
     assert text_fault("merged 1.9755\n\ntarget 1.9895", PRINTED, 0.001) is not None  # another order
+    assert text_fault("", "", 0.001) is None  # a cell that prints nothing
+    assert "'merged'" in text_fault("merged 1.9755", "", 0.001) and "nothing" in text_fault("merged", "", 0.001)
 
 
 def test_tables_are_compared_row_by_row() -> None:

@@ -73,7 +73,7 @@ class GenerationOptions(Section):
             ge=0,
             description="Given texts that stand before every prompt, a line each, which keep a general model with "
             "their subject and form; a generated text then ends with its line. null: 3 for a source that begins or "
-            "ends the given texts by another convention, else none.",
+            "ends the given texts by another convention, else none. Such a source reads them before other texts too.",
         ),
     ] = None
     foreign: Annotated[

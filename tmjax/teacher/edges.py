@@ -3,7 +3,7 @@
 A chat model begins every text with a role and goes on after the sentence with which a document of the target ends. Its
 probabilities there are far from the target's texts, however well it knows their language. The given texts show that:
 the source's probabilities of their first tokens, and of their ends, are used unless they are clearly worse than those
-of the target itself.
+of the target itself. A source with another convention reads given texts first (see `lines`), and is compared again.
 """
 
 import json
@@ -19,7 +19,9 @@ from tmjax.errors import InputError
 from tmjax.evaluate.bits import token_nll
 from tmjax.runs.run_facts import EdgeFacts
 from tmjax.sharding.hosts import to_host
-from tmjax.teacher.probabilities import Search, TeacherProbabilities, probabilities_at, read_shared
+from tmjax.teacher.lines import Examples
+from tmjax.teacher.probabilities import Search, TeacherProbabilities
+from tmjax.teacher.shared import read_shared
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import NONE_SHARED
 
@@ -35,22 +37,22 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Edges:
-    """Whether a source's probabilities are used at the first token and at the end of texts."""
+    """Whether a source's probabilities are used at the first token and at the end of texts.
+
+    `examples` given texts stand before every prompt, and if `lines`, before the texts that the source reads too.
+    """
 
     first: bool = True
     end: bool = True
+    examples: int = 0
+    lines: bool = False
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads a file that `save` has written."""
+        """Reads a file that `save_edges` has written."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{name: EdgeFacts(**facts).used for name, facts in values.items()})
-
-    def examples(self, given: int | None) -> int:
-        """Returns the number of examples before prompts: the given one, or as the source needs them."""
-        if given is not None:
-            return given
-        return 0 if self.first and self.end else EXAMPLES
+        edges = {name: EdgeFacts(**facts).used for name, facts in values["edges"].items()}
+        return cls(**edges, examples=values["examples"], lines=values["lines"])
 
     def of(self, probabilities: TeacherProbabilities, documents: Sequence[Sequence[int]]) -> TeacherProbabilities:
         """Returns the probabilities without the edges that are not used.
@@ -81,7 +83,13 @@ def _edges(
 
 
 def measure_edges(
-    source: Teacher, target: Teacher, texts: Sequence[str], *, max_tokens: int, search: Search
+    source: Teacher,
+    target: Teacher,
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    search: Search,
+    examples: Examples | None = None,
 ) -> dict[str, EdgeFacts]:
     """Compares source and target at the edges of texts.
 
@@ -93,24 +101,23 @@ def measure_edges(
         texts: Given texts; the first `TEXTS` are read.
         max_tokens: Most tokens of a text, in both vocabularies, prefix included.
         search: How far the source's continuations are followed.
+        examples: Given texts that the source reads before others.
 
     Returns:
         Mean negative log-likelihoods (nats) of both models at `first` and `end`, and whether the source's
         probabilities are used there. An edge at which the two share no position has no entry.
     """
-    shared = read_shared(source, target.tokenizer, texts[:TEXTS], max_tokens=max_tokens)
+    shared = read_shared(source, target.tokenizer, texts[:TEXTS], max_tokens=max_tokens, examples=examples)
     documents = [target.tokenizer.document(ids) for ids in shared.target]
-    pairs = []
-    for number, each in enumerate(shared.pairs):
-        is_first, is_end = _edges(np.full(len(each), number), each[:, 0], documents)
-        pairs.append(each[is_first | is_end])
-    if not sum(map(len, pairs)):
+    at_edge = np.any(_edges(*shared.places.T, documents), axis=0)
+    if not at_edge.any():
         return {}
-    asked = probabilities_at(source, shared.crossing, shared.source, pairs, search=search)
+    chosen = [each[at_edge[each[:, 0]]] for each in shared.pairs]
+    asked = shared._replace(pairs=chosen).asked(source, search)
     label = np.asarray([documents[d][p + 1] for d, p in zip(asked.document, asked.position, strict=True)])
     rest = np.clip(1 - asked.weight.sum(axis=1), 1e-6, 1.0) / target.spec.vocab
-    chosen = np.sum(asked.weight * (asked.ids == label[:, None]), axis=1)
-    by_source = -np.log(np.maximum(chosen, rest))
+    hit = np.sum(asked.weight * (asked.ids == label[:, None]), axis=1)
+    by_source = -np.log(np.maximum(hit, rest))
     by_target = _target_nll(target, documents, asked)
     result = {}
     for name, at_edge in zip(("first", "end"), _edges(asked.document, asked.position, documents), strict=True):
@@ -131,17 +138,25 @@ def _target_nll(target: Teacher, documents: Sequence[Sequence[int]], at: Teacher
     return np.asarray([whole[d][p] for d, p in zip(at.document, at.position, strict=True)])
 
 
-def save_edges(path: Path, facts: Mapping[str, EdgeFacts]) -> None:
-    """Writes the facts of edges as JSON."""
-    path.write_text(json.dumps({name: item.model_dump() for name, item in facts.items()}), encoding="utf-8")
+def save_edges(path: Path, facts: Mapping[str, EdgeFacts], examples: int, *, lines: bool) -> None:
+    """Writes the facts of edges, and how many examples there are and where, as JSON."""
+    edges = {name: item.model_dump() for name, item in facts.items()}
+    path.write_text(json.dumps({"edges": edges, "examples": examples, "lines": lines}), encoding="utf-8")
 
 
-def edge_notes(facts: Mapping[str, EdgeFacts]) -> list[str]:
-    """Returns a line for each edge that is not used."""
+def needed_examples(facts: Mapping[str, EdgeFacts], given: int | None) -> int:
+    """Returns the number of examples: the given one, or as a source with these edges needs them."""
+    if given is not None:
+        return given
+    return 0 if all(item.used for item in facts.values()) else EXAMPLES
+
+
+def edge_notes(facts: Mapping[str, EdgeFacts], after: str = "") -> list[str]:
+    """Returns a line for each edge that is not used; `after` says what the source has read before."""
     names = {"first": "begins texts", "end": "ends texts"}
     return [
-        f"the source {names[edge]} unlike the given ones ({item.source:.1f} nats a text against {item.target:.1f} of "
-        "the target): its probabilities there are not used"
+        f"{after}the source {names[edge]} unlike the given ones ({item.source:.1f} nats a text against "
+        f"{item.target:.1f} of the target): its probabilities there are not used"
         for edge, item in facts.items()
         if not item.used
     ]

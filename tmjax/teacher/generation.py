@@ -11,10 +11,10 @@ from tmjax.models.generate import LEAST_ROWS, DecodingOptions, cache_bytes, gene
 from tmjax.models.sample import Sampling
 from tmjax.recipes.objectives import GenerationOptions
 from tmjax.sharding.memory import share_mib
+from tmjax.teacher.lines import as_line, line_ends, require_lines
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.buckets import bucket_length
 from tmjax.text.documents import Texts
-from tmjax.text.tokenizer import TextTokenizer
 
 #: Prompts are padded to multiples of this.
 PROMPT_TOKENS = 16
@@ -102,17 +102,7 @@ def contexts(texts: Sequence[str], generation: Generation, seed: int) -> list[st
     # A stream of its own: openings are those of a generation without examples.
     rng = np.random.default_rng([seed, 1])
     drawn = [rng.choice(len(texts), size=count, replace=False) for _ in range(generation.texts)]
-    return ["".join(" ".join(texts[i].split()) + "\n" for i in chosen) for chosen in drawn]
-
-
-def _require_lines(tokenizer: TextTokenizer) -> None:
-    """Raises InputError if a tokenizer loses line breaks, by which a text is told from the examples before it."""
-    (encoding,) = tokenizer.encode(["a\nb"])
-    if tokenizer.decode(encoding.ids).count("\n") != 1:
-        raise InputError(
-            f"the tokenizer of {tokenizer.name} drops line breaks, which set generated texts apart from examples; "
-            "leave generation.examples out"
-        )
+    return ["".join(f"{as_line(texts[i])}\n" for i in chosen) for chosen in drawn]
 
 
 def generate_texts(
@@ -146,8 +136,8 @@ def generate_texts(
     ended, ends = [False] * len(ids), [tokenizer.suffix]
     lines = before[0].count("\n")
     if lines:
-        _require_lines(tokenizer)
-        ends += [number for number, piece in tokenizer.vocabulary.text.items() if piece and piece.startswith(b"\n")]
+        require_lines(tokenizer)
+        ends += line_ends(tokenizer)
 
     def finished(number: int, new: list[int]) -> bool:
         return lines > 0 and "\n" in tokenizer.decode(new)

@@ -19,7 +19,6 @@ from tmjax.teacher.branches import Branches, Reader
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import NONE_SHARED, Crossing
 from tmjax.text.buckets import bucketed
-from tmjax.text.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,12 @@ def _read(
     Returns (row, target token, probability) of candidates that settle the target token, and (node, candidate) of open
     beginnings that are to be followed.
     """
-    token, is_open = np.empty(ids.shape, np.int32), np.empty(ids.shape, bool)
+    is_open = np.empty(ids.shape, bool)
     groups: dict[bytes, list[int]] = {}
     for number, text in enumerate(nodes.text):
         groups.setdefault(text, []).append(number)
     for text, members in groups.items():
-        readings = crossing.readings(text)
-        token[members], is_open[members] = readings.token[ids[members]], readings.is_open[ids[members]]
+        is_open[members] = crossing.readings(text).is_open[ids[members]]
     mass = nodes.mass[:, None] * weight
     follow = np.zeros_like(is_open)
     if not last:
@@ -115,7 +113,12 @@ def _read(
         rank = np.arange(len(order)) - np.searchsorted(about, about)
         chosen = likely[order[rank < search.branches]]
         follow[tuple(chosen.T)] = True
-    kept = ~follow & (token >= 0)
+    token, kept = np.full(ids.shape, -1, np.int32), ~follow
+    for text, members in groups.items():
+        node, column = np.nonzero(kept[members])
+        node = np.asarray(members)[node]
+        token[node, column] = crossing.tokens(text, ids[node, column])
+    kept &= token >= 0
     about = np.broadcast_to(nodes.about[:, None], ids.shape)
     return (about[kept], token[kept], mass[kept]), tuple(np.nonzero(follow))
 
@@ -191,75 +194,6 @@ def probabilities_at(
         done += len(batch.documents)
         progress(done, len(documents))
     return result
-
-
-class Shared(NamedTuple):
-    """Texts as two models read them.
-
-    Attributes:
-        crossing: From the source's vocabulary to the target's.
-        target: The target's token ids of every text, uncut, without prefix and suffix.
-        source: The source's token ids of every text, prefix first, cut to the most tokens of a text.
-        pairs: Of every text the shared positions, int [n, 2]: of the target, of the source.
-    """
-
-    crossing: Crossing
-    target: list[list[int]]
-    source: list[list[int]]
-    pairs: list[np.ndarray]
-
-
-def read_shared(teacher: Teacher, target: TextTokenizer, texts: Sequence[str], *, max_tokens: int) -> Shared:
-    """Reads texts with both tokenizers.
-
-    Args:
-        teacher: The source.
-        target: The target's tokenizer.
-        texts: The texts.
-        max_tokens: Most tokens of a text, in both vocabularies, prefix included.
-    """
-    crossing = Crossing(target, teacher.tokenizer)
-    encoded, readings = crossing.read(texts)
-    cut = [[reading.first(max_tokens - 1) for reading in each] for each in readings]
-    return Shared(
-        crossing,
-        [encoding.ids for encoding in encoded[0]],
-        [[teacher.tokenizer.prefix, *encoding.ids[: max_tokens - 1]] for encoding in encoded[1]],
-        [crossing.shared_positions(*both) for both in zip(*cut, strict=True)],
-    )
-
-
-def probabilities_of_texts(
-    teacher: Teacher,
-    target: TextTokenizer,
-    texts: Sequence[str],
-    *,
-    max_tokens: int,
-    search: Search | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[TeacherProbabilities, dict[str, float]]:
-    """Computes the source's probabilities of the target's next tokens at all shared positions of texts.
-
-    Args:
-        teacher: The source.
-        target: The target's tokenizer.
-        texts: The texts.
-        max_tokens: Most tokens of a text, in both vocabularies, prefix included.
-        search: How far continuations are followed.
-        progress: Called with (texts done, all texts) after each batch.
-
-    Returns:
-        The probabilities, and facts: shared `positions`, all positions `of` the target, mean probability `mass` of the
-        tokens kept.
-
-    Raises:
-        InputError: The two tokenizers share no position.
-    """
-    shared = read_shared(teacher, target, texts, max_tokens=max_tokens)
-    result = probabilities_at(teacher, shared.crossing, shared.source, shared.pairs, search=search, progress=progress)
-    tokens = sum(min(len(ids), max_tokens - 1) + 1 for ids in shared.target)
-    mass = float(np.mean(result.weight.sum(axis=1)))
-    return result, {"positions": len(result.document), "of": tokens, "mass": mass}
 
 
 def _followed(crossing: Crossing, branches: Branches, nodes: _Nodes, search: Search) -> list[tuple[np.ndarray, ...]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tmjax.activations import store
@@ -12,9 +12,11 @@ from tmjax.runs.directory import RunDirectory
 from tmjax.runs.manifest import Manifest, Record
 from tmjax.runs.run_facts import GeneratedFacts, TeacherFacts
 from tmjax.sharding import hosts
-from tmjax.teacher.edges import Edges, edge_notes, measure_edges, save_edges
+from tmjax.teacher.edges import Edges, edge_notes, measure_edges, save_edges, needed_examples
 from tmjax.teacher.generation import GeneratedTexts, Generation, TextFilter, filter_texts, generate_texts
-from tmjax.teacher.probabilities import Search, TeacherProbabilities, probabilities_of_texts
+from tmjax.teacher.lines import Examples, keeps_lines
+from tmjax.teacher.probabilities import Search, TeacherProbabilities
+from tmjax.teacher.shared import probabilities_of_texts
 from tmjax.teacher.span_features import capture_features
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import few_shared
@@ -101,6 +103,7 @@ class TeacherStages:
         *,
         max_tokens: int,
         search: Search | None = None,
+        examples: Examples | None = None,
         advice: str | None = None,
     ) -> TeacherProbabilities:
         """Runs the stage `teacher:NAME`, which writes `teacher/NAME.npz`.
@@ -113,6 +116,7 @@ class TeacherStages:
             texts: The texts.
             max_tokens: Most tokens of a text, in both vocabularies, prefix included.
             search: How far continuations are followed.
+            examples: Given texts that the teacher reads before others.
             advice: What to do where no probability can be computed, appended to the error.
 
         Returns:
@@ -126,7 +130,13 @@ class TeacherStages:
         def work(partial: Path) -> Record:
             try:
                 probabilities, facts = probabilities_of_texts(
-                    teacher(), target, texts, max_tokens=max_tokens, search=search, progress=self.step(stage)
+                    teacher(),
+                    target,
+                    texts,
+                    max_tokens=max_tokens,
+                    search=search,
+                    examples=examples,
+                    progress=self.step(stage),
                 )
             except InputError as error:
                 raise InputError(f"{error}; {advice}") if advice else error from None
@@ -140,7 +150,7 @@ class TeacherStages:
         self,
         key: object,
         models: Callable[[], tuple[Teacher, Teacher]],
-        texts: Sequence[str],
+        examples: Examples,
         *,
         max_tokens: int,
         search: Search | None = None,
@@ -150,23 +160,36 @@ class TeacherStages:
         Args:
             key: Input hash of the stage.
             models: Makes the source and the target.
-            texts: The given texts.
+            examples: The given texts; their `count` is wanted before prompts, None: as the source needs them.
             max_tokens: Most tokens of a text, in both vocabularies, prefix included.
             search: How far continuations are followed.
 
         Returns:
-            The edges of texts at which the source's probabilities are used.
+            The edges of texts at which the source's probabilities are used, and the examples.
         """
 
         def work(partial: Path) -> Record:
-            facts = measure_edges(*models(), texts, max_tokens=max_tokens, search=search or Search())
-            for line in edge_notes(facts):
+            source, target = models()
+            settings = {"max_tokens": max_tokens, "search": search or Search()}
+            facts = used = measure_edges(source, target, examples.given, **settings)
+            count = needed_examples(facts, examples.count)
+            lines = (
+                count > 0
+                and not all(item.used for item in facts.values())
+                and keeps_lines(source.tokenizer)
+                and not any("\n" in text for text in examples.given)
+            )
+            if lines:
+                before = replace(examples, count=count)
+                used = measure_edges(source, target, examples.given, examples=before, **settings)
+            for line in edge_notes(used, f"after {count} given texts " if lines else ""):
                 self.warn(line)
             if hosts.is_first():
-                save_edges(partial, facts)
+                save_edges(partial, used, count, lines=lines)
 
             def record(manifest: Manifest) -> None:
-                manifest.edges = facts
+                after = {f"{edge} after examples": item for edge, item in used.items()} if lines else {}
+                manifest.edges = facts | after
 
             return record
 

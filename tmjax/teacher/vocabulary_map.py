@@ -1,10 +1,12 @@
 """Maps next tokens of a source to those of a target: two vocabularies over the same bytes.
 
-A text that goes on with the bytes S has as its next target token the longest one that S begins with (which is what
-byte-pair encoding picks nearly always). While S could still become a longer token it is open, and further source
-tokens settle it.
+A text that goes on with the bytes S has as its next target token the first one that the target's tokenizer makes of S.
+That is mostly the longest token that S begins with, and the longest one is taken where the tokenizer cannot be asked: S
+cuts a character, or the tokenizer reads it with other bytes. While S could still become a longer token it is open, and
+further source tokens settle it.
 """
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,8 +18,8 @@ from tmjax.errors import InputError
 from tmjax.text.reading import BEFORE, WITHIN, Reading, read
 from tmjax.text.tokenizer import Encoding, TextTokenizer
 
-#: Bytes of the tables that are kept: one for each string, 5 bytes for each token of the source.
-_TABLE_BYTES = 2**26
+#: Bytes of the tables that are kept: one for each string, so many bytes for each token of the source.
+_TABLE_BYTES, _ENTRY_BYTES = 2**26, 6
 #: Share of the common places at which two tokenizers may read other text than each other.
 DIFFERING = 0.02
 #: A pair that shares a lower part of the target's positions is warned of.
@@ -30,12 +32,14 @@ NONE_SHARED = (
 class Readings(NamedTuple):
     """Readings of each source token, appended to some bytes, in the target's vocabulary.
 
-    `token` [source vocab] int32: the target token that the whole begins with, -1 if none does; `is_open` [source vocab]
-    bool: whether the whole is the beginning of a longer one.
+    `token` [source vocab] int32: the longest target token that the whole begins with, -1 if none does, or what the
+    target's tokenizer makes of the whole first, where it has been `asked` [source vocab] bool. `is_open` [source vocab]
+    bool: whether the whole is the beginning of a longer token.
     """
 
     token: np.ndarray
     is_open: np.ndarray
+    asked: np.ndarray
 
 
 def _after(prefix: bytes) -> bytes | None:
@@ -45,10 +49,17 @@ def _after(prefix: bytes) -> bytes | None:
 
 
 class Crossing:
-    """From the next tokens of a source to those of a target."""
+    """From the next tokens of a source to those of a target.
 
-    def __init__(self, target: TextTokenizer, source: TextTokenizer) -> None:
+    Args:
+        target: The target's tokenizer.
+        source: The source's tokenizer.
+        ends: Tokens that end a text for the source, beside its suffix.
+    """
+
+    def __init__(self, target: TextTokenizer, source: TextTokenizer, ends: Sequence[int] = ()) -> None:
         self.target, self.source = target, source
+        self._ends = np.asarray(ends, np.int64)
         rows = target.size if target.rows is None else target.rows
         self._tokens = {piece: number for piece, number in target.vocabulary.written().items() if number < rows}
         self._sorted = sorted(self._tokens)
@@ -60,7 +71,10 @@ class Crossing:
         # A source may give probability to rows that are no tokens.
         self._size = max(source.size, source.rows or 0)
         self._longest = max(map(len, self._tokens))
-        self.readings = lru_cache(max(16, _TABLE_BYTES // (5 * self._size)))(self._readings)
+        self._length = {number: len(piece) for piece, number in self._tokens.items()}
+        (probe,) = target.encode(["a"])
+        self._adds_space = b"".join(target.vocabulary.text.get(n) or b"" for n in probe.ids) == b" a"
+        self.readings = lru_cache(max(16, _TABLE_BYTES // (_ENTRY_BYTES * self._size)))(self._readings)
 
     def piece(self, source_token: int) -> bytes:
         """The bytes of a source token."""
@@ -70,6 +84,44 @@ class Crossing:
         """The longest target token that `text` begins with, or -1."""
         lengths = range(min(len(text), self._longest), 0, -1)
         return next((self._tokens[text[:n]] for n in lengths if text[:n] in self._tokens), -1)
+
+    def tokens(self, text: bytes, source_tokens: np.ndarray) -> np.ndarray:
+        """Reads source tokens after an open beginning.
+
+        Args:
+            text: The bytes of the beginning, empty at the start.
+            source_tokens: Source tokens, int [...].
+
+        Returns:
+            The target tokens that `text` and each of them together begin with, -1 where none does, int32 [...].
+        """
+        readings = self.readings(text)
+        fresh = np.unique(source_tokens[~readings.asked[source_tokens]])
+        if len(fresh):
+            readings.asked[fresh] = True
+            self._ask(text, readings, fresh.tolist())
+        return readings.token[source_tokens]
+
+    def _ask(self, text: bytes, readings: Readings, source_tokens: Sequence[int]) -> None:
+        """Replaces the longest target tokens by those that the target's tokenizer makes of the bytes first."""
+        asked: list[tuple[int, bytes, str]] = []
+        for number in source_tokens:
+            whole = text + (self._pieces.get(number) or b"")
+            longest = self._length.get(int(readings.token[number]))
+            if longest is None or longest == len(whole):
+                continue
+            # A space that the tokenizer puts before a text stands for the one that is there.
+            spelt = whole[1:] if self._adds_space and whole.startswith(b" ") else whole
+            with contextlib.suppress(UnicodeDecodeError):
+                asked.append((number, whole, spelt.decode()))
+        if not asked:
+            return
+        for (number, whole, spelt), encoding in zip(
+            asked, self.target.encode([spelt for *_, spelt in asked]), strict=True
+        ):
+            strings = read(spelt, encoding, self.target).strings
+            if None not in strings and b"".join(strings) == whole and encoding.ids[0] in self._length:
+                readings.token[number] = encoding.ids[0]
 
     def _within(self, pieces: Sequence[bytes], prefix: bytes) -> slice:
         after = _after(prefix)
@@ -88,7 +140,10 @@ class Crossing:
             for length in range(1, len(rest)):
                 for number in self.source.vocabulary.ids.get(rest[:length], ()):
                     is_open[number] = True
-        return Readings(token, is_open)
+        asked = np.zeros(self._size, bool)
+        if not text:
+            token[self._ends], is_open[self._ends], asked[self._ends] = self.target.suffix, False, True
+        return Readings(token, is_open, asked)
 
     def shared_positions(self, target: Reading, source: Reading) -> np.ndarray:
         """Pairs (target, source) [n, 2] of positions in a text, prefix included, that both go on from alike.

@@ -34,7 +34,9 @@ def text_fault(shown: str, printed: str, tolerance: float) -> str | None:
     start = 0
     for paragraph in re.split(r"\n\s*\n", shown):
         want = words(paragraph)
-        best, place = -1, start
+        if not want:
+            continue
+        best, place = 0, start
         for at in range(start, len(have)):
             length = next(
                 (i for i, word in enumerate(want) if at + i >= len(have) or not agree(word, have[at + i], tolerance)),

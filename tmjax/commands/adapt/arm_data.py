@@ -16,6 +16,7 @@ from tmjax.commands.adapt.start import Starts
 from tmjax.models.decoder import init_params
 from tmjax.teacher.edges import Edges
 from tmjax.teacher.generation import GeneratedTexts, Generation, TextFilter
+from tmjax.teacher.lines import Examples
 from tmjax.teacher.probabilities import Search, TeacherProbabilities
 from tmjax.teacher.span_features import by_depth, by_plan, read_out_metric
 from tmjax.teacher.stages import TeacherStages
@@ -137,7 +138,7 @@ class DataOfArms:
             [self.key, texts_by, options.model_dump()],
             lambda: self._teacher(texts_by),
             inputs.texts.texts,
-            Generation.of(options, self._edges().examples(options.examples)),
+            Generation.of(options, self._edges().examples),
             seed=inputs.recipe.seed,
             settings=settings,
         )
@@ -207,7 +208,7 @@ class DataOfArms:
 
     def _probabilities(self, arm: Arm) -> TeacherProbabilities:
         """Returns the teacher's probabilities on an arm's texts, or those of its control."""
-        recipe, name = self.inputs.recipe, _on(arm.teacher, arm)
+        recipe, name, edges = self.inputs.recipe, _on(arm.teacher, arm), self._edges()
         probabilities = self.stages.probabilities(
             name,
             [self.key, arm.teacher, arm.texts_by, recipe.distillation.model_dump()],
@@ -216,12 +217,13 @@ class DataOfArms:
             self.texts(arm.texts_by).texts.texts,
             max_tokens=recipe.max_tokens,
             search=Search.of(recipe.distillation),
+            examples=replace(self._examples, count=edges.examples) if edges.lines else None,
         )
         if arm.teacher == "source":
             self.stages.warn_few_shared(name)
         tokenizer = self.inputs.tokenizer
         texts = self.texts(arm.texts_by).texts.texts
-        probabilities = self._edges().of(
+        probabilities = edges.of(
             probabilities, [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts)]
         )
         if not arm.shuffled:
@@ -230,14 +232,19 @@ class DataOfArms:
 
     def _edges(self) -> Edges:
         """The edges at which the true source follows the given texts; those of the controls are the same."""
-        recipe, inputs = self.inputs.recipe, self.inputs
+        recipe = self.inputs.recipe
         return self.stages.edges(
             [self.key, recipe.distillation.model_dump()],
             lambda: (self._teacher("source"), self._teacher("target")),
-            inputs.texts.texts.texts,
+            self._examples,
             max_tokens=recipe.max_tokens,
             search=Search.of(recipe.distillation),
         )
+
+    @property
+    def _examples(self) -> Examples:
+        recipe = self.inputs.recipe
+        return Examples(self.inputs.texts.texts.texts, recipe.generation.examples, recipe.seed)
 
 
 def _on(model: str, arm: Arm) -> str:

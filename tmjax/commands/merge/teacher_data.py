@@ -1,6 +1,7 @@
 """Teacher data of a merge: calibration and generated texts, and the source's probabilities of the target's tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from tmjax.recipes.objectives import GenerationOptions
 from tmjax.runs.directory import RunDirectory
 from tmjax.teacher.edges import Edges
 from tmjax.teacher.generation import Generation, TextFilter
+from tmjax.teacher.lines import Examples
 from tmjax.teacher.stages import TeacherStages
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.documents import Texts
@@ -83,7 +85,7 @@ class MergeTeacher:
             self._key(name),
             lambda: self._teacher(model),
             self.inputs.texts,
-            Generation(self.count, tokens=self.tokens, examples=self._edges().examples(self.examples)),
+            Generation(self.count, tokens=self.tokens, examples=self._edges().examples),
             seed=self.recipe.seed,
             settings=self._filter(reference),
         )
@@ -113,7 +115,7 @@ class MergeTeacher:
             InputError: The two tokenizers never begin a token together.
         """
         inputs = self.inputs
-        texts = (*inputs.texts.texts, *self.generated(name, model))
+        texts, edges = (*inputs.texts.texts, *self.generated(name, model)), self._edges()
         probabilities = self.stages.probabilities(
             name,
             self._key(name),
@@ -121,14 +123,19 @@ class MergeTeacher:
             inputs.target_tokenizer,
             texts,
             max_tokens=min(self._longest, inputs.source.spec.max_positions),
+            examples=replace(self._examples, count=edges.examples) if edges.lines else None,
             advice=WITHOUT,
         )
         if name == self.reference:
             self.stages.warn_few_shared(name)
         tokenizer = inputs.target_tokenizer
         documents = [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts)]
-        probabilities = self._edges().of(probabilities, documents)
+        probabilities = edges.of(probabilities, documents)
         return TeacherData(tuple(ids[: self._longest] for ids in documents), len(inputs.texts), probabilities)
+
+    @property
+    def _examples(self) -> Examples:
+        return Examples(self.inputs.texts.texts, self.examples, self.recipe.seed)
 
     def _edges(self) -> Edges:
         """The edges at which the true source follows the given texts; those of the controls are the same."""
@@ -136,6 +143,6 @@ class MergeTeacher:
         return self.stages.edges(
             self._key(self.reference),
             lambda: (self._teacher(inputs.source), self._teacher(inputs.target)),
-            inputs.texts.texts,
+            self._examples,
             max_tokens=min(self._longest, inputs.source.spec.max_positions),
         )
