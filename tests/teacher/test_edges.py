@@ -11,7 +11,7 @@ import transformers
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
 from tmjax.runs.run_facts import EdgeFacts
-from tmjax.teacher.edges import MARGIN, Edges, edge_notes, measure_edges, save_edges, needed_examples
+from tmjax.teacher.edges import MARGIN, Edges, edge_notes, measure_edges, needed_examples, save_edges
 from tmjax.teacher.generation import Generation, TextFilter, filter_texts, generate_texts
 from tmjax.teacher.probabilities import Search, TeacherProbabilities
 from tmjax.teacher.teacher_model import Teacher
@@ -79,7 +79,10 @@ def test_edges_are_left_out_of_probabilities(tmp_path) -> None:
         Edges(first=False, end=False).of(TeacherProbabilities(document[:1], position[:1], ids[:1], ids[:1]), documents)
     save_edges(tmp_path / "edges.json", {}, 0, lines=False)
     assert Edges.load(tmp_path / "edges.json") == Edges()
-    facts = {"first": EdgeFacts(source=9.0, target=1.0, used=False), "end": EdgeFacts(source=1.0, target=1.0, used=True)}
+    facts = {
+        "first": EdgeFacts(source=9.0, target=1.0, used=False),
+        "end": EdgeFacts(source=1.0, target=1.0, used=True),
+    }
     save_edges(tmp_path / "edges.json", facts, 3, lines=True)
     assert Edges.load(tmp_path / "edges.json") == Edges(first=False, examples=3, lines=True)
     assert [needed_examples(facts, given) for given in (None, 0, 5)] == [3, 0, 5] and needed_examples({}, None) == 0

@@ -125,7 +125,9 @@ def test_a_source_with_another_convention_reads_examples_first(
     finally:
         stages.run.close()
     assert (edges.lines, edges.examples) == (lines, count) and not facts["end"].used
-    after = measure_edges(other, target, texts, max_tokens=256, search=Search(), examples=Examples(texts, count, seed=0))
+    after = measure_edges(
+        other, target, texts, max_tokens=256, search=Search(), examples=Examples(texts, count, seed=0)
+    )
     if not lines:
         assert not edges.end and set(facts) == {"first", "end"} and "ends texts unlike" in warned[0]
         return

@@ -12,7 +12,7 @@ from tmjax.runs.directory import RunDirectory
 from tmjax.runs.manifest import Manifest, Record
 from tmjax.runs.run_facts import GeneratedFacts, TeacherFacts
 from tmjax.sharding import hosts
-from tmjax.teacher.edges import Edges, edge_notes, measure_edges, save_edges, needed_examples
+from tmjax.teacher.edges import Edges, edge_notes, measure_edges, needed_examples, save_edges
 from tmjax.teacher.generation import GeneratedTexts, Generation, TextFilter, filter_texts, generate_texts
 from tmjax.teacher.lines import Examples, keeps_lines
 from tmjax.teacher.probabilities import Search, TeacherProbabilities
