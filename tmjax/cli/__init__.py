@@ -13,6 +13,7 @@ from tmjax.cli.doctor_command import doctor
 from tmjax.cli.evaluate_command import evaluate
 from tmjax.cli.merge_command import align, fuse, merge
 from tmjax.cli.options import with_flags
+from tmjax.cli.plan_command import plan
 from tmjax.cli.report_command import report
 from tmjax.cli.solvers_command import solvers
 from tmjax.cli.sweep_command import sweep
@@ -22,7 +23,7 @@ __all__ = ["COMMANDS", "app", "main", "prepare", "run"]
 #: Commands in the order of `tmjax --help`, by name; their docstrings are the help.
 COMMANDS: Mapping[str, Callable[..., None]] = {
     command.__name__: command
-    for command in (merge, align, fuse, adapt, solvers, sweep, evaluate, report, compare, convert, doctor)
+    for command in (merge, align, fuse, adapt, solvers, sweep, evaluate, report, compare, convert, doctor, plan)
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(with_flags(_command))

@@ -21,6 +21,9 @@ from tmjax.teacher.vocabulary_map import NONE_SHARED, Crossing
 from tmjax.text.buckets import bucketed
 from tmjax.text.tokenizer import TextTokenizer
 
+#: Tokens of a batch of texts, padding included.
+BATCH_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class Search:
@@ -143,7 +146,7 @@ def probabilities_at(
     pairs: Sequence[np.ndarray],
     *,
     search: Search | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TeacherProbabilities:
     """Computes the source's probabilities of target tokens at given positions.
