@@ -14,6 +14,7 @@ from tmjax.commands.doctor.side import Side, describe_side
 from tmjax.commands.plan.adapt_programs import adapt_entries
 from tmjax.commands.plan.communication import collectives
 from tmjax.commands.plan.counting import counted
+from tmjax.commands.plan.host_estimate import host_estimate
 from tmjax.commands.plan.machines import parse_topology
 from tmjax.commands.plan.merge_programs import merge_entries
 from tmjax.commands.plan.planned import Entry, Placement, Planned, Workload, device_bytes
@@ -41,16 +42,24 @@ def entries_of(recipe: Recipe | AdaptRecipe, sides: dict[str, Side], place: Plac
     return list(entries(recipe, sides, place, work))
 
 
-def open_plan(task: dict[str, Any]) -> tuple[list[Entry], Layout]:
-    """Lists the programs of a task, on the devices of its topology; choices by the kind of device are made for them."""
+def answer(task: dict[str, Any]) -> dict[str, Any]:
+    """Answers a task: the facts of its program, or without one the names of all programs.
+
+    Choices by the kind of device are made for the devices of the task's topology.
+    """
     topology = parse_topology(task["topology"])
     devices = topology.open()
     backend.compile_for(topology.machine)
-    recipe = recipe_of_values(task["recipe"], task["kind"])
+    recipe, work = recipe_of_values(task["recipe"], task["kind"]), Workload(**task["work"])
     sides = read_models(recipe)
     widths = [side.spec.hidden for side in sides.values()]
     layout = Layout(task["mesh"] or recipe.mesh or AUTO, widths, devices=devices)
-    return entries_of(recipe, sides, Placement(layout, devices[0]), Workload(**task["work"])), layout
+    entries = entries_of(recipe, sides, Placement(layout, devices[0]), work)
+    if task["program"] is None:
+        host = host_estimate(recipe, sides, work, layout.sizes["fsdp"] * layout.sizes["tensor"])
+        return {"mesh": layout.sizes, "programs": [[stage, name] for stage, name, _ in entries], "host": host}
+    maker = next(maker for stage, name, maker in entries if [stage, name] == task["program"])
+    return compiled_facts(maker(), layout)
 
 
 def compiled_facts(planned: Planned, layout: Layout) -> dict[str, Any]:
@@ -106,12 +115,7 @@ def main() -> None:
     """Reads a task from the first file, and writes the facts of its program to the second; of no program, all names."""
     task, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     try:
-        entries, layout = open_plan(task)
-        if task["program"] is None:
-            facts = {"mesh": layout.sizes, "programs": [[stage, name] for stage, name, _ in entries]}
-        else:
-            maker = next(maker for stage, name, maker in entries if [stage, name] == task["program"])
-            facts = compiled_facts(maker(), layout)
+        facts = answer(task)
     except TmjaxError as error:
         facts = {"error": str(error)}
     output.write_text(json.dumps(facts))

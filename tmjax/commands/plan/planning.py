@@ -12,9 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tmjax import backend
-from tmjax.align.sizes import row_budget, sites_of
-from tmjax.commands.doctor.estimate import Reading, memory
 from tmjax.commands.doctor.side import Side
 from tmjax.commands.plan.compiling import read_models
 from tmjax.commands.plan.machines import Figures, Topology, environment, require_compiler
@@ -22,7 +19,6 @@ from tmjax.commands.plan.planned import Workload
 from tmjax.errors import InputError
 from tmjax.recipes.adapt import AdaptRecipe
 from tmjax.recipes.merge import Recipe
-from tmjax.transfer.chain import aligns, chain_of, chain_projections
 
 #: Part of the memory that a plan leaves free.
 SPARE = 0.1
@@ -64,12 +60,12 @@ class Question:
         }
 
 
-def plan(question: Question, show: Callable[[str, int, int], None] = lambda stage, done, total: None) -> dict[str, Any]:
+def plan(question: Question, show: Callable[..., None] = lambda stage, done, total, note: None) -> dict[str, Any]:
     """Compiles every program of a recipe, each in a process of its own.
 
     Args:
         question: What is planned.
-        show: Called with (program, programs done, all programs).
+        show: Called with (stage, programs done, all programs, the program that is compiled).
 
     Returns:
         The report in plain values; `fits` is false if a program does not compile or fit.
@@ -87,12 +83,12 @@ def plan(question: Question, show: Callable[[str, int, int], None] = lambda stag
         raise InputError(f"no stage of that name; the recipe's stages are {stages}")
     figures, rows = question.topology.figures, []
     for done, (stage, name) in enumerate(programs):
-        show(f"{stage} {name}", done, len(programs))
+        show("programs", done, len(programs), f"{stage} {name}")
         facts = _answer(question, [stage, name])
         if "error" in facts:
             facts = {"compiles": False, "reason": facts["error"]}
         rows.append({"stage": stage, "program": name} | _judged(facts, figures, listed["mesh"]))
-    show("programs", len(programs), len(programs))
+    show("programs", len(programs), len(programs), "")
     stages: dict[str, float] = {}
     for row in rows:
         stages[row["stage"]] = stages.get(row["stage"], 0.0) + (row.get("stage_seconds") or 0.0)
@@ -107,17 +103,8 @@ def plan(question: Question, show: Callable[[str, int, int], None] = lambda stag
         "programs": rows,
         "stages": stages,
         "seconds": sum(stages.values()),
-        "host": _host(question),
+        "host": listed["host"],
     }
-
-
-def _host(question: Question) -> dict[str, float]:
-    """`host_estimate` with the sizes that the topology's devices would choose; no device of this machine is opened."""
-    backend.compile_for(question.topology.machine)
-    try:
-        return host_estimate(question)
-    finally:
-        backend.compile_for(None)
 
 
 def _answer(question: Question, program: list[str] | None) -> dict[str, Any]:
@@ -182,38 +169,6 @@ def _advice(facts: Mapping[str, Any], figures: Figures, mesh: Mapping[str, int])
     more = max(2, math.ceil(split * needed))
     result.append(f"a mesh that splits parameters over {more} devices instead of {split}")
     return result
-
-
-def host_estimate(question: Question) -> dict[str, float]:
-    """Estimates host memory of the largest stage, and disk.
-
-    Returns:
-        `memory`: bytes in host memory; `disk`: bytes of activations and of the merged checkpoint.
-    """
-    recipe, work = question.recipe, question.work
-    sides = read_models(recipe)
-    target, source = sides["target"], sides.get("source")
-    if isinstance(recipe, AdaptRecipe) or source is None:
-        # Checkpoints of the training: parameters and two moments in float32, `keep` of them, and the result.
-        kept = recipe.training.keep * 12 * target.parameters if isinstance(recipe, AdaptRecipe) else 0
-        return {"memory": float(max(side.bytes for side in sides.values())), "disk": float(kept + target.bytes)}
-    chosen = chain_projections(chain_of(recipe), target.rows, source.rows)
-    sites = sites_of(target, source, chosen, recipe.alignment.structure)
-    per_text = 1 if recipe.activations.pooling == "sequence" else work.words
-    layers = target.spec.layers, source.spec.layers
-    limit = row_budget(sites, layers, recipe.activations)
-    rows = min(work.texts * per_text, limit or work.texts * per_text)
-    tokens = work.texts * work.tokens
-    shards = question.topology.devices
-    estimate = memory(target, source, sites, Reading(rows, tokens, tokens, work.assumed), recipe, shards)
-    stored = 0
-    if aligns(chain_of(recipe)) and recipe.activations.keep:
-        stored = 4 * rows * sum(_entries(layers, pair) for pair in sites.units.values())
-    return {"memory": float(estimate["peak"]), "disk": float(stored + target.bytes)}
-
-
-def _entries(layers: tuple[int, int], units: tuple[int, int]) -> int:
-    return layers[0] * units[0] + layers[1] * units[1]
 
 
 def workload_of(recipe: Recipe | AdaptRecipe, count: int | None, tokens: int | None) -> Workload:
