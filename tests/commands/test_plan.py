@@ -76,6 +76,7 @@ def program(peak: float, live: float = 0.0) -> dict:
         "flops": {"bfloat16": 197e12},
         "bytes": 1.0,
         "argument_bytes": 2**30,
+        "compile_cpu_seconds": 1.0,
         "temporary_bytes": peak - 2**30,
         "peak_bytes": peak,
         "collectives": [{"kind": "all-gather", "bytes": 100, "turns": 4.0, "in_loop": True, "origin": ""}],

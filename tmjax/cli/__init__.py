@@ -9,11 +9,10 @@ from tmjax.cli.adapt_command import adapt
 from tmjax.cli.application import app, main, prepare, run
 from tmjax.cli.compare_command import compare
 from tmjax.cli.convert_command import convert
-from tmjax.cli.doctor_command import doctor
+from tmjax.cli.doctor_command import doctor, plan
 from tmjax.cli.evaluate_command import evaluate
 from tmjax.cli.merge_command import align, fuse, merge
 from tmjax.cli.options import with_flags
-from tmjax.cli.plan_command import plan
 from tmjax.cli.report_command import report
 from tmjax.cli.solvers_command import solvers
 from tmjax.cli.sweep_command import sweep

@@ -108,9 +108,9 @@ def collectives(program: str, unknown: int = 1) -> list[Collective]:
             ]
             for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 waiting += [(called, turns, in_loop) for called in re.findall(r"[\w.\-]+", group)]
-            found = _CALL.search(line)
-            if found:
-                shape, kind, started = found.groups()
+            call = _CALL.search(line)
+            if call:
+                shape, kind, started = call.groups()
                 parts = re.findall(r"\w+\[[\d,]*\]", shape)
                 # A started gather or permutation lists operand and result.
                 text = parts[1] if started and kind in ("all-gather", "collective-permute") and parts[1:] else shape

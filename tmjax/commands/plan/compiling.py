@@ -94,10 +94,10 @@ def compiled_facts(planned: Planned, layout: Layout) -> dict[str, Any]:
         "peak_bytes": peak,
     }
     try:
-        found = collectives(program.as_text(), planned.turns)
+        moved = collectives(program.as_text(), planned.turns)
     except jax.errors.JaxRuntimeError:  # the text of some TPU programs cannot be made
         return facts | {"collectives": None}
-    return facts | {"collectives": [each.facts() for each in found]}
+    return facts | {"collectives": [each.facts() for each in moved]}
 
 
 def _needed(message: str) -> float | None:

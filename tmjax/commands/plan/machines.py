@@ -158,8 +158,8 @@ def require_compiler(topology: Topology) -> None:
         except ModuleNotFoundError:
             missing = True
         if missing:
-            what = "libtpu" if module == "libtpu" else "jax-cuda12-plugin and jax-cuda12-pjrt"
-            raise InputError(f"compiling for {topology.text} needs {what}: {INSTALL}")
+            packages = "libtpu" if module == "libtpu" else "jax-cuda12-plugin and jax-cuda12-pjrt"
+            raise InputError(f"compiling for {topology.text} needs {packages}: {INSTALL}")
 
 
 def environment(topology: Topology) -> dict[str, str]:

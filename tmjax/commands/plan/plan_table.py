@@ -15,7 +15,7 @@ def program_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     for item in report["programs"]:
         name = item["stage"], item["program"]
         if not item["compiles"]:
-            rows.append((*name, "does not compile", *[""] * 7))
+            rows.append((*name, "does not compile", *[""] * 8))
             continue
         rows.append(
             (
@@ -28,9 +28,10 @@ def program_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
                 f"{item['calls']:,.0f}",
                 seconds(item["stage_seconds"]),
                 item["bound"],
+                f"{item['compile_cpu_seconds']:.0f} s",
             )
         )
-    header = ("stage", "program", "fits", "peak", "of it live", "TFLOP", "GB", "calls", "time", "bound")
+    header = ("stage", "program", "fits", "peak", "of it live", "TFLOP", "GB", "calls", "time", "bound", "compiler")
     return header, rows
 
 

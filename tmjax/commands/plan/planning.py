@@ -36,7 +36,7 @@ class Question:
         topology: Devices that it would run on.
         work: Amount of text.
         mesh: Device mesh; the recipe's, or one chosen over all devices, unless given.
-        only: Stages that are planned; all unless given.
+        only: Stages, or programs as `STAGE PROGRAM`, that are planned; all unless given.
     """
 
     recipe: Recipe | AdaptRecipe
@@ -44,6 +44,10 @@ class Question:
     work: Workload
     mesh: str | None = None
     only: tuple[str, ...] = ()
+
+    def names(self, stage: str, program: str) -> bool:
+        """Whether a program is planned."""
+        return not self.only or bool({stage, stage.split(":")[0], f"{stage} {program}"} & set(self.only))
 
     def task(self, program: list[str] | None) -> dict[str, Any]:
         """The task of a process: one program, or to list all."""
@@ -77,7 +81,7 @@ def plan(question: Question, show: Callable[..., None] = lambda stage, done, tot
     listed = _answer(question, None)
     if "programs" not in listed:
         raise InputError(f"cannot plan: {listed.get('error') or listed.get('reason')}")
-    programs = [item for item in listed["programs"] if not question.only or item[0].split(":")[0] in question.only]
+    programs = [item for item in listed["programs"] if question.names(*item)]
     if not programs:
         stages = ", ".join(dict.fromkeys(stage for stage, _ in listed["programs"]))
         raise InputError(f"no stage of that name; the recipe's stages are {stages}")
