@@ -14,7 +14,7 @@ from helpers import SPEC
 from tmjax import cli
 from tmjax.commands.plan import planning
 from tmjax.commands.plan.communication import collectives
-from tmjax.commands.plan.compiling import entries_of, read_models
+from tmjax.commands.plan.compiling import _needed, entries_of, read_models
 from tmjax.commands.plan.counting import counted
 from tmjax.commands.plan.machines import FIGURES, parse_topology, require_compiler
 from tmjax.commands.plan.planned import Placement, Workload, device_bytes
@@ -210,11 +210,15 @@ HOT = [
 ]
 
 
+#: A compiler takes 5 to 60 s for each: these few are for `make test`, the others are slow.
+QUICK = [("h100:8", HOT[0]), ("h100:8", HOT[-1]), ("v5e-4", HOT[2])]
+CASES = [(topology, hot) for topology in ("h100:8", "v5e-4", "v5e-16") for hot in HOT]
+
+
 @pytest.mark.parametrize(
-    "topology",
-    ["h100:8", pytest.param("v5e-4", marks=pytest.mark.slow), pytest.param("v5e-16", marks=pytest.mark.slow)],
+    ("topology", "mode", "stage", "name"),
+    [pytest.param(at, *hot, marks=() if (at, hot) in QUICK else pytest.mark.slow) for at, hot in CASES],
 )
-@pytest.mark.parametrize(("mode", "stage", "name"), HOT)
 def test_hot_programs_compile(topology, mode, stage, name, pair):
     if missing(topology):
         pytest.skip(f"the compiler for {topology} is not installed (extra plan)")
@@ -223,3 +227,10 @@ def test_hot_programs_compile(topology, mode, stage, name, pair):
     assert facts.get("compiles"), facts
     assert planning._judged(facts, question.topology.figures, {"data": 1, "fsdp": 4, "tensor": 1})["fits"]
     assert facts["collectives"] is None or facts["collectives"] or stage in ("alignment",)
+
+
+def test_what_a_compiler_refuses_says_what_it_needs():
+    told = "Ran out of memory on HBM, the total memory required for HLO temporaries (24.84G) exceeds available HBM"
+    assert _needed(told) == 24.84 * 2**30
+    assert _needed("Used 18.20G of 15.75G hbm") == 18.20 * 2**30
+    assert _needed("INTERNAL: no") is None

@@ -102,7 +102,7 @@ def compiled_facts(planned: Planned, layout: Layout) -> dict[str, Any]:
 
 def _needed(message: str) -> float | None:
     """Bytes that a program needs, from the compiler's refusal."""
-    used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    used = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", message)
     return float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]] if used else None
 
 
