@@ -218,7 +218,7 @@ MANY_PARAMETERS |= dict.fromkeys(
         "models/decoder.py:Decoder.carry",
         "models/decoder.py:Decoder.run",
         "models/families/rope.py:read_rotary",
-        "models/generate.py:_begin",
+        "models/generate.py:begin",
         "models/generate.py:_go_on",
         "models/generate.py:write",
     ),

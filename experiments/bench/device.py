@@ -110,7 +110,7 @@ def measure(
     keep_cost, keep_kernel, together = solver.form(shape, count, rows)
     pairs = jnp.asarray(np.argwhere(np.ones(layers)).astype(np.int32))
 
-    seconds, found = timed(lambda: plans._solve_pairs(site, pairs, solver, False, "potentials", None, None), repeats)
+    seconds, found = timed(lambda: plans.solve_chunk(site, pairs, solver, False, "potentials", None, None), repeats)
     rate = iteration_rate(site, pairs[:together], solver, repeats) if keep_kernel else None
     iterations = np.asarray(found.iterations)
     return {

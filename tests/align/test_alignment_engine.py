@@ -62,7 +62,7 @@ def test_compilations_do_not_grow_with_the_number_of_pairs(monkeypatch) -> None:
         wanted = np.zeros((8, 12), bool)
         wanted[:layers, :sources] = True
         solve_site(x, y, SOLVER, pair_mask_lm=wanted)
-        return plans._solve_pairs._cache_size()
+        return plans.solve_chunk._cache_size()
 
     assert compiled(2, 5) == compiled(8, 12) == 1
 
@@ -80,7 +80,7 @@ def test_memory_stays_within_what_was_given(mib: int, rows: int, log_domain: boo
     site = FeatureSite.of(x, y, centred=True, dtype="float16")
     solver = dataclasses.replace(SOLVER, memory_mib=mib)
     pairs = jnp.asarray(np.argwhere(np.ones((2, 3))).astype(np.int32))
-    program = plans._solve_pairs.lower(site, pairs, solver, False, "potentials", None, None).compile()
+    program = plans.solve_chunk.lower(site, pairs, solver, False, "potentials", None, None).compile()
     account = program.memory_analysis()
     assert account.temp_size_in_bytes <= mib * 2**20
     found = solve_pairs(site, solver, memory_mib=mib)

@@ -173,9 +173,9 @@ def test_rows_end_at_an_end_token_or_where_the_caller_says(tiny, monkeypatch):
 def test_no_new_compilation_for_texts_of_the_same_padded_shape(tiny):
     spec, params = tiny
     generated(spec, params, prompts(spec.vocab, (4, 5)), 20, prompt_tokens=16, rows=4)
-    before = generate._begin._cache_size(), generate._continue._cache_size()
+    before = generate.begin._cache_size(), generate.go_on._cache_size()
     generated(spec, params, prompts(spec.vocab, (2, 3, 7)), 25, prompt_tokens=16, rows=4)
-    assert (generate._begin._cache_size(), generate._continue._cache_size()) == before
+    assert (generate.begin._cache_size(), generate.go_on._cache_size()) == before
 
 
 def test_draws_do_not_depend_on_the_batch_or_the_mesh(llama_dir):

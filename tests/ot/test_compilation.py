@@ -17,7 +17,7 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from tmjax.align.features import FeatureSite
-from tmjax.align.plans import _solve_pairs
+from tmjax.align.plans import solve_chunk
 from tmjax.ot import make_solver
 
 device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
@@ -25,7 +25,7 @@ where = SingleDeviceSharding(device)
 site = FeatureSite(*(jax.ShapeDtypeStruct((3, 200, n), jnp.float16, sharding=where) for n in (256, 512)))
 pairs = jax.ShapeDtypeStruct((9, 2), jnp.int32, sharding=where)
 solver = make_solver("scaling", epsilon=0.02, together=4)
-_solve_pairs.lower(site, pairs, solver, False, "potentials", None, None).compile()
+solve_chunk.lower(site, pairs, solver, False, "potentials", None, None).compile()
 print("compiled")
 """
 

@@ -143,8 +143,8 @@ def test_a_branch_says_what_the_text_with_it_says(changes, monkeypatch) -> None:
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, spec.vocab, length).tolist() for length in (9, 6)]
     read = []
-    kept = branches._read_nodes
-    monkeypatch.setattr(branches, "_read_nodes", lambda *told: read.append(told[4].ids.shape) or kept(*told))
+    kept = branches.read_branches
+    monkeypatch.setattr(branches, "read_branches", lambda *told: read.append(told[4].ids.shape) or kept(*told))
     source = Reader(spec, params, 7, jnp.float32, Layout())
     held = Branches(source, texts, (3, 12), 3)
 

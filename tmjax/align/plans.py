@@ -234,7 +234,7 @@ def _kept(site: Site, solver: Solver, gain: bool, form: str, top_k: int | None) 
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "gain", "form", "top_k", "mesh"))
-def _solve_pairs(
+def solve_chunk(
     site: Site, pairs: Array, solver: Solver, gain: bool, form: str, top_k: int | None, mesh: Mesh | None
 ) -> _Kept:
     """Solves pairs of layers [P, 2]; with a mesh, each device its share of them."""
@@ -287,6 +287,20 @@ def features_bytes(site: FeatureSite, itemsize: int = 2) -> int:
     return itemsize * (np.size(site.zx) + np.size(site.zy))
 
 
+def chunk_of(
+    site: Site, solver: Solver, pairs: int, memory_mib: int | None, top_k: int | None, devices: int
+) -> tuple[Solver, str, int]:
+    """Returns the solver with its memory, the form of stored plans, and the pairs that one call solves."""
+    n, k = site.units
+    memory_mib = solver_mib(memory_mib)
+    if isinstance(solver, MemoryBoundSolver):
+        solver = solver.with_memory(memory_mib)
+    form = _form(site, solver, pairs, top_k)
+    # The results of a chunk take no more than half the memory.
+    max_pairs = max(1, min(CHUNK, memory_mib * 2**20 // (8 * n * k))) if form in ("dense", "own") else CHUNK
+    return solver, form, min(-(-pairs // devices), max_pairs) * devices
+
+
 def solve_pairs(
     site: Site,
     solver: Solver,
@@ -307,21 +321,14 @@ def solve_pairs(
     """
     on_host, uses_features = isinstance(solver, HostSolver), isinstance(solver, FeatureSolver)
     layers, sources = site.layers
-    n, k = site.units
-    check_shape(solver, n, k)
+    check_shape(solver, *site.units)
     if isinstance(site, CorrelationSite) and (uses_features or gain):
         setting = f"solver {solver.name!r}" if uses_features else "alignment.gain"
         raise InputError(f"{setting} needs the activations, which were not kept; set activations.keep: true")
-    memory_mib = solver_mib(memory_mib)
-    if isinstance(solver, MemoryBoundSolver):
-        solver = solver.with_memory(memory_mib)
     pair_mask_lm = np.ones((layers, sources), bool) if pair_mask_lm is None else pair_mask_lm
     pairs = np.argwhere(pair_mask_lm).astype(np.int32)
-    form = _form(site, solver, len(pairs), top_k)
     devices = 1 if mesh is None or on_host else mesh.size
-    # The results of a chunk take no more than half the memory.
-    max_pairs = max(1, min(CHUNK, memory_mib * 2**20 // (8 * n * k))) if form in ("dense", "own") else CHUNK
-    size = min(-(-len(pairs) // devices), max_pairs) * devices
+    solver, form, size = chunk_of(site, solver, len(pairs), memory_mib, top_k, devices)
     padded = np.concatenate([pairs, np.repeat(pairs[-1:], -len(pairs) % size, axis=0)])
     parts = []
     for start in range(0, len(padded), size):
@@ -329,7 +336,7 @@ def solve_pairs(
         if on_host:
             part = _solve_on_host(site, chunk, solver, gain, form, top_k)
         else:
-            part = _solve_pairs(site, jnp.asarray(chunk), solver, gain, form, top_k, mesh)
+            part = solve_chunk(site, jnp.asarray(chunk), solver, gain, form, top_k, mesh)
         parts.append(to_host(part))
         progress(min(start + size, len(pairs)), len(pairs))
     joined = jax.tree.map(lambda *x: np.concatenate(x)[: len(pairs)], *parts)

@@ -52,7 +52,7 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True)
-class _Program:
+class DecodingProgram:
     """The static part of both programs; hashable."""
 
     spec: DecoderSpec
@@ -63,7 +63,7 @@ class _Program:
 
 @pytree_dataclass
 @dataclass(frozen=True)
-class _State:
+class DecodingState:
     """A batch during generation: cache, last token [B] (not yet in the cache), whether rows have ended, keys [B]."""
 
     cache: Cache
@@ -77,8 +77,8 @@ def _keys_at(keys_b: Array, length_b: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def _begin(
-    program: _Program,
+def begin(
+    program: DecodingProgram,
     params: Params,
     ids_bt: Array,
     length_b: Array,
@@ -86,7 +86,7 @@ def _begin(
     keys_b: Array,
     ends: Array,
     known_v: Array | None,
-) -> _State:
+) -> DecodingState:
     """Reads the prompts and chooses the first token after each."""
     spec = program.spec
     cache = empty_cache(spec, ids_bt.shape[0], 0, program.dtype)
@@ -94,25 +94,25 @@ def _begin(
     last = jnp.take_along_axis(hidden, (length_b - 1)[:, None, None], axis=1)[:, 0]
     logits = known_logits(bind(spec, params).logits(last), known_v)
     token = choose(logits, _keys_at(keys_b, length_b), program.sampling)
-    return _State(cache, token, jnp.isin(token, ends), keys_b)
+    return DecodingState(cache, token, jnp.isin(token, ends), keys_b)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "stretch"), donate_argnames=("state",))
-def _continue(
-    program: _Program,
+def go_on(
+    program: DecodingProgram,
     params: Params,
-    state: _State,
+    state: DecodingState,
     tables: tuple[Array, Array],
     ends: Array,
     known_v: Array | None,
     count: Array,
     stretch: int,
-) -> tuple[Array, _State]:
+) -> tuple[Array, DecodingState]:
     """Up to `count` further tokens, [B, stretch]; it stops early when all rows have ended."""
     model = bind(program.spec, params)
     batch = state.last.shape[0]
 
-    def step(loop: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:
+    def step(loop: tuple[Array, Array, DecodingState]) -> tuple[Array, Array, DecodingState]:
         number, tokens, now = loop
         at = tuple(table[:, now.cache.length][:, :, None] for table in tables)
         one = jnp.ones(batch, jnp.int32)
@@ -120,9 +120,9 @@ def _continue(
         logits = known_logits(model.logits(hidden[:, 0]), known_v)
         token = choose(logits, _keys_at(now.keys, cache.length), program.sampling)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, number))
-        return number + 1, tokens, _State(cache, token, now.ended | jnp.isin(token, ends), now.keys)
+        return number + 1, tokens, DecodingState(cache, token, now.ended | jnp.isin(token, ends), now.keys)
 
-    def more(loop: tuple[Array, Array, _State]) -> Array:
+    def more(loop: tuple[Array, Array, DecodingState]) -> Array:
         number, _, now = loop
         return (number < count) & ~jnp.all(now.ended)
 
@@ -132,16 +132,17 @@ def _continue(
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "mesh"))
-def _grown(state: _State, slots: int, mesh: Mesh | None) -> _State:
+def with_room(state: DecodingState, slots: int, mesh: Mesh | None) -> DecodingState:
+    """The batch with `slots` further slots in its cache."""
     return dataclasses.replace(state, cache=_laid_out(grown(state.cache, slots), mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))
-def _rows(state: _State, rows: Array, mesh: Mesh | None) -> _State:
+def _rows(state: DecodingState, rows: Array, mesh: Mesh | None) -> DecodingState:
     """Only these rows of a batch."""
     cache = state.cache
     cache = Cache(cache.keys[:, rows], cache.values[:, rows], cache.positions[rows], cache.used, cache.length[rows])
-    return _State(_laid_out(cache, mesh), state.last[rows], state.ended[rows], state.keys[rows])
+    return DecodingState(_laid_out(cache, mesh), state.last[rows], state.ended[rows], state.keys[rows])
 
 
 def _laid_out(cache: Cache, mesh: Mesh | None) -> Cache:
@@ -271,12 +272,15 @@ class _Batch:
         The cache begins with room for one stretch, and there is twice as much room whenever it is full.
         """
         spec, mesh, place = self.spec, self.layout.mesh, self.layout.place_batch
-        known, program = self.options.known, _Program(spec, self.options.sampling, jnp.dtype(self.options.dtype), mesh)
+        known, program = (
+            self.options.known,
+            DecodingProgram(spec, self.options.sampling, jnp.dtype(self.options.dtype), mesh),
+        )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.options.seed), number_b)
         ends = jnp.asarray(list(self.options.ends) or [-1], jnp.int32)
         batch, prompt = ids_bt.shape
         tables = prompt_tables(spec, length_b.tolist(), prompt)
-        state = _begin(program, self.params, place(ids_bt), place(length_b), tables, keys, ends, known)
+        state = begin(program, self.params, place(ids_bt), place(length_b), tables, keys, ends, known)
         stretches = -(-new_tokens // STRETCH)
         tables = step_tables(spec, prompt + stretches * STRETCH)
         rows, room, left = np.arange(batch), 0, new_tokens - 1
@@ -287,10 +291,10 @@ class _Batch:
                 state, rows = _rows(state, jnp.asarray(kept), mesh), rows[kept]
             if room == 0:
                 fresh = min(stretches, max(1, int(state.cache.positions.shape[1] - prompt) // STRETCH + 1))
-                state, room, stretches = _grown(state, fresh * STRETCH, mesh), fresh, stretches - fresh
-            state = _State(state.cache, state.last, place(~is_open[rows]), state.keys)
+                state, room, stretches = with_room(state, fresh * STRETCH, mesh), fresh, stretches - fresh
+            state = DecodingState(state.cache, state.last, place(~is_open[rows]), state.keys)
             now = min(STRETCH, left)
-            tokens, state = _continue(program, self.params, state, tables, ends, known, jnp.int32(now), STRETCH)
+            tokens, state = go_on(program, self.params, state, tables, ends, known, jnp.int32(now), STRETCH)
             left, room = left - now, room - 1
             yield rows, to_host(tokens)[:, :now]
 

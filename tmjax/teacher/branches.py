@@ -52,15 +52,16 @@ def likeliest(logits_sv: Array, count: int) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "count", "mesh"))
-def _likeliest(
+def likeliest_after(
     spec: DecoderSpec, params: Params, states_se: Array, known_v: Array | None, count: int, mesh: Mesh | None
 ) -> tuple[Array, Array]:
+    """`likeliest` after final normed states [S, embed]."""
     states_se = constrain(mesh, states_se, ("batch", None))
     return likeliest(known_logits(bind(spec, params).logits(states_se), known_v), count)
 
 
-_read_texts = functools.partial(jax.jit, static_argnames=("spec", "branches", "dtype", "mesh"))(read_texts)
-_read_nodes = functools.partial(jax.jit, static_argnames=("spec", "mesh"))(read_nodes)
+read_batch = functools.partial(jax.jit, static_argnames=("spec", "branches", "dtype", "mesh"))(read_texts)
+read_branches = functools.partial(jax.jit, static_argnames=("spec", "mesh"))(read_nodes)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Branches:
             ids[row, : len(text)], self._length[row] = text, len(text)
         spec, mesh, place = reader.spec, reader.layout.mesh, reader.layout.place_batch
         read = (place(ids), place(self._length), depth, reader.dtype, mesh)
-        hidden, self._keys, self._values = _read_texts(spec, reader.params, *read)
+        hidden, self._keys, self._values = read_batch(spec, reader.params, *read)
         self._tokens = ids.reshape(-1)
         self._states = to_host(hidden).reshape(-1, spec.hidden)
         entries = len(self._tokens)
@@ -126,7 +127,9 @@ class Branches:
         for start, size in _portions(len(fresh), self._multiples(STATES)):
             part = fresh[start : start + size]
             states = reader.layout.place_batch(_filled(self._states[part], size))
-            best = _likeliest(reader.spec, reader.params, states, reader.known, reader.candidates, reader.layout.mesh)
+            best = likeliest_after(
+                reader.spec, reader.params, states, reader.known, reader.candidates, reader.layout.mesh
+            )
             for entry, *answer in zip(part.tolist(), *map(np.asarray, to_host(best)), strict=False):
                 self._answers[entry] = tuple(answer)
         both = [self._answers[entry] for entry in entries.tolist()]
@@ -196,7 +199,7 @@ class Branches:
                         before[side, row, :, column, number] = self._made[part][side][:, *at]
         place = reader.layout.place_batch
         nodes = Nodes(*map(place, (ids, text, prefix, count, *before)))
-        states, *made = to_host(_read_nodes(spec, reader.params, self._keys, self._values, nodes, reader.layout.mesh))
+        states, *made = to_host(read_branches(spec, reader.params, self._keys, self._values, nodes, reader.layout.mesh))
         self._made.append(tuple(made) if others else ())
         for row, entries in enumerate(rows):
             for column, entry in enumerate(entries):

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import jax.numpy as jnp
 import numpy as np
 
 from tmjax.errors import InputError
 from tmjax.models.generate import LEAST_ROWS, DecodingOptions, cache_bytes, generate
 from tmjax.models.sample import Sampling
+from tmjax.models.spec import DecoderSpec
 from tmjax.recipes.objectives import GenerationOptions
 from tmjax.sharding.memory import share_mib
 from tmjax.teacher.lines import as_line, line_ends, require_lines
@@ -105,6 +107,12 @@ def contexts(texts: Sequence[str], generation: Generation, seed: int) -> list[st
     return ["".join(f"{as_line(texts[i])}\n" for i in chosen) for chosen in drawn]
 
 
+def batch_rows(spec: DecoderSpec, generation: Generation, tokens: int, dtype: jnp.dtype) -> int:
+    """Returns the number of texts of `tokens` tokens that are generated together: as many as the cache has room for."""
+    room = share_mib(CACHE_SHARE, CACHE_CPU_MIB) * 2**20 // cache_bytes(spec, tokens, dtype)
+    return min(generation.batch, max(LEAST_ROWS, 2 ** (max(room, 1).bit_length() - 1)))
+
+
 def generate_texts(
     teacher: Teacher,
     given: Sequence[str],
@@ -144,8 +152,7 @@ def generate_texts(
 
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     longest = len(ids[order[-1]]) + generation.tokens
-    room = share_mib(CACHE_SHARE, CACHE_CPU_MIB) * 2**20 // cache_bytes(spec, longest, teacher.dtype)
-    size = min(generation.batch, max(LEAST_ROWS, 2 ** (max(room, 1).bit_length() - 1)))
+    size = batch_rows(spec, generation, longest, teacher.dtype)
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         options = DecodingOptions(

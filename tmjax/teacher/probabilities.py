@@ -20,6 +20,9 @@ from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import NONE_SHARED, Crossing
 from tmjax.text.buckets import bucketed
 
+#: Tokens of a batch of texts, padding included.
+BATCH_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class Search:
@@ -146,7 +149,7 @@ def probabilities_at(
     pairs: Sequence[np.ndarray],
     *,
     search: Search | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TeacherProbabilities:
     """Computes the source's probabilities of target tokens at given positions.

@@ -140,6 +140,7 @@ def _parts(report: Mapping[str, Any]) -> Iterator[object]:
     if report["time"]:
         yield rich_table("Time: a rough estimate, not a measurement", *time_rows(report))
         yield f"Assumed: {report['time']['assumption']}."
+        yield "What compilers for TPUs and GPUs make of it: tmjax plan --topology NAME, with the same models."
     yield ""
     for kind, name in (("notes", "Note"), ("problems", "Problem")):
         for line in report[kind]:
