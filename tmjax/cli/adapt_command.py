@@ -38,7 +38,8 @@ class AdaptFlags:
     other_texts: Others = None
     out: Out = None
     mode: Annotated[
-        str | None, typer.Option(help="guided, distilled, source-written, combined, residual-frozen, lora or sft.")
+        str | None,
+        typer.Option(help="combined (the default), guided, distilled, source-written, residual-frozen, lora or sft."),
     ] = None
     init: Annotated[str | None, typer.Option(help="Where training begins: target or merged.")] = None
     alpha: Annotated[float | None, typer.Option(help="Coefficient of what is transported; default: the merge's.")] = (

@@ -91,7 +91,10 @@ class Adapt:
     def _input_hashes(self) -> dict[str, str]:
         """Hashes everything that the results of the run depend on."""
         without = {"out", "mesh", "other_texts", "places", *_INPUTS}
-        key = {"recipe": digest(self.recipe.model_dump(mode="json", exclude=without))} | self.inputs.hashes
+        values = self.recipe.model_dump(mode="json", exclude=without)
+        if not self.recipe.training.average:  # runs of versions without the option stay the same runs
+            del values["training"]["average"]
+        key = {"recipe": digest(values)} | self.inputs.hashes
         if self.inputs.run is not None:
             key["run"] = digest(load_manifest(self.inputs.run).to_json({"outputs"})["outputs"])
         return key
