@@ -335,3 +335,19 @@ def test_all_terms_with_controls(flags, tmp_path) -> None:
     texts_by = {arm: facts["texts_by"] for arm, facts in manifest["training"].items()}
     assert texts_by["control:shuffled_rows"] == "target" and texts_by["control:random_source"] == "random_source"
     assert manifest["source_gain"]["best_control"] in manifest["evaluation"]
+
+
+def test_budget_is_planned_once_and_resumes(flags, short, tmp_path, capsys) -> None:
+    """Two seconds: the throughput is recorded, and a second start reads the plan instead of measuring again."""
+    rest = ["--out", tmp_path / "run", "--mode", "sft", "--budget", "2s", "--json"]
+    code, out, error = run(capsys, short, *flags, *rest)
+    assert code == 0, error
+    first = json.loads(out)
+    plan, facts = first["budget"], first["training"]["adapted"]
+    assert plan["tokens"] == int(2 * 0.4 * plan["tokens_per_second"])
+    lengths = [steps for count, steps in plan["rounds"] for _ in range(count)] + [plan["steps"]]
+    assert [item["planned_steps"] for item in facts["tried"]] == lengths
+    assert facts["valid_bits_per_byte"] == min(item["valid_bits_per_byte"] for item in facts["tried"])
+    code, out, _ = run(capsys, short, *flags, *rest)
+    again = json.loads(out)
+    assert code == 0 and again["budget"] == plan and all(stage["reused"] for stage in again["stages"].values())

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tmjax.errors import InputError
 from tmjax.recipes.base import (
     Alpha,
     EvaluationOptions,
@@ -159,6 +160,17 @@ class AdaptRecipe(Placed):
     max_tokens: Annotated[
         int, Field(ge=2, description="Longer documents are cut into pieces that predict so many tokens.")
     ] = 512
+    budget: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[0-9]+([.][0-9]+)?[smh]$",
+            description="Time for the adapted model, such as 30m: learning rate, steps, batch, number of generated "
+            "texts and moving average follow from it and from validation texts. Controls get the same training tokens.",
+        ),
+    ] = None
+    tokens: Annotated[
+        Positive | None, Field(description="The same in training tokens of an arm, instead of a time.")
+    ] = None
     training: Annotated[TrainingOptions, Field(description="Optimiser, schedule, validation, checkpoints.")] = (
         TrainingOptions()
     )
@@ -196,6 +208,11 @@ class AdaptRecipe(Placed):
         return frozenset(self.combine if self.mode == "combined" else TERMS.get(self.mode, ()))
 
     @property
+    def budgeted(self) -> bool:
+        """Whether schedules follow from a budget."""
+        return self.budget is not None or self.tokens is not None
+
+    @property
     def start(self) -> str:
         """The model at which training begins."""
         return self.init or ("merged" if self.mode == "residual-frozen" else "target")
@@ -228,4 +245,6 @@ def build_adapt_recipe(values: dict[str, Any], *, base: Path | None = None) -> A
     if values.get("valid") is None and isinstance(values.get("training", {}), dict):
         values = values | {"training": WITHOUT_VALID | values.get("training", {})}
     recipe = checked(AdaptRecipe, values, RENAMED)
+    if recipe.budget is not None and recipe.tokens is not None:
+        raise InputError("budget and tokens both bound the training: give one of them")
     return recipe if base is None else found_near(recipe, base)
