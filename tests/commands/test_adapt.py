@@ -249,7 +249,7 @@ WRONG = {
     "warm-up": ([], ["--steps", "1"], "warm-up of 2 steps"),
     "texts": (["--texts"], ["--texts", "{tmp}/none.jsonl"], "none.jsonl"),
     "column": (["--texts"], ["--texts", "{tmp}/body.jsonl"], "line 1 has body; it needs text"),
-    "dialogues": (["--texts"], ["--texts", "{tmp}/talk.jsonl"], "mode guided reads plain documents"),
+    "dialogues": (["--texts"], ["--texts", "{tmp}/talk.jsonl"], "mode combined reads plain documents"),
     "mesh": ([], ["--mesh", "data=1024"], "needs 1024 devices"),
     "former key": ([], ["{tmp}/former.yaml"], "written: this key is called generation now"),
     "run without alignment": (["--target"], ["--target", "{tmp}/run"], "is a run without an alignment"),

@@ -65,8 +65,8 @@ class Budget:
         steps = tokens // batch
         first = int(steps * SEARCH) // sum(count * times for count, times in ROUNDS)
         if first < 1:
-            least = BATCHES[0] * int(sum(count * times for count, times in ROUNDS) / SEARCH)
-            raise InputError(f"a budget of {tokens} training tokens is too small; give at least {least}")
+            minimum = BATCHES[0] * int(sum(count * times for count, times in ROUNDS) / SEARCH)
+            raise InputError(f"a budget of {tokens} training tokens is too small; give at least {minimum}")
         rounds = tuple((count, first * times) for count, times in ROUNDS)
         last = steps - sum(count * length for count, length in rounds)
         texts = min(max(tokens // TOKENS_PER_TEXT, TEXTS[0]), TEXTS[1])
