@@ -22,6 +22,7 @@ import tmjax
 from tmjax import cli
 from tmjax.checkpoints.hf import export
 from tmjax.checkpoints.load import load_model
+from tmjax.commands.adapt.training import ArmTrainer
 from tmjax.runs.manifest import Manifest, read_manifest
 from tmjax.runs.run_files import split
 from tmjax.text.documents import read_texts
@@ -337,14 +338,17 @@ def test_all_terms_with_controls(flags, tmp_path) -> None:
     assert manifest["source_gain"]["best_control"] in manifest["evaluation"]
 
 
-def test_budget_is_planned_once_and_resumes(flags, short, tmp_path, capsys) -> None:
-    """Two seconds: the throughput is recorded, and a second start reads the plan instead of measuring again."""
+@pytest.mark.slow
+def test_budget_is_planned_once_and_resumes(flags, short, tmp_path, capsys, monkeypatch) -> None:
+    """The throughput (a given one: load must not decide) is recorded, and a second start reads the plan instead of measuring again."""
     rest = ["--out", tmp_path / "run", "--mode", "sft", "--budget", "2s", "--json"]
+    monkeypatch.setattr(ArmTrainer, "tokens_per_second", lambda self: 15_000.0)
     code, out, error = run(capsys, short, *flags, *rest)
     assert code == 0, error
     first = json.loads(out)
+    monkeypatch.setattr(ArmTrainer, "tokens_per_second", lambda self: 20_000.0)
     plan, facts = first["budget"], first["training"]["adapted"]
-    assert plan["tokens"] == int(2 * 0.4 * plan["tokens_per_second"])
+    assert plan["tokens"] == 12_000 and plan["tokens_per_second"] == 15_000
     lengths = [steps for count, steps in plan["rounds"] for _ in range(count)] + [plan["steps"]]
     assert [item["planned_steps"] for item in facts["tried"]] == lengths
     assert facts["valid_bits_per_byte"] == min(item["valid_bits_per_byte"] for item in facts["tried"])
