@@ -340,7 +340,7 @@ def test_all_terms_with_controls(flags, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_budget_is_planned_once_and_resumes(flags, short, tmp_path, capsys, monkeypatch) -> None:
-    """The throughput (a given one: load must not decide) is recorded, and a second start reads the plan instead of measuring again."""
+    """The throughput (a given one) is recorded, and a second start reads the plan instead of measuring again."""
     rest = ["--out", tmp_path / "run", "--mode", "sft", "--budget", "2s", "--json"]
     monkeypatch.setattr(ArmTrainer, "tokens_per_second", lambda self: 15_000.0)
     code, out, error = run(capsys, short, *flags, *rest)
