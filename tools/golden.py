@@ -61,11 +61,16 @@ _SOLVE: list[dict[str, Any]] = [
 ]
 _STREAM: list[dict[str, Any]] = [{"transport": {}}, {"residual_stream": {}}]
 _TRAINING = {"steps": 20, "warmup": 4, "tokens_per_step": 512, "row_lengths": 1, "validate_every": 10, "lr": 3e-4}
+_TRAINING |= {"patience": None}
 
 
 def _adapt(mode: str, **recipe: Any) -> tuple[str, dict[str, Any]]:
     short = {"mesh": "data=1", "training": _TRAINING, "evaluation": {"draws": 200}}
-    return "adapt", short | {"mode": mode, "generation": {"texts": 8, "tokens": 12}} | recipe
+    return "adapt", short | {
+        "mode": mode,
+        "generation": {"texts": 8, "tokens": 12},
+        "distillation": {"weight": 1.0},
+    } | recipe
 
 
 #: Name of a case: its command and recipe, over the inputs of `_inputs`.

@@ -34,17 +34,6 @@ from tools.script import script
 
 TEXTS = 300
 FIRST = 400
-TRAINING = {
-    "steps": [40, 300],
-    "lr": [3e-4, 1e-3],
-    "warmup": 10,
-    "validate_every": 10,
-    "patience": 8,
-    "unroll": 4,
-    "keep_every": 1000,
-}
-DISTILLATION = {"weight": 4.0}
-GENERATION = {"texts": 3000, "tokens": 96}
 
 
 def _terms(*names: str, texts_by: str | None = None, **options: Any) -> Arm:
@@ -117,7 +106,7 @@ def run_seed(
 
     told = {name: recipe[name] for name in ("source", "target", "valid", "test")}
     told |= {"texts": str(subset(recipe, seed, folder)), "out": str(folder / f"seed-{seed}"), "seed": seed}
-    told |= {"mode": "combined", "training": TRAINING, "distillation": DISTILLATION, "generation": GENERATION}
+    told |= {"mode": "combined"}
     adapt = Adapt(build_adapt_recipe(told), show=show, arms=ARMS, schedules=chosen)
     trained = {arm: adapt.train(arm) for arm in ARMS if arm not in ABLATIONS}
     took = {arm: [(f.planned_steps, f.lr)] for arm, f in adapt.run.manifest.training.items()}

@@ -21,7 +21,7 @@ from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.run import Merge
 from tmjax.errors import InputError
 from tmjax.evaluate.tasks import load_tasks, task_manager
-from tmjax.recipes.adapt import TrainingOptions, build_adapt_recipe
+from tmjax.recipes.adapt import build_adapt_recipe
 from tmjax.runs.manifest import read_manifest
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
@@ -97,7 +97,10 @@ class Experiment:
                     "steps": steps,
                     "tokens_per_step": tokens,
                     # Few texts make few steps.
-                    "warmup": min(TrainingOptions().warmup, steps // 2),
+                    "warmup": min(20, steps // 2),
+                    # The settings that the tables were measured with.
+                    "validate_every": 20,
+                    "patience": None,
                 },
             }
         )

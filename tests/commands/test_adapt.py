@@ -22,6 +22,7 @@ import tmjax
 from tmjax import cli
 from tmjax.checkpoints.hf import export
 from tmjax.checkpoints.load import load_model
+from tmjax.commands.adapt.training import ArmTrainer
 from tmjax.runs.manifest import Manifest, read_manifest
 from tmjax.runs.run_files import split
 from tmjax.text.documents import read_texts
@@ -249,7 +250,7 @@ WRONG = {
     "warm-up": ([], ["--steps", "1"], "warm-up of 2 steps"),
     "texts": (["--texts"], ["--texts", "{tmp}/none.jsonl"], "none.jsonl"),
     "column": (["--texts"], ["--texts", "{tmp}/body.jsonl"], "line 1 has body; it needs text"),
-    "dialogues": (["--texts"], ["--texts", "{tmp}/talk.jsonl"], "mode guided reads plain documents"),
+    "dialogues": (["--texts"], ["--texts", "{tmp}/talk.jsonl"], "mode combined reads plain documents"),
     "mesh": ([], ["--mesh", "data=1024"], "needs 1024 devices"),
     "former key": ([], ["{tmp}/former.yaml"], "written: this key is called generation now"),
     "run without alignment": (["--target"], ["--target", "{tmp}/run"], "is a run without an alignment"),
@@ -335,3 +336,22 @@ def test_all_terms_with_controls(flags, tmp_path) -> None:
     texts_by = {arm: facts["texts_by"] for arm, facts in manifest["training"].items()}
     assert texts_by["control:shuffled_rows"] == "target" and texts_by["control:random_source"] == "random_source"
     assert manifest["source_gain"]["best_control"] in manifest["evaluation"]
+
+
+@pytest.mark.slow
+def test_budget_is_planned_once_and_resumes(flags, short, tmp_path, capsys, monkeypatch) -> None:
+    """The throughput (a given one) is recorded, and a second start reads the plan instead of measuring again."""
+    rest = ["--out", tmp_path / "run", "--mode", "sft", "--budget", "2s", "--json"]
+    monkeypatch.setattr(ArmTrainer, "tokens_per_second", lambda self: 15_000.0)
+    code, out, error = run(capsys, short, *flags, *rest)
+    assert code == 0, error
+    first = json.loads(out)
+    monkeypatch.setattr(ArmTrainer, "tokens_per_second", lambda self: 20_000.0)
+    plan, facts = first["budget"], first["training"]["adapted"]
+    assert plan["tokens"] == 12_000 and plan["tokens_per_second"] == 15_000
+    lengths = [steps for count, steps in plan["rounds"] for _ in range(count)] + [plan["steps"]]
+    assert [item["planned_steps"] for item in facts["tried"]] == lengths
+    assert facts["valid_bits_per_byte"] == min(item["valid_bits_per_byte"] for item in facts["tried"])
+    code, out, _ = run(capsys, short, *flags, *rest)
+    again = json.loads(out)
+    assert code == 0 and again["budget"] == plan and all(stage["reused"] for stage in again["stages"].values())

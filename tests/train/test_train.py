@@ -249,3 +249,21 @@ def test_train_pair_refuses(small_texts, tmp_path, monkeypatch, capsys, argument
     error = capsys.readouterr().err
     assert error.startswith("train_pair: error: ") and error.count("\n") == 1 and message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_an_average_of_weights_is_kept_where_it_is_better() -> None:
+    """The moving average of every step's arrays is validated beside them, and the better is kept."""
+    config = dataclasses.replace(SMALL, average=0.5)
+    average = {path: np.asarray(value) for path, value in fresh().items()}
+    seen: list[dict[str, np.ndarray]] = []
+
+    def validate(params: dict[str, jax.Array]) -> float:
+        seen.append({path: np.array(value) for path, value in params.items()})
+        return -float(len(seen))  # whatever comes last is the best: the average
+
+    result = train(SPEC, fresh(), small_data(), config, validate=validate, validate_every=1)
+    assert len(seen) == 1 + 2 * config.steps
+    for raw in seen[1::2]:
+        average = {path: (old + raw[path]) / 2 for path, old in average.items()}
+    for path, value in average.items():
+        np.testing.assert_allclose(np.asarray(result.params[path]), value, atol=1e-5)

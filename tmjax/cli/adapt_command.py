@@ -21,6 +21,7 @@ from tmjax.cli.options import (
     values_of,
 )
 from tmjax.cli.terminal import directory_line, progress_display, show_result
+from tmjax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class AdaptFlags:
     other_texts: Others = None
     out: Out = None
     mode: Annotated[
-        str | None, typer.Option(help="guided, distilled, source-written, combined, residual-frozen, lora or sft.")
+        str | None,
+        typer.Option(help="combined (the default), guided, distilled, source-written, residual-frozen, lora or sft."),
     ] = None
     init: Annotated[str | None, typer.Option(help="Where training begins: target or merged.")] = None
     alpha: Annotated[float | None, typer.Option(help="Coefficient of what is transported; default: the merge's.")] = (
@@ -48,6 +50,11 @@ class AdaptFlags:
     lr: Annotated[str | None, typer.Option(help="Learning rate, or several: 3e-4,1e-3; validation text chooses.")] = (
         None
     )
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Time for the adapted model (90s, 30m, 2h): it decides all settings."),
+    ] = None
+    tokens: Annotated[int | None, typer.Option(help="The same in training tokens instead of time.")] = None
     controls: Controls = None
     seed: Seed = None
     mesh: Mesh = None
@@ -57,6 +64,8 @@ def adapt(flags: AdaptFlags, job: JobFlags, output: OutputFlags) -> None:
     """Train a target on texts, guided by a source or on top of a merge, beside controls of the same budget."""
     from tmjax.recipes.adapt import build_adapt_recipe
 
+    if (flags.budget or flags.tokens) and (flags.lr or flags.steps):
+        raise InputError("--budget and --tokens choose steps and learning rate: leave --lr and --steps out")
     given = {name: value for name, value in vars(flags).items() if name not in ("recipe", "lr", "steps")}
     values = values_of(flags.recipe, given, ("target", "texts", "out"))
     listed = {

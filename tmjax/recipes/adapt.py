@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tmjax.errors import InputError
 from tmjax.recipes.base import (
     Alpha,
     EvaluationOptions,
@@ -35,6 +36,8 @@ TERMS: dict[str, tuple[Term, ...]] = {
     "source-written": ("generated",),
     "combined": ("guidance", "distillation", "generated"),
 }
+#: Settings of `training` that are chosen on validation texts, and their defaults where there are none.
+WITHOUT_VALID: dict[str, Any] = {"steps": [300], "lr": [1e-3], "patience": None}
 #: Former keys and their present names.
 RENAMED = {"written": "generation", "distillation.least": "distillation.min_probability"}
 
@@ -43,19 +46,20 @@ class TrainingOptions(Section):
     """Optimiser (AdamW), schedule, validation and checkpoints of a training.
 
     Every arm is trained with each pair of `steps` and `lr`, and validation texts choose one. The best parameters on
-    them are kept.
+    them are kept. Without validation texts the defaults are 300 steps, a learning rate of 1e-3 and no early stop.
     """
 
     steps: Annotated[tuple[Positive, ...], Field(min_length=1, description="Numbers of updates that are tried.")] = (
-        200,
+        40,
+        300,
     )
     lr: Annotated[
         tuple[PositiveFloat, ...], Field(min_length=1, description="Largest learning rates that are tried.")
-    ] = (3e-4,)
+    ] = (3e-4, 1e-3, 3e-3)
     warmup: Annotated[
         int,
         Field(ge=0, description="Steps over which the learning rate rises linearly; it then falls along a cosine."),
-    ] = 20
+    ] = 10
     final_lr: Annotated[
         NotNegative, Field(description="Learning rate of the last step, relative to the largest one.")
     ] = 0.1
@@ -85,11 +89,20 @@ class TrainingOptions(Section):
             description="Weights of guidance and distillation fall along a cosine to this part of themselves.",
         ),
     ] = 1.0
-    validate_every: Annotated[Positive, Field(description="Steps between validations.")] = 20
+    average: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="Decay per step of a moving average of the parameters, which is validated beside them; the "
+            "better of the two is kept. 0: none.",
+        ),
+    ] = 0.0
+    validate_every: Annotated[Positive, Field(description="Steps between validations.")] = 10
     patience: Annotated[
         Positive | None,
-        Field(description="Validations in a row without a better one that end the training; never unless given."),
-    ] = None
+        Field(description="Validations in a row without a better one that end the training; null: never."),
+    ] = 8
     keep_every: Annotated[Positive, Field(description="Steps between checkpoints of the training.")] = 100
     keep: Annotated[Positive, Field(description="Newest checkpoints of the training that are kept.")] = 2
 
@@ -121,7 +134,7 @@ class AdaptRecipe(Placed):
     mode: Annotated[
         Literal["sft", "residual-frozen", "guided", "distilled", "source-written", "combined", "lora"],
         Field(description="Objectives beside the next tokens of the training texts; see the page on adaptation."),
-    ] = "guided"
+    ] = "combined"
     combine: Annotated[tuple[Term, ...], Field(min_length=1, description="Objectives of the mode `combined`.")] = TERMS[
         "combined"
     ]
@@ -147,6 +160,17 @@ class AdaptRecipe(Placed):
     max_tokens: Annotated[
         int, Field(ge=2, description="Longer documents are cut into pieces that predict so many tokens.")
     ] = 512
+    budget: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[0-9]+([.][0-9]+)?[smh]$",
+            description="Time for the adapted model, such as 30m: learning rate, steps, batch, number of generated "
+            "texts and moving average follow from it and from validation texts. Controls get the same training tokens.",
+        ),
+    ] = None
+    tokens: Annotated[
+        Positive | None, Field(description="The same in training tokens of an arm, instead of a time.")
+    ] = None
     training: Annotated[TrainingOptions, Field(description="Optimiser, schedule, validation, checkpoints.")] = (
         TrainingOptions()
     )
@@ -184,6 +208,11 @@ class AdaptRecipe(Placed):
         return frozenset(self.combine if self.mode == "combined" else TERMS.get(self.mode, ()))
 
     @property
+    def budgeted(self) -> bool:
+        """Whether schedules follow from a budget."""
+        return self.budget is not None or self.tokens is not None
+
+    @property
     def start(self) -> str:
         """The model at which training begins."""
         return self.init or ("merged" if self.mode == "residual-frozen" else "target")
@@ -213,5 +242,9 @@ def build_adapt_recipe(values: dict[str, Any], *, base: Path | None = None) -> A
             name: [training[name]] for name in ("lr", "steps") if isinstance(training.get(name), int | float | str)
         }
         values = values | {"training": training | alone}
+    if values.get("valid") is None and isinstance(values.get("training", {}), dict):
+        values = values | {"training": WITHOUT_VALID | values.get("training", {})}
     recipe = checked(AdaptRecipe, values, RENAMED)
+    if recipe.budget is not None and recipe.tokens is not None:
+        raise InputError("budget and tokens both bound the training: give one of them")
     return recipe if base is None else found_near(recipe, base)

@@ -40,7 +40,7 @@ class GuidanceOptions(Section):
 class DistillationOptions(Section):
     """Training toward the source's probabilities of the target's tokens."""
 
-    weight: Annotated[PositiveFloat, Field(description="Weight of the divergence in the loss.")] = 1.0
+    weight: Annotated[PositiveFloat, Field(description="Weight of the divergence in the loss.")] = 4.0
     steps: Annotated[
         Positive, Field(description="Largest number of source tokens in a chain that spells a target token.")
     ] = 3
@@ -61,7 +61,7 @@ class GenerationOptions(Section):
 
     texts: Annotated[Positive, Field(description="Number of generated texts.")] = 3000
     words: Annotated[Positive, Field(description="Prompts are the first 1 to so many words of training texts.")] = 3
-    tokens: Annotated[Positive, Field(description="Largest number of new tokens of a text.")] = 192
+    tokens: Annotated[Positive, Field(description="Largest number of new tokens of a text.")] = 96
     temperature: Annotated[PositiveFloat, Field(description="Temperature of sampling.")] = 0.8
     top_p: Annotated[
         float | None,

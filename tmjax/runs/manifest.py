@@ -17,6 +17,7 @@ from tmjax.errors import InputError, summarise
 from tmjax.files.jsonfile import read_json
 from tmjax.runs.run_facts import (
     AlignmentFacts,
+    BudgetFacts,
     Cell,
     CoefficientFacts,
     ControlFacts,
@@ -83,6 +84,7 @@ class Manifest(AlignmentFacts):
     generated: Recorded[dict[str, GeneratedFacts]] = None
     teacher: Recorded[dict[str, TeacherFacts]] = None
     edges: Recorded[dict[str, EdgeFacts]] = None
+    budget: Recorded[BudgetFacts] = None
     training: Recorded[dict[str, TrainingFacts]] = None
     sweep: Recorded[SweepFacts] = None
     shared: Recorded[dict[str, AlignmentFacts]] = None

@@ -236,6 +236,21 @@ class TrainingFacts(ScheduleFacts):
     tried: list[ScheduleFacts]
 
 
+class BudgetFacts(Facts):
+    """A budget of training and its plan.
+
+    `tokens` are those of an arm, `tokens_per_second` the throughput that a time budget was converted with, `rounds` the
+    number of learning rates and the steps of each round of the search, `steps` those of the last training.
+    """
+
+    tokens: int
+    tokens_per_second: Recorded[float] = None
+    tokens_per_step: int
+    texts: int
+    rounds: list[list[int]]
+    steps: int
+
+
 class BestSetting(Facts):
     """The best setting of a sweep: its number, values, validation bits per byte and coefficients by role."""
 

@@ -126,7 +126,7 @@ class Trainer:
         if checkpoint is not None:
             done, state, selection = checkpoint
         elif self.validate is not None:
-            selection.see(0, self.validate(fold(self.objective.mode, state.trained, frozen)), state.trained)
+            self._validate(0, state, frozen, selection)
         facts = _Reporter(config, self.progress, done)
         stopped = self._exhausted(selection)
         steps = step_data(self._batches(data, done), self.layout, config.accumulate)
@@ -141,8 +141,7 @@ class Trainer:
                 measured = None
                 if self.validate is not None and (done % self.validate_every == 0 or done == config.steps):
                     self._require_healthy(state, facts, losses, done, selection)
-                    measured = self.validate(fold(self.objective.mode, state.trained, frozen))
-                    selection.see(done, measured, state.trained)
+                    measured = self._validate(done, state, frozen, selection)
                     stopped = self._exhausted(selection)
                 bad = facts.add(done, losses, tokens, measured)
                 if bad or done == config.steps:
@@ -157,6 +156,17 @@ class Trainer:
         folded = fold(self.objective.mode, best, frozen)
         losses = np.asarray([fact.loss for fact in facts.all])
         return TrainResult(folded, best, losses, done, selection if self.validate else None, stopped)
+
+    def _validate(self, done: int, state: State, frozen: Frozen, selection: Selection) -> float:
+        """Shows the trained arrays, or their average where that is better, to `selection`; returns the loss."""
+        arrays, mode = state.trained, self.objective.mode
+        loss = self.validate(fold(mode, arrays, frozen))
+        if state.average and done:
+            averaged = self.validate(fold(mode, state.average, frozen))
+            if averaged < loss:
+                loss, arrays = averaged, state.average
+        selection.see(done, loss, arrays)
+        return loss
 
     def _batches(self, data: Iterable[Batch], done: int) -> Iterator[Batch]:
         skipped = done * self.objective.config.accumulate

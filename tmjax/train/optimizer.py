@@ -41,6 +41,7 @@ class TrainConfig:
         guide_weight: Weight of guidance in the loss, where batches have a guide.
         teacher_weight: Weight of the divergence from a teacher, where batches have one.
         anneal: Both weights fall along a cosine to this part of themselves at the last step.
+        average: Decay per step of the moving average of the trained arrays; 0 keeps none.
     """
 
     steps: int
@@ -60,6 +61,7 @@ class TrainConfig:
     guide_weight: float = 0.0
     teacher_weight: float = 0.0
     anneal: float = 1.0
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         bad = [
@@ -92,7 +94,7 @@ class TrainConfig:
             teacher_weight: Weight of the divergence from a teacher.
         """
         names = ("tokens_per_step", "accumulate", "warmup", "final_lr", "weight_decay", "clip", "b1", "b2")
-        shared = {name: getattr(options, name) for name in (*names, "eps", "remat", "unroll", "anneal")}
+        shared = {name: getattr(options, name) for name in (*names, "eps", "remat", "unroll", "anneal", "average")}
         return cls(steps, lr=lr, dtype=dtype, guide_weight=guide_weight, teacher_weight=teacher_weight, **shared)
 
 

@@ -47,12 +47,14 @@ class Objective:
 class State(NamedTuple):
     """Trained arrays and optimiser; `healthy` turns false at the first loss or gradient that is not a number.
 
-    From then on nothing else changes: the state stays the last good one.
+    From then on nothing else changes: the state stays the last good one. `average` is the exponential moving average of
+    the trained arrays, empty unless `TrainConfig.average` asks for one.
     """
 
     trained: dict[str, Array]
     optimizer: optax.OptState
     healthy: Array
+    average: dict[str, Array]
 
 
 class Losses(NamedTuple):
@@ -160,7 +162,10 @@ def _update(
             for start, end in objective.padding:
                 padded = padded.at[start:end].set(True)
             trained[path] = jnp.where(padded[:, None], state.trained[path], trained[path])
-    return State(trained, jax.tree.map(keep, moved, state.optimizer), healthy), Losses(*parts, norm)
+    part = 1.0 - objective.config.average
+    # As a difference, so that rows that are never trained stay equal bit for bit.
+    average = {path: keep(old + part * (trained[path] - old), old) for path, old in state.average.items()}
+    return State(trained, jax.tree.map(keep, moved, state.optimizer), healthy, average), Losses(*parts, norm)
 
 
 @functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("state",))
@@ -230,7 +235,8 @@ def step(
 
 def start(objective: Objective, trained: dict[str, Array]) -> State:
     """Returns the state before the first step: optimiser moments are zero, laid out like their parameters."""
-    state = State(trained, optimizer(objective.config).init(trained), jnp.asarray(True))
+    average = {path: jnp.copy(value) for path, value in trained.items()} if objective.config.average else {}
+    state = State(trained, optimizer(objective.config).init(trained), jnp.asarray(True), average)
     if objective.mesh is None:
         return state
     everywhere = NamedSharding(objective.mesh, PartitionSpec())

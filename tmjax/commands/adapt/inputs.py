@@ -187,6 +187,8 @@ class AdaptInputs:
             raise InputError("guidance.layers plan takes a run of tmjax merge as --target")
         if self.held_out.valid is None and (len(training.schedules) > 1 or training.patience is not None):
             raise InputError("steps, learning rates and early stop are chosen on validation texts: give --valid FILE")
+        if self.held_out.valid is None and recipe.budgeted:
+            raise InputError("a budget is spent on what validation texts choose: give --valid FILE")
         for steps in training.steps:
             TrainConfig.of(training, steps, training.lr[0], recipe.dtype)
         if recipe.terms and self.texts.dialogues is not None:

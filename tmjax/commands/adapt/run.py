@@ -14,6 +14,7 @@ from tmjax.checkpoints.model import Model
 from tmjax.commands.adapt.arm_data import DataOfArms
 from tmjax.commands.adapt.arms import ADAPTED, Arm, arms_of
 from tmjax.commands.adapt.inputs import AdaptInputs
+from tmjax.commands.adapt.planning import plan_budget
 from tmjax.commands.adapt.start import Show, Starts
 from tmjax.commands.adapt.training import ArmTrainer, Schedule
 from tmjax.commands.callbacks import Warn, silent, tell_notes
@@ -70,7 +71,6 @@ class Adapt:
         self.recipe, self.inputs = recipe, AdaptInputs(recipe)
         self.show, self.warn = show, warn
         self.arms = dict(arms or arms_of(recipe))
-        self.schedules = schedules or dict.fromkeys(self.arms, recipe.training.schedules)
         self.starts = Starts(self.inputs, show, warn)
         hosts.together(lambda: refuse_nested(recipe))
         path = Path(recipe.out)
@@ -82,16 +82,30 @@ class Adapt:
         finally:
             if lock is not None:  # the run holds it too by now
                 lock.release()
-        data = DataOfArms(TeacherStages(self.run, self._step, warn), self._key, self.inputs, self.starts)
-        self.trainer = ArmTrainer(self.inputs, self.starts, data, self.run.path / "training", self._key, show)
+        self._make_trainer()
+        self.budget = None
+        if recipe.budgeted:
+            self.budget = plan_budget(recipe, self.run, self._key, self.trainer.tokens_per_second)
+            self.recipe = self.inputs.recipe = self.budget.applied(recipe)
+            self._key = self._key | {"budget": str(self.budget.tokens)}
+            self._make_trainer()
+        self.schedules = schedules or dict.fromkeys(self.arms, self.recipe.training.schedules)
+
+    def _make_trainer(self) -> None:
+        data = DataOfArms(TeacherStages(self.run, self._step, self.warn), self._key, self.inputs, self.starts)
+        self.trainer = ArmTrainer(self.inputs, self.starts, data, self.run.path / "training", self._key, self.show)
 
     def _step(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.show(stage, done, total, "")
 
     def _input_hashes(self) -> dict[str, str]:
         """Hashes everything that the results of the run depend on."""
-        without = {"out", "mesh", "other_texts", "places", *_INPUTS}
-        key = {"recipe": digest(self.recipe.model_dump(mode="json", exclude=without))} | self.inputs.hashes
+        unset = {name for name in ("budget", "tokens") if getattr(self.recipe, name) is None}
+        without = {"out", "mesh", "other_texts", "places", *_INPUTS, *unset}
+        values = self.recipe.model_dump(mode="json", exclude=without)
+        if not self.recipe.training.average:  # runs of versions without the option stay the same runs
+            del values["training"]["average"]
+        key = {"recipe": digest(values)} | self.inputs.hashes
         if self.inputs.run is not None:
             key["run"] = digest(load_manifest(self.inputs.run).to_json({"outputs"})["outputs"])
         return key
@@ -153,11 +167,21 @@ class Adapt:
 
         def work(partial: Path) -> Record:
             tried, best = [], None
-            for schedule in schedules:
-                result, objective, facts = self.trainer.train(name, arm, schedule)
+
+            def attempt(steps: int, lr: float) -> float:
+                nonlocal best
+                result, objective, facts = self.trainer.train(name, arm, (steps, lr))
                 tried.append(facts)
                 if best is None or facts["valid_bits_per_byte"] < best[2]["valid_bits_per_byte"]:
                     best = (result, objective, facts)
+                # The model before the first step has no part in the comparison of rates.
+                return min((loss for step, loss in facts["valid_history"] if step), default=0.0)
+
+            if self.budget is not None:
+                self.budget.search(attempt)
+            else:
+                for steps, lr in schedules:
+                    attempt(steps, lr)
             result, objective, facts = best
             target = self.inputs.target
             hf.write(target.with_params(result.params), partial, max_shard_size=self.recipe.export.max_shard_size)

@@ -19,6 +19,8 @@ from tmjax.train.optimizer import TrainConfig
 from tmjax.train.step import Objective, padding_of
 from tmjax.typing import Array, Params
 
+#: Steps over which throughput is measured; the first compiles and does not count.
+MEASURED_STEPS = 8
 #: Steps and learning rate.
 Schedule = tuple[int, float]
 
@@ -52,6 +54,8 @@ class ArmTrainer:
         """Trains one arm with one schedule; returns the result, its objective, and facts for the manifest."""
         recipe, inputs, training = self.inputs.recipe, self.inputs, self.inputs.recipe.training
         steps, lr = schedule
+        if recipe.budgeted:  # the first rounds of a search are short
+            training = training.model_copy(update={"warmup": min(training.warmup, steps // 4)})
         if arm.anneal is not None:
             training = training.model_copy(update={"anneal": arm.anneal})
         mode, trained, frozen = self.starts.of(arm)
@@ -94,6 +98,21 @@ class ArmTrainer:
             "shapes": [list(shape) for shape in sorted({(batches.rows(i), n) for i, n in enumerate(batches.shapes)})],
         }
         return result, objective, facts
+
+    def tokens_per_second(self) -> float:
+        """Measures the throughput of plain training of the target on the given texts, without compilation."""
+        recipe, inputs = self.inputs.recipe, self.inputs
+        mode, trained, frozen = self.starts.of(Arm("sft", "target"))
+        documents, counts = inputs.texts.documents(inputs.tokenizer)
+        options = {"tokens": recipe.training.tokens_per_step, "seed": recipe.seed, "max_tokens": recipe.max_tokens}
+        multiple = inputs.layout.batch_multiple
+        batches = Batches(documents, **options, lengths=1, counts=counts, multiple=multiple)
+        training = recipe.training.model_copy(update={"warmup": 0, "accumulate": 1})
+        config = TrainConfig.of(training, MEASURED_STEPS, 1e-6, recipe.dtype)
+        objective = Objective(inputs.target.spec, config, mode, inputs.layout.mesh)
+        facts: list[Facts] = []
+        Trainer(objective, inputs.layout, progress=facts.append).run(trained, frozen, batches)
+        return (facts[-1].tokens - facts[0].tokens) / (facts[-1].seconds - facts[0].seconds)
 
     def _run(
         self,
