@@ -8,10 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-REPO = Path(__file__).resolve().parent.parent
 # Most of the time is XLA's: workers, files of tests and the processes that they start share what was compiled.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # With a limit JAX locks the cache, so that nobody reads half an entry.
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
@@ -21,6 +19,7 @@ import jax
 import pytest
 import yaml
 
+REPO = Path(__file__).resolve().parent.parent
 hypothesis.settings.register_profile("tmjax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("tmjax")
 
