@@ -102,7 +102,7 @@ class TrainingOptions(Section):
     patience: Annotated[
         Positive | None,
         Field(description="Validations in a row without a better one that end the training; null: never."),
-    ] = 8
+    ] = 15
     keep_every: Annotated[Positive, Field(description="Steps between checkpoints of the training.")] = 100
     keep: Annotated[Positive, Field(description="Newest checkpoints of the training that are kept.")] = 2
 
