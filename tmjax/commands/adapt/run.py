@@ -13,8 +13,8 @@ from tmjax.checkpoints import hf
 from tmjax.checkpoints.model import Model
 from tmjax.commands.adapt.arm_data import DataOfArms
 from tmjax.commands.adapt.arms import ADAPTED, Arm, arms_of
+from tmjax.commands.adapt.budget_stage import plan_budget
 from tmjax.commands.adapt.inputs import AdaptInputs
-from tmjax.commands.adapt.planning import plan_budget
 from tmjax.commands.adapt.start import Show, Starts
 from tmjax.commands.adapt.training import ArmTrainer, Schedule
 from tmjax.commands.callbacks import Warn, silent, tell_notes
