@@ -13,6 +13,7 @@ from tmjax.commands.plan.source_programs import SourcePrograms
 from tmjax.errors import InputError
 from tmjax.models.spec import projections
 from tmjax.recipes.adapt import AdaptRecipe
+from tmjax.teacher.edges import EXAMPLES
 from tmjax.teacher.generation import Generation
 from tmjax.teacher.probabilities import Search
 from tmjax.teacher.span_features import SITE
@@ -45,7 +46,8 @@ def adapt_entries(recipe: AdaptRecipe, sides: dict[str, Side], place: Placement,
     target, terms = sides["target"], recipe.terms
     tokens, texts = min(work.tokens, recipe.max_tokens), min(work.texts, recipe.max_texts or work.texts)
     if "generated" in terms:
-        generation = Generation.of(recipe.generation, 3 if recipe.generation.examples is None else 0)
+        examples = recipe.generation.examples
+        generation = Generation.of(recipe.generation, EXAMPLES if examples is None else examples)
         yield from programs.generation("source", sides["source"], generation, tokens)
     if "distillation" in terms:
         yield from programs.probabilities("source", sides["source"], texts, tokens, Search.of(recipe.distillation))
@@ -128,7 +130,8 @@ def _training(recipe: AdaptRecipe, sides: dict[str, Side], programs: SourceProgr
         return whole(x.shape, x.dtype)
 
     moments = jax.eval_shape(optimizer(objective.config).init, trained)
-    state = State(trained, jax.tree_util.tree_map_with_path(beside, moments), whole((), jnp.bool_))
+    average = trained if training.average else {}
+    state = State(trained, jax.tree_util.tree_map_with_path(beside, moments), whole((), jnp.bool_), average)
     arguments = objective, state, frozen, batch, whole(()), Weights(whole(()), whole(()))
     calls = sum(steps for steps, _ in training.schedules) * training.accumulate
     live = {"models": programs.live, "best": trained}
