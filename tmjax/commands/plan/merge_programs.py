@@ -18,6 +18,7 @@ from tmjax.commands.plan.planned import Entry, Placement, Planned, Workload
 from tmjax.commands.plan.source_programs import SourcePrograms, joined_of
 from tmjax.ot import HostSolver
 from tmjax.recipes.merge import Recipe
+from tmjax.teacher.edges import EXAMPLES
 from tmjax.teacher.generation import Generation
 from tmjax.teacher.probabilities import Search
 from tmjax.transfer.chain import aligns, chain_of, chain_projections, needs_of
@@ -55,7 +56,7 @@ def merge_entries(recipe: Recipe, sides: dict[str, Side], place: Placement, work
         options = next((s.options for s in steps if isinstance(s.options, PredictionOptions)), PredictionOptions())
         generated, length = 0, 0
         if options.generated_texts:
-            examples = 3 if options.examples is None else options.examples
+            examples = EXAMPLES if options.examples is None else options.examples
             generation = Generation(options.generated_texts, tokens=options.tokens, examples=examples)
             yield from programs.generation("source", source, generation, tokens)
             generated, length = generation.texts, min(generation.tokens, recipe.activations.max_tokens)
