@@ -41,8 +41,8 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 SWAHILI, WOLOF = EXPERIMENTS / "swahili", EXPERIMENTS / "wolof"
 #: Texts of each file that a case reads.
 TEXTS = {"calibration": 24, "valid": 12, "test": 16}
-#: Least tolerance for a case that was recorded on a processor of another kind: 1.3e-5 has been measured.
-OTHER_PROCESSOR = 2e-5
+#: Least tolerance for a case that was recorded on a processor of another kind: 1.1e-4 has been measured (`cover`).
+OTHER_PROCESSOR = 2e-4
 #: Entries of a tensor that are recorded.
 ENTRIES = 8
 
