@@ -51,3 +51,22 @@ def test_times_and_faults() -> None:
         build_adapt_recipe(values | {"budget": "soon"})
     with pytest.raises(InputError, match="give one of them"):
         build_adapt_recipe(values | {"budget": "5m", "tokens": 20_000})
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "named"),
+    [
+        ("training", {"lr": [1e-3]}, "training.lr"),
+        ("training", {"accumulate": 2, "steps": 10}, "training.steps, training.accumulate"),
+        ("generation", {"texts": 50}, "generation.texts"),
+    ],
+)
+def test_settings_that_a_budget_decides_are_refused(section, settings, named) -> None:
+    values = {"target": "t", "texts": "f", "out": "o", "valid": "v", section: settings}
+    assert not build_adapt_recipe(values).budgeted
+    with pytest.raises(InputError, match=f"a budget decides {named}: leave"):
+        build_adapt_recipe(values | {"tokens": 20_000})
+    # Others stay the user's, and a stored recipe has the defaults of all.
+    kept = build_adapt_recipe(values | {"tokens": 20_000, section: {}, "max_texts": 7})
+    again = build_adapt_recipe(kept.model_dump(mode="json"))
+    assert again == kept and again.max_texts == 7

@@ -1,4 +1,4 @@
-"""`tmjax convert`: conversion between Hugging Face's form and orbax's, also of checkpoints larger than memory."""
+"""`tmjax convert`: Hugging Face's form and orbax's, also of checkpoints larger than memory; differences as a LoRA."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from tmjax.checkpoints.copying import Converted, cast_config, copy_out_of_core
 from tmjax.checkpoints.formats.safetensors import DTYPES_BY_NAME
 from tmjax.checkpoints.formats.writer import DEFAULT_SHARD_SIZE, parse_size
 from tmjax.checkpoints.hub import resolve
+from tmjax.checkpoints.lora_export import LoraExport, export_lora
 from tmjax.errors import InputError
 from tmjax.files.lock import OutputLock
 from tmjax.files.owned import refuse_existing
@@ -72,3 +73,33 @@ def convert(
         else:
             orbax.save(opened, out, overwrite=overwrite)
         return Converted(opened.family, opened.spec, opened.size, opened.notes)
+
+
+def extract_lora(
+    model: str | Path, out: str | Path, *, base: str | Path, rank: int, overwrite: bool = False
+) -> LoraExport:
+    """Writes the difference of two checkpoints of one architecture as a PEFT adapter.
+
+    Args:
+        model: Hugging Face directory or hub id of the changed model.
+        out: Output directory.
+        base: Hugging Face directory or hub id of the model that the adapter belongs to; its name in the adapter too.
+        rank: Rank of every projection's update.
+        overwrite: Whether an existing output of tmjax may be replaced.
+
+    Returns:
+        Errors of the approximation, and changes that it leaves out.
+
+    Raises:
+        InputError: `out` holds anything or overlaps with an input, or as `export_lora` raises it.
+        CheckpointError: The two differ in tensors or shapes.
+    """
+    names, out = {"the checkpoint": str(model), "the base model": str(base)}, Path(out)
+    refuse_overlap(out, list(names.items()))
+    refuse_existing(out, overwrite=overwrite)
+    changed, unchanged = (resolve(name) for name in names.values())
+    for name, directory in zip(names.values(), (changed, unchanged), strict=True):
+        if orbax.is_orbax(directory):
+            raise InputError(f"{name} is an orbax checkpoint; tmjax convert {name} OUT --to hf first")
+    with OutputLock(out):
+        return export_lora(unchanged, changed, out, rank=rank, base_name=str(base), overwrite=overwrite)

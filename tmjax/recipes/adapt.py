@@ -38,6 +38,11 @@ TERMS: dict[str, tuple[Term, ...]] = {
 }
 #: Settings of `training` that are chosen on validation texts, and their defaults where there are none.
 WITHOUT_VALID: dict[str, Any] = {"steps": [300], "lr": [1e-3], "patience": None}
+#: Settings that a budget decides.
+DECIDED: dict[str, tuple[str, ...]] = {
+    "training": ("steps", "lr", "tokens_per_step", "accumulate", "average"),
+    "generation": ("texts",),
+}
 #: Former keys and their present names.
 RENAMED = {"written": "generation", "distillation.least": "distillation.min_probability"}
 
@@ -247,4 +252,18 @@ def build_adapt_recipe(values: dict[str, Any], *, base: Path | None = None) -> A
     recipe = checked(AdaptRecipe, values, RENAMED)
     if recipe.budget is not None and recipe.tokens is not None:
         raise InputError("budget and tokens both bound the training: give one of them")
+    if recipe.budgeted and recipe.valid is not None:
+        _require_undecided(recipe)
     return recipe if base is None else found_near(recipe, base)
+
+
+def _require_undecided(recipe: AdaptRecipe) -> None:
+    """Raises InputError for settings other than the defaults that a budget decides."""
+    given = [
+        f"{section}.{name}"
+        for section, names in DECIDED.items()
+        for name in names
+        if getattr(getattr(recipe, section), name) != type(getattr(recipe, section)).model_fields[name].default
+    ]
+    if given:
+        raise InputError(f"a budget decides {', '.join(given)}: leave these settings out, or the budget")

@@ -8,14 +8,10 @@ rank of all parts together.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tmjax.checkpoints.formats.adapter import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
-from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
-from tmjax.checkpoints.formats.writer import TensorMeta, write_tensors
-from tmjax.files.atomic import write_json
+from tmjax.checkpoints.formats.adapter_writer import Matrices, module_of, write_lora
 from tmjax.models.spec import DecoderSpec, ParamSpec
 from tmjax.sharding.hosts import to_host
 from tmjax.train.modes import Lora
@@ -39,7 +35,7 @@ def write_adapter(
     for row in param_specs:
         if row.path in mode.paths:
             modules.setdefault(row.hf, []).append(row)
-    tensors: dict[str, np.ndarray] = {}
+    matrices_of: dict[str, Matrices] = {}
     pattern = {}
     for hf, parts in modules.items():
         matrices = [
@@ -49,36 +45,23 @@ def write_adapter(
         rank = mode.rank * len(parts)
         for layer in range(spec.layers):
             name = hf.format(layer=layer).removesuffix(".weight")
-            tensors[f"{ADAPTER_PREFIX}{name}.lora_A.weight"] = np.concatenate([a[layer] for a, _ in matrices])
-            tensors[f"{ADAPTER_PREFIX}{name}.lora_B.weight"] = _placed(parts, spec, [b[layer] for _, b in matrices])
+            below = np.concatenate([a[layer] for a, _ in matrices])
+            matrices_of[name] = below, _placed(parts, spec, [b[layer] for _, b in matrices])
         if len(parts) > 1:
-            pattern[_module(hf)] = rank
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "bias": "none",
-        "r": mode.rank,
-        "lora_alpha": mode.alpha,
-        "lora_dropout": 0.0,
-        "fan_in_fan_out": any(
-            row.part is not None and row.part.transposed for part in modules.values() for row in part
-        ),
-        "target_modules": [_module(hf) for hf in modules],
+            pattern[module_of(hf)] = rank
+    transposed = any(row.part is not None and row.part.transposed for part in modules.values() for row in part)
+    write_lora(
+        directory,
+        matrices_of,
+        map(module_of, modules),
+        base=base,
+        rank=mode.rank,
+        alpha=mode.alpha,
+        fan_in_fan_out=transposed,
         # The factor alpha / rank stays that of one part.
-        "rank_pattern": pattern,
-        "alpha_pattern": {name: mode.alpha * rank / mode.rank for name, rank in pattern.items()},
-    }
-    write_json(directory / ADAPTER_CONFIG, config)
-    metas = [TensorMeta(name, np.dtype(np.float32), value.shape) for name, value in tensors.items()]
-    write_tensors(directory, metas, lambda name: np.asarray(tensors[name], np.float32), max_shard_size="1000GB")
-    (directory / SINGLE_NAME).rename(directory / ADAPTER_WEIGHTS)
-
-
-def _module(hf: str) -> str:
-    """Returns the part of a weight's name after the layer's number: the modules of all layers end in it."""
-    return hf.split("{layer}.")[1].removesuffix(".weight")
+        rank_pattern=pattern,
+        alpha_pattern={name: mode.alpha * rank / mode.rank for name, rank in pattern.items()},
+    )
 
 
 def _placed(parts: list[ParamSpec], spec: DecoderSpec, values: list[np.ndarray]) -> np.ndarray:

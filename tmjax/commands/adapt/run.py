@@ -33,6 +33,7 @@ from tmjax.runs.manifest import Manifest, Record, load_manifest
 from tmjax.runs.run_facts import InputFacts, ScheduleFacts, TrainingFacts
 from tmjax.sharding import hosts
 from tmjax.teacher.stages import TeacherStages
+from tmjax.train.budget import Budget
 from tmjax.train.modes import Lora
 from tmjax.train.peft import write_adapter
 from tmjax.typing import Params
@@ -68,6 +69,8 @@ class Adapt:
         for line in recipe.moved():
             warn(line)
         recipe = recipe.placed()
+        if recipe.tokens is not None:
+            Budget.of(recipe.tokens)  # too few are refused before anything is written
         self.recipe, self.inputs = recipe, AdaptInputs(recipe)
         self.show, self.warn = show, warn
         self.arms = dict(arms or arms_of(recipe))
