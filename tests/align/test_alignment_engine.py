@@ -92,6 +92,7 @@ def test_memory_stays_within_what_was_given(mib: int, rows: int, log_domain: boo
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_problems_solved_together_equal_problems_solved_in_turn() -> None:
     x, y = activations(3, 4, 60, 48, 64)
     y[2] *= np.linspace(1, 5, 60)[:, None]  # one layer that takes longer
@@ -142,6 +143,7 @@ def test_plans_from_sums_equal_plans_from_rows() -> None:
         solve_pairs(CorrelationSite(moments.correlations(state)), make_solver("gw"))
 
 
+@pytest.mark.slow
 def test_a_run_without_kept_activations(flags, recipe_file, plain, tmp_path, capsys) -> None:
     recipe = tmp_path / "r.yaml"
     told = yaml.safe_load(Path(recipe_file).read_text()) | {"activations": {"keep": False, "block_rows": 128}}

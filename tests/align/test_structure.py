@@ -137,7 +137,7 @@ def _recovers(model: Model, kind: str, verses: tuple[Texts, Texts], path: Path) 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("qwen3", "larger source"),
+        pytest.param("qwen3", "larger source", marks=pytest.mark.slow),
         pytest.param("gpt_neox", "larger source", marks=pytest.mark.slow),
         ("gpt_neox", "larger target"),
         pytest.param("qwen3", "larger target", marks=pytest.mark.slow),

@@ -23,6 +23,7 @@ from tmjax import cli
 from tmjax.checkpoints.hf import export
 from tmjax.checkpoints.load import load_model
 from tmjax.commands.adapt.training import ArmTrainer
+from tmjax.recipes.objectives import DistillationOptions
 from tmjax.runs.manifest import Manifest, read_manifest
 from tmjax.runs.run_files import split
 from tmjax.text.documents import read_texts
@@ -311,7 +312,8 @@ def test_distilled_on_generated_texts_through_python(texts, llama_dir, qwen2_dir
     assert 0.5 < shared["mass"] <= 1.0001
     with (tmp_path / "run/training/adapted/lr-0.0003-steps-6/log.csv").open(newline="") as stream:
         rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(stream)]
-    assert all(row["loss"] == pytest.approx(row["text"] + row["teacher"], rel=1e-5) for row in rows)
+    weight = DistillationOptions().weight
+    assert all(row["loss"] == pytest.approx(row["text"] + weight * row["teacher"], rel=1e-5) for row in rows)
     assert rows[-1]["teacher"] < rows[0]["teacher"]
     held = safetensors.numpy.load_file(tmp_path / "run/merged/model.safetensors")
     np.testing.assert_array_equal(held["model.norm.weight"], np.asarray(model.params["norm.weight"]))

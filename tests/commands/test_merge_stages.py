@@ -39,6 +39,7 @@ def test_a_chain_that_needs_no_alignment_makes_none(recipe_file, flags, tmp_path
     assert report["memory"]["sites"] == {} and not any("align" in name for name in report["memory"]["stages"])
 
 
+@pytest.mark.slow
 def test_rows_are_chosen_to_a_budget_and_the_manifest_says_so(recipe_file, flags, tmp_path) -> None:
     manifest = run("align", recipe_file, tmp_path, flags, activations={"max_rows": 40})
     rows = manifest["rows"]

@@ -46,6 +46,7 @@ def test_every_solver_has_its_line(compared) -> None:
     assert all(name in page for name in NAMES) and "data:image/png" in page and "http" not in page.split("<body>")[1]
 
 
+@pytest.mark.slow
 def test_a_second_start_measures_only_new_solvers(compared, capsys) -> None:
     _, arguments = compared
     capsys.readouterr()

@@ -59,7 +59,10 @@ def numbers(samples: list[dict]) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("which", "task", "batch_size"),
-    [("llama_dir", "verses_swahili", 32), ("qwen2_dir", "verses_swahili_uneven", 200)],
+    [
+        ("llama_dir", "verses_swahili", 32),
+        pytest.param("qwen2_dir", "verses_swahili_uneven", 200, marks=pytest.mark.slow),
+    ],
 )
 def test_accuracy_and_log_likelihoods_are_those_of_hf(which, task, batch_size, folder, request):
     """The uneven task in large batches is mostly padding in `hf`: few contexts are long, most have ten tokens."""

@@ -178,6 +178,7 @@ def test_no_new_compilation_for_texts_of_the_same_padded_shape(tiny):
     assert (generate.begin._cache_size(), generate.go_on._cache_size()) == before
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_the_batch_or_the_mesh(llama_dir):
     layout = Layout("data=2,fsdp=2")
     model, sampling = load_model(llama_dir), Sampling(0.9, top_p=0.9)
