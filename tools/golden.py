@@ -41,8 +41,10 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 SWAHILI, WOLOF = EXPERIMENTS / "swahili", EXPERIMENTS / "wolof"
 #: Texts of each file that a case reads.
 TEXTS = {"calibration": 24, "valid": 12, "test": 16}
-#: Least tolerance for a case that was recorded on a processor of another kind: 1.1e-4 has been measured (`cover`).
-OTHER_PROCESSOR = 2e-4
+#: Least tolerance for a case that was recorded on a processor of another kind: 1.3e-5 has been measured,
+OTHER_PROCESSOR = 2e-5
+#: but for these cases, whose plans turn on the last bits: 2.6e-5, 4.7e-5 and 1.1e-4.
+AMPLIFYING = {"regression": 5e-5, "full": 1e-4, "cover": 2e-4}
 #: Entries of a tensor that are recorded.
 ENTRIES = 8
 
@@ -249,7 +251,7 @@ def compare(
         for name in _chosen(only):
             allowed = tolerance
             if tolerance is not None and stored[name].get("processor") != processor():
-                allowed = max(tolerance, OTHER_PROCESSOR)
+                allowed = max(tolerance, AMPLIFYING.get(name, OTHER_PROCESSOR))
                 print(f"{name}: recorded on a processor of another kind, compared within {allowed}")
             found = differences(stored[name], run_case(name, Path(scratch)), allowed)
             lines += [f"{name}: {line}" for line in found]

@@ -40,13 +40,12 @@ def target(qwen2_dir) -> Teacher:
 def test_examples_are_other_given_texts_on_a_line_each(verses) -> None:
     examples = Examples(("two\n lines", *verses), 3, seed=1)
     drawn = [examples.drawn(number) for number in range(8)]
-    assert len(set(drawn)) == 8 and drawn == [examples.drawn(number) for number in range(8)]
-    for context in drawn:
-        *lines, rest = context.split("\n")
-        assert len(set(lines)) == 3 and set(lines) <= {"two lines", *verses} and not rest
+    assert len(set(map(tuple, drawn))) == 8 and drawn == [examples.drawn(number) for number in range(8)]
+    for lines in drawn:
+        assert len(set(lines)) == 3 and set(lines) <= {"two lines", *verses}
     few = dataclasses.replace(examples, given=("a", "b  c", "d"))
-    assert sorted(few.drawn(0, without=("b c",)).split()) == ["a", "d"]
-    assert dataclasses.replace(examples, count=0).drawn(0) == ""
+    assert sorted(few.drawn(0, without=("b c",))) == ["a", "d"]
+    assert dataclasses.replace(examples, count=0).drawn(0) == []
 
 
 def test_a_row_is_texts_after_examples_and_places_are_where_both_have_read_the_same(source, target, verses) -> None:
@@ -68,6 +67,17 @@ def test_a_row_is_texts_after_examples_and_places_are_where_both_have_read_the_s
     assert seen == [tuple(pair) for pair in shared.places.tolist()] == sorted(set(seen))
     # A line may begin and end with other tokens than a text; the rest is shared as without examples.
     assert len(set(map(tuple, plain.places.tolist())) ^ set(seen)) <= 2 * len(texts)
+
+
+def test_a_long_text_is_not_cut_for_examples(source, target, verses) -> None:
+    """As many of its positions are read as without examples, of which only as many stand before it as there is room."""
+    texts = [" ".join(verses[:3]), verses[4]]
+    long = max(len(encoding.ids) for encoding in source.tokenizer.encode(texts))
+    examples = Examples((" ".join(verses[10:13]), *verses[13:16]), 3, seed=0)
+    for room in (long + 2, long + 40):
+        both = [read_shared(source, target.tokenizer, texts, max_tokens=room, examples=e) for e in (None, examples)]
+        plain, lines = (set(map(tuple, each.places.tolist())) for each in both)
+        assert len(plain - lines) <= 2 and max(map(len, both[1].source)) <= room
 
 
 def test_no_row_is_longer_than_allowed_and_a_long_text_is_cut(source, target, verses) -> None:

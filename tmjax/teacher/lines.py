@@ -23,14 +23,14 @@ class Examples:
     count: int | None
     seed: int
 
-    def drawn(self, number: int, without: Sequence[str] = ()) -> str:
+    def drawn(self, number: int, without: Sequence[str] = ()) -> list[str]:
         """Returns the lines before row `number`: different given texts, none of those `without`."""
         excluded = {as_line(text) for text in without}
         allowed = [line for line in map(as_line, self.given) if line not in excluded]
         # A stream of its own: other draws of a run are those of a run without examples.
         rng = np.random.default_rng([self.seed, 2, number])
         chosen = rng.choice(len(allowed), size=min(self.count, len(allowed)), replace=False)
-        return "".join(f"{allowed[i]}\n" for i in chosen)
+        return [allowed[i] for i in chosen]
 
 
 def as_line(text: str) -> str:
@@ -105,9 +105,17 @@ def read_lines(
     source = crossing.source
     require_lines(source)
     sizes = [len(encoding.ids) + 1 for encoding in source.encode(list(texts))]
-    before = max((len(encoding.ids) + 1 for encoding in source.encode([as_line(t) for t in examples.given])), default=0)
-    rows = _rows(sizes, max_tokens - 1 - examples.count * before)
-    contexts = [examples.drawn(number, [texts[n] for n in row]) for number, row in enumerate(rows)]
+    lines = dict.fromkeys(map(as_line, examples.given))
+    size_of = {x: len(e.ids) + 1 for x, e in zip(lines, source.encode(list(lines)), strict=True)}
+    room, typical = max_tokens - 1, int(np.median(list(size_of.values())))
+    rows = _rows(sizes, room - examples.count * typical)
+    contexts = []
+    for number, row in enumerate(rows):
+        chosen = examples.drawn(number, [texts[n] for n in row])
+        # A long text is not cut for the examples before it.
+        while chosen and sum(map(size_of.__getitem__, chosen)) + sum(sizes[n] for n in row) > room:
+            chosen.pop()
+        contexts.append("".join(f"{line}\n" for line in chosen))
     wholes = [c + "".join(f"{texts[n]}\n" for n in row) for c, row in zip(contexts, rows, strict=True)]
     ids, pairs, places = [], [], []
     for row, context, whole, encoding in zip(rows, contexts, wholes, source.encode(wholes), strict=True):

@@ -17,6 +17,7 @@ from tmjax.teacher.edges import EXAMPLES
 from tmjax.teacher.generation import Generation
 from tmjax.teacher.probabilities import Search
 from tmjax.teacher.span_features import SITE
+from tmjax.train.budget import Budget
 from tmjax.train.data import ROW_STEP, Batch, Guide
 from tmjax.train.loss import TeacherTokens
 from tmjax.train.modes import Lora, Mode, Plain, map_sharding, shardings_of
@@ -37,8 +38,13 @@ def adapt_entries(recipe: AdaptRecipe, sides: dict[str, Side], place: Placement,
         Stage, name and maker of every program.
 
     Raises:
-        InputError: The mode trains a merge's residual, whose arrays are known only after the merge.
+        InputError: The mode trains a merge's residual, whose arrays are known only after the merge; or the budget is a
+            time.
     """
+    if recipe.budget is not None:
+        raise InputError("a budget of time is converted on the machine itself; plan with tokens instead of budget")
+    if recipe.tokens is not None:
+        recipe = Budget.of(recipe.tokens).applied(recipe)
     if recipe.mode == "residual-frozen":
         raise InputError("plan reads no residuals: plan the merge, and the mode sft or combined for the training")
     live = {name: place.params(side) for name, side in sides.items()}
