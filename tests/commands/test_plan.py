@@ -12,7 +12,10 @@ import yaml
 from helpers import SPEC
 
 from tmjax import cli
+from tmjax.cli.doctor_command import _recipe_of
+from tmjax.cli.options import PairFlags
 from tmjax.commands.plan import planning
+from tmjax.commands.plan.adapt_programs import adapt_entries
 from tmjax.commands.plan.communication import collectives
 from tmjax.commands.plan.compiling import _needed, entries_of, read_models
 from tmjax.commands.plan.counting import counted
@@ -20,7 +23,8 @@ from tmjax.commands.plan.machines import FIGURES, parse_topology, require_compil
 from tmjax.commands.plan.planned import Placement, Workload, device_bytes
 from tmjax.errors import InputError
 from tmjax.models.families import FAMILIES
-from tmjax.recipes.adapt import build_adapt_recipe
+from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe
+from tmjax.recipes.merge import Recipe
 from tmjax.sharding.mesh import Layout
 from tmjax.transfer.recipe import build_recipe
 
@@ -234,3 +238,17 @@ def test_what_a_compiler_refuses_says_what_it_needs():
     assert _needed(told) == 24.84 * 2**30
     assert _needed("Used 18.20G of 15.75G hbm") == 18.20 * 2**30
     assert _needed("INTERNAL: no") is None
+
+
+def test_a_recipe_without_a_mode_is_an_adaptation_by_its_keys(tmp_path) -> None:
+    file = tmp_path / "adapt.yaml"
+    file.write_text("source: s\ntarget: t\ntraining: {steps: 3}\n")
+    assert isinstance(_recipe_of(PairFlags(recipe=file), None), AdaptRecipe)
+    file.write_text("source: s\ntarget: t\npreset: quick\n")
+    assert isinstance(_recipe_of(PairFlags(recipe=file), None), Recipe)
+
+
+def test_a_budget_of_time_is_refused() -> None:
+    values = {"source": "s", "target": "t", "texts": "-", "out": "-", "valid": "v"}
+    with pytest.raises(InputError, match="plan with tokens"):
+        next(adapt_entries(build_adapt_recipe(values | {"budget": "5m"}), {}, None, None))
