@@ -12,16 +12,21 @@ bound), and the first program that does not fit.
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from tmjax.commands.plan.machines import parse_topology
 from tmjax.commands.plan.planned import Workload
 from tmjax.commands.plan.planning import Question, plan
+from tmjax.files.atomic import write_json
 from tmjax.recipes.adapt import build_adapt_recipe
 from tmjax.transfer.recipe import build_recipe
+from tools.script import script
 
 CONFIGS = Path(__file__).resolve().parents[2] / "tests/data/configs"
 MODELS = {
@@ -84,9 +89,10 @@ def main(
                     recipe = recipe_of(model(out, target), model(out, source), command)
                     work = Workload(texts, 200, 300)
                     report = plan(Question(recipe, parse_topology(topology), work, None, chosen))
-                    file.write_text(json.dumps(report, indent=1))
+                    write_json(file, report)
                 print(row(name, json.loads(file.read_text())), flush=True)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with script("plans", resumes=True):
+        typer.run(main)
