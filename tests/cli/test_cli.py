@@ -472,7 +472,7 @@ def test_convert_both_ways_and_its_errors(llama_dir, capsys, tmp_path) -> None:
     assert stored(tmp_path / "hf") == stored(llama_dir)
     for arguments, message in (
         ([llama_dir, tmp_path / "hf", "--to", "hf"], "exists; choose another output or pass --overwrite"),
-        ([llama_dir, tmp_path / "x", "--to", "gguf"], "write hf or orbax"),
+        ([llama_dir, tmp_path / "x", "--to", "gguf"], "write hf, orbax or lora"),
         ([tmp_path / "nothing", tmp_path / "x", "--to", "hf"], "no checkpoint at"),
         ([llama_dir, tmp_path / "x", "--to", "hf", "--max-shard-size", "big"], "'big' is not a size"),
     ):
