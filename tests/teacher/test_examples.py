@@ -8,7 +8,7 @@ import tokenizer_kinds
 
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
-from tmjax.teacher.generation import Generation, contexts, generate_texts, openings
+from tmjax.teacher.generation import SHARE_LINES, Generation, contexts, generate_texts, openings
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.tokenizer import load_tokenizer
 
@@ -27,8 +27,10 @@ def teacher(llama_dir) -> Teacher:
 
 
 def test_contexts_are_different_given_texts_a_line_each(verses) -> None:
-    drawn = contexts(["two\n lines", *verses], SETTINGS, 3)
-    assert len(drawn) == 6 and len(set(drawn)) > 3 and drawn == contexts(["two\n lines", *verses], SETTINGS, 3)
+    many = dataclasses.replace(SETTINGS, texts=5 * SHARE_LINES)
+    drawn = contexts(["two\n lines", *verses], many, 3)
+    assert len(drawn) == 5 * SHARE_LINES and drawn == contexts(["two\n lines", *verses], many, 3)
+    assert len(set(drawn)) == 5 and len(set(drawn[:SHARE_LINES])) == 1
     for context in drawn:
         first, second, rest = context.split("\n")
         assert first != second and {first, second} <= {"two lines", *verses} and not rest

@@ -4,6 +4,7 @@ Slots of the cache are filled in the order of calls, the same for all rows; whic
 own, so prompts of different lengths are padded on the right and nothing is moved. Padding leaves slots nobody reads.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,17 @@ class Cache:
     positions: Array
     used: Array
     length: Array
+
+    def of_rows(self, rows: Array, mesh: Mesh | None) -> "Cache":
+        """Returns the cache of these rows, each any number of times; for use inside jit."""
+        keys, values = self.keys[:, rows], self.values[:, rows]
+        return laid_out(Cache(keys, values, self.positions[rows], self.used, self.length[rows]), mesh)
+
+
+def laid_out(cache: Cache, mesh: Mesh | None) -> Cache:
+    """Returns the cache with its rows split over the devices; for use inside jit."""
+    keys, values = (constrain(mesh, x, (None, "batch", None, None, None)) for x in (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=keys, values=values)
 
 
 def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype = jnp.float32) -> Cache:

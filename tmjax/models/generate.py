@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tmjax.errors import InputError
-from tmjax.models.cache import Cache, empty_cache, extend, grown, prompt_tables, read_after, step_tables, turning_point
+from tmjax.models.cache import Cache, extend, grown, laid_out, step_tables, turning_point
 from tmjax.models.decoder import bind, known_logits
+from tmjax.models.prompts import Prompts, make_prompts, placed, read_prompts
 from tmjax.models.sample import Sampling, choose
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.hosts import to_host
-from tmjax.sharding.mesh import Layout, constrain
+from tmjax.sharding.mesh import Layout
 from tmjax.typing import Array, Params, pytree_dataclass
 
 #: Tokens between two looks of the host.
@@ -36,7 +37,7 @@ class DecodingOptions:
         known: Rows of the embedding that are tokens, bool [vocab]; no others are generated. None: all.
         sampling: Choice of the next token.
         seed: Seed of all draws.
-        prompt_tokens: Prompts are padded to so many tokens; None: to the longest.
+        prompt_tokens: Prompts are padded to a multiple of so many tokens; None: to the longest.
         rows: The batch is padded to so many prompts; None: to their number.
         dtype: Dtype of the computation.
     """
@@ -80,20 +81,15 @@ def _keys_at(keys_b: Array, length_b: Array) -> Array:
 def begin(
     program: DecodingProgram,
     params: Params,
-    ids_bt: Array,
-    length_b: Array,
-    tables: tuple[Array, Array],
+    prompts: Prompts,
     keys_b: Array,
     ends: Array,
     known_v: Array | None,
 ) -> DecodingState:
     """Reads the prompts and chooses the first token after each."""
-    spec = program.spec
-    cache = empty_cache(spec, ids_bt.shape[0], 0, program.dtype)
-    hidden, cache = read_after(spec, params, cache, ids_bt, length_b, tables, program.mesh)
-    last = jnp.take_along_axis(hidden, (length_b - 1)[:, None, None], axis=1)[:, 0]
-    logits = known_logits(bind(spec, params).logits(last), known_v)
-    token = choose(logits, _keys_at(keys_b, length_b), program.sampling)
+    last, cache = read_prompts(program.spec, params, prompts, program.dtype, program.mesh)
+    logits = known_logits(bind(program.spec, params).logits(last), known_v)
+    token = choose(logits, _keys_at(keys_b, cache.length), program.sampling)
     return DecodingState(cache, token, jnp.isin(token, ends), keys_b)
 
 
@@ -134,20 +130,13 @@ def go_on(
 @functools.partial(jax.jit, static_argnames=("slots", "mesh"))
 def with_room(state: DecodingState, slots: int, mesh: Mesh | None) -> DecodingState:
     """The batch with `slots` further slots in its cache."""
-    return dataclasses.replace(state, cache=_laid_out(grown(state.cache, slots), mesh))
+    return dataclasses.replace(state, cache=laid_out(grown(state.cache, slots), mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))
 def _rows(state: DecodingState, rows: Array, mesh: Mesh | None) -> DecodingState:
     """Only these rows of a batch."""
-    cache = state.cache
-    cache = Cache(cache.keys[:, rows], cache.values[:, rows], cache.positions[rows], cache.used, cache.length[rows])
-    return DecodingState(_laid_out(cache, mesh), state.last[rows], state.ended[rows], state.keys[rows])
-
-
-def _laid_out(cache: Cache, mesh: Mesh | None) -> Cache:
-    keys, values = (constrain(mesh, x, (None, "batch", None, None, None)) for x in (cache.keys, cache.values))
-    return dataclasses.replace(cache, keys=keys, values=values)
+    return DecodingState(state.cache.of_rows(rows, mesh), state.last[rows], state.ended[rows], state.keys[rows])
 
 
 def cache_bytes(spec: DecoderSpec, tokens: int, dtype: jnp.dtype) -> int:
@@ -162,6 +151,7 @@ def generate(
     options: DecodingOptions,
     *,
     numbers: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
     layout: Layout | None = None,
     finished: Callable[[int, list[int]], bool] = lambda row, ids: False,
 ) -> list[list[int]]:
@@ -176,6 +166,7 @@ def generate(
         prompts: Token ids of the prompts, at least one each.
         options: Settings of decoding.
         numbers: Numbers of the rows, by default their places.
+        groups: The group of every prompt. What all prompts of a group begin with is read once; the result is the same.
         layout: Devices; one unless given.
         finished: Called with a row and its new tokens every `STRETCH` tokens; whether the row ends there.
 
@@ -197,7 +188,7 @@ def generate(
     numbers = list(range(len(prompts)) if numbers is None else numbers)
     turn = turning_point(spec)
     limits = [turn + 1 - n if n <= turn < n + new_tokens - 1 else new_tokens for n in lengths]
-    result = batch.generate(prompts, numbers, limits, [[] for _ in prompts])
+    result = batch.generate(prompts, numbers, limits, [[] for _ in prompts], groups=groups)
     again = [row for row, (ids, n) in enumerate(zip(result, limits, strict=True)) if len(ids) == n < new_tokens]
     if again:  # all frequencies change here, so keys and values are made anew
         further = batch.generate(
@@ -229,22 +220,18 @@ class _Batch:
         limits: Sequence[int],
         before: Sequence[list[int]],
         names: Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """At most `limits` tokens after each prompt; `finished` gets row `names` with those generated `before`."""
-        lengths, options = [len(ids) for ids in prompts], self.options
-        padded = max(options.prompt_tokens or 0, *lengths)
-        multiple = self.layout.batch_multiple
+        options, multiple = self.options, self.layout.batch_multiple
         size = -(-max(options.rows or 0, len(prompts)) // multiple) * multiple
-        filled = np.ones(size, np.int32)
-        filled[: len(prompts)] = lengths
-        ids_bt = np.zeros((size, padded), np.int32)
-        for row, ids in enumerate(prompts):
-            ids_bt[row, : len(ids)] = ids
+        tokens = options.prompt_tokens or max(map(len, prompts))
+        laid = make_prompts(self.spec, prompts, groups, size=size, tokens=tokens, multiple=multiple)
         number = np.zeros(size, np.uint32)
         number[: len(prompts)] = numbers
         result: list[list[int]] = [[] for _ in prompts]
         is_open = np.arange(size) < len(prompts)
-        for rows, tokens in self._stretches(ids_bt, filled, number, max(limits), is_open):
+        for rows, tokens in self._stretches(laid, number, max(limits), is_open):
             for place, row in enumerate(rows.tolist()):
                 if not is_open[row]:
                     continue
@@ -261,8 +248,7 @@ class _Batch:
 
     def _stretches(
         self,
-        ids_bt: np.ndarray,
-        length_b: np.ndarray,
+        prompts: Prompts,
         number_b: np.ndarray,
         new_tokens: int,
         is_open: np.ndarray,
@@ -278,9 +264,8 @@ class _Batch:
         )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.options.seed), number_b)
         ends = jnp.asarray(list(self.options.ends) or [-1], jnp.int32)
-        batch, prompt = ids_bt.shape
-        tables = prompt_tables(spec, length_b.tolist(), prompt)
-        state = begin(program, self.params, place(ids_bt), place(length_b), tables, keys, ends, known)
+        state = begin(program, self.params, placed(prompts, place), keys, ends, known)
+        batch, prompt = len(number_b), prompts.slots
         stretches = -(-new_tokens // STRETCH)
         tables = step_tables(spec, prompt + stretches * STRETCH)
         rows, room, left = np.arange(batch), 0, new_tokens - 1

@@ -9,6 +9,7 @@ import numpy as np
 
 from tmjax.errors import InputError
 from tmjax.models.generate import LEAST_ROWS, DecodingOptions, cache_bytes, generate
+from tmjax.models.prompts import PROMPT_TOKENS
 from tmjax.models.sample import Sampling
 from tmjax.models.spec import DecoderSpec
 from tmjax.recipes.objectives import GenerationOptions
@@ -18,8 +19,8 @@ from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.buckets import bucket_length
 from tmjax.text.documents import Texts
 
-#: Prompts are padded to multiples of this.
-PROMPT_TOKENS = 16
+#: Texts in a row that have the same lines before them, which are read once.
+SHARE_LINES = 16
 #: The cache of a batch takes at most this part of an accelerator's memory, on a CPU so many MiB.
 CACHE_SHARE, CACHE_CPU_MIB = 8, 1024
 
@@ -99,12 +100,16 @@ def openings(texts: Sequence[str], generation: Generation, seed: int) -> list[st
 
 
 def contexts(texts: Sequence[str], generation: Generation, seed: int) -> list[str]:
-    """Draws the lines before every prompt: `generation.examples` different given texts each, or nothing."""
+    """Draws the lines before every prompt: `generation.examples` different given texts, or nothing.
+
+    `SHARE_LINES` prompts in a row have the same ones.
+    """
     count = min(generation.examples, len(texts))
     # A stream of its own: openings are those of a generation without examples.
     rng = np.random.default_rng([seed, 1])
-    drawn = [rng.choice(len(texts), size=count, replace=False) for _ in range(generation.texts)]
-    return ["".join(f"{as_line(texts[i])}\n" for i in chosen) for chosen in drawn]
+    drawn = [rng.choice(len(texts), size=count, replace=False) for _ in range(0, generation.texts, SHARE_LINES)]
+    lines = ["".join(f"{as_line(texts[i])}\n" for i in chosen) for chosen in drawn]
+    return [lines[number // SHARE_LINES] for number in range(generation.texts)]
 
 
 def batch_rows(spec: DecoderSpec, generation: Generation, tokens: int, dtype: jnp.dtype) -> int:
@@ -150,8 +155,9 @@ def generate_texts(
     def finished(number: int, new: list[int]) -> bool:
         return lines > 0 and "\n" in tokenizer.decode(new)
 
-    order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
-    longest = len(ids[order[-1]]) + generation.tokens
+    groups = [number // SHARE_LINES for number in range(len(ids))] if lines else None
+    order = sorted(range(len(ids)), key=lambda n: (groups[n] if groups else 0, len(ids[n])))
+    longest = max(map(len, ids)) + generation.tokens
     size = batch_rows(spec, generation, longest, teacher.dtype)
     for start in range(0, len(order), size):
         rows = order[start : start + size]
@@ -161,12 +167,21 @@ def generate_texts(
             known=tokenizer.known(spec.vocab),
             sampling=generation.sampling,
             seed=seed,
-            prompt_tokens=-(-len(ids[rows[-1]]) // PROMPT_TOKENS) * PROMPT_TOKENS,
+            prompt_tokens=PROMPT_TOKENS,
             rows=min(size, bucket_length(len(rows))),
             dtype=teacher.dtype,
         )
         prompts = [ids[n] for n in rows]
-        new = generate(spec, teacher.params, prompts, options, numbers=rows, layout=teacher.layout, finished=finished)
+        new = generate(
+            spec,
+            teacher.params,
+            prompts,
+            options,
+            numbers=rows,
+            groups=[groups[n] for n in rows] if groups else None,
+            layout=teacher.layout,
+            finished=finished,
+        )
         for number, added in zip(rows, new, strict=True):
             ids[number] += added
             ended[number] = len(added) < generation.tokens or finished(number, added)

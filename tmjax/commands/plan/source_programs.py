@@ -13,11 +13,12 @@ from tmjax.activations.joined import Joined, join
 from tmjax.commands.doctor.side import Side
 from tmjax.commands.plan.planned import Entry, Placement, Planned
 from tmjax.evaluate.bits import token_nll
-from tmjax.models.cache import prompt_tables, step_tables
+from tmjax.models.cache import step_tables
 from tmjax.models.generate import STRETCH, DecodingProgram, begin, go_on, with_room
+from tmjax.models.prompts import PROMPT_TOKENS, make_prompts, placed
 from tmjax.models.tree import Nodes
 from tmjax.teacher.branches import NODE_ROWS, ROW_NODES, STATES, likeliest_after, read_batch, read_branches
-from tmjax.teacher.generation import PROMPT_TOKENS, Generation, batch_rows
+from tmjax.teacher.generation import SHARE_LINES, Generation, batch_rows
 from tmjax.teacher.probabilities import BATCH_TOKENS, Search
 from tmjax.text.buckets import bucket_length, bucketed
 from tmjax.text.rows import TokenisedDocument
@@ -83,22 +84,25 @@ class SourcePrograms:
 
     def generation(self, name: str, side: Side, generation: Generation, tokens: int) -> Iterator[Entry]:
         """Prompts and further tokens of generated texts; `tokens` are those of a given text before a prompt."""
-        prompt = 1 + OPENING_TOKENS + generation.examples * tokens
-        rows = min(batch_rows(side.spec, generation, prompt + generation.tokens, self.dtype), generation.texts)
+        lines = generation.examples * tokens
+        longest = 1 + OPENING_TOKENS + lines + generation.tokens
+        rows = min(batch_rows(side.spec, generation, longest, self.dtype), generation.texts)
         layout, spec, array = self.place.layout, side.spec, self.place.array
         rows = min(bucket_length(rows), generation.batch)
         rows = -(-rows // layout.batch_multiple) * layout.batch_multiple
-        padded = -(-prompt // PROMPT_TOKENS) * PROMPT_TOKENS
         batches = -(-generation.texts // rows)
         program = DecodingProgram(spec, generation.sampling, jnp.dtype(self.dtype), layout.mesh)
         keys = array((rows,), jax.random.key(0).dtype)
         ends, known = array((1,), jnp.int32), array((spec.vocab,), bool)
-        ids, lengths = self.place.batch((rows, padded), jnp.int32), self.place.batch((rows,), jnp.int32)
         settings = {"texts generated together": rows}
 
         def prompts() -> tuple[Any, ...]:
-            tables = self.place.like(prompt_tables(spec, [padded] * rows, padded))
-            return program, self.live[name], ids, lengths, tables, keys, ends, known
+            # Rows stand for texts; their lengths decide the shapes, their tokens do not.
+            groups = [number // SHARE_LINES for number in range(rows)] if lines else None
+            each = [range(1 + lines + OPENING_TOKENS)] * rows
+            laid = make_prompts(spec, each, groups, size=rows, tokens=PROMPT_TOKENS, multiple=layout.batch_multiple)
+            shapes = placed(laid, lambda x: self.place.batch(x.shape, x.dtype), self.place.like)
+            return program, self.live[name], shapes, keys, ends, known
 
         def first() -> Planned:
             return Planned(begin, prompts(), batches, self.others(name), settings=settings)
@@ -121,7 +125,7 @@ class SourcePrograms:
             )
             last, ended = self.place.batch((rows,), jnp.int32), self.place.batch((rows,), bool)
             state = type(state)(cache, last, ended, keys)
-            tables = self.place.like(step_tables(spec, padded + stretches * STRETCH))
+            tables = self.place.like(step_tables(spec, cache.keys.shape[3]))
             count = array((), jnp.int32)
             arguments = program, self.live[name], state, tables, ends, known, count, STRETCH
             return Planned(go_on, arguments, batches * stretches, self.others(name), STRETCH, settings)
