@@ -23,6 +23,23 @@ def plugin_file(name: str) -> str | None:
     return place if colon and place.endswith(".py") else None
 
 
+def beside(name: str, base: Path | None) -> str:
+    """Returns a name `FILE.py:NAME` with the path of the file in the folder `base`, if it lies there and not here."""
+    file = plugin_file(name)
+    if base is None or file is None or Path(file).exists() or not (base / file).exists():
+        return name
+    return f"{base / file}{name.removeprefix(file)}"
+
+
+def code_hash(kind: type) -> str | None:
+    """Returns the SHA-256 of the file that defines a class; None for those of this package."""
+    package = __name__.partition(".")[0]
+    if kind.__module__.partition(".")[0] == package:
+        return None
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+
+
 def load_plugin(name: str, group: str, kind: str) -> Any | None:
     """Loads an object of another package.
 

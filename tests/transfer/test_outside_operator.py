@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,14 +173,19 @@ def test_an_operator_that_contributes_has_its_coefficients_chosen_and_swept(reci
     assert sweep["settings"] == 2 and set(sweep["best"]["coefficients"]) == {"down"}
 
 
-def test_a_run_finds_the_file_of_its_operator_from_another_directory(llama_dir, tmp_path, monkeypatch, capsys) -> None:
-    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+def small_pair(llama_dir: Path, project: Path) -> Path:
+    """A folder with `source`, `target`, `texts.txt` and an empty folder `recipes`."""
     vocab = json.loads((llama_dir / "config.json").read_text())["vocab_size"]
     spec = dataclasses.replace(SPEC, vocab=vocab, layers=1, tied_embeddings=True)
     for name, seed in (("source", 1), ("target", 2)):
         make_checkpoint(project / name, "llama", spec, tokenizer=llama_dir, seed=seed)
     (project / "texts.txt").write_text("\n".join(f"neno {number} maji ya mto" for number in range(6)))
     (project / "recipes").mkdir()
+    return project
+
+
+def test_a_run_finds_the_file_of_its_operator_from_another_directory(llama_dir, tmp_path, monkeypatch, capsys) -> None:
+    project, elsewhere = small_pair(llama_dir, tmp_path / "project"), tmp_path / "elsewhere"
     (project / "recipes/noise.py").write_text(NOISE)
     recipe = {"source": "source", "target": "target", "texts": "texts.txt", "out": "run", "alpha": 0.1}
     recipe |= {"operators": ["noise.py:Noise"], "self_source": False, "allow_negligible": True}
@@ -203,6 +209,49 @@ def test_a_run_finds_the_file_of_its_operator_from_another_directory(llama_dir, 
     # No alignment is needed for it, so the report goes without.
     (project / "run/samples.json").write_text('{"samples": []}')
     assert run(capsys, "report", project / "run")[0] == 0
+
+
+SOLVER = """
+from dataclasses import dataclass
+from tmjax import ot
+from tmjax.ot.result import certify
+
+@dataclass(frozen=True)
+class Independent:
+    name = "independent"
+    properties = ot.ResultProperties()
+
+    def solve_one(self, problem):
+        return certify(problem, ot.DensePlan(problem.a[:, None] * problem.b), iterations=1, threshold=1e-6)
+"""
+
+
+def test_a_run_finds_the_file_of_its_solver_from_another_directory(llama_dir, tmp_path, monkeypatch) -> None:
+    """And a changed file is another solver: the plans are made again."""
+    project, elsewhere = small_pair(llama_dir, tmp_path / "project"), tmp_path / "elsewhere"
+    (project / "recipes/plain.py").write_text(SOLVER)
+    recipe = {"source": "source", "target": "target", "texts": "texts.txt", "out": "run", "alpha": 0.1}
+    recipe |= {"operators": [{"transport": {"roles": ["down"]}}], "self_source": False}
+    recipe |= {"alignment": {"solver": "plain.py:Independent"}}
+    monkeypatch.chdir(project)
+
+    def align(recipe) -> bool:
+        merge = Merge(recipe, amend=(project / "run").exists())
+        merge.align()
+        merge.run.close()
+        return merge.run.manifest.to_json()["stages"]["alignment"]["reused"]
+
+    assert not align(build_recipe(recipe, base=Path("recipes")))
+    stored = yaml.safe_load((project / "run/recipe.yaml").read_text())
+    assert stored["alignment"]["solver"] == "recipes/plain.py:Independent"
+    assert stored["places"]["recipes/plain.py"] == str(project / "recipes/plain.py")
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert align(open_run(project / "run", {}))
+    (project / "recipes/plain.py").write_text(SOLVER + "# changed\n")
+    for name in [name for name in sys.modules if name.startswith("tmjax_plugin_plain")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert not align(open_run(project / "run", {}))
 
 
 def test_changed_code_of_an_operator_is_another_input(tmp_path) -> None:

@@ -16,7 +16,8 @@ from tmjax.align.statistics import Statistics, statistics
 from tmjax.align.structure.structured import Described, Solve, Structure, require_structure, structured_sites
 from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
-from tmjax.ot import Solver, make_solver, solver_options
+from tmjax.ot import Solver, make_solver, solver_class, solver_options
+from tmjax.plugins import code_hash
 from tmjax.recipes.merge import AlignmentOptions
 
 #: gate and up write what down reads, unit by unit: the three share the plan of `mlp_hidden`, each with its own scales.
@@ -84,6 +85,11 @@ def solver_of(options: AlignmentOptions) -> Solver:
     known = solver_options(options.solver)
     common = {name: getattr(options, name) for name in ("epsilon", "threshold", "max_iterations") if name in known}
     return make_solver(options.solver, **common | options.solver_options)
+
+
+def solver_hash(options: AlignmentOptions) -> str | None:
+    """Returns the SHA-256 of the file of a solver that is not of this package; the plans depend on it."""
+    return code_hash(solver_class(options.solver))
 
 
 def align(

@@ -266,11 +266,20 @@ class Recipe(Placed):
     ]
 
     def inputs(self) -> dict[str, str]:
-        """Returns the names of all inputs, by their keys: files of operators are among them."""
+        """Returns the names of all inputs, by their keys: files of operators and of a solver are among them."""
         files = {
             f"operators.{number}": plugin_file(name) for number, entry in enumerate(self.operators) for name in entry
         }
+        files["alignment.solver"] = plugin_file(self.alignment.solver)
         return super().inputs() | {key: file for key, file in files.items() if file is not None}
+
+    def located_alignment(self) -> AlignmentOptions:
+        """Returns the options of the alignment with the present place of a solver's file."""
+        file = plugin_file(self.alignment.solver)
+        if file is None:
+            return self.alignment
+        located = f"{self.place(file)}{self.alignment.solver.removeprefix(file)}"
+        return self.alignment.model_copy(update={"solver": located})
 
     def bases(self) -> dict[str, str]:
         """Returns the checkpoints that operators name as `base`, by their keys."""

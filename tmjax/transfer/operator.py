@@ -6,17 +6,14 @@ update table and report go by this interface alone.
 """
 
 import functools
-import hashlib
 import importlib
 import pkgutil
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from tmjax.errors import InputError
-from tmjax.plugins import load_plugin, offered, plugin_file
+from tmjax.plugins import code_hash, load_plugin, offered, plugin_file
 from tmjax.recipes.base import Section, checked
 from tmjax.recipes.merge import Recipe
 from tmjax.transfer import operators
@@ -181,10 +178,6 @@ def find_operator(name: str) -> Operator | Contributor:
     return operator
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def code_hashes(chain: Chain) -> dict[str, str]:
     """Hashes the files of operators outside this package; they are inputs of a result.
 
@@ -194,14 +187,8 @@ def code_hashes(chain: Chain) -> dict[str, str]:
     Returns:
         SHA-256 of the file by operator name.
     """
-    package = f"{__name__.partition('.')[0]}."
-    modules = {step.operator.name: type(step.operator).__module__ for step in chain}
-    files = {
-        name: getattr(sys.modules.get(module), "__file__", None)
-        for name, module in modules.items()
-        if not module.startswith(package)
-    }
-    return {name: _digest(Path(file).read_bytes()) for name, file in files.items() if file}
+    hashes = {step.operator.name: code_hash(type(step.operator)) for step in chain}
+    return {name: digest for name, digest in hashes.items() if digest is not None}
 
 
 def operators_of(recipe: Recipe) -> Chain:

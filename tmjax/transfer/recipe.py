@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tmjax.errors import InputError
-from tmjax.plugins import plugin_file
+from tmjax.plugins import beside
 from tmjax.recipes.base import checked, found_near, merged_values
 from tmjax.recipes.merge import Recipe
 from tmjax.recipes.old_keys import refuse_old_keys
@@ -32,6 +32,9 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
     merged = merged_values(PRESETS[preset], values | {"preset": preset})
     if isinstance(merged.get("operators"), list | tuple):
         merged["operators"] = [_entry(entry, base) for entry in merged["operators"]]
+    alignment = merged.get("alignment")
+    if isinstance(alignment, dict) and isinstance(alignment.get("solver"), str):
+        merged["alignment"] = alignment | {"solver": beside(alignment["solver"], base)}
     recipe = checked(Recipe, merged)
     names = [next(iter(entry)) for entry in recipe.operators]
     steps = operators_of(recipe)
@@ -47,7 +50,4 @@ def _entry(entry: Any, base: Path | None) -> Any:
     if not isinstance(entry, dict) or len(entry) != 1:
         return entry
     ((name, options),) = entry.items()
-    file = plugin_file(str(name))
-    if base is not None and file is not None and not Path(file).exists() and (base / file).exists():
-        name = f"{base / file}{name.removeprefix(file)}"
-    return {name: {} if options is None else options}
+    return {beside(str(name), base): {} if options is None else options}

@@ -83,7 +83,7 @@ def memory(
     if not aligns(chain_of(recipe)):
         sites = Sites({}, ())
     layers = target.spec.layers, source.spec.layers
-    kept, options = _kept(target, source, recipe), recipe.alignment
+    kept, options = _kept(target, source, recipe), recipe.located_alignment()
     width = 2 if options.feature_dtype == "float16" else 4
     potentials_possible = solver_of(options).properties.potentials and recipe.activations.keep
     by_site = {}

@@ -101,7 +101,10 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
             rows = reading.rows if recipe.activations.keep else 0
             # With assumed rows a lack of room is only a hint.
             if aligned:
-                _tried(notes if reading.assumed else problems, lambda: require_room(sites, rows, recipe.alignment))
+                _tried(
+                    notes if reading.assumed else problems,
+                    lambda: require_room(sites, rows, recipe.located_alignment()),
+                )
             shards = layout.sizes["fsdp"] * layout.sizes["tensor"]
             report["memory"] = memory(target, source, sites, reading, recipe, shards)
             rebuilt = {site for site, item in report["memory"]["sites"].items() if item["kept_as"] != "dense"}
@@ -135,9 +138,9 @@ def operators(chain: Chain) -> list[dict[str, Any]]:
 
 
 def _require_solver(recipe: Recipe, target: Side, source: Side, chosen: Mapping[str, ParamSpec]) -> bool:
-    solver = solver_of(recipe.alignment)
+    solver = solver_of(recipe.located_alignment())
     if not recipe.activations.keep:
-        require_streamable(recipe.alignment)
+        require_streamable(recipe.located_alignment())
     if isinstance(solver, ShapeCheckingSolver):
         for site, units in sites_of(target, source, chosen, recipe.alignment.structure).units.items():
             try:

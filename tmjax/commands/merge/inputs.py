@@ -221,9 +221,9 @@ class Inputs:
         chosen = [step for step in self.chain if step.contributes or step.operator.chooses]
         if recipe.alpha is None and recipe.valid is None and chosen:
             raise InputError("alpha is chosen on validation texts: give --valid FILE, or fix it with --alpha X")
-        solver_of(recipe.alignment)
+        solver_of(recipe.located_alignment())
         if not recipe.activations.keep:
-            require_streamable(recipe.alignment)
+            require_streamable(recipe.located_alignment())
             for step in self.chain:
                 if "activations" in step.operator.needs:
                     raise InputError(
@@ -237,4 +237,4 @@ class Inputs:
         if "teacher" in needs:
             require_shared(self.target_tokenizer, self.source_tokenizer, self.texts.texts, otherwise=WITHOUT)
         if aligns(self.chain):
-            require_room(self.sites, len(self.rows[0]) if recipe.activations.keep else 0, recipe.alignment)
+            require_room(self.sites, len(self.rows[0]) if recipe.activations.keep else 0, recipe.located_alignment())

@@ -13,7 +13,7 @@ from tmjax.activations.blocks import paired_blocks
 from tmjax.activations.capture import CaptureOptions, capture
 from tmjax.activations.store import Activations
 from tmjax.align import storage as alignment_store
-from tmjax.align.alignment import Alignment, align, needed_sites
+from tmjax.align.alignment import Alignment, align, needed_sites, solver_hash
 from tmjax.align.moments import Moments
 from tmjax.align.streaming import align_moments, gather, load_moments, save_moments
 from tmjax.commands.callbacks import Warn
@@ -97,7 +97,9 @@ class SourceStages:
 
     def alignment_key(self) -> object:
         """Returns the key of the alignment: everything that it depends on."""
-        return [self.activation_key(SOURCE), self.recipe.alignment.model_dump(mode="json")]
+        code = solver_hash(self.recipe.located_alignment())
+        key = [self.activation_key(SOURCE), self.recipe.alignment.model_dump(mode="json")]
+        return key if code is None else [*key, code]
 
     # Views.
 
@@ -278,7 +280,7 @@ class SourceStages:
             "progress": self.session.step(step),
             "models": ((target.spec, target.params), (source.spec, origin.params())),
         }
-        projections, options = self.inputs.projections, self.recipe.alignment
+        projections, options = self.inputs.projections, self.recipe.located_alignment()
         if not self.recipe.activations.keep:
             sums = self.moments(origin)
             return lambda: align_moments(sums, projections, options, **settings)

@@ -96,7 +96,7 @@ def _alignment(
             "capture",
             lambda name=name: programs.capture(name, sides[name], texts, tokens, -(-rows // texts), options),
         )
-    solver = solver_of(recipe.alignment)
+    solver = solver_of(recipe.located_alignment())
     if isinstance(solver, HostSolver) or not recipe.activations.keep:
         return
     for site in sites.plans:
@@ -107,7 +107,7 @@ def _solve(
     recipe: Recipe, sides: dict[str, Side], programs: SourcePrograms, units: tuple[int, int], rows: int
 ) -> Planned:
     """Neuron plans of a site, for a chunk of pairs of layers."""
-    options, place = recipe.alignment, programs.place
+    options, place = recipe.located_alignment(), programs.place
     layers = sides["target"].spec.layers, sides["source"].spec.layers
     pairs = int(band(*layers, options.layer_band).sum()) if options.layer_pairs == "band" else math.prod(layers)
     mesh = place.layout.mesh

@@ -66,9 +66,9 @@ class Sweep:
         self.groups = make_groups(recipe, self.settings)
         for group in self.groups:
             contributing(group.recipe)
-            solver_of(group.recipe.alignment)
+            solver_of(group.recipe.located_alignment())
             if not group.recipe.activations.keep:
-                require_streamable(group.recipe.alignment)
+                require_streamable(group.recipe.located_alignment())
         self.random, self.write_best, self.show = random, write_best, show
         settings = {"sweep": digest({"grid": list(grid), "random": random})}
         self.session = open_session(recipe, overwrite=overwrite, progress=progress, warn=warn, extra_key=settings)
