@@ -26,7 +26,7 @@ demo: $(VENV)/core.stamp
 	$(BIN)/tmjax merge experiments/swahili/demo.yaml
 
 test: $(VENV)/test.stamp lint
-	$(BIN)/python -m pytest -n 2 -m 'not slow' --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' --durations=10
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow

@@ -15,7 +15,7 @@ import pytest
 from tmjax import cli
 from tmjax.align import storage as alignment_store
 from tmjax.align.layer_plan import LayerPlan
-from tmjax.align.plans import SitePlans
+from tmjax.align.site_plans import SitePlans
 from tmjax.ot import DensePlan
 from tmjax.report.heat_maps import by_layer
 from tmjax.report.matching import concentration, head_shares, heaviest

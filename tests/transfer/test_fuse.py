@@ -15,7 +15,8 @@ from tmjax.align.alignment import Alignment, assemble, needed_sites, plan_site, 
 from tmjax.align.features import FeatureSite
 from tmjax.align.layer_plan import combine
 from tmjax.align.pairs import band, coarse_costs, most_of_the_mass
-from tmjax.align.plans import SitePlans, solve_site
+from tmjax.align.plans import solve_site
+from tmjax.align.site_plans import SitePlans
 from tmjax.align.statistics import statistics
 from tmjax.errors import InputError, NoTransferError
 from tmjax.models.decoder import init_params

@@ -11,7 +11,8 @@ from tmjax.activations.store import Activations, Layers
 from tmjax.align.features import FeatureSite, Site
 from tmjax.align.layer_plan import LayerPlan
 from tmjax.align.pairs import by_site, choose, coarse_costs, completed, layer_plans
-from tmjax.align.plans import SitePlans, solve_site
+from tmjax.align.plans import solve_site
+from tmjax.align.site_plans import SitePlans
 from tmjax.align.statistics import Statistics, statistics
 from tmjax.align.structure.structured import Described, Solve, Structure, require_structure, structured_sites
 from tmjax.errors import InputError

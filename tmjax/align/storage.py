@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from tmjax.align.alignment import Alignment
 from tmjax.align.layer_plan import LayerPlan
-from tmjax.align.plans import FeaturePlan, SignedFeaturePlan, SitePlans
+from tmjax.align.site_plans import FeaturePlan, SignedFeaturePlan, SitePlans
 from tmjax.align.statistics import Statistics
 from tmjax.checkpoints.hub import read_json
 from tmjax.files.atomic import write_json

@@ -15,7 +15,8 @@ from tmjax.align.alignment import Alignment, assemble, needed_sites, plan_site, 
 from tmjax.align.features import CorrelationSite
 from tmjax.align.moments import Moments, Sum, UnitMoments
 from tmjax.align.pairs import coarse_costs
-from tmjax.align.plans import SitePlans, solve_pairs
+from tmjax.align.plans import solve_pairs
+from tmjax.align.site_plans import SitePlans
 from tmjax.align.statistics import Statistics
 from tmjax.align.structure.structured import Described, require_structure
 from tmjax.errors import InputError

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmjax.align.alignment import Alignment
-from tmjax.align.plans import SitePlans
+from tmjax.align.site_plans import SitePlans
 
 #: Sizes of the sets of partners whose share is reported.
 TOP = (1, 8, 64)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tmjax.align.alignment import Alignment, plan_site
-from tmjax.align.plans import SitePlans
+from tmjax.align.site_plans import SitePlans
 from tmjax.ot import Plan
 from tmjax.typing import Array, ArrayLike, pytree_dataclass
 

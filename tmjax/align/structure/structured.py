@@ -9,7 +9,8 @@ import numpy as np
 
 from tmjax.align.features import CorrelationSite, Site
 from tmjax.align.pairs import couple
-from tmjax.align.plans import SitePlans, solve_pairs
+from tmjax.align.plans import solve_pairs
+from tmjax.align.site_plans import SitePlans
 from tmjax.align.statistics import Statistics
 from tmjax.align.structure.heads import ATTENTION_SITES, AttentionSide, match_heads, value_maps
 from tmjax.errors import InputError

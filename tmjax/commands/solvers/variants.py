@@ -10,7 +10,8 @@ import numpy as np
 
 from tmjax.activations.store import Activations
 from tmjax.align.features import FeatureSite
-from tmjax.align.plans import SitePlans, solve_site
+from tmjax.align.plans import solve_site
+from tmjax.align.site_plans import SitePlans
 from tmjax.errors import InputError
 from tmjax.ot import Solver, make_solver, prepared
 from tmjax.typing import Array
