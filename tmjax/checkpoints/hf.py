@@ -52,8 +52,8 @@ def _lazy(index: Weights, row: ParamSpec, spec: DecoderSpec) -> LazyArray:
 
     def one(names: list[str], slices: tuple[slice, ...]) -> np.ndarray:
         """One layer's parameter, or slices of it."""
-        if row.per_head:
-            return np.stack([read_finite(index, name) for name in names])[slices]
+        if row.per_entry:  # of experts a device may hold some, and a part of each
+            return np.stack([read_finite(index, name, tuple(slices[1:])) for name in names[slices[0]]])
         if row.part is None:
             return read_finite(index, names[0], slices)
         own, part = row.shape(spec), row.part
@@ -94,10 +94,10 @@ def tensors(model: Model) -> tuple[list[TensorMeta], Callable[[str], np.ndarray]
     for row in model.rows:
         dtype = np.dtype(model.params[row.tied_to or row.path].dtype)
         for layer, names in enumerate(row.layer_names(model.spec)):
-            for head, name in enumerate(names):
+            for entry, name in enumerate(names):
                 if row.tied_to is not None and name not in model.written_ties:
                     continue
-                at = ((layer,) if row.stacked else ()) + ((head,) if row.per_head else ())
+                at = ((layer,) if row.stacked else ()) + ((entry,) if row.per_entry else ())
                 metas.setdefault(name, TensorMeta(name, dtype, row.disk_shape(model.spec)))
                 where.setdefault(name, []).append((row, at))
 

@@ -78,7 +78,7 @@ def _modules(opened: CheckpointHeaders) -> Iterator[tuple[str, ParamSpec]]:
     """Yields the tensors of all projections, each once, and a row of the table that lies in it."""
     seen: set[str] = set()
     for row in opened.family.params(opened.spec):
-        if row.role is None or len(row.axes) != 2 or row.per_head:
+        if row.role is None or len(row.axes) != 2 or row.per_entry:
             continue
         for name in row.names(opened.spec):
             if name not in seen:

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from tmjax.models.layers import INIT_STD, Attend, Block, LayerPlace, Linear, Norm, attention, einsum
+from tmjax.models.experts import Mixture
+from tmjax.models.layers import INIT_STD, Attend, Block, LayerPlace, Linear, Mlp, Norm, attention, einsum
+from tmjax.models.mixture import Run, layers_of, runs_of
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
@@ -98,20 +100,39 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (vocab, size)))
 
 
+def _stacked(module: type[nnx.Module], spec: DecoderSpec, layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """A module of every layer, stacked on a leading layer axis."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs: nnx.Rngs) -> nnx.Module:
+        return module(spec, rngs=rngs)
+
+    return stacked(rngs)
+
+
+def _sliced(stack: nnx.State | tuple[Array, ...], start: int, stop: int) -> nnx.State | tuple[Array, ...]:
+    """Layers `start` to `stop` of a stack; the stack itself if those are all."""
+    return jax.tree.map(lambda x: x if stop - start == len(x) else x[start:stop], stack)
+
+
 class Decoder(nnx.Module):
-    """Decoder-only transformer driven by a `DecoderSpec`, its blocks stacked on a leading layer axis."""
+    """Decoder-only transformer driven by a `DecoderSpec`, its blocks stacked on a leading layer axis.
+
+    In a mixture of experts the layers' expert layers and MLPs are stacks of their own beside the rest of the blocks.
+    """
 
     def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs) -> None:
-        @nnx.split_rngs(splits=spec.layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(spec, rngs=rngs)
-
         self.spec = spec
         self.embed = Embedding(spec.vocab, spec.hidden, rngs=rngs)
         if spec.learned_positions:
             self.positions = Embedding(spec.max_positions, spec.hidden, rngs=rngs)
-        self.blocks = stacked(rngs)
+        self.blocks = _stacked(Block, spec, spec.layers, rngs)
+        if spec.experts is not None:
+            sparse, dense = (len(layers_of(kind, spec.layers, spec.experts)) for kind in ("sparse", "dense"))
+            self.moe_blocks = _stacked(Mixture, spec, sparse, rngs)
+            if dense:
+                self.dense_blocks = _stacked(Mlp, spec, dense, rngs)
         self.norm = Norm((spec.hidden,), spec)
         if not spec.tied_embeddings:
             self.head = Linear(spec.hidden, spec.vocab, rngs=rngs)
@@ -141,11 +162,13 @@ class Decoder(nnx.Module):
             jnp.arange(spec.layers),
         )
         graph, state = nnx.split(self.blocks)
+        feeds = {True: getattr(self, "moe_blocks", None), False: getattr(self, "dense_blocks", None)}
+        feeds = {kind: None if stack is None else nnx.split(stack) for kind, stack in feeds.items()}
 
         def step(
-            stream: tuple[Array, Carried], layer: tuple[nnx.State, tuple[Array, ...]]
+            run: Run, stream: tuple[Array, Carried], layer: tuple[nnx.State, nnx.State | None, tuple[Array, ...]]
         ) -> tuple[tuple[Array, Carried], dict[str, Array]]:
-            (x, carried), (state, (window, kind, scale, number)) = stream, layer
+            (x, carried), (state, inner, (window, kind, scale, number)) = stream, layer
             captured = {}
 
             def record(site: str, value: Array) -> Array:
@@ -156,7 +179,11 @@ class Decoder(nnx.Module):
 
             attend, after = context.enter(carried, number)
             place = LayerPlace((tables[0][kind], tables[1][kind]), context.mask(window), scale, attend)
-            x = nnx.merge(graph, state)(x, place, record)
+            feed = None
+            if inner is not None:
+                module = nnx.merge(feeds[run.sparse][0], inner)
+                feed = functools.partial(module, mesh=mesh) if run.sparse else module.feed
+            x = nnx.merge(graph, state)(x, place, record, feed)
             return (x, after()), captured
 
         x = self.embed.weight[...][ids_bt].astype(dtype)
@@ -166,10 +193,19 @@ class Decoder(nnx.Module):
             # Padding may reach beyond the last position; that no text does is checked where texts are read.
             x = x + self.positions.weight[...][jnp.minimum(context.positions, spec.max_positions - 1)].astype(dtype)
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
-        # Inside a scan there is nothing that could undo the saving, so no barriers against it are needed.
-        body = jax.checkpoint(step, prevent_cse=False) if plan.remat else step
-        every = min(plan.unroll, spec.layers)
-        (x, carried), captured = jax.lax.scan(body, (x, context.carried), (state, places), unroll=every)
+        runs, made = runs_of(spec.layers, spec.experts), []
+        carried = context.carried
+        for run in runs:
+            stack = feeds[run.sparse]
+            inner = None if stack is None else _sliced(stack[1], run.first, run.first + run.stop - run.start)
+            layers = (_sliced(state, run.start, run.stop), inner, _sliced(places, run.start, run.stop))
+            body = functools.partial(step, run)
+            # Inside a scan there is nothing that could undo the saving, so no barriers against it are needed.
+            body = jax.checkpoint(body, prevent_cse=False) if plan.remat else body
+            every = min(plan.unroll, run.stop - run.start)
+            (x, carried), captured = jax.lax.scan(body, (x, carried), layers, unroll=every)
+            made.append(captured)
+        captured = made[0] if len(made) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *made)
         return ForwardResult(self.norm(x), captured, carried)
 
     def _texts(self, tokens: int) -> TokenContext:

@@ -20,6 +20,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 INIT_STD = 0.02
 #: Receives the activations of a site and returns those with which the block continues.
 Record: TypeAlias = Callable[[str, Array], Array]
+#: Maps the input [B, T, embed] of an MLP to its output, and records the sites inside.
+Feed: TypeAlias = Callable[[Array, Record], Array]
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -99,8 +101,29 @@ class LayerPlace(NamedTuple):
     attend: Attend = attention
 
 
-class Block(nnx.Module):
-    """One decoder block; `record(site, x)` sees the activations [B, T, unit] of every site as they arise."""
+class Mlp(nnx.Module):
+    """The gated or plain MLP of a block."""
+
+    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs) -> None:
+        self.spec, embed, mlp = spec, spec.axis_size("embed"), spec.axis_size("mlp")
+        if spec.gated:
+            self.gate = Linear(embed, mlp, bias=spec.mlp_bias, rngs=rngs)
+        self.up = Linear(embed, mlp, bias=spec.mlp_bias, rngs=rngs)
+        self.down = Linear(mlp, embed, bias=spec.mlp_bias, rngs=rngs)
+
+    def feed(self, h: Array, record: Record) -> Array:
+        """Maps the input [B, T, embed] of the MLP to its output."""
+        activation = ACTIVATIONS[self.spec.activation]
+        gate = record("gate", self.gate(h)) if self.spec.gated else None
+        up = record("up", self.up(h))
+        return self.down(record("mlp_hidden", activation(up) if gate is None else activation(gate) * up))
+
+
+class Block(Mlp):
+    """One decoder block; `record(site, x)` sees the activations [B, T, unit] of every site as they arise.
+
+    The blocks of a mixture of experts hold no MLP: each is called with the `feed` of its layer.
+    """
 
     def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs) -> None:
         embed, heads, kv, mlp = (spec.axis_size(axis) for axis in ("embed", "heads", "kv_heads", "mlp"))
@@ -123,10 +146,8 @@ class Block(nnx.Module):
             }[spec.qk_norm]
             self.q_norm, self.k_norm = (Norm(shape, spec, bias=False) for shape in shapes)
         self.o = Linear(heads, embed, bias=spec.o_bias, rngs=rngs)
-        if spec.gated:
-            self.gate = Linear(embed, mlp, bias=spec.mlp_bias, rngs=rngs)
-        self.up = Linear(embed, mlp, bias=spec.mlp_bias, rngs=rngs)
-        self.down = Linear(mlp, embed, bias=spec.mlp_bias, rngs=rngs)
+        if spec.experts is None:
+            super().__init__(spec, rngs=rngs)
 
     def _attention(self, h: Array, place: LayerPlace, record: Record) -> Array:
         spec = self.spec
@@ -141,17 +162,9 @@ class Block(nnx.Module):
         out = record("attn_out", self.o(mix))
         return self.attn_post_norm(out) if spec.post_norm else out
 
-    def _mlp(self, h: Array, record: Record) -> Array:
-        activation = ACTIVATIONS[self.spec.activation]
-        gate = record("gate", self.gate(h)) if self.spec.gated else None
-        up = record("up", self.up(h))
-        hidden = record("mlp_hidden", activation(up) if gate is None else activation(gate) * up)
-        out = record("mlp_out", self.down(hidden))
-        return self.mlp_post_norm(out) if self.spec.post_norm else out
-
-    def __call__(self, x_bte: Array, place: LayerPlace, record: Record) -> Array:
+    def __call__(self, x_bte: Array, place: LayerPlace, record: Record, feed: Feed | None = None) -> Array:
         """The residual stream after the block. `record` returns what the block goes on with."""
-        spec = self.spec
+        spec, feed = self.spec, self.feed if feed is None else feed
 
         def add(x: Array, *branches: Array) -> Array:
             for branch in branches:
@@ -163,5 +176,6 @@ class Block(nnx.Module):
         between = x_bte if spec.parallel else add(x_bte, attended)
         if not spec.shared_norm:
             h = self.mlp_norm(between) if spec.pre_norm else between
-        mlp = self._mlp(record("mlp_in", h), record)
+        mlp = record("mlp_out", feed(record("mlp_in", h), record))
+        mlp = self.mlp_post_norm(mlp) if spec.post_norm else mlp
         return record("resid", add(x_bte, attended, mlp) if spec.parallel else add(between, mlp))

@@ -1,7 +1,8 @@
 """The vocabulary of sites: the named places of a decoder block where activations are captured and layers aligned.
 
-Every family's forward is the one `Decoder`, so every model has the same sites (DESIGN section 4). The value is the
-logical axis of the site's units; its size comes from `DecoderSpec.axis_size`.
+Every family's forward is the one `Decoder`, so models have the same sites, but for those inside an MLP that is plain or
+a mixture of experts (`DecoderSpec.sites`). The value is the logical axis of the site's units; its size comes from
+`DecoderSpec.axis_size`.
 """
 
 from collections.abc import Mapping
@@ -20,3 +21,5 @@ SITES: Mapping[str, str] = {
     "mlp_out": "embed",
     "resid": "embed",  # residual stream after the block
 }
+#: Sites of the units of an MLP, which a mixture of experts does not have.
+INNER_SITES = ("gate", "up", "mlp_hidden")

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from tmjax.errors import InputError
-from tmjax.models.sites import SITES
+from tmjax.models.mixture import Experts, layers_of
+from tmjax.models.sites import INNER_SITES, SITES
 
 #: Window of a layer that attends to everything before it.
 FULL_ATTENTION = 10**9
@@ -56,6 +57,7 @@ class DecoderSpec:
     `attention_scale` None is head_dim ** -0.5, divided by the layer's number from 1 on if `inverse_layer_scale`;
     `attention_cap` and `logit_cap` bound scores and logits by cap tanh(x / cap). `learned_positions` are added to the
     embeddings. `layer_rotary` gives every layer the number of its rotary embedding: 0 is `rotary`, 1 `local_rotary`.
+    With `experts` layers have a mixture of experts in place of the MLP.
     """
 
     vocab: int
@@ -93,12 +95,15 @@ class DecoderSpec:
     learned_positions: bool = False
     local_rotary: Rotary | None = None
     layer_rotary: tuple[int, ...] = ()
+    experts: Experts | None = None
 
     def axis_size(self, axis: str) -> int:
         """Size of a logical axis: vocab, embed, heads, kv_heads or mlp (`heads` counts units, heads x head_dim).
 
         `head_count` and `kv_head_count` count heads, `head_dim` the units of one, `positions` the learned ones.
+        Of a mixture `experts` and `routes` count experts, `expert_mlp` and `shared_mlp` units of one; `single` is 1.
         """
+        experts = self.experts or Experts(0, 0, 0)
         return {
             "vocab": self.vocab,
             "embed": self.hidden,
@@ -109,12 +114,18 @@ class DecoderSpec:
             "kv_head_count": self.kv_heads,
             "head_dim": self.head_dim,
             "positions": self.max_positions,
+            "experts": experts.count,
+            "routes": experts.count,
+            "expert_mlp": experts.width,
+            "shared_mlp": experts.shared_width,
+            "single": 1,
         }[axis]
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that the model has: all, but for the gate of a plain MLP."""
-        return tuple(site for site in SITES if self.gated or site != "gate")
+        """The sites that the model has: all, but for the gate of a plain MLP and for the units of experts."""
+        missing = INNER_SITES if self.experts is not None else () if self.gated else ("gate",)
+        return tuple(site for site in SITES if site not in missing)
 
     @property
     def layer_windows(self) -> tuple[int, ...]:
@@ -168,9 +179,10 @@ class Part:
 class ParamSpec:
     """One row of a family's table: loading, export, sharding and transport all read it.
 
-    `hf` is the tensor's name on disk, with `{layer}` where the layer number stands, and `{head}` if every head has a
-    tensor of its own (the parameter's first axis); `path` the Flax path, stacked on a leading layer axis if `hf` has
-    one. `axes` are the logical axes of one layer's tensor, `[out, in]` for projections. `role` says which projection
+    `hf` is the tensor's name on disk, with `{layer}` where the layer number stands, and `{head}` or `{expert}` if every
+    head or expert has a tensor of its own (the parameter's first axis); `path` the Flax path, stacked on a leading
+    layer axis if `hf` has one. `layers` are those that have the parameter: all, or those without or with experts.
+    `axes` are the logical axes of one layer's tensor, `[out, in]` for projections. `role` says which projection
     (None for norms and embeddings, which are never transported), `input_site` and `output_site` which activations its
     columns and rows see. `tied_to` names the path a tied copy repeats, `part` where in the tensor the parameter lies.
     """
@@ -183,6 +195,7 @@ class ParamSpec:
     output_site: str | None = None
     tied_to: str | None = None
     part: Part | None = None
+    layers: Literal["all", "dense", "sparse"] = "all"
 
     @property
     def stacked(self) -> bool:
@@ -190,9 +203,13 @@ class ParamSpec:
         return "{layer}" in self.hf
 
     @property
-    def per_head(self) -> bool:
-        """Whether every head has a tensor of its own."""
-        return "{head}" in self.hf
+    def per_entry(self) -> bool:
+        """Whether every head or expert has a tensor of its own."""
+        return "{head}" in self.hf or "{expert}" in self.hf
+
+    def layer_numbers(self, spec: DecoderSpec) -> tuple[int, ...]:
+        """Numbers of the layers that have the parameter, in the order of its layer axis; (0,) if it is not stacked."""
+        return layers_of(self.layers, spec.layers, spec.experts) if self.stacked else (0,)
 
     def shape(self, spec: DecoderSpec) -> tuple[int, ...]:
         """Shape of one layer's parameter."""
@@ -200,18 +217,18 @@ class ParamSpec:
 
     def stacked_shape(self, spec: DecoderSpec) -> tuple[int, ...]:
         """Shape of the Flax parameter."""
-        return (spec.layers, *self.shape(spec)) if self.stacked else self.shape(spec)
+        return (len(self.layer_numbers(spec)), *self.shape(spec)) if self.stacked else self.shape(spec)
 
     def disk_shape(self, spec: DecoderSpec) -> tuple[int, ...]:
         """Shape of the tensor on disk that the parameter lies in."""
-        shape = self.shape(spec)[1:] if self.per_head else self.shape(spec)
+        shape = self.shape(spec)[1:] if self.per_entry else self.shape(spec)
         return shape if self.part is None else self.part.disk_shape(shape)
 
     def layer_names(self, spec: DecoderSpec) -> list[list[str]]:
-        """Names on disk, for every layer (once for an unstacked parameter) one, or one per head."""
-        heads = range(self.shape(spec)[0]) if self.per_head else (0,)
-        layers = range(spec.layers) if self.stacked else (0,)
-        return [[self.hf.format(layer=layer, head=head) for head in heads] for layer in layers]
+        """Names on disk, for every layer that has it (once for an unstacked parameter) one, or one per head or expert."""
+        entries = range(self.shape(spec)[0]) if self.per_entry else (0,)
+        layers = self.layer_numbers(spec)
+        return [[self.hf.format(layer=layer, head=n, expert=n) for n in entries] for layer in layers]
 
     def names(self, spec: DecoderSpec) -> list[str]:
         """All names on disk, layer by layer."""

@@ -1,7 +1,7 @@
 """A mesh of devices with the axes data, fsdp and tensor; where parameters, batches and activations lie on it.
 
-Parameters are split over `fsdp` along their embedding axis and over `tensor` along heads, MLP units or vocabulary;
-batches over `data` and `fsdp`, activations also over `tensor` along heads and MLP units. XLA inserts the communication.
+Parameters are split over `fsdp` along their embedding axis and over `tensor` along heads, MLP units, experts or
+vocabulary; batches over `data` and `fsdp`, activations also over `tensor` along heads and MLP units. XLA inserts the communication.
 The devices may be those of several processes.
 """
 
@@ -24,6 +24,8 @@ RULES: Mapping[str, str] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "experts": "tensor",
+    "shared_mlp": "tensor",
 }
 #: Logical axis of an activation -> mesh axes. Its embedding axis is whole: fsdp already splits the batch.
 ACTIVATION_RULES: Mapping[str, str | tuple[str, ...]] = {
