@@ -57,6 +57,8 @@ _RMS = _SIZES | {"rms_norm_eps": 1e-3, "rope_parameters": _ROPE}  # an epsilon l
 _LAYER = _SIZES | {"layer_norm_eps": 1e-3, "rope_parameters": _ROPE}
 _WHOLE = {"hidden_size": 96, "head_dim": None}  # for families whose heads divide the hidden size
 _NEOX = {"num_key_value_heads": None}
+#: Experts of Qwen's kind; more than a token chooses, and of another width than a dense MLP.
+_QWEN_MOE = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
 
 #: What every case of a family starts from. Values that are None are left out.
 BASES: dict[str, dict[str, Any]] = {
@@ -92,6 +94,10 @@ BASES: dict[str, dict[str, Any]] = {
     "cohere": _LAYER | {"logit_scale": 0.3, "pad_token_id": 0},
     "cohere2": _LAYER | _WHOLE | {"logit_scale": 0.3, "sliding_window": 60, "pad_token_id": 0},
     "stablelm": _LAYER | _WHOLE | {"rope_parameters": _HALF},
+    "qwen3_moe": _RMS | _QWEN_MOE,
+    "qwen2_moe": _RMS | _QWEN_MOE | {"shared_expert_intermediate_size": 36},
+    "mixtral": _RMS | {"num_local_experts": 7, "num_experts_per_tok": 4},
+    "olmoe": _RMS | _WHOLE | {"num_experts": 10, "num_experts_per_tok": 4, "pad_token_id": 0},
 }
 _OLD = {"rope_parameters": None}  # of transformers 4: rope_theta and rope_scaling
 _CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -236,7 +242,31 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
         "parallel": {"use_parallel_residual": True, "tie_word_embeddings": True},
         "old": _OLD | {"rope_theta": 1000, "partial_rotary_factor": 0.25},
     },
+    "qwen3_moe": {
+        "sparse": {"norm_topk_prob": True},
+        "plain": {"attention_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+        "leading": {"mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 70},
+        "alternating": {"decoder_sparse_step": 2, "norm_topk_prob": True} | _OLD | {"rope_theta": 1000.0},
+    },
+    "qwen2_moe": {
+        "sparse": {},
+        "window": {
+            "use_sliding_window": True,
+            "sliding_window": 70,
+            "max_window_layers": 2,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "tie_word_embeddings": True,
+        },
+    },
+    "mixtral": {"full": {}, "window": {"sliding_window": 70, "tie_word_embeddings": True}},
+    "olmoe": {
+        "plain": {},
+        "normalised": {"norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True},
+    },
 }
+#: End of the name of a router's bias, which some models keep as a buffer.
+_CHOICE_BIAS = "e_score_correction_bias"
 #: Keys that a case sets to null on purpose.
 _NULLABLE = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"})
 
@@ -264,15 +294,20 @@ def make_reference(name: str, directory: Path) -> Any:
         raise InputError(f"{error.name} is missing: the reference models are PyTorch's, install torch") from None
     torch.manual_seed(1)
     config = transformers.AutoConfig.for_model(**copy.deepcopy(CASES[name]))  # which it would change in place
-    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    reference = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for path, module in reference.named_modules():
             for parameter in module.parameters(recurse=False):
                 if parameter.ndim > 1 and "norm" not in path:
-                    fan_in = parameter.shape[0 if type(module).__name__ == "Conv1D" else 1]
+                    fan_in = parameter.shape[0 if type(module).__name__ == "Conv1D" else -1]
                     parameter.normal_(0, 2 / math.sqrt(fan_in))
                 else:
                     parameter.add_(0.3 * torch.randn_like(parameter))
+        for path, buffer in reference.named_buffers():
+            if path.endswith(_CHOICE_BIAS):
+                buffer.add_(0.3 * torch.randn_like(buffer))
     reference.save_pretrained(directory)
     return reference.double()
 

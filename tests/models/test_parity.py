@@ -25,8 +25,10 @@ from tmjax.checkpoints import hf
 from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
 from tmjax.checkpoints.load import load_model
 from tmjax.checkpoints.model import Model
+from tmjax.models import experts
 from tmjax.models.decoder import ForwardPlan, bind, forward, parameter_shapes
 from tmjax.models.families import FAMILIES
+from tmjax.models.mixture import Experts
 from tmjax.models.rotary import inverse_frequencies
 from tmjax.models.sites import SITES
 from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, Rotary
@@ -46,6 +48,8 @@ from tools.family_cases import (
 )
 
 transformers.utils.logging.disable_progress_bar()
+#: Plain PyTorch: the faster products of experts know no float64.
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 #: Tokens of a mutated run: more than every window and every context length that a case rescales for.
 SHORT = 200
 
@@ -158,6 +162,8 @@ MODULES = {
     },
     "starcoder2": {"gate": None, "up": "mlp.c_fc", "down": "mlp.c_proj"},
 }
+#: A mixture has sites before and behind its expert layer, none inside.
+MIXTURE = {"up": "mlp", "down": "mlp"}
 OUTPUTS = {"q": "q", "k": "k", "v": "v", "attn_out": "o", "gate": "gate", "up": "up", "mlp_out": "down"}
 INPUTS = {"attn_in": "q", "attn_mix": "o", "mlp_in": "up", "mlp_hidden": "down"}
 
@@ -166,7 +172,8 @@ def hooked_sites(
     pair: Pair, ids: np.ndarray, real: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, int]]:
     """Logits, and activations [layer, B, T, unit] of every site and `final`, from PyTorch forward hooks."""
-    names = LLAMA | MODULES.get(pair.model.family.model_type, {})
+    spec = pair.model.spec
+    names = LLAMA | (MIXTURE if spec.experts is not None else {}) | MODULES.get(pair.model.family.model_type, {})
     seen: dict[str, list[np.ndarray]] = {}
     handles = []
 
@@ -181,7 +188,7 @@ def hooked_sites(
     for layer in pair.reference.get_submodule(names["layers"]):
         for sites, of_input in ((OUTPUTS, False), (INPUTS, True)):
             for site, role in sites.items():
-                if names[role] is not None:
+                if site in spec.sites:
                     name, part = (names[role], None) if isinstance(names[role], str) else names[role]
                     keep(site, layer.get_submodule(name), None if of_input else part, of_input=of_input)
         keep("resid", layer)
@@ -210,7 +217,8 @@ def test_logits_and_sites(pair):
         return captured | {"final": final[None]}
 
     our_sites = {site: np.asarray(value) for site, value in capture(dict(pair.model.params)).items()}
-    assert {*our_sites} == {*their_sites} == {*SITES, "final"} - (set() if spec.gated else {"gate"})
+    missing = {"gate", "up", "mlp_hidden"} if spec.experts is not None else set() if spec.gated else {"gate"}
+    assert {*our_sites} == {*their_sites} == {*SITES, "final"} - missing
     assert {*spec.sites} == {*our_sites} - {"final"}
     # Behind three sharp softmaxes the worst of 600,000 entries is float32's noise: PyTorch's own float32 is up to
     # 1.5e-4 from its float64. Where that is so, ours may be twice as far.
@@ -232,7 +240,7 @@ def test_logits_and_sites(pair):
 def test_export_is_the_same_file_and_transformers_reads_it(pair, tmp_path):
     out = hf.export(pair.model, tmp_path / "again")
     assert (out / SINGLE_NAME).read_bytes() == (pair.directory / SINGLE_NAME).read_bytes()
-    again = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").double().eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, **EAGER).double().eval()
     ids = padded_batch()[0][:1, :50]
     real = np.ones_like(ids, bool)
     np.testing.assert_array_equal(reference_logits(again, ids, real), reference_logits(pair.reference, ids, real))
@@ -241,7 +249,7 @@ def test_export_is_the_same_file_and_transformers_reads_it(pair, tmp_path):
     assert pair.model.family.spec(config) == pair.model.spec
     padding = {"pad_token_id": None}  # several families have one beyond this small vocabulary if none is given
     (out / "config.json").write_text(json.dumps(config | padding))
-    again = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").double().eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, **EAGER).double().eval()
     ids, real = padded_batch()
     ids, real = ids[:1, :SHORT], real[:1, :SHORT]
     theirs = reference_logits(pair.reference, ids, real)
@@ -308,6 +316,35 @@ def rotary_mutations(rotary: Rotary) -> Iterator[tuple[str, Rotary]]:
         yield "scaling linear", dataclasses.replace(rotary, scaling="linear")
 
 
+def expert_mutations(spec: DecoderSpec) -> Iterator[tuple[str, str, Experts]]:
+    own = spec.experts
+    if own is None:
+        return
+
+    def changed(how: str, **changes) -> tuple[str, str, Experts]:
+        return next(iter(changes)), how, dataclasses.replace(own, **changes)
+
+    yield changed("fewer", chosen=own.chosen - 1)
+    yield changed("more", chosen=own.chosen + 1)
+    yield changed("other", router="sigmoid" if own.router == "softmax" else "softmax")
+    yield changed("flipped", normalised=not own.normalised)
+    yield changed("larger", scale=own.scale * 1.02)
+    if own.scale != 1:
+        yield changed("off", scale=1.0)
+    if own.choice_bias:
+        yield changed("off", choice_bias=False)
+    if own.groups > 1:
+        yield changed("off", groups=1)
+        yield changed("other", groups=own.groups // 2)
+        yield changed("more", chosen_groups=own.chosen_groups + 1)
+    if own.shared_width:
+        yield changed("off", shared_width=0, shared_gate=False)
+    if own.shared_gate:
+        yield changed("off", shared_gate=False)
+    if own.dense:
+        yield changed("others", dense=tuple((layer + 1) % spec.layers for layer in own.dense))
+
+
 def field_mutations(spec: DecoderSpec) -> Iterator[tuple[str, str, dict]]:
     """Fields of the spec, what was done to them, and the change: off, and for numbers also a little off.
 
@@ -317,7 +354,7 @@ def field_mutations(spec: DecoderSpec) -> Iterator[tuple[str, str, dict]]:
         if getattr(spec, name):
             yield name, "off", {name: False}
     for name in ("pre_norm", "norm_offset", "gated", "tied_embeddings", "inverse_layer_scale"):
-        if name != "gated" or spec.gated:
+        if name != "gated" or (spec.gated and spec.experts is None):
             yield name, "flipped", {name: not getattr(spec, name)}
     yield "parallel", "flipped", {"parallel": not spec.parallel, "shared_norm": False}
     yield "norm", "other", {"norm": "layer" if spec.norm == "rms" else "rms"}
@@ -341,6 +378,8 @@ def field_mutations(spec: DecoderSpec) -> Iterator[tuple[str, str, dict]]:
         if getattr(spec, name) != value:
             yield name, "off", {name: value}
             yield name, "larger", {name: getattr(spec, name) * 1.02}
+    for name, how, wrong in expert_mutations(spec):
+        yield f"experts.{name}", how, {"experts": wrong}
     for name, rotary in rotary_mutations(spec.rotary):
         yield f"rotary.{name}", str(getattr(rotary, name.split()[0]))[:12], {"rotary": rotary}
     if spec.rotary.scaling != "none":
@@ -422,8 +461,15 @@ def differs(what: str, spec: DecoderSpec, first: DecoderSpec) -> bool:
     return what not in parameter_shapes(first)
 
 
-def test_every_wrong_setting_shows(pair):
+def gathered_product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """`grouped_product` without its loop, which takes long where nothing is compiled."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return jnp.einsum("ri,roi->ro", x, w[group], precision="highest")
+
+
+def test_every_wrong_setting_shows(pair, monkeypatch):
     """All of them in the first case of a family; in the others, those in what differs from it."""
+    monkeypatch.setattr(experts, "grouped_product", gathered_product)
     spec, family = pair.model.spec, pair.model.family
     first = next(family.spec(config) for config in CASES.values() if config["model_type"] == family.model_type)
     ids, real = padded_batch()
@@ -461,13 +507,15 @@ def test_every_setting_is_switched_off_in_some_case():
         spec = FAMILIES[config["model_type"]].spec(config)
         done = {field for field, *_ in field_mutations(spec)}
         used = {f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default} - SIZES - {"rotary"}
-        used -= {"rotary", "gated"} | ({"norm_eps"} if spec.norm_eps == 1e-6 else set())
+        used -= {"rotary", "gated", "experts"} | ({"norm_eps"} if spec.norm_eps == 1e-6 else set())
         if spec.local_rotary is None:
             used -= {"local_rotary"}
         assert used <= done, name
         seen |= done
     held = {f.name for f in dataclasses.fields(DecoderSpec)} - SIZES - {"rotary"}
     held |= {f"rotary.{f.name}" for f in dataclasses.fields(Rotary)}
+    held |= {f"experts.{f.name}" for f in dataclasses.fields(Experts)} - {"experts.count", "experts.width"}
+    held -= {"experts"}
     assert held <= seen
 
 

@@ -123,5 +123,12 @@ def _check(spec: DecoderSpec) -> None:
     for factors in (spec.rotary.short_factors, spec.rotary.long_factors):
         if spec.rotary.scaling == "longrope" and len(factors) != dims // 2:
             raise InputError(f"config.json: {len(factors)} rotary factors for {dims // 2} planes")
+    experts = spec.experts
+    if experts is not None and (experts.chosen > experts.count or experts.count % experts.groups):
+        raise InputError(
+            f"config.json: {experts.chosen} of {experts.count} experts in {experts.groups} groups cannot be chosen"
+        )
+    if experts is not None and len(experts.dense) >= spec.layers:
+        raise InputError("config.json: none of the layers has experts")
     if spec.windows and len(spec.windows) != spec.layers:
         raise InputError(f"config.json: {len(spec.windows)} attention windows for {spec.layers} layers")
