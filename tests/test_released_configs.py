@@ -55,12 +55,10 @@ FEATURES = {
     "minimax_m2": [MOE, FURTHER],
     "minimax_m3": [MOE, SPARSE, FURTHER],
     "minimax_m3_vl": ["multimodal wrapper", MOE, SPARSE, "quantised weights"],
-    "mixtral": [MOE],
     "nemotron-nas": ["layers of different shapes"],
     "nemotron_h": [MAMBA],
     "qwen3_5": [f"{WRAPPER}qwen3_5_text", LINEAR, FURTHER],
     "qwen3_5_moe": [f"{WRAPPER}qwen3_5_moe_text", MOE, LINEAR, FURTHER],
-    "qwen3_moe": [MOE],
     "qwen3_vl_moe": [f"{WRAPPER}qwen3_vl_moe_text", MOE],
     "step3p7": [MOE, FURTHER],
 }

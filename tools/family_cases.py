@@ -97,6 +97,28 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _RMS | _QWEN_MOE,
     "qwen2_moe": _RMS | _QWEN_MOE | {"shared_expert_intermediate_size": 36},
     "mixtral": _RMS | {"num_local_experts": 7, "num_experts_per_tok": 4},
+    "granitemoe": _RMS
+    | _WHOLE
+    | {
+        "num_local_experts": 7,
+        "num_experts_per_tok": 4,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.5,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.3,
+    },
+    "glm4_moe": _RMS
+    | {
+        "n_routed_experts": 12,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 28,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "rope_parameters": _HALF,
+    },
+    "ernie4_5_moe": _RMS
+    | {"moe_num_experts": 10, "moe_k": 3, "moe_intermediate_size": 28, "moe_num_shared_experts": 2},
+    "minimax_m2": _RMS | {"num_local_experts": 10, "num_experts_per_tok": 3, "rope_parameters": _HALF},
     "olmoe": _RMS | _WHOLE | {"num_experts": 10, "num_experts_per_tok": 4, "pad_token_id": 0},
 }
 _OLD = {"rope_parameters": None}  # of transformers 4: rope_theta and rope_scaling
@@ -258,6 +280,25 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
             "qkv_bias": False,
             "tie_word_embeddings": True,
         },
+    },
+    "granitemoe": {"plain": {}, "tied": {"tie_word_embeddings": True, "attention_bias": True}},
+    "glm4_moe": {
+        "grouped": {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "use_qk_norm": True},
+        "plain": {
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    },
+    "ernie4_5_moe": {
+        "leading": {"moe_layer_start_index": 1},
+        "alternating": {"moe_layer_interval": 2, "moe_num_shared_experts": 0, "tie_word_embeddings": True},
+    },
+    "minimax_m2": {
+        "partial": {},
+        "whole": {"rope_parameters": _ROPE, "tie_word_embeddings": True},
     },
     "mixtral": {"full": {}, "window": {"sliding_window": 70, "tie_word_embeddings": True}},
     "olmoe": {

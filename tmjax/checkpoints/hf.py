@@ -57,9 +57,10 @@ def _lazy(index: Weights, row: ParamSpec, spec: DecoderSpec) -> LazyArray:
         if row.part is None:
             return read_finite(index, names[0], slices)
         own, part = row.shape(spec), row.part
-        if part.of == 1 and not part.transposed:
-            first, stop, _ = slices[0].indices(own[0])
-            return read_finite(index, names[0], (slice(part.start + first, part.start + stop), *slices[1:]))
+        if part.of == 1 and not part.transposed and not part.row:
+            first, stop, _ = slices[part.axis].indices(own[part.axis])
+            moved = slice(part.start + first, part.start + stop)
+            return read_finite(index, names[0], (*slices[: part.axis], moved, *slices[part.axis + 1 :]))
         return part.view(read_finite(index, names[0]), own).reshape(own)[slices]
 
     def read(slices: tuple[slice, ...]) -> np.ndarray:

@@ -126,7 +126,7 @@ class Block(Mlp):
     """
 
     def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs) -> None:
-        embed, heads, kv, mlp = (spec.axis_size(axis) for axis in ("embed", "heads", "kv_heads", "mlp"))
+        embed, heads, kv = (spec.axis_size(axis) for axis in ("embed", "heads", "kv_heads"))
         self.spec = spec
         if spec.pre_norm:
             self.attn_norm = Norm((embed,), spec)

@@ -147,9 +147,9 @@ class DecoderSpec:
 class Part:
     """Place of a parameter `[out, in]` or `[out]` in a tensor on disk that has it transposed, or has several.
 
-    `start` is its first row in a tensor of `total` rows (0: all rows are its own). With `of` > 1 the rows of `of`
+    `start` is its first entry along `axis` in a tensor of `total` there (0: all are its own). With `of` > 1 the rows of `of`
     parameters alternate head by head, this one being number `index`, `heads` heads each. `transposed`: the tensor is
-    `[in, out]`.
+    `[in, out]`. `row`: the parameter is the only row of the tensor, `[1, out]`.
     """
 
     start: int = 0
@@ -158,10 +158,13 @@ class Part:
     index: int = 0
     of: int = 1
     transposed: bool = False
+    axis: int = 0
+    row: bool = False
 
     def disk_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor on disk."""
-        whole = (self.total or shape[0] * self.of, *shape[1:])
+        size = self.total or shape[self.axis] * self.of
+        whole = (*([1] if self.row else []), *shape[: self.axis], size, *shape[self.axis + 1 :])
         return whole[::-1] if self.transposed else whole
 
     def view(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -169,10 +172,10 @@ class Part:
 
         Its entries are those of the parameter in order; its shape has heads apart if they alternate.
         """
-        rows = tensor.T if self.transposed else tensor
+        rows = tensor.T if self.transposed else tensor[0] if self.row else tensor
         if self.of > 1:
             return rows.reshape(self.heads, self.of, -1, *shape[1:])[:, self.index]
-        return rows[self.start : self.start + shape[0]]
+        return rows[(*[slice(None)] * self.axis, slice(self.start, self.start + shape[self.axis]))]
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ class ParamSpec:
         return shape if self.part is None else self.part.disk_shape(shape)
 
     def layer_names(self, spec: DecoderSpec) -> list[list[str]]:
-        """Names on disk, for every layer that has it (once for an unstacked parameter) one, or one per head or expert."""
+        """Names on disk, for every layer that has it (once if unstacked) one, or one per head or expert."""
         entries = range(self.shape(spec)[0]) if self.per_entry else (0,)
         layers = self.layer_numbers(spec)
         return [[self.hf.format(layer=layer, head=n, expert=n) for n in entries] for layer in layers]

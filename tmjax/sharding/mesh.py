@@ -1,8 +1,8 @@
 """A mesh of devices with the axes data, fsdp and tensor; where parameters, batches and activations lie on it.
 
 Parameters are split over `fsdp` along their embedding axis and over `tensor` along heads, MLP units, experts or
-vocabulary; batches over `data` and `fsdp`, activations also over `tensor` along heads and MLP units. XLA inserts the communication.
-The devices may be those of several processes.
+vocabulary; batches over `data` and `fsdp`, activations also over `tensor` along heads and MLP units. XLA inserts the
+communication. The devices may be those of several processes.
 """
 
 import math

@@ -56,6 +56,24 @@ class ConfigView:
         """
         return key in self._config and self._config[key] is None
 
+    def last_layer(self, key: str, layers: int) -> int:
+        """Reads the number of a last layer, where -1, null or a missing key is the last of all.
+
+        Args:
+            key: The key.
+            layers: Number of layers.
+
+        Returns:
+            The number.
+
+        Raises:
+            InputError: The value is not a whole number.
+        """
+        if self._config.get(key) == -1:
+            self._read.add(key)
+            return layers - 1
+        return self.take(key, layers - 1, zero=True)
+
     def note(self, text: str) -> None:
         """Adds a note on a setting without effect.
 

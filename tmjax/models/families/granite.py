@@ -9,7 +9,8 @@ from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.spec import DecoderSpec
 
 
-def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
+def read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
+    """Llama's settings and the multipliers."""
     return llama.read(view, values) | {
         "embedding_scale": float(view.take("embedding_multiplier", 1.0, float)),
         "residual_scale": float(view.take("residual_multiplier", 1.0, float)),
@@ -18,7 +19,8 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(spec: DecoderSpec) -> dict[str, Any]:
+def write(spec: DecoderSpec) -> dict[str, Any]:
+    """The inverse of `read`."""
     scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
     return llama.write(spec) | {
         "embedding_multiplier": spec.embedding_scale,
@@ -28,4 +30,4 @@ def _write(spec: DecoderSpec) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("granite", "GraniteForCausalLM", fields(), llama_like, {}, _read, _write)
+FAMILY = Family("granite", "GraniteForCausalLM", fields(), llama_like, {}, read, write)

@@ -7,7 +7,7 @@ from tmjax.errors import InputError
 from tmjax.models.families.config_values import ConfigView
 from tmjax.models.families.layout import gated_mlp
 from tmjax.models.mixture import Experts
-from tmjax.models.spec import DecoderSpec, ParamSpec
+from tmjax.models.spec import DecoderSpec, ParamSpec, Part
 
 #: Keys of training that change nothing at inference, where all experts that are chosen compute.
 IDLE = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
@@ -24,6 +24,7 @@ class Names:
         projections: Names of gate, up and down in an expert.
         shared: Module of the shared expert.
         shared_gate: Module of its gate.
+        bias_row: Whether the bias lies as the only row of a matrix.
     """
 
     router: str = "mlp.gate"
@@ -32,17 +33,10 @@ class Names:
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_experts"
     shared_gate: str = "mlp.shared_expert_gate"
+    bias_row: bool = False
 
 
 _INTO, _OUT = ("expert_mlp", "embed"), ("embed", "expert_mlp")
-
-
-def routed(spec: DecoderSpec, *, router: str, bias: str, bias_axes: tuple[str, ...] = ("routes",)) -> list[ParamSpec]:
-    """Rows of a router, from the full names of its tensors."""
-    rows = [ParamSpec(router, "moe_blocks.router.weight", ("routes", "embed"), layers="sparse")]
-    if spec.experts.choice_bias:
-        rows.append(ParamSpec(bias, "moe_blocks.router.bias", bias_axes, layers="sparse"))
-    return rows
 
 
 def expert_rows(
@@ -51,7 +45,11 @@ def expert_rows(
     """Rows of expert layers whose experts lie one by one, and of the MLPs of dense layers."""
     assert spec.experts is not None
     names = Names() if names is None else names
-    rows = routed(spec, router=f"{layer}.{names.router}.weight", bias=f"{layer}.{names.bias}")
+    router = "moe_blocks.router"
+    rows = [ParamSpec(f"{layer}.{names.router}.weight", f"{router}.weight", ("routes", "embed"), layers="sparse")]
+    if spec.experts.choice_bias:
+        part = Part(row=True) if names.bias_row else None
+        rows.append(ParamSpec(f"{layer}.{names.bias}", f"{router}.bias", ("routes",), part=part, layers="sparse"))
     parts = tuple(zip(("gate", "up", "down"), names.projections, (_INTO, _INTO, _OUT), strict=True))
     for role, name, axes in parts:
         hf = f"{layer}.{names.experts}.{name}.weight"

@@ -1,6 +1,7 @@
 """Reasons why a `model_type` has no table: features of its architecture that the decoder lacks, read from its config.
 
-Features are recognised by their config keys, so that a family unknown today is described too.
+Experts are named as well: the decoder has them, but a table says how a family routes and stores them. Features are
+recognised by their config keys, so that a family unknown today is described too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -144,7 +145,7 @@ def reason(config: Mapping[str, Any], supported: frozenset[str]) -> str:
     if text is not None:
         kind = text.get("model_type")
         clauses.append(f"is a multimodal wrapper{f', whose text model is a {kind}' if isinstance(kind, str) else ''}")
-        inner = list(_features(text))
+        inner = [] if kind in supported else list(_features(text))
         if inner:
             clauses.append(f"has {', '.join(inner)}")
         elif kind in supported:
