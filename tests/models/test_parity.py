@@ -25,10 +25,10 @@ from tmjax.checkpoints import hf
 from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
 from tmjax.checkpoints.load import load_model
 from tmjax.checkpoints.model import Model
-from tmjax.models import experts
 from tmjax.models.decoder import ForwardPlan, bind, forward, parameter_shapes
+from tmjax.models.experts import expert_layer
+from tmjax.models.experts.mixture import Experts
 from tmjax.models.families import FAMILIES
-from tmjax.models.mixture import Experts
 from tmjax.models.rotary import inverse_frequencies
 from tmjax.models.sites import SITES
 from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, Rotary
@@ -469,7 +469,7 @@ def gathered_product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
 def test_every_wrong_setting_shows(pair, monkeypatch):
     """All of them in the first case of a family; in the others, those in what differs from it."""
-    monkeypatch.setattr(experts, "grouped_product", gathered_product)
+    monkeypatch.setattr(expert_layer, "grouped_product", gathered_product)
     spec, family = pair.model.spec, pair.model.family
     first = next(family.spec(config) for config in CASES.values() if config["model_type"] == family.model_type)
     ids, real = padded_batch()

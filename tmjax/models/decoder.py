@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from tmjax.models.experts import Mixture
+from tmjax.models.experts.expert_layer import Mixture
+from tmjax.models.experts.mixture import Run, layers_of, runs_of
 from tmjax.models.layers import INIT_STD, Attend, Block, LayerPlace, Linear, Mlp, Norm, attention, einsum
-from tmjax.models.mixture import Run, layers_of, runs_of
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from tmjax.errors import InputError
-from tmjax.models.mixture import Experts, layers_of
+from tmjax.models.experts.mixture import Experts, layers_of
 from tmjax.models.sites import INNER_SITES, SITES
 
 #: Window of a layer that attends to everything before it.
@@ -147,9 +147,9 @@ class DecoderSpec:
 class Part:
     """Place of a parameter `[out, in]` or `[out]` in a tensor on disk that has it transposed, or has several.
 
-    `start` is its first entry along `axis` in a tensor of `total` there (0: all are its own). With `of` > 1 the rows of `of`
-    parameters alternate head by head, this one being number `index`, `heads` heads each. `transposed`: the tensor is
-    `[in, out]`. `row`: the parameter is the only row of the tensor, `[1, out]`.
+    `start` is its first entry along `axis` in a tensor of `total` there (0: all are its own). With `of` > 1 the rows of
+    `of` parameters alternate head by head, this one being number `index`, `heads` heads each. `transposed`: the tensor
+    is `[in, out]`. `row`: the parameter is the only row of the tensor, `[1, out]`.
     """
 
     start: int = 0

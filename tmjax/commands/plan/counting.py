@@ -13,6 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tmjax.models.experts.grouped import grouped_rows, grouped_weights
+
+#: Products of rows with the matrices of their groups, by the names of their functions; their loops depend on data.
+_GROUPED = frozenset(function.__name__ for function in (grouped_rows, grouped_weights))
+
 
 @dataclass
 class Count:
@@ -58,6 +63,8 @@ def _walk(jaxpr: Any, result: Count, times: float, shares: tuple[int, int], turn
             _product(equation, result, times, shares)
         elif name in ("cholesky", "triangular_solve", "lu", "eigh"):
             _factorisation(equation, result, times, shares)
+        elif name in ("jit", "pjit") and params.get("name") in _GROUPED:
+            _grouped_product(equation, result, times, shares)
         elif name == "scan":
             _walk(params["jaxpr"].jaxpr, result, times * params["length"], shares, turns)
         elif name == "while":
@@ -107,6 +114,15 @@ def _product(equation: Any, result: Count, times: float, shares: tuple[int, int]
         weight = len(operand.aval.shape) == 2 and math.prod(operand.aval.shape) > 0 and _is_weight(operand, other)
         moved += _size(operand) / (tensor if weight else devices)
     result.add(kind, times * flops / devices, times * (moved + _size(out) / devices))
+
+
+def _grouped_product(equation: Any, result: Count, times: float, shares: tuple[int, int]) -> None:
+    """Every row meets one matrix; all matrices are read."""
+    left, out = equation.invars[0].aval, equation.outvars[0].aval
+    flops = 2 * math.prod(left.shape) * out.shape[-1]
+    kind = "float32" if jnp.dtype(left.dtype).itemsize >= 4 else "bfloat16"
+    moved = sum(map(_size, (*equation.invars[:2], *equation.outvars)))
+    result.add(kind, times * flops / shares[0], times * moved / shares[0])
 
 
 def _is_weight(operand: Any, other: Any) -> bool:

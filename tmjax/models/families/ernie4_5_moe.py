@@ -3,12 +3,12 @@
 from typing import Any
 
 from tmjax.errors import InputError
+from tmjax.models.experts.mixture import Experts, layers_of
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.mixtures import Names, expert_rows, ignore_training
 from tmjax.models.families.rope import RotaryKeys, read_rotary, write_rotary
-from tmjax.models.mixture import Experts, layers_of
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
 NAMES = Names(bias="mlp.moe_statics.e_score_correction_bias", bias_row=True)

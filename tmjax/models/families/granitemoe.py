@@ -2,12 +2,12 @@
 
 from typing import Any
 
+from tmjax.models.experts.mixture import Experts
 from tmjax.models.families import granite
 from tmjax.models.families.base import Family
 from tmjax.models.families.config_values import ConfigView
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.mixtures import ignore_training
-from tmjax.models.mixture import Experts
 from tmjax.models.spec import DecoderSpec, ParamSpec, Part
 
 

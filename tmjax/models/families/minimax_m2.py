@@ -3,13 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+from tmjax.models.experts.mixture import Experts
 from tmjax.models.families import mixtral
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.mixtures import expert_rows, ignore_training
 from tmjax.models.families.rope import RotaryKeys, read_rotary, write_rotary
-from tmjax.models.mixture import Experts
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
 NAMES = replace(mixtral.NAMES, bias="block_sparse_moe.e_score_correction_bias")

@@ -2,13 +2,13 @@
 
 from typing import Any
 
+from tmjax.models.experts.mixture import Experts
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
 from tmjax.models.families.layout import fields, llama_like
 from tmjax.models.families.mistral import read_window
 from tmjax.models.families.mixtures import Names, expert_rows, ignore_training
 from tmjax.models.families.rope import RotaryKeys, read_rotary, write_rotary
-from tmjax.models.mixture import Experts
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
 NAMES = Names("block_sparse_moe.gate", experts="block_sparse_moe.experts.{expert}", projections=("w1", "w3", "w2"))

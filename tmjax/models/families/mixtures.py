@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tmjax.errors import InputError
+from tmjax.models.experts.mixture import Experts
 from tmjax.models.families.config_values import ConfigView
 from tmjax.models.families.layout import gated_mlp
-from tmjax.models.mixture import Experts
 from tmjax.models.spec import DecoderSpec, ParamSpec, Part
 
 #: Keys of training that change nothing at inference, where all experts that are chosen compute.

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from tmjax.models.grouped import grouped_product
+from tmjax.models.experts.grouped import grouped_product
+from tmjax.models.experts.mixture import Experts
 from tmjax.models.layers import ACTIVATIONS, INIT_STD, Linear, Record, precision
-from tmjax.models.mixture import Experts
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import ACTIVATION_RULES, RULES, constrain
 from tmjax.typing import Array
@@ -123,11 +123,11 @@ class Mixture(nnx.Module):
     def _apply(self, rows: Array, choice: Choice, matrices: tuple[Array, ...], first: Array | int) -> Array:
         """Outputs of the experts from number `first` on, of which `matrices` are here, weighed and summed per row."""
         gate, up, down = matrices
-        chosen, here = self.experts.chosen, len(gate)
+        chosen, local = self.experts.chosen, len(gate)
         number = choice.ids.reshape(-1) - first
-        number = jnp.where((number >= 0) & (number < here), number, here)  # those of other devices come last
+        number = jnp.where((number >= 0) & (number < local), number, local)  # those of other devices come last
         order = jnp.argsort(number)
-        sizes = jnp.bincount(number, length=here + 1)[:here].astype(jnp.int32)
+        sizes = jnp.bincount(number, length=local + 1)[:local].astype(jnp.int32)
         # Each row once for each of its experts; a permutation has a gradient without collisions.
         spread = jnp.broadcast_to(rows[:, None], (len(rows), chosen, rows.shape[1])).reshape(-1, rows.shape[1])
         x = spread.at[order].get(unique_indices=True)
