@@ -52,7 +52,6 @@ FEATURES = {
     "llama4": [f"{WRAPPER}llama4_text", MOE, "attention in chunks"],
     "mimo": [FURTHER],
     "mimo_v2_flash": [MOE, "value heads of another size", "attention sinks"],
-    "minimax_m2": [MOE, FURTHER],
     "minimax_m3": [MOE, SPARSE, FURTHER],
     "minimax_m3_vl": ["multimodal wrapper", MOE, SPARSE, "quantised weights"],
     "nemotron-nas": ["layers of different shapes"],
@@ -65,6 +64,8 @@ FEATURES = {
 #: Configs of supported families that are refused, since their weights are packed.
 PACKED = {
     "mlx-Qwen3-0.6B-4bit": "an MLX checkpoint with 4-bit weights); write it unpacked with mlx_lm.convert --dequantize",
+    "nvidia--MiniMax-M2.5-NVFP4": "quantised (quantization_config, modelopt, NVFP4 in config.json); dequantise it",
+    "nvidia--MiniMax-M2.7-NVFP4": "quantised (quantization_config, modelopt, NVFP4 in config.json); dequantise it",
 }
 
 

@@ -98,7 +98,6 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen2_moe": _RMS | _QWEN_MOE | {"shared_expert_intermediate_size": 36},
     "mixtral": _RMS | {"num_local_experts": 7, "num_experts_per_tok": 4},
     "granitemoe": _RMS
-    | _WHOLE
     | {
         "num_local_experts": 7,
         "num_experts_per_tok": 4,

@@ -161,6 +161,7 @@ MODULES = {
         "down": "mlp.c_proj",
     },
     "starcoder2": {"gate": None, "up": "mlp.c_fc", "down": "mlp.c_proj"},
+    "granitemoe": {"up": "block_sparse_moe", "down": "block_sparse_moe"},
 }
 #: A mixture has sites before and behind its expert layer, none inside.
 MIXTURE = {"up": "mlp", "down": "mlp"}

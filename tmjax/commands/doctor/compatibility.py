@@ -22,6 +22,16 @@ def _windows(spec: DecoderSpec) -> str:
     return f"{len(sizes)} of {spec.layers} layers, {max(sizes)} tokens" if sizes else "none"
 
 
+def _mlp(spec: DecoderSpec) -> str:
+    kind = ("gated, " if spec.gated else "plain, ") + spec.activation
+    experts = spec.experts
+    if experts is None:
+        return kind
+    shared = f", a shared one of {experts.shared_width}" if experts.shared_width else ""
+    dense = f", {len(experts.dense)} layers without" if experts.dense else ""
+    return f"{kind}; {experts.chosen} of {experts.count} experts of {experts.width} units{shared}{dense}"
+
+
 def differences(target: DecoderSpec, source: DecoderSpec) -> list[dict[str, Any]]:
     """Compares attention, positions and MLP of the two architectures: `what`, `target`, `source`, `same`."""
 
@@ -38,7 +48,7 @@ def differences(target: DecoderSpec, source: DecoderSpec) -> list[dict[str, Any]
             "learned positions": "yes" if spec.learned_positions else "no",
             "qk norm": spec.qk_norm,
             "windows": _windows(spec),
-            "MLP": ("gated, " if spec.gated else "plain, ") + spec.activation,
+            "MLP": _mlp(spec),
             "norm": f"{spec.norm}, {' and '.join(norms)} each branch" + (", parallel" if spec.parallel else ""),
             "biases (qkv, o, MLP)": ", ".join(
                 "yes" if b else "no" for b in (spec.qkv_bias, spec.o_bias, spec.mlp_bias)

@@ -34,6 +34,17 @@ class Side:
         return sum(math.prod(row.stacked_shape(self.spec)) for row in self.rows if row.tied_to is None)
 
     @property
+    def active_parameters(self) -> int:
+        """Number of parameters that a token passes through: of experts those of the chosen ones."""
+        experts = self.spec.experts
+        if experts is None:
+            return self.parameters
+        sizes = ((row, math.prod(row.stacked_shape(self.spec))) for row in self.rows if row.tied_to is None)
+        return sum(
+            size * experts.chosen // experts.count if row.axes[0] == "experts" else size for row, size in sizes
+        )
+
+    @property
     def dtype(self) -> str | None:
         """Name of the stored dtype of the weights according to config.json."""
         stored = self.config.get("dtype") or self.config.get("torch_dtype")
