@@ -72,7 +72,7 @@ def test_doctor_leaves_out_the_projections_that_a_mixture_lacks(mixture, qwen2_d
     assert [row["role"] for row in report["projections"]["mapped"]] == ["q", "k", "v", "o"]
     left = {row["role"]: row["reason"] for row in report["projections"]["left_out"]}
     assert left == dict.fromkeys(("gate", "up", "down"), "the source has none")
-    (row,) = (row for row in report["architecture"] if row["what"] == "MLP")
+    (row,) = (row for row in report["differences"] if row["what"] == "MLP")
     assert "2 of 8 experts of 24 units" in row["source"] and "experts" not in row["target"]
 
 

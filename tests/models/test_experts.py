@@ -15,7 +15,7 @@ from tests.models.test_generate import cached_logits
 from tmjax.checkpoints.hf import open_model
 from tmjax.checkpoints.load import load_model
 from tmjax.commands.plan.counting import counted
-from tmjax.errors import InputError
+from tmjax.errors import CheckpointError, InputError
 from tmjax.models.decoder import ForwardPlan, bind, forward, init_params
 from tmjax.models.experts.expert_layer import Mixture, choose
 from tmjax.models.experts.grouped import grouped_product, tile_rows
@@ -204,6 +204,21 @@ def test_experts_are_loaded_straight_into_their_shards(tmp_path, monkeypatch) ->
         for expert in range(8):
             name = f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
             np.testing.assert_array_equal(placed[layer - 1, expert], stored[name])
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path) -> None:
+    directory = make_checkpoint(tmp_path / "glm", "glm4_moe", GLM)
+    plain = load_model(directory)
+    stored = safetensors.numpy.load_file(directory / "model.safetensors")
+    stored["model.layers.3.eh_proj.weight"] = np.ones((24, 48), np.float32)
+    safetensors.numpy.save_file(stored, directory / "model.safetensors")
+    model = load_model(directory)
+    assert model.params.keys() == plain.params.keys()
+    assert "1 tensors that predict tokens beyond the next one (model.layers.3.*) are not read" in model.notes[-1]
+    stored["model.layers.4.eh_proj.weight"] = np.ones((24, 48), np.float32)
+    safetensors.numpy.save_file(stored, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"unexpected tensor model\.layers\.4"):
+        load_model(directory)
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_refused(tmp_path) -> None:

@@ -43,11 +43,25 @@ def open_headers(described: CheckpointDescription) -> CheckpointHeaders:
         names = {name: described.wrapper.text_name(name) for name in index}
         index = Renamed(index, {text: name for name, text in names.items() if text is not None})
     index, renamed = matched(index, rows, spec)
+    index, further = _without_further(index, described)
     ties = check_tensors(index, rows, spec)
     if described.adapter is not None:
         index = Folded(index, described.adapter)
-    notes = (*described.notes, *renamed)
+    notes = (*described.notes, *renamed, *further)
     return CheckpointHeaders(described.directory, described.config, described.family, spec, index, ties, notes)
+
+
+def _without_further(index: Weights, described: CheckpointDescription) -> tuple[Weights, tuple[str, ...]]:
+    """The tensors without those that predict tokens beyond the next one, and a note on them if there are any."""
+    begins = tuple(text.format(layers=described.spec.layers) for text in described.family.further)
+    kept = {name: name for name in index if not name.startswith(begins)} if begins else index
+    if len(kept) == len(index):
+        return index, ()
+    note = (
+        f"{len(index) - len(kept)} tensors that predict tokens beyond the next one ({', '.join(begins)}*) are not read,"
+        " and a checkpoint that is written lacks them"
+    )
+    return Renamed(index, kept), (note,)
 
 
 def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> dict[str, ParamSpec]:

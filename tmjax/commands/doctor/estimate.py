@@ -175,9 +175,7 @@ def time(
     if not aligns(chain_of(recipe)):
         sites, chosen, reading = Sites({}, ()), {}, replace(reading, target_tokens=0, source_tokens=0)
     pairs, kept = _pairs(target, source, recipe), _kept(target, source, recipe)
-    forward = 2 * (
-        target.active_parameters * reading.target_tokens + source.active_parameters * reading.source_tokens
-    )
+    forward = 2 * (target.active_parameters * reading.target_tokens + source.active_parameters * reading.source_tokens)
     costs = sum(2 * pairs * reading.rows * n * k for n, k in (sites.units[site] for site in sites.plans))
     traffic = sum(4 * pairs * ITERATIONS * n * k for n, k in (sites.units[site] for site in sites.plans))
     theirs = projections(source.rows)

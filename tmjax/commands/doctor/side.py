@@ -40,9 +40,7 @@ class Side:
         if experts is None:
             return self.parameters
         sizes = ((row, math.prod(row.stacked_shape(self.spec))) for row in self.rows if row.tied_to is None)
-        return sum(
-            size * experts.chosen // experts.count if row.axes[0] == "experts" else size for row, size in sizes
-        )
+        return sum(size * experts.chosen // experts.count if row.axes[0] == "experts" else size for row, size in sizes)
 
     @property
     def dtype(self) -> str | None:

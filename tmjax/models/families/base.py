@@ -37,7 +37,8 @@ class Family:
     """One Hugging Face `model_type`.
 
     `fields` are the config keys that map one to one, `fixed` what the family never varies, `read` and `write` what
-    takes more than a table (rotary settings, windows), `params` the tensor table.
+    takes more than a table (rotary settings, windows), `params` the tensor table. `further` are beginnings of names of
+    tensors that predict tokens beyond the next one, which are not read; `{layers}` stands for the number of layers.
     """
 
     model_type: str
@@ -47,6 +48,7 @@ class Family:
     fixed: Mapping[str, Any]
     read: Callable[["ConfigView", dict[str, Any]], dict[str, Any]]
     write: Callable[[DecoderSpec], dict[str, Any]]
+    further: tuple[str, ...] = ()
 
     def spec(self, config: Mapping[str, Any]) -> DecoderSpec:
         """Reads the architecture of a config.

@@ -64,4 +64,5 @@ FIELDS = fields(
     Field("tie_word_embeddings", "tied_embeddings", True, bool),
     Field("num_key_value_heads", "kv_heads", 4),
 )
-FAMILY = Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", FIELDS, _params, {}, _read, _write)
+FURTHER = ("model.mtp_",)
+FAMILY = Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", FIELDS, _params, {}, _read, _write, FURTHER)

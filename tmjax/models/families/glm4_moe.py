@@ -65,4 +65,5 @@ ROTARY = RotaryKeys(fraction=0.5, fraction_key="partial_rotary_factor")
 FIELDS = fields(
     Field("max_position_embeddings", "max_positions", 131072), Field("rms_norm_eps", "norm_eps", 1e-5, float)
 )
-FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", FIELDS, _params, {}, _read, _write)
+FURTHER = ("model.layers.{layers}.",)
+FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", FIELDS, _params, {}, _read, _write, FURTHER)
