@@ -18,6 +18,7 @@ from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import CheckpointError
 from tmjax.models.decoder import bind
+from tmjax.models.experts.mixture import Experts
 from tmjax.models.spec import DecoderSpec, Rotary
 from tmjax.text.buckets import bucket_length
 from tmjax.typing import Params
@@ -41,6 +42,9 @@ FORWARDS: dict[str, DecoderSpec] = {
     ),
     "learned positions": dataclasses.replace(
         SPEC, learned_positions=True, rotary=Rotary(scaling="none"), norm="layer", norm_bias=True, gated=False
+    ),
+    "experts": dataclasses.replace(
+        SPEC, experts=Experts(6, 2, 12, choice_bias=True, shared_width=8, shared_gate=True, dense=(1,))
     ),
     "caps": dataclasses.replace(SPEC, attention_cap=2.0, logit_cap=3.0, logit_scale=0.5, inverse_layer_scale=True),
 }

@@ -13,6 +13,7 @@ from helpers import SPEC, edit_config, refused
 from hypothesis import given, settings
 
 from tmjax.errors import InputError
+from tmjax.models.experts.mixture import Experts
 from tmjax.models.families import FAMILIES, family_of
 from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, Rotary
 from tools.family_cases import CASES
@@ -58,10 +59,36 @@ def rotaries(kind: str, planes: int, max_positions: int, **fixed) -> st.SearchSt
 
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 #: Families whose heads divide the hidden size, and those without key-value heads of their own.
-WHOLE_HEADS = {"cohere2", "gpt2", "gpt_neox", "phi3", "stablelm"}
+WHOLE_HEADS = {"cohere2", "gpt2", "gpt_neox", "olmoe", "phi3", "stablelm"}
 UNGROUPED = {"gpt2", "gpt_neox"}
-PARTIAL = {"gpt_neox", "phi3", "stablelm"}
+PARTIAL = {"glm4_moe", "gpt_neox", "minimax_m2", "phi3", "stablelm"}
+INTERLEAVED = {"cohere", "cohere2", "ernie4_5_moe"}
 NO_ROTARY = Rotary(scaling="none")
+
+
+@st.composite
+def mixtures(draw, layers: int, mlp: int) -> dict[str, Experts]:
+    """Experts by family, whose settings are those that the family's configs can say."""
+    groups, width, shared = draw(st.integers(1, 3)), draw(st.integers(1, 4096)), draw(st.integers(1, 3))
+    count = groups * draw(st.integers(2, 8))
+    base = Experts(count, draw(st.integers(1, count)), mlp)
+    wide, normalised = dataclasses.replace(base, width=width), draw(st.booleans())
+    any_layers = tuple(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1)))
+    first, last = sorted(draw(st.lists(st.integers(0, layers - 1), min_size=2, max_size=2)))
+    leading, around = tuple(range(first)), tuple(n for n in range(layers) if not first <= n <= last)
+    qwen = dataclasses.replace(wide, normalised=normalised, dense=tuple(sorted(any_layers)))
+    biased = dataclasses.replace(wide, choice_bias=True, shared_width=width * shared)
+    grouped = {"groups": groups, "chosen_groups": draw(st.integers(1, groups)), "scale": draw(positive)}
+    return {
+        "mixtral": base,
+        "granitemoe": base,
+        "olmoe": dataclasses.replace(base, normalised=normalised),
+        "minimax_m2": dataclasses.replace(base, router="sigmoid", choice_bias=True),
+        "qwen3_moe": qwen,
+        "qwen2_moe": dataclasses.replace(qwen, shared_width=draw(st.integers(1, 4096)), shared_gate=True),
+        "glm4_moe": dataclasses.replace(biased, router="sigmoid", normalised=normalised, dense=leading, **grouped),
+        "ernie4_5_moe": dataclasses.replace(biased, dense=around),
+    }
 
 
 @st.composite
@@ -77,7 +104,7 @@ def specs(draw, model_type: str) -> DecoderSpec:
     alike = (size,) * layers if third else ()
     fraction = draw(st.sampled_from([0.25, 0.5, 0.75, 1.0])) if model_type in PARTIAL else 1.0
     kind = draw(st.sampled_from(("default", "longrope") if model_type == "phi3" else SCALINGS))
-    fixed = {"fraction": fraction, "interleaved": model_type in ("cohere", "cohere2")}
+    fixed = {"fraction": fraction, "interleaved": model_type in INTERLEAVED}
     planes = int(head_dim * fraction) // 2
     rotary = draw(rotaries(kind, planes, max_positions, **fixed))
     hidden = heads * (head_dim if model_type in WHOLE_HEADS else draw(st.integers(1, 100)))
@@ -96,6 +123,15 @@ def specs(draw, model_type: str) -> DecoderSpec:
         "logit_scale": draw(positive),
     }
     rolled = tuple(int(window != FULL_ATTENTION) for window in mixed) or (0,) * layers
+    mlp = draw(st.integers(1, 10**5))
+    experts = {name: {"experts": value} for name, value in draw(mixtures(layers, mlp)).items()}
+    granite = attention_bias | {
+        "mlp_bias": other,
+        "embedding_scale": draw(positive),
+        "residual_scale": draw(positive),
+        "attention_scale": draw(positive),
+        "logit_scale": 1.0 / draw(positive),
+    }
     own = {
         "llama": attention_bias | {"mlp_bias": other},
         "mistral": {"windows": alike},
@@ -131,14 +167,7 @@ def specs(draw, model_type: str) -> DecoderSpec:
             "rotary": NO_ROTARY,
         },
         "starcoder2": layer | attention_bias | {"mlp_bias": flag, "gated": False, "windows": alike},
-        "granite": attention_bias
-        | {
-            "mlp_bias": other,
-            "embedding_scale": draw(positive),
-            "residual_scale": draw(positive),
-            "attention_scale": draw(positive),
-            "logit_scale": 1.0 / draw(positive),
-        },
+        "granite": granite,
         "cohere": cohere | {"qk_norm": "heads" if other else "none"},
         "cohere2": cohere
         | {
@@ -148,6 +177,14 @@ def specs(draw, model_type: str) -> DecoderSpec:
         },
         "stablelm": layer
         | {"qkv_bias": flag, "parallel": other, "shared_norm": other, "qk_norm": "heads" if third else "none"},
+        "mixtral": {"windows": alike},
+        "qwen2_moe": {"qkv_bias": flag, "windows": mixed},
+        "qwen3_moe": attention_bias | {"windows": alike, "qk_norm": "head"},
+        "olmoe": attention_bias | {"qk_norm": "full"},
+        "granitemoe": granite | {"mlp_bias": False},
+        "glm4_moe": {"qkv_bias": flag, "qk_norm": "head" if other else "none"},
+        "minimax_m2": {"qk_norm": "full"},
+        "ernie4_5_moe": {},
     }[model_type]
     values = {
         "vocab": draw(st.integers(1, 10**6)),
@@ -156,14 +193,14 @@ def specs(draw, model_type: str) -> DecoderSpec:
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
-        "mlp": draw(st.integers(1, 10**5)),
+        "mlp": mlp,
         "max_positions": max_positions,
         "norm_eps": draw(st.floats(1e-8, 1e-2)),
         "rotary": rotary,
         "activation": draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"])),
         "tied_embeddings": draw(st.booleans()),
     }
-    return DecoderSpec(**(values | own))
+    return DecoderSpec(**(values | own | experts.get(model_type, {})))
 
 
 def read_by_transformers(directory: Path, model_type: str) -> DecoderSpec:
@@ -346,13 +383,9 @@ def test_a_family_says_what_its_config_cannot_say():
 
 #: Layers, experts, towers or attention that the decoder has not; each is refused by name.
 OTHERS = [
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "granitemoe",
     "phimoe",
-    "olmoe",
     "deepseek_v3",
+    "qwen3_vl_moe",
     "gpt_oss",
     "llava",
     "llava_next",

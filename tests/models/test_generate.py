@@ -25,7 +25,15 @@ transformers.utils.logging.disable_progress_bar()
 PROMPTS = (3, 70, 118)
 NEW = 40
 #: Together: windows, soft caps, two rotary embeddings, learned positions, parallel and post norms, and all scalings.
-QUICK = ("llama-dynamic", "gemma2-capped", "gemma3_text-linear", "gpt2-inverse", "phi3-long", "cohere2-layer_types")
+QUICK = (
+    "llama-dynamic",
+    "gemma2-capped",
+    "gemma3_text-linear",
+    "gpt2-inverse",
+    "phi3-long",
+    "cohere2-layer_types",
+    "glm4_moe-grouped",
+)
 
 
 def prompts(vocab: int, lengths=PROMPTS) -> list[list[int]]:
