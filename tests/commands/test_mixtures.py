@@ -90,19 +90,22 @@ def test_merge_from_a_mixture(mixture, qwen2_dir, texts, recipes, tmp_path, caps
     assert len(scores) == 2 and all(math.isfinite(each["bits_per_byte"]) for each in scores.values())
 
 
-def test_adapt_from_a_mixture(mixture, qwen2_dir, texts, recipes, tmp_path, capsys) -> None:
+def test_adapt_from_a_mixture_with_controls(mixture, qwen2_dir, texts, recipes, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     command = ["adapt", recipes["adapt"], *arguments(mixture, qwen2_dir, texts, out), "--mode", "combined"]
-    assert cli.run(command) == 0, capsys.readouterr().err
+    code, error = cli.run([*command, "--controls"]), capsys.readouterr().err
+    assert code == 0, error
     manifest = read_manifest(out)
+    assert "control:random_source" in manifest["evaluation"]
     assert all(math.isfinite(arm["bits_per_byte"]) for arm in manifest["evaluation"].values())
 
 
 def test_training_moves_experts_and_leaves_the_bias_of_the_choice(mixture, llama_dir, texts, recipes, tmp_path, capsys):
-    """A mixture as the target of training, which is written back under its own names."""
+    """A mixture as the target of training on a mesh, which is written back under its own names."""
     out = tmp_path / "run"
     command = ["adapt", recipes["adapt"], *arguments(llama_dir, mixture, texts, out), "--mode", "sft"]
-    assert cli.run(command) == 0, capsys.readouterr().err
+    code, error = cli.run([*command, "--mesh", "data=2,fsdp=2,tensor=2"]), capsys.readouterr().err
+    assert code == 0, error
     before, after = (safetensors.numpy.load_file(d / "model.safetensors") for d in (mixture, out / "merged"))
     assert before.keys() == after.keys()
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
