@@ -110,7 +110,7 @@ class Decoder(nnx.Module):
         self.spec = spec
         self.embed = Embedding(spec.vocab, spec.hidden, rngs=rngs)
         if spec.learned_positions:
-            self.positions = Embedding(spec.max_positions, spec.hidden, rngs=rngs)
+            self.positions = Embedding(spec.axis_size("positions"), spec.hidden, rngs=rngs)
         self.blocks = stacked(rngs)
         self.norm = Norm((spec.hidden,), spec)
         if not spec.tied_embeddings:
@@ -164,7 +164,8 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(spec.embedding_scale, dtype)
         if spec.learned_positions:
             # Padding may reach beyond the last position; that no text does is checked where texts are read.
-            x = x + self.positions.weight[...][jnp.minimum(context.positions, spec.max_positions - 1)].astype(dtype)
+            row = jnp.minimum(context.positions, spec.max_positions - 1) + spec.position_offset
+            x = x + self.positions.weight[...][row].astype(dtype)
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
         # Inside a scan there is nothing that could undo the saving, so no barriers against it are needed.
         body = jax.checkpoint(step, prevent_cse=False) if plan.remat else step

@@ -60,6 +60,12 @@ def fused(hf: str, roles: tuple[str, ...], spec: DecoderSpec, *, bias: bool, tra
     return tuple(rows)
 
 
+def alternating(hf: str, roles: tuple[str, ...], spec: DecoderSpec, *, bias: bool) -> tuple[ParamSpec, ...]:
+    """Rows of projections that alternate head by head in one tensor on disk."""
+    parts = [Part(heads=spec.heads, index=index, of=len(roles)) for index in range(len(roles))]
+    return tuple(row for role, part in zip(roles, parts, strict=True) for row in linear(hf, role, bias=bias, part=part))
+
+
 def attention(prefix: str, spec: DecoderSpec, *, o: str = "o_proj") -> tuple[ParamSpec, ...]:
     """Rows of separate q, k, v and o projections."""
     return (
@@ -77,6 +83,12 @@ def gated_mlp(prefix: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
         *linear(f"{prefix}.up_proj", "up", bias=spec.mlp_bias),
         *linear(f"{prefix}.down_proj", "down", bias=spec.mlp_bias),
     )
+
+
+def plain_mlp(prefix: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
+    """Rows of an MLP without a gate."""
+    up, down = (linear(f"{prefix}.{role}_proj", role, bias=spec.mlp_bias) for role in ("up", "down"))
+    return (*up, *down)
 
 
 def qk_norms(prefix: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
