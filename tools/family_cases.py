@@ -127,6 +127,14 @@ BASES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 600,
         "word_embed_proj_dim": 48,
     },
+    "xglm": {
+        "vocab_size": VOCAB,
+        "d_model": 48,
+        "num_layers": 3,
+        "attention_heads": 6,
+        "ffn_dim": 80,
+        "max_position_embeddings": 600,
+    },
 }
 _OLD = {"rope_parameters": None}  # of transformers 4: rope_theta and rope_scaling
 _CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -316,6 +324,10 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
         "global": {"attention_types": [[["global"], 3]], "tie_word_embeddings": False, "activation_function": "relu"},
     },
     "opt": {"plain": {}, "no_bias": {"enable_bias": False, "tie_word_embeddings": False}},
+    "xglm": {
+        "plain": {},
+        "unscaled": {"scale_embedding": False, "tie_word_embeddings": False, "activation_function": "relu"},
+    },
 }
 #: Keys that a case sets to null on purpose.
 _NULLABLE = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"})
@@ -368,9 +380,15 @@ def reference_logits(reference: Any, ids: np.ndarray, real: np.ndarray) -> np.nd
     """PyTorch's logits [B, T, vocab], the padding masked."""
     import torch
 
-    with torch.no_grad():
-        ids, mask = torch.from_numpy(ids).long(), torch.from_numpy(real).long()
-        return reference(ids, attention_mask=mask, use_cache=False).logits.numpy()
+    usual = torch.get_default_dtype()
+    # XGLM makes a number of the model's dtype without saying so.
+    torch.set_default_dtype(next(reference.parameters()).dtype if reference.config.model_type == "xglm" else usual)
+    try:
+        with torch.no_grad():
+            ids, mask = torch.from_numpy(ids).long(), torch.from_numpy(real).long()
+            return reference(ids, attention_mask=mask, use_cache=False).logits.numpy()
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:

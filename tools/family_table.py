@@ -64,6 +64,7 @@ EXAMPLES = {
     "smollm3": "SmolLM 3",
     "stablelm": "StableLM 2, StableLM 3B",
     "starcoder2": "StarCoder 2",
+    "xglm": "XGLM",
 }
 
 

@@ -58,8 +58,20 @@ def rotaries(kind: str, planes: int, max_positions: int, **fixed) -> st.SearchSt
 
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 #: Families whose heads divide the hidden size, and those without key-value heads of their own.
-WHOLE_HEADS = {"cohere2", "gpt2", "gpt_neox", "phi3", "stablelm", "arcee", "helium", "gpt_bigcode", "gpt_neo", "opt"}
-UNGROUPED = {"gpt2", "gpt_neox", "gpt_bigcode", "gpt_neo", "opt"}
+WHOLE_HEADS = {
+    "cohere2",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
+    "stablelm",
+    "arcee",
+    "helium",
+    "gpt_bigcode",
+    "gpt_neo",
+    "opt",
+    "xglm",
+}
+UNGROUPED = {"gpt2", "gpt_neox", "gpt_bigcode", "gpt_neo", "opt", "xglm"}
 PARTIAL = {"gpt_neox", "phi3", "stablelm", "nemotron", "glm", "glm4"}
 INTERLEAVED = {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "helium"}
 NO_ROTARY = Rotary(scaling="none")
@@ -126,6 +138,15 @@ def specs(draw, model_type: str) -> DecoderSpec:
         "gpt2": learned | scale | {"qkv_bias": True, "inverse_layer_scale": other},
         "gpt_bigcode": learned | scale | {"qkv_bias": True, "kv_heads": heads if other else 1},
         "gpt_neo": learned | {"attention_scale": 1.0, "windows": mixed},
+        "xglm": learned
+        | {
+            "qkv_bias": True,
+            "learned_positions": False,
+            "sinusoidal_positions": True,
+            "position_offset": 2,
+            "norm_eps": 1e-5,
+            "embedding_scale": math.sqrt(hidden) if flag else 1.0,
+        },
         "opt": learned | {"qkv_bias": flag, "o_bias": flag, "mlp_bias": flag, "position_offset": 2, "norm_eps": 1e-5},
         "arcee": attention_bias | {"mlp_bias": other, "gated": False},
         "nemotron": layer | attention_bias | {"mlp_bias": other, "gated": False, "norm_offset": True},
@@ -298,6 +319,7 @@ def test_old_and_new_rope_spelling_read_equal(scaling):
         "gemma3_text",
         "olmo3",
         "opt",
+        "xglm",
     }  # of tests/models/test_parity.py, whose cases have their old spellings
     for family in (FAMILIES[name] for name in FAMILIES.keys() - own_keys - ({"phi3"} if len(scaling) > 1 else set())):
         assert family.spec(new) == family.spec(old) == family.spec(older)

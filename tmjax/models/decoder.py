@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tmjax.models.layers import INIT_STD, Attend, Block, LayerPlace, Linear, Norm, attention, einsum
-from tmjax.models.rotary import rotary_tables
+from tmjax.models.rotary import rotary_tables, sinusoids
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import constrain
@@ -166,6 +166,8 @@ class Decoder(nnx.Module):
             # Padding may reach beyond the last position; that no text does is checked where texts are read.
             row = jnp.minimum(context.positions, spec.max_positions - 1) + spec.position_offset
             x = x + self.positions.weight[...][row].astype(dtype)
+        if spec.sinusoidal_positions:
+            x = x + sinusoids(context.positions + spec.position_offset, spec.hidden).astype(dtype)
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
         # Inside a scan there is nothing that could undo the saving, so no barriers against it are needed.
         body = jax.checkpoint(step, prevent_cse=False) if plan.remat else step

@@ -54,9 +54,9 @@ class DecoderSpec:
     stream, through one norm if `shared_norm`. `qk_norm` norms queries and keys: `head` with one weight [head_dim] for
     all heads, `heads` with a weight per head, `full` over all heads together. `gated`: the MLP has a gate.
     `attention_scale` None is head_dim ** -0.5, divided by the layer's number from 1 on if `inverse_layer_scale`;
-    `attention_cap` and `logit_cap` bound scores and logits by cap tanh(x / cap). `learned_positions` are added to the
-    embeddings, from row `position_offset` of their table on. `layer_rotary` gives every layer the number of its rotary
-    embedding: 0 is `rotary`, 1 `local_rotary`.
+    `attention_cap` and `logit_cap` bound scores and logits by cap tanh(x / cap). `learned_positions` or
+    `sinusoidal_positions` are added to the embeddings, from row `position_offset` of their table on. `layer_rotary`
+    gives every layer the number of its rotary embedding: 0 is `rotary`, 1 `local_rotary`.
     """
 
     vocab: int
@@ -93,6 +93,7 @@ class DecoderSpec:
     logit_cap: float | None = None
     learned_positions: bool = False
     position_offset: int = 0
+    sinusoidal_positions: bool = False
     local_rotary: Rotary | None = None
     layer_rotary: tuple[int, ...] = ()
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from tmjax.errors import InputError
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
-from tmjax.models.families.layout import fused, head, linear, norm
+from tmjax.models.families.layout import fused, gpt2_like, head_size, linear
 from tmjax.models.spec import DecoderSpec, ParamSpec, Part, Rotary
 
 FIELDS = (
@@ -31,24 +30,9 @@ FIXED = {
 _TURNED = Part(transposed=True)
 
 
-def table(spec: DecoderSpec, *, attention: tuple[ParamSpec, ...], mlp: tuple[ParamSpec, ...]) -> tuple[ParamSpec, ...]:
-    """Returns the tensor table of GPT-2 with these rows of attention and MLP."""
-    layer = "transformer.h.{layer}"
-    return (
-        ParamSpec("transformer.wte.weight", "embed.weight", ("vocab", "embed")),
-        ParamSpec("transformer.wpe.weight", "positions.weight", ("positions", "embed")),
-        *norm(f"{layer}.ln_1", "blocks.attn_norm", spec),
-        *attention,
-        *norm(f"{layer}.ln_2", "blocks.mlp_norm", spec),
-        *mlp,
-        *norm("transformer.ln_f", "norm", spec),
-        head(spec),
-    )
-
-
 def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
     layer = "transformer.h.{layer}"
-    return table(
+    return gpt2_like(
         spec,
         attention=(
             *fused(f"{layer}.attn.c_attn", ("q", "k", "v"), spec, bias=True, transposed=True),
@@ -59,13 +43,6 @@ def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
             *linear(f"{layer}.mlp.c_proj", "down", bias=True, part=_TURNED),
         ),
     )
-
-
-def head_size(values: dict[str, Any]) -> int:
-    """Returns the size of a head, which divides the hidden size; raises InputError otherwise."""
-    if values["hidden"] % values["heads"]:
-        raise InputError(f"config.json: {values['heads']} heads do not divide the hidden size {values['hidden']}")
-    return values["hidden"] // values["heads"]
 
 
 def sizes(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:

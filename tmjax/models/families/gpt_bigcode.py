@@ -5,7 +5,7 @@ from typing import Any
 from tmjax.models.families import gpt2
 from tmjax.models.families.base import Family
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
-from tmjax.models.families.layout import alternating, fused, linear
+from tmjax.models.families.layout import alternating, fused, gpt2_like, linear
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
 
@@ -14,7 +14,7 @@ def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
     name = f"{layer}.attn.c_attn"
     # Without the shared head q, k and v alternate head by head.
     rows = fused(name, qkv, spec, bias=True) if spec.kv_heads == 1 else alternating(name, qkv, spec, bias=True)
-    return gpt2.table(
+    return gpt2_like(
         spec,
         attention=(*rows, *linear(f"{layer}.attn.c_proj", "o", bias=True)),
         mlp=(*linear(f"{layer}.mlp.c_fc", "up", bias=True), *linear(f"{layer}.mlp.c_proj", "down", bias=True)),

@@ -6,7 +6,7 @@ from tmjax.errors import InputError
 from tmjax.models.families import gpt2
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
-from tmjax.models.families.layout import attention, linear
+from tmjax.models.families.layout import attention, gpt2_like, head_size, linear
 from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, ParamSpec
 
 _KINDS = ("global", "local")
@@ -14,7 +14,7 @@ _KINDS = ("global", "local")
 
 def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
     layer = "transformer.h.{layer}"
-    return gpt2.table(
+    return gpt2_like(
         spec,
         attention=attention(f"{layer}.attn.attention", spec, o="out_proj"),
         mlp=(*linear(f"{layer}.mlp.c_fc", "up", bias=True), *linear(f"{layer}.mlp.c_proj", "down", bias=True)),
@@ -39,7 +39,7 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     windows = tuple(size if kind == "local" else FULL_ATTENTION for kind in kinds)
     return {
         "kv_heads": values["heads"],
-        "head_dim": gpt2.head_size(values),
+        "head_dim": head_size(values),
         "activation": read_activation(view, "activation_function", default="gelu_new"),
         "attention_scale": 1.0,
         "windows": windows if "local" in kinds else (),

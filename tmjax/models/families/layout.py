@@ -1,5 +1,8 @@
 """The tensor table that most families share: Llama's, with what the spec adds or leaves out."""
 
+from typing import Any
+
+from tmjax.errors import InputError
 from tmjax.models.families.base import Field
 from tmjax.models.spec import DecoderSpec, ParamSpec, Part
 
@@ -139,3 +142,27 @@ def llama_like(
         *norm("model.norm", "norm", spec),
         head(spec),
     )
+
+
+def gpt2_like(
+    spec: DecoderSpec, *, attention: tuple[ParamSpec, ...], mlp: tuple[ParamSpec, ...]
+) -> tuple[ParamSpec, ...]:
+    """Returns the tensor table of GPT-2 with these rows of attention and MLP."""
+    layer = "transformer.h.{layer}"
+    return (
+        ParamSpec("transformer.wte.weight", "embed.weight", ("vocab", "embed")),
+        ParamSpec("transformer.wpe.weight", "positions.weight", ("positions", "embed")),
+        *norm(f"{layer}.ln_1", "blocks.attn_norm", spec),
+        *attention,
+        *norm(f"{layer}.ln_2", "blocks.mlp_norm", spec),
+        *mlp,
+        *norm("transformer.ln_f", "norm", spec),
+        head(spec),
+    )
+
+
+def head_size(values: dict[str, Any]) -> int:
+    """Returns the size of a head, which divides the hidden size; raises InputError otherwise."""
+    if values["hidden"] % values["heads"]:
+        raise InputError(f"config.json: {values['heads']} heads do not divide the hidden size {values['hidden']}")
+    return values["hidden"] // values["heads"]

@@ -9,6 +9,12 @@ from tmjax.models.families.layout import attention, fields, head, linear, norm
 from tmjax.models.spec import DecoderSpec, ParamSpec, Rotary
 
 
+def mlp(layer: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
+    """Returns the rows of the MLP of a layer."""
+    up, down = (linear(f"{layer}.{name}", role, bias=spec.mlp_bias) for name, role in (("fc1", "up"), ("fc2", "down")))
+    return (*up, *down)
+
+
 def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
     layer = "model.decoder.layers.{layer}"
     return (
@@ -17,8 +23,7 @@ def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
         *norm(f"{layer}.self_attn_layer_norm", "blocks.attn_norm", spec),
         *attention(f"{layer}.self_attn", spec, o="out_proj"),
         *norm(f"{layer}.final_layer_norm", "blocks.mlp_norm", spec),
-        *linear(f"{layer}.fc1", "up", bias=spec.mlp_bias),
-        *linear(f"{layer}.fc2", "down", bias=spec.mlp_bias),
+        *mlp(layer, spec),
         *norm("model.decoder.final_layer_norm", "norm", spec),
         head(spec),
     )
