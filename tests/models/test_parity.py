@@ -457,6 +457,13 @@ def differs(what: str, spec: DecoderSpec, first: DecoderSpec) -> bool:
     return what not in parameter_shapes(first)
 
 
+#: The first case of every family.
+FIRST = {config["model_type"]: name for name, config in reversed(CASES.items())}.values()
+
+
+@pytest.mark.parametrize(
+    "pair", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in CASES], indirect=True
+)
 def test_every_wrong_setting_shows(pair):
     """All of them in the first case of a family; in the others, those in what differs from it."""
     spec, family = pair.model.spec, pair.model.family
