@@ -57,6 +57,19 @@ _RMS = _SIZES | {"rms_norm_eps": 1e-3, "rope_parameters": _ROPE}  # an epsilon l
 _LAYER = _SIZES | {"layer_norm_eps": 1e-3, "rope_parameters": _ROPE}
 _WHOLE = {"hidden_size": 96, "head_dim": None}  # for families whose heads divide the hidden size
 _NEOX = {"num_key_value_heads": None}
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 48,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_positions": 600,
+    "n_inner": 80,
+    "layer_norm_epsilon": 1e-3,
+}
+_BY_KIND = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+}
 #: Experts of Qwen's kind; more than a token chooses, and of another width than a dense MLP.
 _QWEN_MOE = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
 
@@ -73,15 +86,7 @@ BASES: dict[str, dict[str, Any]] = {
     "olmo2": _RMS,
     "smollm3": _RMS | {"pad_token_id": 0},
     "gpt_neox": _LAYER | _WHOLE | _NEOX | {"rope_parameters": _HALF},
-    "gpt2": {
-        "vocab_size": VOCAB,
-        "n_embd": 48,
-        "n_layer": 3,
-        "n_head": 6,
-        "n_positions": 600,
-        "n_inner": 80,
-        "layer_norm_epsilon": 1e-3,
-    },
+    "gpt2": _GPT2,
     "starcoder2": _SIZES | {"norm_epsilon": 1e-3, "rope_parameters": _ROPE},
     "granite": _RMS
     | {
@@ -94,6 +99,44 @@ BASES: dict[str, dict[str, Any]] = {
     "cohere": _LAYER | {"logit_scale": 0.3, "pad_token_id": 0},
     "cohere2": _LAYER | _WHOLE | {"logit_scale": 0.3, "sliding_window": 60, "pad_token_id": 0},
     "stablelm": _LAYER | _WHOLE | {"rope_parameters": _HALF},
+    "arcee": _RMS | _WHOLE,
+    "nemotron": _SIZES | {"norm_eps": 1e-3, "rope_parameters": _HALF},
+    "seed_oss": _RMS,
+    "olmo3": _RMS | _WHOLE | {"sliding_window": 60, "layer_types": _MIXED, "rope_parameters": _BY_KIND},
+    "exaone4": _RMS | _WHOLE | {"sliding_window": 60, "layer_types": _MIXED},
+    "glm": _RMS | {"rope_parameters": _HALF, "pad_token_id": 0},
+    "glm4": _RMS | {"rope_parameters": _HALF, "pad_token_id": 0},
+    "ernie4_5": _RMS,
+    "helium": _RMS | _WHOLE | {"head_dim": 16, "pad_token_id": 0},
+    "gpt_bigcode": _GPT2,
+    "gpt_neo": {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "num_layers": 3,
+        "num_heads": 6,
+        "intermediate_size": 80,
+        "max_position_embeddings": 600,
+        "window_size": 60,
+        "layer_norm_epsilon": 1e-3,
+        "attention_types": [[["global", "local"], 1], [["local"], 1]],
+    },
+    "opt": {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "ffn_dim": 80,
+        "max_position_embeddings": 600,
+        "word_embed_proj_dim": 48,
+    },
+    "xglm": {
+        "vocab_size": VOCAB,
+        "d_model": 48,
+        "num_layers": 3,
+        "attention_heads": 6,
+        "ffn_dim": 80,
+        "max_position_embeddings": 600,
+    },
     "qwen3_moe": _RMS | _QWEN_MOE,
     "qwen2_moe": _RMS | _QWEN_MOE | {"shared_expert_intermediate_size": 36},
     "mixtral": _RMS | {"num_local_experts": 7, "num_experts_per_tok": 4},
@@ -304,6 +347,55 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
         "plain": {},
         "normalised": {"norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True},
     },
+    "arcee": {"plain": {}, "bias": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}},
+    "nemotron": {
+        "plain": {},
+        "bias": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        "old": _OLD | {"rope_theta": 1000.0, "partial_rotary_factor": 0.25},
+    },
+    "seed_oss": {
+        "plain": {},
+        "bias": {
+            "attention_bias": False,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    },
+    "olmo3": {
+        "mixed": {},
+        "old": _OLD
+        | {
+            "layer_types": None,
+            "num_hidden_layers": 4,
+            "rope_theta": 1000.0,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        },
+    },
+    "exaone4": {
+        "mixed": {},
+        "full": {"sliding_window": None, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True},
+        "pattern": {"layer_types": None, "sliding_window_pattern": 2},
+    },
+    "glm": {"plain": {}, "no_bias": {"attention_bias": False, "tie_word_embeddings": True}},
+    "glm4": {"plain": {}, "no_bias": {"attention_bias": False, "tie_word_embeddings": True}},
+    "ernie4_5": {"plain": {}, "bias": {"use_bias": True, "tie_word_embeddings": True}},
+    "helium": {"plain": {}, "bias": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}},
+    "gpt_bigcode": {
+        "shared": {},
+        "heads": {"multi_query": False, "tie_word_embeddings": False, "scale_attn_weights": False},
+    },
+    "gpt_neo": {
+        "mixed": {},
+        "global": {"attention_types": [[["global"], 3]], "tie_word_embeddings": False, "activation_function": "relu"},
+    },
+    "opt": {"plain": {}, "no_bias": {"enable_bias": False, "tie_word_embeddings": False}},
+    "xglm": {
+        "plain": {},
+        "unscaled": {"scale_embedding": False, "tie_word_embeddings": False, "activation_function": "relu"},
+    },
 }
 #: End of the name of a router's bias, which some models keep as a buffer.
 _CHOICE_BIAS = "e_score_correction_bias"
@@ -363,9 +455,15 @@ def reference_logits(reference: Any, ids: np.ndarray, real: np.ndarray) -> np.nd
     """PyTorch's logits [B, T, vocab], the padding masked."""
     import torch
 
-    with torch.no_grad():
-        ids, mask = torch.from_numpy(ids).long(), torch.from_numpy(real).long()
-        return reference(ids, attention_mask=mask, use_cache=False).logits.numpy()
+    usual = torch.get_default_dtype()
+    # XGLM makes a number of the model's dtype without saying so.
+    torch.set_default_dtype(next(reference.parameters()).dtype if reference.config.model_type == "xglm" else usual)
+    try:
+        with torch.no_grad():
+            ids, mask = torch.from_numpy(ids).long(), torch.from_numpy(real).long()
+            return reference(ids, attention_mask=mask, use_cache=False).logits.numpy()
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -177,6 +177,7 @@ def test_folded_and_unfolded_model_give_the_same_logits(qwen2_dir, tmp_path) -> 
     assert (truth - found).abs().max() <= 1e-5 * truth.std() and (before - truth).abs().max() > 0.1 * truth.std()
 
 
+@pytest.mark.slow
 def test_residual_frozen_adapts_a_run_of_merge(plain, short, flags, capsys, tmp_path) -> None:
     texts = flags[flags.index("--texts") :]
     arguments = [short, "--target", plain, *texts, "--out", tmp_path / "run", "--mode", "residual-frozen", "--json"]
@@ -296,6 +297,7 @@ def test_a_loss_that_is_no_number_is_one_line_and_keeps_the_state(short, flags, 
 GENERATED = SHORT | {"max_texts": 12, "generation": {"texts": 10, "tokens": 24}, "distillation": {"steps": 2}}
 
 
+@pytest.mark.slow
 def test_distilled_on_generated_texts_through_python(texts, llama_dir, qwen2_dir, tmp_path) -> None:
     told = GENERATED | {"combine": ["distillation", "generated"], "mode": "combined", "valid": texts["valid"]}
     told |= {"training": SHORT["training"] | {"steps": [3, 6], "warmup": 1}}

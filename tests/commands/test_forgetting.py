@@ -22,6 +22,7 @@ def test_the_change_is_paired():
     np.testing.assert_allclose(facts["change"]["ci95"], 0.02 / np.log(2), rtol=1e-6)  # far less than either varies
 
 
+@pytest.mark.slow
 def test_other_texts_before_and_after(repo, flags, recipe_file, tmp_path, capsys):
     wolof = (repo / "experiments/wolof/texts/wolof.test.jsonl").read_text().splitlines()[:15]
     (tmp_path / "wolof.jsonl").write_text("\n".join(wolof) + "\n")

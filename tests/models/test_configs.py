@@ -59,10 +59,23 @@ def rotaries(kind: str, planes: int, max_positions: int, **fixed) -> st.SearchSt
 
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 #: Families whose heads divide the hidden size, and those without key-value heads of their own.
-WHOLE_HEADS = {"cohere2", "gpt2", "gpt_neox", "olmoe", "phi3", "stablelm"}
-UNGROUPED = {"gpt2", "gpt_neox"}
-PARTIAL = {"glm4_moe", "gpt_neox", "minimax_m2", "phi3", "stablelm"}
-INTERLEAVED = {"cohere", "cohere2", "ernie4_5_moe"}
+WHOLE_HEADS = {
+    "cohere2",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
+    "stablelm",
+    "arcee",
+    "helium",
+    "gpt_bigcode",
+    "gpt_neo",
+    "olmoe",
+    "opt",
+    "xglm",
+}
+UNGROUPED = {"gpt2", "gpt_neox", "gpt_bigcode", "gpt_neo", "opt", "xglm"}
+PARTIAL = {"gpt_neox", "phi3", "stablelm", "nemotron", "glm", "glm4", "glm4_moe", "minimax_m2"}
+INTERLEAVED = {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "ernie4_5_moe", "helium"}
 NO_ROTARY = Rotary(scaling="none")
 
 
@@ -122,6 +135,9 @@ def specs(draw, model_type: str) -> DecoderSpec:
         "shared_norm": True,
         "logit_scale": draw(positive),
     }
+    learned = layer | {"gated": False, "o_bias": True, "mlp_bias": True, "learned_positions": True, "rotary": NO_ROTARY}
+    scale = {"attention_scale": 1.0 if flag else None}
+    after = {"pre_norm": False, "post_norm": True}
     rolled = tuple(int(window != FULL_ATTENTION) for window in mixed) or (0,) * layers
     mlp = draw(st.integers(1, 10**5))
     experts = {name: {"experts": value} for name, value in draw(mixtures(layers, mlp)).items()}
@@ -146,7 +162,7 @@ def specs(draw, model_type: str) -> DecoderSpec:
             "layer_rotary": rolled,
         },
         "phi3": {"windows": alike},
-        "olmo2": attention_bias | {"pre_norm": False, "post_norm": True, "qk_norm": "full"},
+        "olmo2": attention_bias | after | {"qk_norm": "full"},
         "smollm3": attention_bias
         | {
             "mlp_bias": other,
@@ -155,17 +171,37 @@ def specs(draw, model_type: str) -> DecoderSpec:
             "layer_rotary": tuple(draw(st.lists(st.integers(0, 1), min_size=layers, max_size=layers))),
         },
         "gpt_neox": layer | attention_bias | {"gated": False, "mlp_bias": True, "parallel": other},
-        "gpt2": layer
+        "gpt2": learned | scale | {"qkv_bias": True, "inverse_layer_scale": other},
+        "gpt_bigcode": learned | scale | {"qkv_bias": True, "kv_heads": heads if other else 1},
+        "gpt_neo": learned | {"attention_scale": 1.0, "windows": mixed},
+        "xglm": learned
         | {
-            "gated": False,
             "qkv_bias": True,
-            "o_bias": True,
-            "mlp_bias": True,
-            "learned_positions": True,
-            "attention_scale": 1.0 if flag else None,
-            "inverse_layer_scale": other,
-            "rotary": NO_ROTARY,
+            "learned_positions": False,
+            "sinusoidal_positions": True,
+            "position_offset": 2,
+            "norm_eps": 1e-5,
+            "embedding_scale": math.sqrt(hidden) if flag else 1.0,
         },
+        "opt": learned | {"qkv_bias": flag, "o_bias": flag, "mlp_bias": flag, "position_offset": 2, "norm_eps": 1e-5},
+        "arcee": attention_bias | {"mlp_bias": other, "gated": False},
+        "nemotron": layer | attention_bias | {"mlp_bias": other, "gated": False, "norm_offset": True},
+        "seed_oss": {"qkv_bias": flag, "o_bias": other, "mlp_bias": third},
+        "olmo3": attention_bias
+        | after
+        | {
+            "qk_norm": "full",
+            "windows": mixed,
+            "local_rotary": draw(rotaries("default", planes, max_positions)),
+            "layer_rotary": rolled,
+        },
+        "exaone4": after
+        | {"qk_norm": "head", "windows": mixed}
+        | ({"local_rotary": NO_ROTARY, "layer_rotary": tuple(1 - number for number in rolled)} if mixed else {}),
+        "glm": {"qkv_bias": flag},
+        "glm4": {"qkv_bias": flag, "post_norm": True},
+        "ernie4_5": attention_bias | {"mlp_bias": flag},
+        "helium": {"qkv_bias": flag, "mlp_bias": other},
         "starcoder2": layer | attention_bias | {"mlp_bias": flag, "gated": False, "windows": alike},
         "granite": granite,
         "cohere": cohere | {"qk_norm": "heads" if other else "none"},
@@ -314,8 +350,13 @@ def test_old_and_new_rope_spelling_read_equal(scaling):
     older = MINIMAL | {"rope_theta": 3e4, "rope_scaling": {"type": scaling["rope_type"]} | scaling}
     own_keys = {
         "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
         "gpt_neox",
         "gemma3_text",
+        "olmo3",
+        "opt",
+        "xglm",
     }  # of tests/models/test_parity.py, whose cases have their old spellings
     for family in (FAMILIES[name] for name in FAMILIES.keys() - own_keys - ({"phi3"} if len(scaling) > 1 else set())):
         assert family.spec(new) == family.spec(old) == family.spec(older)
@@ -460,7 +501,7 @@ def _longrope(short: int, long: int) -> dict:
         ("gpt_neox-old", {"rotary_pct": 0.2}, "even number of dimensions, not 3"),
         ("gpt_neox-old", {"rotary_pct": 0.01}, "even number of dimensions, not 0"),
         ("stablelm-old", {"partial_rotary_factor": 0.33}, "even number of dimensions, not 5"),
-        ("gpt2-plain", {"n_head": 5}, "5 heads do not divide n_embd 48"),
+        ("gpt2-plain", {"n_head": 5}, "5 heads do not divide the hidden size 48"),
         ("llama-grouped", {"head_dim": 15}, "even number of dimensions, not 15"),
     ],
     ids=str,

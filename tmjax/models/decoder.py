@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tmjax.models.experts.expert_layer import Mixture
 from tmjax.models.experts.mixture import Run, layers_of, runs_of
 from tmjax.models.layers import INIT_STD, Attend, Block, LayerPlace, Linear, Mlp, Norm, attention, einsum
-from tmjax.models.rotary import rotary_tables
+from tmjax.models.rotary import rotary_tables, sinusoids
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import constrain
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
         self.spec = spec
         self.embed = Embedding(spec.vocab, spec.hidden, rngs=rngs)
         if spec.learned_positions:
-            self.positions = Embedding(spec.max_positions, spec.hidden, rngs=rngs)
+            self.positions = Embedding(spec.axis_size("positions"), spec.hidden, rngs=rngs)
         self.blocks = _stacked(Block, spec, spec.layers, rngs)
         if spec.experts is not None:
             sparse, dense = (len(layers_of(kind, spec.layers, spec.experts)) for kind in ("sparse", "dense"))
@@ -191,7 +191,10 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(spec.embedding_scale, dtype)
         if spec.learned_positions:
             # Padding may reach beyond the last position; that no text does is checked where texts are read.
-            x = x + self.positions.weight[...][jnp.minimum(context.positions, spec.max_positions - 1)].astype(dtype)
+            row = jnp.minimum(context.positions, spec.max_positions - 1) + spec.position_offset
+            x = x + self.positions.weight[...][row].astype(dtype)
+        if spec.sinusoidal_positions:
+            x = x + sinusoids(context.positions + spec.position_offset, spec.hidden).astype(dtype)
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
         runs, made = runs_of(spec.layers, spec.experts), []
         carried = context.carried

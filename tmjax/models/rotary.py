@@ -88,3 +88,12 @@ def rotate(x_bthd: Array, tables: tuple[Array, Array], *, interleaved: bool = Fa
     turned = (first * cos - second * sin, second * cos + first * sin)
     both = jnp.stack(turned, axis=-1).reshape(turning.shape) if interleaved else jnp.concatenate(turned, axis=-1)
     return jnp.concatenate([both, rest], axis=-1) if rest.shape[-1] else both
+
+
+def sinusoids(positions: Array, size: int) -> Array:
+    """Sinusoidal embeddings [..., size] of positions: sines, then cosines, of `size` / 2 frequencies (fairseq's)."""
+    half = size // 2
+    frequencies = np.exp(-np.arange(half) * (np.log(10000.0) / (half - 1))).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(table, [(0, 0)] * positions.ndim + [(0, size % 2)])

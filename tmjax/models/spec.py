@@ -55,9 +55,10 @@ class DecoderSpec:
     stream, through one norm if `shared_norm`. `qk_norm` norms queries and keys: `head` with one weight [head_dim] for
     all heads, `heads` with a weight per head, `full` over all heads together. `gated`: the MLP has a gate.
     `attention_scale` None is head_dim ** -0.5, divided by the layer's number from 1 on if `inverse_layer_scale`;
-    `attention_cap` and `logit_cap` bound scores and logits by cap tanh(x / cap). `learned_positions` are added to the
-    embeddings. `layer_rotary` gives every layer the number of its rotary embedding: 0 is `rotary`, 1 `local_rotary`.
-    With `experts` layers have a mixture of experts in place of the MLP.
+    `attention_cap` and `logit_cap` bound scores and logits by cap tanh(x / cap). `learned_positions` or
+    `sinusoidal_positions` are added to the embeddings, from row `position_offset` of their table on. `layer_rotary`
+    gives every layer the number of its rotary embedding: 0 is `rotary`, 1 `local_rotary`. With `experts` layers
+    have a mixture of experts in place of the MLP.
     """
 
     vocab: int
@@ -70,7 +71,7 @@ class DecoderSpec:
     max_positions: int
     norm_eps: float = 1e-6
     rotary: Rotary = field(default_factory=Rotary)
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -93,6 +94,8 @@ class DecoderSpec:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     learned_positions: bool = False
+    position_offset: int = 0
+    sinusoidal_positions: bool = False
     local_rotary: Rotary | None = None
     layer_rotary: tuple[int, ...] = ()
     experts: Experts | None = None
@@ -113,7 +116,7 @@ class DecoderSpec:
             "head_count": self.heads,
             "kv_head_count": self.kv_heads,
             "head_dim": self.head_dim,
-            "positions": self.max_positions,
+            "positions": self.max_positions + self.position_offset,
             "experts": experts.count,
             "routes": experts.count,
             "expert_mlp": experts.width,

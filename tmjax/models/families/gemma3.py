@@ -7,27 +7,13 @@ from tmjax.models.families import gemma, gemma2
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_windows, write_activation, write_windows
 from tmjax.models.families.layout import fields
-from tmjax.models.families.rope import RotaryKeys, rotary_of, write_settings
-from tmjax.models.spec import DecoderSpec, Rotary
+from tmjax.models.families.rope import RotaryKeys, read_rotaries_by_kind, write_rotaries_by_kind
+from tmjax.models.spec import DecoderSpec
 
 FIELDS = fields(
     *(f for f in gemma2.FIELDS if f.attribute in ("head_dim", "kv_heads", "tied_embeddings")),
     Field("max_position_embeddings", "max_positions", 131072),
 )
-_KINDS = ("full_attention", "sliding_attention")
-
-
-def _rotaries(view: ConfigView, positions: int) -> tuple[Rotary, Rotary]:
-    """Of layers without and with a window: nested `rope_parameters`, or the older keys."""
-    new, old = (view.take(key, {}, dict) for key in ("rope_parameters", "rope_scaling"))
-    thetas = view.take("rope_theta", 1e6, float), view.take("rope_local_base_freq", 1e4, float)
-    unknown = new.keys() - set(_KINDS)
-    if unknown:
-        raise InputError(f"config.json: rope_parameters has unknown {', '.join(sorted(unknown))}")
-    settings = [dict(new.get(kind) or {}) for kind in _KINDS]
-    settings[0] |= old
-    full, local = (rotary_of(view, s, positions, RotaryKeys(theta=t)) for s, t in zip(settings, thetas, strict=True))
-    return full, local
 
 
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +22,8 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
     size = None if view.null("sliding_window") else view.take("sliding_window", 4096)
     kinds, windows = read_windows(view, layers, size, kinds)
-    rotary, local = _rotaries(view, values["max_positions"])
+    thetas = view.take("rope_theta", 1e6, float), view.take("rope_local_base_freq", 1e4, float)
+    rotary, local = read_rotaries_by_kind(view, values["max_positions"], *(RotaryKeys(theta=t) for t in thetas))
     caps = gemma2.caps(view, attention=None, logits=None)
     if caps["attention_cap"] is not None:  # transformers has the key here and applies nothing
         raise InputError("config.json: attn_logit_softcapping is not supported for gemma3_text")
@@ -53,8 +40,7 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
-    pairs = zip(_KINDS, spec.rotaries, strict=True)
-    settings = {"rope_parameters": {kind: write_settings(rotary) for kind, rotary in pairs}}
+    settings = write_rotaries_by_kind(spec)
     return write_activation(spec, "hidden_activation") | gemma2.write_caps(spec) | write_windows(spec) | settings
 
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from tmjax.errors import InputError
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
-from tmjax.models.families.layout import fused, head, linear, norm
+from tmjax.models.families.layout import fused, gpt2_like, head_size, linear
 from tmjax.models.spec import DecoderSpec, ParamSpec, Part, Rotary
 
 FIELDS = (
@@ -33,30 +32,30 @@ _TURNED = Part(transposed=True)
 
 def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
     layer = "transformer.h.{layer}"
-    return (
-        ParamSpec("transformer.wte.weight", "embed.weight", ("vocab", "embed")),
-        ParamSpec("transformer.wpe.weight", "positions.weight", ("positions", "embed")),
-        *norm(f"{layer}.ln_1", "blocks.attn_norm", spec),
-        *fused(f"{layer}.attn.c_attn", ("q", "k", "v"), spec, bias=True, transposed=True),
-        *linear(f"{layer}.attn.c_proj", "o", bias=True, part=_TURNED),
-        *norm(f"{layer}.ln_2", "blocks.mlp_norm", spec),
-        *linear(f"{layer}.mlp.c_fc", "up", bias=True, part=_TURNED),
-        *linear(f"{layer}.mlp.c_proj", "down", bias=True, part=_TURNED),
-        *norm("transformer.ln_f", "norm", spec),
-        head(spec),
+    return gpt2_like(
+        spec,
+        attention=(
+            *fused(f"{layer}.attn.c_attn", ("q", "k", "v"), spec, bias=True, transposed=True),
+            *linear(f"{layer}.attn.c_proj", "o", bias=True, part=_TURNED),
+        ),
+        mlp=(
+            *linear(f"{layer}.mlp.c_fc", "up", bias=True, part=_TURNED),
+            *linear(f"{layer}.mlp.c_proj", "down", bias=True, part=_TURNED),
+        ),
     )
 
 
-def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
+def sizes(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
+    """Reads the size of a head and whether scores are scaled."""
     view.take("n_ctx", values["max_positions"])
-    if values["hidden"] % values["heads"]:
-        raise InputError(f"config.json: {values['heads']} heads do not divide n_embd {values['hidden']}")
     scaled = view.take("scale_attn_weights", True, bool)
-    return {
+    return {"head_dim": head_size(values), "attention_scale": None if scaled else 1.0}
+
+
+def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
+    return sizes(view, values) | {
         "kv_heads": values["heads"],
-        "head_dim": values["hidden"] // values["heads"],
         "activation": read_activation(view, "activation_function", default="gelu_new"),
-        "attention_scale": None if scaled else 1.0,
         "inverse_layer_scale": view.take("scale_attn_by_inverse_layer_idx", False, bool),
     }
 

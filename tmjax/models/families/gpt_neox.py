@@ -4,28 +4,18 @@ from typing import Any
 
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, attention_biases, read_activation, write_activation
-from tmjax.models.families.layout import fields, head, linear, norm
+from tmjax.models.families.layout import alternating, fields, head, linear, norm
 from tmjax.models.families.rope import RotaryKeys, read_rotary, write_rotary
-from tmjax.models.spec import DecoderSpec, ParamSpec, Part
+from tmjax.models.spec import DecoderSpec, ParamSpec
 
 
 def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
     layer = "gpt_neox.layers.{layer}"
-    together = [
-        row
-        for index, role in enumerate(("q", "k", "v"))
-        for row in linear(
-            f"{layer}.attention.query_key_value",
-            role,
-            bias=spec.qkv_bias,
-            part=Part(heads=spec.heads, index=index, of=3),
-        )
-    ]
     return (
         ParamSpec("gpt_neox.embed_in.weight", "embed.weight", ("vocab", "embed")),
         *norm(f"{layer}.input_layernorm", "blocks.attn_norm", spec),
         *norm(f"{layer}.post_attention_layernorm", "blocks.mlp_norm", spec),
-        *together,
+        *alternating(f"{layer}.attention.query_key_value", ("q", "k", "v"), spec, bias=spec.qkv_bias),
         *linear(f"{layer}.attention.dense", "o", bias=spec.o_bias),
         *linear(f"{layer}.mlp.dense_h_to_4h", "up", bias=True),
         *linear(f"{layer}.mlp.dense_4h_to_h", "down", bias=True),

@@ -1,5 +1,8 @@
 """The tensor table that most families share: Llama's, with what the spec adds or leaves out."""
 
+from typing import Any
+
+from tmjax.errors import InputError
 from tmjax.models.families.base import Field
 from tmjax.models.spec import DecoderSpec, ParamSpec, Part
 
@@ -60,6 +63,12 @@ def fused(hf: str, roles: tuple[str, ...], spec: DecoderSpec, *, bias: bool, tra
     return tuple(rows)
 
 
+def alternating(hf: str, roles: tuple[str, ...], spec: DecoderSpec, *, bias: bool) -> tuple[ParamSpec, ...]:
+    """Rows of projections that alternate head by head in one tensor on disk."""
+    parts = [Part(heads=spec.heads, index=index, of=len(roles)) for index in range(len(roles))]
+    return tuple(row for role, part in zip(roles, parts, strict=True) for row in linear(hf, role, bias=bias, part=part))
+
+
 def attention(prefix: str, spec: DecoderSpec, *, o: str = "o_proj") -> tuple[ParamSpec, ...]:
     """Rows of separate q, k, v and o projections."""
     return (
@@ -77,6 +86,12 @@ def gated_mlp(prefix: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
         *linear(f"{prefix}.up_proj", "up", bias=spec.mlp_bias),
         *linear(f"{prefix}.down_proj", "down", bias=spec.mlp_bias),
     )
+
+
+def plain_mlp(prefix: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
+    """Rows of an MLP without a gate."""
+    up, down = (linear(f"{prefix}.{role}_proj", role, bias=spec.mlp_bias) for role in ("up", "down"))
+    return (*up, *down)
 
 
 def qk_norms(prefix: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
@@ -127,3 +142,27 @@ def llama_like(
         *norm("model.norm", "norm", spec),
         head(spec),
     )
+
+
+def gpt2_like(
+    spec: DecoderSpec, *, attention: tuple[ParamSpec, ...], mlp: tuple[ParamSpec, ...]
+) -> tuple[ParamSpec, ...]:
+    """Returns the tensor table of GPT-2 with these rows of attention and MLP."""
+    layer = "transformer.h.{layer}"
+    return (
+        ParamSpec("transformer.wte.weight", "embed.weight", ("vocab", "embed")),
+        ParamSpec("transformer.wpe.weight", "positions.weight", ("positions", "embed")),
+        *norm(f"{layer}.ln_1", "blocks.attn_norm", spec),
+        *attention,
+        *norm(f"{layer}.ln_2", "blocks.mlp_norm", spec),
+        *mlp,
+        *norm("transformer.ln_f", "norm", spec),
+        head(spec),
+    )
+
+
+def head_size(values: dict[str, Any]) -> int:
+    """Returns the size of a head, which divides the hidden size; raises InputError otherwise."""
+    if values["hidden"] % values["heads"]:
+        raise InputError(f"config.json: {values['heads']} heads do not divide the hidden size {values['hidden']}")
+    return values["hidden"] // values["heads"]

@@ -185,3 +185,39 @@ def write_settings(rotary: Rotary, *, fraction: bool = False) -> dict[str, Any]:
 def write_rotary(spec: DecoderSpec, *, fraction: bool = False) -> dict[str, Any]:
     """The rotary settings of a spec as transformers 5 spells them."""
     return {"rope_parameters": write_settings(spec.rotary, fraction=fraction)}
+
+
+#: Kinds of layers in the order of their rotary embeddings.
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+
+
+def read_rotaries_by_kind(
+    view: ConfigView, max_positions: int, full: RotaryKeys, local: RotaryKeys
+) -> tuple[Rotary, Rotary]:
+    """Reads the rotary embeddings of layers without and with a window: nested settings, or older keys for the former.
+
+    Args:
+        view: The config.
+        max_positions: Context length of the model.
+        full: Defaults of layers without a window.
+        local: Defaults of layers with one.
+
+    Raises:
+        InputError: A setting is missing, unknown or out of range; names it.
+    """
+    new, old = (view.take(key, {}, dict) for key in ("rope_parameters", "rope_scaling"))
+    unknown = new.keys() - set(_LAYER_KINDS)
+    if unknown:
+        raise InputError(f"config.json: rope_parameters has unknown {', '.join(sorted(unknown))}")
+    settings = [dict(new.get(kind) or {}) for kind in _LAYER_KINDS]
+    settings[0] |= old
+    first, second = (
+        rotary_of(view, each, max_positions, keys) for each, keys in zip(settings, (full, local), strict=True)
+    )
+    return first, second
+
+
+def write_rotaries_by_kind(spec: DecoderSpec) -> dict[str, Any]:
+    """The settings that `read_rotaries_by_kind` reads."""
+    pairs = zip(_LAYER_KINDS, spec.rotaries, strict=True)
+    return {"rope_parameters": {kind: write_settings(rotary) for kind, rotary in pairs}}

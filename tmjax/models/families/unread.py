@@ -19,15 +19,16 @@ KNOWN_KEYS = Path(__file__).with_name("known_keys.json")
 IGNORED = frozenset(
     """
     architectures model_type dtype torch_dtype transformers_version use_cache attention_dropout initializer_range
-    initializer_factor init_std hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop residual_dropout
-    embedding_dropout bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id
-    pretraining_tp _name_or_path name_or_path _commit_hash _attn_implementation_autoset _attn_implementation
-    attn_implementation _attn_implementation_internal _experts_implementation _experts_implementation_internal
-    unsloth_version unsloth_fixed is_decoder chunk_size_feed_forward gradient_checkpointing output_attentions
-    _output_attentions output_hidden_states return_dict return_dict_in_generate output_scores id2label label2id
-    num_labels problem_type task_specific_params tokenizer_class prefix finetuning_task is_llama_config
-    transformers.js_config summary_type summary_use_proj summary_activation summary_proj_to_labels
-    summary_first_dropout tie_last_hidden_states token_classification_bias num_heads embed_dim
+    initializer_factor init_std dropout layerdrop hidden_dropout activation_dropout embed_dropout resid_dropout
+    classifier_dropout resid_pdrop embd_pdrop attn_pdrop residual_dropout embedding_dropout bos_token_id
+    eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id pretraining_tp _name_or_path
+    name_or_path _commit_hash _attn_implementation_autoset _attn_implementation attn_implementation
+    _attn_implementation_internal _experts_implementation _experts_implementation_internal unsloth_version
+    unsloth_fixed is_decoder chunk_size_feed_forward gradient_checkpointing output_attentions _output_attentions
+    output_hidden_states return_dict return_dict_in_generate output_scores id2label label2id num_labels problem_type
+    task_specific_params tokenizer_class prefix finetuning_task is_llama_config transformers.js_config summary_type
+    summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout tie_last_hidden_states
+    token_classification_bias num_heads embed_dim
     """.split()  # noqa: SIM905
 )
 
@@ -39,12 +40,14 @@ def _is(value: object) -> Callable[[Any], bool]:
 #: Keys that transformers reads and that change nothing while their value is this.
 NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "add_cross_attention": _is(False),
+    "attention_softmax_in_fp32": lambda value: isinstance(value, bool),  # changes where rounding happens
     "is_causal": _is(True),
     "is_encoder_decoder": _is(False),
     "layer_types": lambda kinds: isinstance(kinds, list) and set(map(str, kinds)) <= {"full_attention"},
     "partial_rotary_factor": lambda value: value == 1,
     "per_layer_config": lambda value: value == {},
     "reorder_and_upcast_attn": lambda value: isinstance(value, bool),  # changes where rounding happens
+    "scale_attention_softmax_in_fp32": lambda value: isinstance(value, bool),
     "use_bidirectional_attention": _is(False),
 }
 #: Keys that repeat a field of the spec, in families that spell it otherwise or derive it.

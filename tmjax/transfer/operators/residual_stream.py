@@ -192,9 +192,10 @@ def _tables(stream: _StreamPlan, target: Model, source: Model, params: Params, *
         positions = (
             _array(params, "positions.weight") @ into * target.spec.embedding_scale / source.spec.embedding_scale
         )
+        first, begin = target.spec.position_offset, source.spec.position_offset
+        count = min(target.spec.max_positions, source.spec.max_positions)
         shape = np.shape(target.params["positions.weight"])
-        count = min(shape[0], len(positions))
-        items["positions.weight"] = _rows(shape, np.arange(count), positions[:count])
+        items["positions.weight"] = _rows(shape, first + np.arange(count), positions[begin : begin + count])
     if not target.spec.tied_embeddings:
         rows = _array(params, "embed.weight" if source.spec.tied_embeddings else "head.weight")[other]
         last, scale = stream.maps(*stream.ends[1]), source.spec.logit_scale / target.spec.logit_scale
