@@ -17,6 +17,7 @@ from tmjax.checkpoints.load import load_model
 from tmjax.commands.plan.counting import counted
 from tmjax.errors import CheckpointError, InputError
 from tmjax.models.decoder import ForwardPlan, bind, forward, init_params
+from tmjax.models.experts import grouped
 from tmjax.models.experts.expert_layer import Mixture, choose
 from tmjax.models.experts.grouped import grouped_product, tile_rows
 from tmjax.models.experts.mixture import Experts, runs_of
@@ -95,6 +96,20 @@ def test_gradients_are_those_of_a_ragged_dot(name) -> None:
     theirs = jax.value_and_grad(lambda *a: loss(ragged, *a), (0, 1))(x, w)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("contract", [1, 2])
+def test_accelerators_compute_the_same_products(name, contract) -> None:
+    sizes = jnp.asarray(SIZES[name], jnp.int32)
+    generator = np.random.default_rng(2)
+    rows = int(sizes.sum()) + 3
+    w = jnp.asarray(generator.normal(size=(len(sizes), 10, 24)), jnp.float32)
+    x, y = (jnp.asarray(generator.normal(size=(rows, size)), jnp.float32) for size in (w.shape[contract], 7))
+    tiled, ragged = (jax.jit(f, static_argnames="contract") for f in (grouped.tiled_rows, grouped.ragged_rows))
+    np.testing.assert_allclose(ragged(x, w, sizes, contract), tiled(x, w, sizes, contract), atol=1e-4)
+    tiled, ragged = (jax.jit(f)(y, x, sizes) for f in (grouped.tiled_weights, grouped.ragged_weights))
+    np.testing.assert_allclose(ragged, tiled, atol=1e-4)
 
 
 def test_groups_limit_the_choice() -> None:
