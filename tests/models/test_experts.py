@@ -100,7 +100,7 @@ def test_gradients_are_those_of_a_ragged_dot(name) -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("contract", [1, 2])
-def test_accelerators_compute_the_same_products(name, contract) -> None:
+def test_tpus_compute_the_same_products(name, contract) -> None:
     sizes = jnp.asarray(SIZES[name], jnp.int32)
     generator = np.random.default_rng(2)
     rows = int(sizes.sum()) + 3

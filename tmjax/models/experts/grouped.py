@@ -1,9 +1,9 @@
 """Products of rows sorted by group with the matrix of their group: only tiles of rows that exist are computed.
 
-Accelerators have a product of their own for that, `jax.lax.ragged_dot`. On a CPU it is lowered to a masked product of
-all rows with all matrices, which costs as many times more as there are groups. There a loop takes a tile of rows at a
-time; the number of its turns depends on the data. A tile may reach into the next group, whose own tiles come later and
-write those rows again.
+TPUs have a product of their own for that, `jax.lax.ragged_dot`. Elsewhere it may be lowered to a masked product of all
+rows with all matrices, which costs as many times more as there are groups. There a loop takes a tile of rows at a time;
+the number of its turns depends on the data. A tile may reach into the next group, whose own tiles come later and write
+those rows again.
 """
 
 import functools
@@ -54,18 +54,18 @@ def grouped_rows(x_ri: Array, w_goi: Array, sizes_g: Array, contract: int) -> Ar
     A function of its own name, by which the counting of `tmjax plan` knows it.
     """
     tiled, ragged = (functools.partial(form, contract=contract) for form in (tiled_rows, ragged_rows))
-    return jax.lax.platform_dependent(x_ri, w_goi, sizes_g, cpu=tiled, default=ragged)
+    return jax.lax.platform_dependent(x_ri, w_goi, sizes_g, tpu=ragged, default=tiled)
 
 
 def ragged_rows(x_ri: Array, w_goi: Array, sizes_g: Array, contract: int) -> Array:
-    """`grouped_rows` as one product that accelerators have."""
+    """`grouped_rows` as the one product that TPUs have."""
     axes = jax.lax.RaggedDotDimensionNumbers((((1,), (contract,)), ((), ())), (0,), (0,))
     out = _ragged(x_ri, w_goi.astype(x_ri.dtype), sizes_g, axes).astype(x_ri.dtype)
     return jnp.where(jnp.arange(len(x_ri))[:, None] < jnp.sum(sizes_g), out, jnp.zeros_like(out))
 
 
 def ragged_weights(dy_ro: Array, x_ri: Array, sizes_g: Array) -> Array:
-    """`grouped_weights` as one product that accelerators have."""
+    """`grouped_weights` as the one product that TPUs have."""
     axes = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
     return _ragged(dy_ro, x_ri, sizes_g, axes)
 
@@ -96,7 +96,7 @@ def tiled_rows(x_ri: Array, w_goi: Array, sizes_g: Array, contract: int) -> Arra
 @jax.jit
 def grouped_weights(dy_ro: Array, x_ri: Array, sizes_g: Array) -> Array:
     """Sums over the rows of each group of dy x^T, [group, out, in] in float32: the gradient of the matrices."""
-    return jax.lax.platform_dependent(dy_ro, x_ri, sizes_g, cpu=tiled_weights, default=ragged_weights)
+    return jax.lax.platform_dependent(dy_ro, x_ri, sizes_g, tpu=ragged_weights, default=tiled_weights)
 
 
 def tiled_weights(dy_ro: Array, x_ri: Array, sizes_g: Array) -> Array:
