@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,3 +136,8 @@ def loop_collectives(program: str) -> list[tuple[str, int]]:
             sizes = [int(np.prod([int(size) for size in shape.split(",") if size])) for shape in shapes]
             moved.append((found[2], sum(sizes)))
     return moved
+
+
+def xla_flags(devices: int) -> str:
+    """The flags of the suite with another number of devices: what they compile gives the same bits."""
+    return re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])

@@ -379,8 +379,8 @@ OTHERS = [
     ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "whose text model is a gemma3_text"),
     ({"model_type": "x", "vision_config": {"depth": 2}}, "is a multimodal wrapper"),
     ({"model_type": "x", "num_experts": "many", "layer_types": 3, "kv_lora_rank": [1]}, "'x' is not supported; supp"),
-    ({"model_type": None}, "model_type None is not supported; supported are cohere"),
-    ({}, "model_type None is not supported; supported are cohere"),
+    ({"model_type": None}, "model_type None is not supported; supported are arcee"),
+    ({}, "model_type None is not supported; supported are arcee"),
 ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import SPEC, stored
+from helpers import SPEC, stored, xla_flags
 
 from tmjax import cli
 from tmjax.runs.manifest import read_manifest
@@ -51,7 +51,7 @@ def merge(pair: Path, out: Path) -> list[str]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     return subprocess.Popen(
         [sys.executable, "-c", STARTED, *arguments],
         env=environment,

@@ -341,7 +341,7 @@ MODEL_DEFECTS = {
     ),
     "extra tensor": (lambda d: edit_tensors(d, lambda t: t.update(x=np.ones(2, "f"))), "unexpected tensor x"),
     "misshapen": (lambda d: edit_config(d, intermediate_size=380), "has shape [384, 128], expected [380, 128]"),
-    "model_type": (lambda d: edit_config(d, model_type="mamba"), "supported are cohere"),
+    "model_type": (lambda d: edit_config(d, model_type="mamba"), "supported are arcee"),
     "NaN": (lambda d: edit_tensors(d, _nan), "mlp.up_proj.weight holds NaN or infinity"),
     "config": (lambda d: (d / "config.json").write_text("{"), "config.json is not readable JSON"),
     "tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer"),

@@ -69,7 +69,26 @@ class Pair(NamedTuple):
     reference: torch.nn.Module
 
 
-@pytest.fixture(scope="module", params=CASES)
+#: The first case of every family.
+FIRST = {config["model_type"]: name for name, config in reversed(CASES.items())}.values()
+#: Other cases that are quick enough: every rotary scaling, and layers of different kinds.
+ALSO = (
+    "llama-dynamic",
+    "llama-llama3",
+    "llama-yarn",
+    "phi3-long",
+    "qwen2-layer_types",
+    "smollm3-full",
+    "gpt_bigcode-heads",
+)
+
+
+def slow_case(name: str, *quick: str):
+    """A case, which is slow unless it is the first of its family or one of `quick`."""
+    return pytest.param(name, marks=() if name in FIRST or name in quick else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[slow_case(name, *ALSO) for name in CASES])
 def pair(request, tmp_path_factory) -> Pair:
     directory = tmp_path_factory.mktemp(request.param)
     reference = make_reference(request.param, directory)
@@ -503,13 +522,7 @@ def gathered_product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     return jnp.einsum("ri,roi->ro", x, w[group], precision="highest")
 
 
-#: The first case of every family.
-FIRST = {config["model_type"]: name for name, config in reversed(CASES.items())}.values()
-
-
-@pytest.mark.parametrize(
-    "pair", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in CASES], indirect=True
-)
+@pytest.mark.parametrize("pair", [slow_case(name) for name in CASES], indirect=True)
 def test_every_wrong_setting_shows(pair, monkeypatch):
     """All of them in the first case of a family; in the others, those in what differs from it."""
     monkeypatch.setattr(expert_layer, "grouped_product", gathered_product)

@@ -22,6 +22,8 @@ def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
 
 
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
+    for key in ("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"):
+        view.take(key, True, bool)  # changes where rounding happens
     return gpt2.sizes(view, values) | {
         "kv_heads": 1 if view.take("multi_query", True, bool) else values["heads"],
         "activation": read_activation(view, "activation_function", default="gelu_pytorch_tanh"),

@@ -23,7 +23,7 @@ def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
 
 def _kinds(view: ConfigView, layers: int) -> list[str]:
     """The kind of attention of every layer; `attention_layers` only repeats what `attention_types` says."""
-    types = view.take("attention_types", [[list(_KINDS), layers // 2]], list)
+    types = view.take("attention_types", [[[_KINDS[number % 2] for number in range(layers)], 1]], list)
     view.take("attention_layers", [], list)
     try:
         kinds = [kind for pattern, times in types for _ in range(times) for kind in pattern]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tmjax.errors import InputError
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
 from tmjax.models.families.layout import fields, llama_like
@@ -10,6 +11,10 @@ from tmjax.models.spec import DecoderSpec
 
 
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
+    if values["heads"] * values["head_dim"] != values["hidden"]:
+        raise InputError(
+            f"config.json: {values['heads']} heads of {values['head_dim']} are not the hidden size {values['hidden']}"
+        )
     return {
         "activation": read_activation(view, default="silu"),
         "rotary": read_rotary(view, values["max_positions"], RotaryKeys(theta=100000.0, interleaved=True)),
@@ -25,7 +30,6 @@ def _write(spec: DecoderSpec) -> dict[str, Any]:
 
 FIELDS = fields(
     Field("num_key_value_heads", "kv_heads", 20),
-    Field("head_dim", "head_dim", 128),
     Field("max_position_embeddings", "max_positions", 4096),
     Field("rms_norm_eps", "norm_eps", 1e-8, float),
 )

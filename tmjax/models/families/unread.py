@@ -40,14 +40,12 @@ def _is(value: object) -> Callable[[Any], bool]:
 #: Keys that transformers reads and that change nothing while their value is this.
 NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "add_cross_attention": _is(False),
-    "attention_softmax_in_fp32": lambda value: isinstance(value, bool),  # changes where rounding happens
     "is_causal": _is(True),
     "is_encoder_decoder": _is(False),
     "layer_types": lambda kinds: isinstance(kinds, list) and set(map(str, kinds)) <= {"full_attention"},
     "partial_rotary_factor": lambda value: value == 1,
     "per_layer_config": lambda value: value == {},
     "reorder_and_upcast_attn": lambda value: isinstance(value, bool),  # changes where rounding happens
-    "scale_attention_softmax_in_fp32": lambda value: isinstance(value, bool),
     "use_bidirectional_attention": _is(False),
 }
 #: Keys that repeat a field of the spec, in families that spell it otherwise or derive it.
