@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the suite's time; without LLVM's expensive passes it takes 44% less processor time. Stored
-# numbers (`test_golden.py`) and slow tests are computed as users compute them.
+# Compiling is most of the suite's time, and LLVM's expensive passes are most of that. Stored numbers (`test_golden.py`)
+# and the runs of `-m slow` are computed as users compute them.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8"

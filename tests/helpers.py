@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import yaml
 
 from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
 from tmjax.checkpoints.load import load_model
@@ -141,3 +142,23 @@ def loop_collectives(program: str) -> list[tuple[str, int]]:
 def xla_flags(devices: int) -> str:
     """The flags of the suite with another number of devices: what they compile gives the same bits."""
     return re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
+
+
+def short_recipes(folder: Path) -> dict[str, str]:
+    """Recipes of a merge with all operators and of an adaptation that take seconds, written to a folder."""
+    short = {
+        "mesh": "data=1",
+        "coefficients": {"alphas": [0.1], "betas": [0.0]},
+        "operators": [
+            {"transport": {}},
+            {"embeddings": {"alphas": [0.3], "kappas": [30.0]}},
+            {"predictions": {"rounds": 1, "generated_texts": 4, "tokens": 8}},
+        ],
+        "evaluation": {"draws": 100},
+    }
+    training = {"steps": [6], "lr": [0.02], "warmup": 1, "tokens_per_step": 256, "row_lengths": 1, "validate_every": 2}
+    adapting = {"mesh": "data=1", "training": training, "max_tokens": 8, "evaluation": {"draws": 100}}
+    adapting |= {"generation": {"texts": 4, "tokens": 8, "foreign": 100.0, "repeat": 1}}
+    for name, told in (("merge", short), ("adapt", adapting)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(told))
+    return {name: str(folder / f"{name}.yaml") for name in ("merge", "adapt")}

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
-from helpers import stored
+from helpers import short_recipes, stored
 from tokenizer_kinds import KINDS, write
 
 from tmjax import cli
@@ -69,23 +68,7 @@ def models(repo, tmp_path_factory) -> dict[str, dict[str, Path]]:
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("recipes")
-    short = {
-        "mesh": "data=1",
-        "coefficients": {"alphas": [0.1], "betas": [0.0]},
-        "operators": [
-            {"transport": {}},
-            {"embeddings": {"alphas": [0.3], "kappas": [30.0]}},
-            {"predictions": {"rounds": 1, "generated_texts": 4, "tokens": 8}},
-        ],
-        "evaluation": {"draws": 100},
-    }
-    training = {"steps": [6], "lr": [0.02], "warmup": 1, "tokens_per_step": 256, "row_lengths": 1, "validate_every": 2}
-    adapting = {"mesh": "data=1", "training": training, "max_tokens": 8, "evaluation": {"draws": 100}}
-    adapting |= {"generation": {"texts": 4, "tokens": 8, "foreign": 100.0, "repeat": 1}}
-    for name, told in (("merge", short), ("adapt", adapting)):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(told))
-    return {name: str(folder / f"{name}.yaml") for name in ("merge", "adapt")}
+    return short_recipes(tmp_path_factory.mktemp("recipes"))
 
 
 @pytest.mark.parametrize(("source", "target", "command"), CASES)

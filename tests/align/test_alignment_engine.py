@@ -144,7 +144,6 @@ def test_plans_from_sums_equal_plans_from_rows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_run_without_kept_activations(flags, recipe_file, plain, tmp_path, capsys) -> None:
     recipe = tmp_path / "r.yaml"
     told = yaml.safe_load(Path(recipe_file).read_text()) | {"activations": {"keep": False, "block_rows": 128}}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-import yaml
+from helpers import short_recipes
 
 from tmjax import cli
 from tmjax.models.experts.mixture import Experts
@@ -41,23 +41,7 @@ def mixture(tmp_path_factory, llama_dir) -> Path:
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("recipes")
-    merging = {
-        "mesh": "data=1",
-        "coefficients": {"alphas": [0.1], "betas": [0.0]},
-        "operators": [
-            {"transport": {}},
-            {"embeddings": {"alphas": [0.3], "kappas": [30.0]}},
-            {"predictions": {"rounds": 1, "generated_texts": 4, "tokens": 8}},
-        ],
-        "evaluation": {"draws": 100},
-    }
-    training = {"steps": [4], "lr": [0.02], "warmup": 1, "tokens_per_step": 256, "row_lengths": 1, "validate_every": 2}
-    adapting = {"mesh": "data=1", "training": training, "max_tokens": 8, "evaluation": {"draws": 100}}
-    adapting |= {"generation": {"texts": 4, "tokens": 8, "foreign": 100.0, "repeat": 1}}
-    for name, settings in (("merge", merging), ("adapt", adapting)):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-    return {name: str(folder / f"{name}.yaml") for name in ("merge", "adapt")}
+    return short_recipes(tmp_path_factory.mktemp("recipes"))
 
 
 def arguments(source: Path, target: Path, texts: dict[str, str], out: Path) -> list[str]:

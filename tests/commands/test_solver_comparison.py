@@ -47,7 +47,6 @@ def test_every_solver_has_its_line(compared) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_second_start_measures_only_new_solvers(compared, capsys) -> None:
     _, arguments = compared
     capsys.readouterr()

@@ -207,7 +207,6 @@ def test_padded_lengths_are_the_best_of_their_number() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_at_the_next_batch(flags, recipe_file, tmp_path, monkeypatch, capsys) -> None:
     """Interrupted after its first batch; afterwards only the other batches are scored, and the table is the same."""
     monkeypatch.setattr(score, "BATCH_OPERATIONS", 0)

@@ -91,7 +91,9 @@ def mixtures(draw, layers: int, mlp: int) -> dict[str, Experts]:
     leading, around = tuple(range(first)), tuple(n for n in range(layers) if not first <= n <= last)
     qwen = dataclasses.replace(wide, normalised=normalised, dense=tuple(sorted(any_layers)))
     biased = dataclasses.replace(wide, choice_bias=True, shared_width=width * shared)
-    grouped = {"groups": groups, "chosen_groups": draw(st.integers(1, groups)), "scale": draw(positive)}
+    opened = draw(st.integers(1, groups))
+    grouped = {"groups": groups, "chosen_groups": opened, "scale": draw(positive)}
+    grouped |= {"chosen": min(base.chosen, count // groups * opened)}  # as many as are open
     return {
         "mixtral": base,
         "granitemoe": base,
@@ -502,6 +504,17 @@ def _longrope(short: int, long: int) -> dict:
         ("gpt_neox-old", {"rotary_pct": 0.01}, "even number of dimensions, not 0"),
         ("stablelm-old", {"partial_rotary_factor": 0.33}, "even number of dimensions, not 5"),
         ("gpt2-plain", {"n_head": 5}, "5 heads do not divide the hidden size 48"),
+        ("opt-plain", {"num_attention_heads": 5}, "5 heads do not divide the hidden size 48"),
+        ("helium-plain", {"head_dim": 8}, "6 heads of 8 are not the hidden size 96"),
+        ("exaone4-mixed", {"sliding_window_pattern": -1, "layer_types": None}, "-1 is not a positive whole number"),
+        ("exaone4-mixed", {"sliding_window_pattern": "LLG", "layer_types": None}, "'LLG' needs layer_types beside it"),
+        ("glm4_moe-grouped", {"topk_group": 5}, "3 of 12 experts cannot be chosen from 5 of 4 groups"),
+        (
+            "glm4_moe-grouped",
+            {"topk_group": 1, "num_experts_per_tok": 4},
+            "4 of 12 experts cannot be chosen",
+        ),
+        ("mixtral-full", {"num_experts_per_tok": 8}, "8 of 7 experts cannot be chosen"),
         ("llama-grouped", {"head_dim": 15}, "even number of dimensions, not 15"),
     ],
     ids=str,

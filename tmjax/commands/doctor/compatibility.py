@@ -46,6 +46,7 @@ def differences(target: DecoderSpec, source: DecoderSpec) -> list[dict[str, Any]
             else _rotary(spec.rotaries[1], spec.head_dim),
             "layers of the second rotary": str(sum(spec.layer_rotaries)),
             "learned positions": "yes" if spec.learned_positions else "no",
+            "sinusoidal positions": "yes" if spec.sinusoidal_positions else "no",
             "qk norm": spec.qk_norm,
             "windows": _windows(spec),
             "MLP": _mlp(spec),

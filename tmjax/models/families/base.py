@@ -126,10 +126,12 @@ def _check(spec: DecoderSpec) -> None:
         if spec.rotary.scaling == "longrope" and len(factors) != dims // 2:
             raise InputError(f"config.json: {len(factors)} rotary factors for {dims // 2} planes")
     experts = spec.experts
-    if experts is not None and (experts.chosen > experts.count or experts.count % experts.groups):
-        raise InputError(
-            f"config.json: {experts.chosen} of {experts.count} experts in {experts.groups} groups cannot be chosen"
-        )
+    if experts is not None:
+        chosen, count, groups, opened = experts.chosen, experts.count, experts.groups, experts.chosen_groups
+        if count % groups or opened > groups or chosen > count // groups * opened:
+            raise InputError(
+                f"config.json: {chosen} of {count} experts cannot be chosen from {opened} of {groups} groups"
+            )
     if experts is not None and len(experts.dense) >= spec.layers:
         raise InputError("config.json: none of the layers has experts")
     if spec.windows and len(spec.windows) != spec.layers:

@@ -56,6 +56,14 @@ class ConfigView:
         """
         return key in self._config and self._config[key] is None
 
+    def is_text(self, key: str) -> bool:
+        """Returns whether the value of a key is text.
+
+        Args:
+            key: The key.
+        """
+        return isinstance(self._config.get(key), str)
+
     def last_layer(self, key: str, layers: int) -> int:
         """Reads the number of a last layer, where -1, null or a missing key is the last of all.
 

@@ -20,16 +20,15 @@ from tmjax.models.spec import DecoderSpec
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     layers = values["layers"]
     size = None if view.null("sliding_window") else view.take("sliding_window", 4096)
-    # A pattern in letters, as released, stands beside `layer_types`.
-    try:
-        pattern = view.take("sliding_window_pattern", 4, zero=size is None)
-    except InputError:
-        pattern = view.take("sliding_window_pattern", kind=str)
-    kinds = None
-    if size is not None and isinstance(pattern, int):
-        kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
-    elif size is not None and view.take("layer_types", [], list) == []:
-        raise InputError(f"config.json: sliding_window_pattern {pattern!r} needs layer_types beside it")
+    key, kinds = "sliding_window_pattern", None
+    if view.is_text(key):  # a pattern in letters, as released, stands beside `layer_types`
+        pattern = view.take(key, kind=str)
+        if size is not None and not view.take("layer_types", [], list):
+            raise InputError(f"config.json: {key} {pattern!r} needs layer_types beside it")
+    else:
+        pattern = view.take(key, 4, zero=size is None)
+        if size is not None:
+            kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
     kinds, windows = read_windows(view, layers, size, kinds)
     result = {
         "activation": read_activation(view, default="silu"),

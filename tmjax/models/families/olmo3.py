@@ -20,7 +20,8 @@ from tmjax.models.spec import DecoderSpec
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     layers = values["layers"]
     kinds = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)]
-    kinds, windows = read_windows(view, layers, view.take("sliding_window", 4096), kinds)
+    size = None if view.null("sliding_window") else view.take("sliding_window", 4096)
+    kinds, windows = read_windows(view, layers, size, kinds)
     # As transformers has it: an old `rope_theta` is that of layers without a window.
     full, own = (RotaryKeys(theta=theta) for theta in (view.take("rope_theta", THETA, float), THETA))
     rotary, local = read_rotaries_by_kind(view, values["max_positions"], full, own)

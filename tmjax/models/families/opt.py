@@ -5,7 +5,7 @@ from typing import Any
 from tmjax.errors import InputError
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
-from tmjax.models.families.layout import attention, fields, head, linear, norm
+from tmjax.models.families.layout import attention, fields, head, head_size, linear, norm
 from tmjax.models.spec import DecoderSpec, ParamSpec, Rotary
 
 
@@ -38,7 +38,7 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"config.json: {key} {not value} is not supported for opt")
     return {
         "kv_heads": values["heads"],
-        "head_dim": values["hidden"] // values["heads"],
+        "head_dim": head_size(values),
         "activation": read_activation(view, "activation_function", default="relu"),
         **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), view.take("enable_bias", True, bool)),
     }
