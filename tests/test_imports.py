@@ -27,7 +27,7 @@ LEVELS = (
     ("evaluate",),
     ("teacher",),
     ("transfer",),
-    ("train",),
+    ("train", "transplant"),
     ("report",),
     ("commands",),
     ("api",),

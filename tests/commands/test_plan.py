@@ -12,8 +12,8 @@ import yaml
 from helpers import SPEC
 
 from tmjax import cli
-from tmjax.cli.doctor_command import _recipe_of
 from tmjax.cli.options import PairFlags
+from tmjax.cli.verbs.doctor_command import _recipe_of
 from tmjax.commands.plan import planning
 from tmjax.commands.plan.adapt_programs import adapt_entries
 from tmjax.commands.plan.communication import collectives

@@ -120,13 +120,19 @@ def write(model: Model, directory: Path, *, max_shard_size: str = DEFAULT_SHARD_
 
     Of several processes all must call it: tensor by tensor is gathered from them, and the first one writes.
     """
+    if hosts.is_first():
+        copy_companions(model.directory, directory)
+    write_weights(model, directory, max_shard_size=max_shard_size)
+
+
+def write_weights(model: Model, directory: Path, *, max_shard_size: str = DEFAULT_SHARD_SIZE) -> None:
+    """Writes weights and config alone into an existing directory; see `write`."""
     metas, read = tensors(model)
     if not hosts.is_first():
         for meta in metas:  # in the order in which `write_tensors` asks for them
             read(meta.name)
         return
     write_config(model.config, directory)
-    copy_companions(model.directory, directory)
     write_tensors(directory, metas, read, max_shard_size=max_shard_size)
 
 

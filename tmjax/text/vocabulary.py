@@ -64,8 +64,11 @@ def components(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 @dataclass(frozen=True)
-class _Spelling:
-    """The spelling of pieces in a vocabulary."""
+class Spelling:
+    """The spelling of pieces in a vocabulary.
+
+    `marks` stand for a space; `continuing` begins a piece that continues a word, `ending` ends one that ends a word.
+    """
 
     byte_level: bool
     marks: tuple[str, ...]
@@ -75,6 +78,7 @@ class _Spelling:
     spaces_dropped: bool
 
     def is_fallback(self, piece: str) -> bool:
+        """Whether a piece is the last resort for one byte, `<0xNN>`."""
         return self.fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
     def bytes_of(self, piece: str) -> bytes:
@@ -90,6 +94,14 @@ class _Spelling:
             text = text.replace(mark, " ")
         return (" " + text if self.spaces_dropped and self.continuing and not inside else text).encode()
 
+    def join(self, left: str, right: str) -> str:
+        """Writes two neighbours within a word as one piece."""
+        return left + (right.removeprefix(self.continuing) if self.continuing else right)
+
+    def begins_word(self, piece: str) -> bool:
+        """Whether a piece begins with a space."""
+        return piece.startswith(("\u0120",) if self.byte_level else self.marks)
+
 
 @functools.cache
 def _byte_of() -> dict[str, int]:
@@ -99,7 +111,8 @@ def _byte_of() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _spelling(state: Mapping[str, Any], spaces_dropped: bool) -> _Spelling:
+def read_spelling(state: Mapping[str, Any], *, spaces_dropped: bool) -> Spelling:
+    """The spelling of a `tokenizer.json`; `spaces_dropped` as of `read_vocabulary`."""
     model = state["model"]
     before = [*components(state.get("normalizer")), *components(state.get("pre_tokenizer"))]
     marks = [part["replacement"] for part in before if part["type"] == "Metaspace"]
@@ -109,7 +122,7 @@ def _spelling(state: Mapping[str, Any], spaces_dropped: bool) -> _Spelling:
         if part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"].strip()
     ]
     byte_level = any(part["type"] == "ByteLevel" for part in before)
-    return _Spelling(
+    return Spelling(
         byte_level,
         tuple(dict.fromkeys(marks)),
         bool(model.get("byte_fallback")),
@@ -134,7 +147,7 @@ def read_vocabulary(
     `state` is its `tokenizer.json`, `pieces` all its tokens with their ids, `special_ids` the special tokens that
     `state` does not mark; `spaces_dropped`: whether its pre-tokenizer leaves out the spaces between words.
     """
-    spelling = _spelling(state, spaces_dropped)
+    spelling = read_spelling(state, spaces_dropped=spaces_dropped)
     added = {token["content"]: token for token in state.get("added_tokens") or []}
     unknown = _unknown(state["model"])
     text: dict[int, bytes] = {}

@@ -30,7 +30,7 @@ def write_within(tokenizer: TextTokenizer, strings: Sequence[bytes]) -> list[tup
         if not string or text.encode() != string:
             continue
         begun = _word_end(tokenizer, text) if tokenizer.spaces_dropped else ""
-        tokens = _longest(tokenizer, begun.encode())
+        tokens = write_longest(tokenizer, begun.encode())
         if tokens is not None:
             written[number] = tokens
             asked[number] = _normal(tokenizer, text).removeprefix(begun) if begun else text
@@ -51,8 +51,11 @@ def _word_end(tokenizer: TextTokenizer, text: str) -> str:
     return pieces[0][0][1:] if pieces else ""
 
 
-def _longest(tokenizer: TextTokenizer, string: bytes) -> tuple[int, ...] | None:
-    """The longest tokens in turn, as WordPiece takes them: what continues a word cannot be asked of it otherwise."""
+def write_longest(tokenizer: TextTokenizer, string: bytes) -> tuple[int, ...] | None:
+    """Writes bytes with the longest tokens in turn, as WordPiece does, which reads no word from its middle.
+
+    None where no token begins with the bytes that are left.
+    """
     ids = tokenizer.vocabulary.ids
     tokens: list[int] = []
     while string:

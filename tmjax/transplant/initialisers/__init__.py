@@ -1,0 +1,1 @@
+"""Rows of new tokens, one way per file."""
