@@ -84,6 +84,26 @@ def flags(texts, llama_dir, qwen2_dir) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def small_flags(texts, llama_dir, qwen2_dir, tmp_path_factory) -> list[str]:
+    """The same texts and tokenizers with random models of two and three layers, where only the run itself matters."""
+    from tools.make_checkpoint import family_spec, make_checkpoint
+
+    models = []
+    # One width for all sites of a model: a solver is compiled for one shape.
+    for side, family, layers, width, rows, like in (
+        ("source", "llama", 3, 40, 4096, llama_dir),
+        ("target", "qwen2", 2, 32, 2048, qwen2_dir),
+    ):
+        shape = {"vocab": rows, "layers": layers, "heads": 4, "kv_heads": 4, "head_dim": width // 4}
+        shape |= {"hidden": width, "mlp": width, "max_positions": 512, "tied_embeddings": True}
+        spec = family_spec(family, **shape)
+        place = tmp_path_factory.mktemp("small") / side
+        make_checkpoint(place, family, spec, tokenizer=like, scale=0.1, seed=layers)
+        models += [f"--{side}", str(place)]
+    return [*models, "--texts", texts["calibration"], "--valid", texts["valid"], "--test", texts["test"]]
+
+
+@pytest.fixture(scope="session")
 def recipe_file(tmp_path_factory) -> str:
     """What keeps the runs of these tests short: few sites, few trials."""
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"

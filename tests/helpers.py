@@ -52,6 +52,11 @@ FORWARDS: dict[str, DecoderSpec] = {
 }
 
 
+def forwards(tokens: int, *quick: str) -> list:
+    """Parameters (name, tokens) of all forwards; those that `quick` does not name are slow."""
+    return [pytest.param(name, tokens, marks=() if name in quick else pytest.mark.slow) for name in FORWARDS]
+
+
 def texts_that_begin_alike(spec: DecoderSpec, generator: np.random.Generator, most: int) -> list[list[int]]:
     """Texts of all lengths up to the context, many of which begin alike, one twice."""
     roots = [generator.integers(0, spec.vocab, most).tolist() for _ in range(3)]

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import FORWARDS, SPEC, alone_nll, texts_that_begin_alike
+from helpers import FORWARDS, SPEC, alone_nll, forwards, texts_that_begin_alike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,9 @@ from tmjax.models.decoder import init_params
 from tmjax.sharding.mesh import Layout
 
 
-@pytest.mark.parametrize(("name", "row_tokens"), [("llama", 128), *((name, 32) for name in FORWARDS)])
+@pytest.mark.parametrize(
+    ("name", "row_tokens"), [("llama", 128), *forwards(32, "llama", "two rotaries", "learned positions")]
+)
 def test_joined_texts_score_as_alone(name: str, row_tokens: int, monkeypatch) -> None:
     monkeypatch.setattr(joined, "ROW_TOKENS", row_tokens)
     spec, generator = FORWARDS[name], np.random.default_rng(0)

@@ -69,7 +69,14 @@ def test_compilations_do_not_grow_with_the_number_of_pairs(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("mib", "rows", "log_domain"),
-    [(28, 100, False), (14, 100, False), (5, 100, True), (40, 600, False), (26, 600, False), (17, 600, True)],
+    [
+        (28, 100, False),
+        (14, 100, False),
+        (5, 100, True),
+        pytest.param(40, 600, False, marks=pytest.mark.slow),
+        (26, 600, False),
+        pytest.param(17, 600, True, marks=pytest.mark.slow),
+    ],
 )
 def test_memory_stays_within_what_was_given(mib: int, rows: int, log_domain: bool, monkeypatch) -> None:
     """Cost and kernel, kernel alone, neither: XLA's own account of what the compiled program needs beside its input."""

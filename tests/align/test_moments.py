@@ -195,7 +195,7 @@ def pair(qwen2_dir, llama_dir, repo):
     return rows, [(model.spec, model.params, read) for model, read in zip(models, documents, strict=True)]
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), "data=4"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("data=4", marks=pytest.mark.slow)])
 def test_paired_blocks_are_the_rows_that_capture_stores(pair, tmp_path, mesh) -> None:
     rows, readers = pair
     seen: list[tuple[int, int]] = []

@@ -139,7 +139,7 @@ def _recovers(model: Model, kind: str, verses: tuple[Texts, Texts], path: Path) 
     [
         pytest.param("qwen3", "larger source", marks=pytest.mark.slow),
         pytest.param("gpt_neox", "larger source", marks=pytest.mark.slow),
-        ("gpt_neox", "larger target"),
+        pytest.param("gpt_neox", "larger target", marks=pytest.mark.slow),
         pytest.param("qwen3", "larger target", marks=pytest.mark.slow),
     ],
 )

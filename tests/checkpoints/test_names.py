@@ -163,8 +163,8 @@ def test_gpt2_as_it_is_on_the_hub(tmp_path):
     assert "wte.weight is read as transformer.wte.weight" in model.notes[0] or "read as transformer." in model.notes[0]
 
 
-def test_notes_are_in_the_manifest(tmp_path, llama_dir, qwen2_dir, texts, recipe_file, capsys):
-    for name, directory in (("source", llama_dir), ("target", qwen2_dir)):
+def test_notes_are_in_the_manifest(tmp_path, small_flags, texts, recipe_file, capsys):
+    for name, directory in (("source", small_flags[1]), ("target", small_flags[3])):
         shutil.copytree(directory, tmp_path / name)
         edit_config(tmp_path / name, cache_implementation="hybrid")
     renamed(tmp_path / "source", lambda name: f"_orig_mod.{name}")

@@ -243,6 +243,7 @@ def test_interrupted_at_every_stage_gives_the_same_result(
     assert read_manifest(out)["evaluation"] == read_manifest(plain)["evaluation"]
 
 
+@pytest.mark.slow
 def test_killed_without_warning_and_started_again(plain, flags, recipe_file, tmp_path) -> None:
     """SIGKILL in the middle of two stages; the third start finishes with the same tensors."""
     out = tmp_path / "run"

@@ -54,14 +54,14 @@ def test_bars_are_full_once_a_stage_has_ended() -> None:
         assert [(task.completed, task.total) for task in bars.display.tasks] == [(8, 8), (1, 1)]
 
 
-def test_a_run_without_a_terminal_writes_lines(flags, recipe_file, tmp_path) -> None:
+def test_a_run_without_a_terminal_writes_lines(small_flags, recipe_file, tmp_path) -> None:
     command = [
         sys.executable,
         "-m",
         "tmjax.cli",
         "merge",
         recipe_file,
-        *flags,
+        *small_flags,
         "--out",
         str(tmp_path / "run"),
         "--json",

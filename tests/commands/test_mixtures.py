@@ -60,6 +60,7 @@ def test_doctor_leaves_out_the_projections_that_a_mixture_lacks(mixture, qwen2_d
     assert "2 of 8 experts of 24 units" in row["source"] and "experts" not in row["target"]
 
 
+@pytest.mark.slow
 def test_merge_from_a_mixture(mixture, qwen2_dir, texts, recipes, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     code = cli.run(["merge", recipes["merge"], *arguments(mixture, qwen2_dir, texts, out)])
@@ -84,6 +85,7 @@ def test_adapt_from_a_mixture_with_controls(mixture, qwen2_dir, texts, recipes, 
     assert all(math.isfinite(arm["bits_per_byte"]) for arm in manifest["evaluation"].values())
 
 
+@pytest.mark.slow
 def test_training_moves_experts_and_leaves_the_bias_of_the_choice(mixture, llama_dir, texts, recipes, tmp_path, capsys):
     """A mixture as the target of training on a mesh, which is written back under its own names."""
     out = tmp_path / "run"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FORWARDS, alone_nll, texts_that_begin_alike
+from helpers import FORWARDS, alone_nll, forwards, texts_that_begin_alike
 
 from tmjax import cli
 from tmjax.activations import store
@@ -152,7 +152,7 @@ def transported(swept, models):
     return projection_contribution(target, options, items)
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "data=8", "data=4", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", ["data=1", pytest.param("data=8", marks=pytest.mark.slow), "data=2,fsdp=2,tensor=2"])
 def test_devices_do_not_change_scores(transported, models, texts, qwen2_dir, mesh: str) -> None:
     """Random coefficients of every projection, on one device, on eight, on meshes that split the model too."""
     layout = Layout(mesh)
@@ -171,7 +171,7 @@ def test_devices_do_not_change_scores(transported, models, texts, qwen2_dir, mes
     assert scorer.compilations == 1
 
 
-@pytest.mark.parametrize(("name", "chunk_tokens"), [("llama", 10**6), *((name, 150) for name in FORWARDS)])
+@pytest.mark.parametrize(("name", "chunk_tokens"), [("llama", 10**6), *forwards(150, "llama", "windows", "experts")])
 def test_packed_texts_score_as_alone(name: str, chunk_tokens: int, monkeypatch) -> None:
     spec = FORWARDS[name]
     if name != "llama":  # logits of a few nodes at a time, the last of which are padding

@@ -135,6 +135,7 @@ def test_layers_of_one_kind_run_together() -> None:
     )
 
 
+@pytest.mark.slow
 def test_training_gradients_are_those_of_finite_differences() -> None:
     """Of the whole forward, computed again block by block: experts, routers and dense layers included."""
     params = sharp_params(MIXED)
@@ -171,7 +172,7 @@ def test_the_cache_gives_the_logits_of_the_whole_text() -> None:
         np.testing.assert_allclose(cached[row], whole, atol=2e-4 * float(np.std(whole)))
 
 
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "tensor=8"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow), "tensor=8"])
 def test_eight_devices_compute_what_one_computes(mesh) -> None:
     """Logits and gradients; every device of the axis tensor has its part of the experts."""
     spec = dataclasses.replace(MIXED, hidden=32, heads=8, kv_heads=8, vocab=64)

@@ -88,6 +88,11 @@ def slow_case(name: str, *quick: str):
     return pytest.param(name, marks=() if name in FIRST or name in quick else pytest.mark.slow)
 
 
+def slow(name: str):
+    """A case that is slow."""
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module", params=[slow_case(name, *ALSO) for name in CASES])
 def pair(request, tmp_path_factory) -> Pair:
     directory = tmp_path_factory.mktemp(request.param)
@@ -522,7 +527,15 @@ def gathered_product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     return jnp.einsum("ri,roi->ro", x, w[group], precision="highest")
 
 
-@pytest.mark.parametrize("pair", [slow_case(name) for name in CASES], indirect=True)
+#: Families that have all settings of the decoder between them; the wrong settings of the others are slow tests.
+DIFFERENT = ("llama", "gpt2", "gpt_neox", "gemma2", "cohere2", "stablelm", "olmo3", "granite", "glm4_moe")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [slow_case(name) if CASES[name]["model_type"] in DIFFERENT else slow(name) for name in CASES],
+    indirect=True,
+)
 def test_every_wrong_setting_shows(pair, monkeypatch):
     """All of them in the first case of a family; in the others, those in what differs from it."""
     monkeypatch.setattr(expert_layer, "grouped_product", gathered_product)

@@ -44,7 +44,7 @@ def test_states_after_prompts_are_those_of_whole_prompts(name, tmp_path) -> None
     np.testing.assert_allclose(states[1], states[0], atol=2e-5 * np.abs(states[0]).max())
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("data=2,fsdp=2", marks=pytest.mark.slow)])
 def test_generated_tokens_do_not_depend_on_groups(llama_dir, mesh) -> None:
     layout = Layout(mesh)
     model = load_model(llama_dir, placement=layout.place)

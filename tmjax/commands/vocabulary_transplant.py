@@ -113,6 +113,8 @@ def new_vocabulary(
         result = transplant(model, tokens, make)
         _write(result, tokens, partial, max_shard_size)
         notes += _class_note(partial, new)
+        if request.add is not None and len(of_new.new) < request.add:
+            notes.append(f"the texts teach {len(of_new.new)} tokens of {request.add}: no other stands in them twice")
     facts = {
         "target": request.target,
         "output": str(out),

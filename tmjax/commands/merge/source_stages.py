@@ -113,7 +113,7 @@ class SourceStages:
         origin = replace(origin, params=lambda: model.params)
         return SourceView(
             model,
-            alignment=functools.cache(lambda: self.align() if origin.is_source else self._aligner(origin)()),
+            alignment=functools.cache(lambda: self.align() if origin.is_source else self._align_control(origin)),
             activations=functools.cache(lambda: self.paired(origin)),
             features=lambda sites: self.features(origin, tuple(sites)),
             token_map=functools.cache(self._token_map),
@@ -271,13 +271,18 @@ class SourceStages:
         self._alignment = alignment
         return alignment
 
+    def _align_control(self, origin: Origin) -> Alignment:
+        """Aligns the target with the source of a control, which is no stage of the run."""
+        alignment = self._aligner(origin)()
+        self.session.step(_alignment_step(origin))(1, 0)
+        return alignment
+
     def _aligner(self, origin: Origin) -> Callable[[], Alignment]:
         """Makes the activations (or moments) of a source; returns a function that aligns the target with it."""
         target, source = self.inputs.target, self.inputs.source
-        step = "alignment" if origin.is_source else f"alignment:{origin.rows or origin.model}"
         settings = {
             "mesh": self.inputs.layout.mesh,
-            "progress": self.session.step(step),
+            "progress": self.session.step(_alignment_step(origin)),
             "models": ((target.spec, target.params), (source.spec, origin.params())),
         }
         projections, options = self.inputs.projections, self.recipe.located_alignment()
@@ -286,3 +291,8 @@ class SourceStages:
             return lambda: align_moments(sums, projections, options, **settings)
         pair = self.paired(origin)
         return lambda: align(*pair, projections, options, **settings)
+
+
+def _alignment_step(origin: Origin) -> str:
+    """Name under which the progress of an alignment is shown."""
+    return "alignment" if origin.is_source else f"alignment:{origin.rows or origin.model}"
