@@ -44,7 +44,7 @@ from tmjax.transfer.recipe import build_recipe
 GRID = [
     *("--grid", "alpha=0:0.1:0.05"),
     *("--grid", "beta.mlp=-0.1,tied"),
-    *("--grid", "transport.mask_top_k=null,40"),
+    *("--grid", "transport.mask_top_k=null,8"),
     *("--grid", "transport.bias=transported,keep_mean,none"),
     *("--grid", "epsilon=0.05,0.1"),
 ]
@@ -58,16 +58,16 @@ def _run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def swept(flags, recipe_file, tmp_path_factory) -> Path:
+def swept(small_flags, recipe_file, tmp_path_factory) -> Path:
     """72 settings of everything that is a number or decides a transport."""
     out = tmp_path_factory.mktemp("sweep") / "run"
-    assert cli.run(["sweep", recipe_file, *flags, "--out", str(out), *GRID, "--write-best"]) == 0
+    assert cli.run(["sweep", recipe_file, *small_flags, "--out", str(out), *GRID, "--write-best"]) == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def models(qwen2_dir, llama_dir):
-    return load_model(qwen2_dir), load_model(llama_dir)
+def models(small_flags):
+    return load_model(small_flags[3]), load_model(small_flags[1])
 
 
 def _activations(out: Path):
@@ -122,7 +122,7 @@ def test_what_a_sweep_writes(swept, texts, capsys) -> None:
     least = min(rows, key=lambda row: float(row["bits_per_byte"]))
     assert facts["best"]["setting"] == int(least["setting"])
     assert facts["best"]["valid_bits_per_byte"] == float(least["bits_per_byte"])
-    assert set(manifest["evaluation"]) == {"target", "best"} and len(manifest["update"]) == 28
+    assert set(manifest["evaluation"]) == {"target", "best"} and len(manifest["update"]) == 14
     page = (swept / "sweep.html").read_text()
     assert "data:image/png" in page and "http" not in page.split("<body>")[1] and "transport.mask_top_k" in page
     code, printed, _ = _run(capsys, "evaluate", swept / "best", "--texts", texts["test"], "--json")
@@ -153,10 +153,10 @@ def transported(swept, models):
 
 
 @pytest.mark.parametrize("mesh", ["data=1", pytest.param("data=8", marks=pytest.mark.slow), "data=2,fsdp=2,tensor=2"])
-def test_devices_do_not_change_scores(transported, models, texts, qwen2_dir, mesh: str) -> None:
+def test_devices_do_not_change_scores(transported, models, texts, small_flags, mesh: str) -> None:
     """Random coefficients of every projection, on one device, on eight, on meshes that split the model too."""
     layout = Layout(mesh)
-    target = load_model(qwen2_dir, placement=layout.place)
+    target = load_model(small_flags[3], placement=layout.place)
     tokenizer, valid = load_tokenizer(target.directory), read_texts(texts["valid"])
     scorer = SettingsScorer(target, tokenizer, valid, max_settings=11, layout=layout)
     generator = np.random.default_rng(3)
@@ -270,11 +270,11 @@ def test_a_killed_sweep_resumes(flags, recipe_file, tmp_path, capsys) -> None:
     assert not list((tmp_path / "run").rglob("*.partial"))
 
 
-def test_a_setting_that_fails_is_a_row(flags, recipe_file, tmp_path, capsys) -> None:
+def test_a_setting_that_fails_is_a_row(small_flags, recipe_file, tmp_path, capsys) -> None:
     """Exact matchings need models of equal widths; coefficients beyond float32 give no numbers."""
     out = tmp_path / "run"
     grid = ["--grid", "solver=scaling,assignment", "--grid", "alpha=0,0.05", "--grid", "beta=-0.05,3e38"]
-    code, printed, _ = _run(capsys, "sweep", recipe_file, *flags, *grid, "--out", out, "--json")
+    code, printed, _ = _run(capsys, "sweep", recipe_file, *small_flags, *grid, "--out", out, "--json")
     assert code == 0
     rows = read_csv(out / "results.csv")
     failed = [row for row in rows if row["status"] == "failed"]
@@ -288,7 +288,7 @@ def test_a_setting_that_fails_is_a_row(flags, recipe_file, tmp_path, capsys) -> 
         capsys,
         "sweep",
         recipe_file,
-        *flags,
+        *small_flags,
         "--grid",
         "alpha=0.1",
         "--grid",
@@ -299,11 +299,11 @@ def test_a_setting_that_fails_is_a_row(flags, recipe_file, tmp_path, capsys) -> 
     assert code == 2 and "all 1 settings failed" in error and error.count("tmjax: error") == 1
 
 
-def test_draws_repeat_and_equal_settings_are_scored_once(flags, recipe_file, tmp_path, capsys) -> None:
+def test_draws_repeat_and_equal_settings_are_scored_once(small_flags, recipe_file, tmp_path, capsys) -> None:
     tables = []
     for name in ("a", "b"):
         grid = ["--random", 6, "--seed", 5, "--grid", "alpha=0..0.2", "--grid", "beta=tied,0", "--grid", "seed=1,2"]
-        code, printed, _ = _run(capsys, "sweep", recipe_file, *flags, *grid, "--out", tmp_path / name, "--json")
+        code, printed, _ = _run(capsys, "sweep", recipe_file, *small_flags, *grid, "--out", tmp_path / name, "--json")
         facts = json.loads(printed)["sweep"]
         assert code == 0 and facts["groups"] == 1 and facts["random"] == 6
         tables.append(

@@ -147,6 +147,7 @@ def test_sums_do_not_depend_on_batches(target, said, batches, monkeypatch) -> No
         np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.abs(one).max()))
 
 
+@pytest.mark.slow
 def test_sums_of_a_large_batch_are_those_of_its_parts(target, monkeypatch) -> None:
     """XLA's CPU backend (jaxlib 0.10.2) gives a vmapped pullback of a norm wrong values from 2^18 elements on."""
     generator = np.random.default_rng(1)
@@ -361,9 +362,9 @@ def test_a_source_that_writes_another_language_is_heard_on_the_given_texts(solvi
     assert (tmp_path / "run/controls/control:random_source/model.safetensors").is_file()
 
 
-def test_a_fixed_alpha_solves_nothing(solving, flags, tmp_path) -> None:
+def test_a_fixed_alpha_solves_nothing(solving, small_flags, tmp_path) -> None:
     out = tmp_path / "run"
-    assert cli.run(["merge", solving, *flags, "--out", str(out), "--alpha", "0.1"]) == 0
+    assert cli.run(["merge", solving, *small_flags, "--out", str(out), "--alpha", "0.1"]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert (
         manifest["operators"] == {}
@@ -381,12 +382,12 @@ def test_adaptation_of_a_run_begins_at_its_merged_model(solved, texts, tmp_path)
         np.testing.assert_allclose(start[path], value, atol=1e-6)
 
 
-def test_tokenizers_without_a_common_boundary_are_an_error(solving, flags, tmp_path, capsys, monkeypatch) -> None:
+def test_tokenizers_without_a_common_boundary_are_an_error(solving, small_flags, tmp_path, capsys, monkeypatch) -> None:
     """Neither does a tokenizer that changes its text: no position is shared, and the line says what to do."""
     monkeypatch.setattr(
         "tmjax.teacher.vocabulary_map.Crossing.shared_positions", lambda self, own, other: np.zeros((0, 2), np.int32)
     )
-    assert cli.run(["merge", solving, *flags, "--out", str(tmp_path / "run")]) == 2
+    assert cli.run(["merge", solving, *small_flags, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "no position of the texts" in error and "preset barycentric" in error
 
