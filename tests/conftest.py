@@ -137,3 +137,13 @@ def plain(tmp_path_factory, flags, recipe_file) -> Path:
     out = tmp_path_factory.mktemp("plain") / "run"
     assert cli.run(["merge", recipe_file, *flags, "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, small_flags, recipe_file) -> Path:
+    """The same of the small models."""
+    from tmjax import cli
+
+    out = tmp_path_factory.mktemp("small") / "run"
+    assert cli.run(["merge", recipe_file, *small_flags, "--out", str(out)]) == 0
+    return out

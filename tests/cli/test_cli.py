@@ -221,7 +221,7 @@ STAGES = {
 
 
 def test_interrupted_at_every_stage_gives_the_same_result(
-    plain, flags, recipe_file, capsys, tmp_path, monkeypatch
+    small, small_flags, recipe_file, capsys, tmp_path, monkeypatch
 ) -> None:
     out, finished = tmp_path / "run", []
     for stage, (module, name) in STAGES.items():
@@ -231,16 +231,16 @@ def test_interrupted_at_every_stage_gives_the_same_result(
 
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stop)
-            code, printed, error = _run(capsys, "merge", recipe_file, *flags, "--out", out)
+            code, printed, error = _run(capsys, "merge", recipe_file, *small_flags, "--out", out)
         assert code == 130 and not printed and "tmjax: error: interrupted" in error and "Traceback" not in error
         manifest = read_manifest(out)
         assert stage not in manifest["outputs"] and not list(out.rglob("*.partial"))
         assert all(manifest["stages"][done]["reused"] for done in finished)
         finished = list(manifest["outputs"])
-    code, _, _ = _run(capsys, "merge", recipe_file, *flags, "--out", out)
+    code, _, _ = _run(capsys, "merge", recipe_file, *small_flags, "--out", out)
     assert code == 0
-    assert stored(out / "merged") == stored(plain / "merged")
-    assert read_manifest(out)["evaluation"] == read_manifest(plain)["evaluation"]
+    assert stored(out / "merged") == stored(small / "merged")
+    assert read_manifest(out)["evaluation"] == read_manifest(small)["evaluation"]
 
 
 @pytest.mark.slow
@@ -267,12 +267,12 @@ def test_killed_without_warning_and_started_again(plain, flags, recipe_file, tmp
     assert stored(out / "merged") == stored(plain / "merged") and not list(out.rglob("*.partial"))
 
 
-def test_align_then_fuse_equals_merge_and_alpha_can_change(plain, flags, recipe_file, capsys, tmp_path) -> None:
+def test_align_then_fuse_equals_merge_and_alpha_can_change(small, small_flags, recipe_file, capsys, tmp_path) -> None:
     out = tmp_path / "run"
-    assert _run(capsys, "align", recipe_file, *flags, "--out", out)[0] == 0
+    assert _run(capsys, "align", recipe_file, *small_flags, "--out", out)[0] == 0
     assert (out / "alignment").is_dir() and not (out / "merged").exists()
     assert _run(capsys, "fuse", out)[0] == 0
-    assert stored(out / "merged") == stored(plain / "merged")
+    assert stored(out / "merged") == stored(small / "merged")
     code, _, error = _run(capsys, "fuse", out, "--alpha", "0.2")
     assert code == 2 and "--overwrite" in error
     code, printed, _ = _run(capsys, "fuse", out, "--alpha", "0.2", "--overwrite", "--json")
@@ -280,7 +280,7 @@ def test_align_then_fuse_equals_merge_and_alpha_can_change(plain, flags, recipe_
     assert code == 0 and manifest["stages"]["alignment"]["reused"] and not manifest["stages"]["fuse"]["reused"]
     assert (
         {item["alpha"] for item in manifest["update"].values()} == {0.2}
-        and manifest["inputs"]["test"]["path"] == flags[-1]
+        and manifest["inputs"]["test"]["path"] == small_flags[-1]
         and manifest["coefficients"]["trials"] == []
     )
 

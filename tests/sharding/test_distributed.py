@@ -18,10 +18,10 @@ MESH = "data=2,fsdp=2,tensor=2"
 
 
 @pytest.fixture(scope="module")
-def merged(flags, recipe_file, tmp_path_factory) -> dict[str, object]:
+def merged(small_flags, recipe_file, tmp_path_factory) -> dict[str, object]:
     """A merge whose second process is killed after the first stage, and the same command again."""
     out = tmp_path_factory.mktemp("job") / "run"
-    command = ["merge", recipe_file, *flags, "--out", out, "--mesh", MESH, "--json"]
+    command = ["merge", recipe_file, *small_flags, "--out", out, "--mesh", MESH, "--json"]
     job = Job(command)
     job.wait_for_stage(out, "activations:target")
     job.processes[1].send_signal(signal.SIGKILL)
@@ -47,15 +47,15 @@ def test_the_rerun_resumes_and_only_the_first_process_speaks(merged) -> None:
     assert (manifest["devices"], manifest["processes"], manifest["platform"]) == (8, 2, "cpu")
 
 
-def test_two_processes_merge_as_one_device_does(merged, plain) -> None:
-    found, expected = (load_file(path / "merged/model.safetensors") for path in (merged["out"], plain))
+def test_two_processes_merge_as_one_device_does(merged, small) -> None:
+    found, expected = (load_file(path / "merged/model.safetensors") for path in (merged["out"], small))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), name
-    scores, one = (np.load(path / "scores.npz") for path in (merged["out"], plain))
+    scores, one = (np.load(path / "scores.npz") for path in (merged["out"], small))
     for arm in one.files:
         np.testing.assert_allclose(scores[arm], one[arm], rtol=1e-5)
-    names = {path.relative_to(plain) for path in plain.rglob("*")}
+    names = {path.relative_to(small) for path in small.rglob("*")}
     assert {path.relative_to(merged["out"]) for path in merged["out"].rglob("*")} == names
 
 
