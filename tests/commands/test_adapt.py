@@ -92,6 +92,15 @@ def test_log_has_a_line_for_every_step(guided) -> None:
             assert float(row["loss"]) == pytest.approx(total) and float(row["tokens"]) > 0
 
 
+def test_a_finished_run_can_be_published(guided, capsys) -> None:
+    assert cli.run(["publish", str(guided), "me/adapted", "--dry-run", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert files == {path.name: path.stat().st_size for path in (guided / "merged").iterdir()}
+    assert {"tmjax.json", "README.md", "model.safetensors"} <= files.keys()
+    card = (guided / "merged/README.md").read_text()
+    assert "base_model_relation: merge" in card and "\ntmjax adapt " in card
+
+
 def test_pytorch_gives_the_manifests_bits_per_byte(guided, texts) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(guided / "merged", dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(guided / "merged")

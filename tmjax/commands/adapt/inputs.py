@@ -73,6 +73,13 @@ class AdaptInputs:
         of_run = {name for name in ("source", "target") if run and (name == "target" or not own.source)}
         return {name: given and (run if name in of_run else own).place(given) for name, given in self.names.items()}
 
+    @property
+    def parents(self) -> dict[str, tuple[str, str]]:
+        """Name and present place of the target, and of the source where the result has something of it."""
+        used = {"target"} | ({"source"} if self.recipe.terms or self.recipe.merges else set())
+        places = {which: (name, self.located[which]) for which, name in self.names.items() if which in used and name}
+        return {which: (name, str(place)) for which, (name, place) in sorted(places.items(), reverse=True)}
+
     def merge_recipe(self) -> Recipe:
         """Returns the recipe of the merge that this adaptation needs, in a folder of its run.
 

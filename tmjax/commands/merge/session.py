@@ -14,6 +14,7 @@ from tmjax.files.lock import OutputLock
 from tmjax.files.paths import refuse_overlap
 from tmjax.recipes.base import Placed, dump_recipe
 from tmjax.recipes.merge import Recipe
+from tmjax.runs.command import given_command
 from tmjax.runs.directory import RunDirectory
 from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import Manifest, Record, find_manifest, is_current
@@ -125,6 +126,7 @@ def _begin(
         processes=hosts.count(),
         platform=jax.devices()[0].platform,
         key=key,
+        commands=given_command(recipe.out),
     )
 
     def start() -> RunDirectory | None:
