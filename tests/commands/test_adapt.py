@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,20 @@ def test_log_has_a_line_for_every_step(guided) -> None:
         for row in rows:
             total = float(row["text"]) + weight * float(row["guide"])
             assert float(row["loss"]) == pytest.approx(total) and float(row["tokens"]) > 0
+
+
+def test_a_finished_run_goes_on_with_a_lora(guided, short, flags, tmp_path, capsys) -> None:
+    shutil.copytree(guided, tmp_path / "run", copy_function=shutil.copy2)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(yaml.safe_load(short.read_text()) | {"export": {"lora": 4}}))
+    words = [*flags, "--out", tmp_path / "run", "--mode", "guided", "--controls", "--json"]
+    code, printed, _ = run(capsys, tmp_path / "recipe.yaml", *words)
+    manifest = json.loads(printed)
+    new = [name for name, stage in manifest["stages"].items() if not stage["reused"]]
+    assert code == 0 and sorted(new) == ["card", "lora", "provenance", "report"]
+    config = json.loads((tmp_path / "run/lora/adapter_config.json").read_text())
+    assert config["r"] == 4 and config["base_model_name_or_path"] == flags[3]
+    assert all(0 < error < 1 for error in manifest["lora"]["errors"].values())
+    assert '<table id="lora"' in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_finished_run_can_be_published(guided, capsys) -> None:

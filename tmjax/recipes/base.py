@@ -102,6 +102,17 @@ class ExportOptions(Section):
     max_shard_size: Annotated[
         str, Field(description="Largest file of weights; a larger checkpoint is written as several.")
     ] = "5GB"
+    lora: Annotated[
+        Positive | None,
+        Field(
+            description="Rank of a LoRA of the result's change, which is written into `lora/` as a PEFT adapter beside "
+            "the checkpoint; none unless given."
+        ),
+    ] = None
+
+
+#: Settings of the export that change no checkpoint: a finished run goes on with others.
+BESIDE_CHECKPOINT = {"export": {"lora": True}}
 
 
 def checked(kind: type[R], values: dict[str, Any], renamed: Mapping[str, str] | None = None, *, place: str = "") -> R:

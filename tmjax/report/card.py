@@ -5,7 +5,7 @@ from typing import Any
 
 from tmjax.recipes.merge import Recipe
 from tmjax.report.card_parts import Parents, licence_section, metadata_block, origin_section
-from tmjax.report.tables import evaluation_rows, gain_sentence, markdown_table, update_rows
+from tmjax.report.tables import evaluation_rows, gain_sentence, lora_sentence, markdown_table, update_rows
 
 
 def model_card(recipe: Recipe, manifest: Mapping[str, Any], parents: Parents) -> str:
@@ -45,6 +45,7 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any], parents: Parents) ->
     parts += [
         "## What the merge did to every tensor",
         markdown_table(*update_rows(manifest)),
+        *([lora_sentence(manifest)] if manifest.get("lora") else []),
         *licence_section(parents),
         *origin_section(recipe, manifest, "merge"),
     ]

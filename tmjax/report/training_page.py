@@ -18,6 +18,8 @@ from tmjax.report.tables import (
     evaluation_rows,
     forgetting_rows,
     gain_sentence,
+    lora_rows,
+    lora_sentence,
     markdown_table,
     rich_table,
     scored_parts,
@@ -100,6 +102,8 @@ def write_training_report(file: Path, run: Path, recipe: AdaptRecipe, manifest: 
         ]
     if manifest.get("forgetting"):
         sections += ["<h2>Bits per byte on other texts</h2>", table("forgetting", *forgetting_rows(manifest))]
+    if manifest.get("lora"):
+        sections += ["<h2>The change as a LoRA</h2>", table("lora", *lora_rows(manifest))]
     sections += [
         "<h2>Training</h2>",
         table("training", *training_rows(manifest)),
@@ -127,5 +131,7 @@ def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any], parents: Pare
     if manifest.get("forgetting"):
         parts += ["## Other texts", markdown_table(*forgetting_rows(manifest))]
     parts += ["## Training", markdown_table(*training_rows(manifest))]
+    if manifest.get("lora"):
+        parts.append(lora_sentence(manifest))
     parts += [*licence_section(parents), *origin_section(recipe, manifest, "adapt")]
     return "\n\n".join(parts) + "\n"

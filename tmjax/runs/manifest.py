@@ -27,6 +27,7 @@ from tmjax.runs.run_facts import (
     ForgettingFacts,
     GeneratedFacts,
     InputFacts,
+    LoraFacts,
     OperatorFacts,
     Output,
     PlanFacts,
@@ -87,6 +88,7 @@ class Manifest(AlignmentFacts):
     teacher: Recorded[dict[str, TeacherFacts]] = None
     edges: Recorded[dict[str, EdgeFacts]] = None
     budget: Recorded[BudgetFacts] = None
+    lora: Recorded[LoraFacts] = None
     training: Recorded[dict[str, TrainingFacts]] = None
     sweep: Recorded[SweepFacts] = None
     shared: Recorded[dict[str, AlignmentFacts]] = None

@@ -15,6 +15,7 @@ from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_mode
 from tmjax.checkpoints.model import Model
 from tmjax.commands.callbacks import Warn
 from tmjax.commands.held_out import HeldOut
+from tmjax.commands.lora_stage import require_exportable
 from tmjax.errors import InputError, summarise
 from tmjax.evaluate.bits import Scorer
 from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
@@ -201,6 +202,7 @@ class AdaptInputs:
         if recipe.terms and self.texts.dialogues is not None:
             raise InputError(f"{recipe.texts} holds dialogues; mode {recipe.mode} reads plain documents (a text field)")
         require_plain(self.located["target"])
+        require_exportable(recipe.export, self.names["target"], self.located["target"])
         spec = self.target.spec
         if spec.learned_positions and recipe.max_tokens > spec.max_positions:
             raise InputError(f"max_tokens is {recipe.max_tokens}, the model learned {spec.max_positions} positions")

@@ -17,6 +17,7 @@ from tmjax.commands.adapt.start import Show, Starts
 from tmjax.commands.adapt.training import ArmTrainer, Schedule
 from tmjax.commands.callbacks import Warn, silent, tell_notes
 from tmjax.commands.forgetting import measure_forgetting
+from tmjax.commands.lora_stage import export_as_lora
 from tmjax.commands.merge.session import refuse_nested
 from tmjax.commands.notes import note_blank, note_hidden
 from tmjax.commands.result_pages import write_result_pages
@@ -24,7 +25,7 @@ from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import atomic_directory, remove
 from tmjax.files.lock import OutputLock
 from tmjax.recipes.adapt import AdaptRecipe
-from tmjax.recipes.base import dump_recipe
+from tmjax.recipes.base import BESIDE_CHECKPOINT, dump_recipe
 from tmjax.report.training_page import adapted_card, write_training_report
 from tmjax.runs.command import given_command
 from tmjax.runs.directory import RunDirectory, resumes
@@ -104,7 +105,7 @@ class Adapt:
     def _input_hashes(self) -> dict[str, str]:
         """Hashes everything that the results of the run depend on."""
         unset = {name for name in ("budget", "tokens") if getattr(self.recipe, name) is None}
-        without = {"out", "mesh", "other_texts", "places", *_INPUTS, *unset}
+        without = dict.fromkeys({"out", "mesh", "other_texts", "places", *_INPUTS, *unset}, True) | BESIDE_CHECKPOINT
         values = self.recipe.model_dump(mode="json", exclude=without)
         if not self.recipe.training.average:  # runs of versions without the option stay the same runs
             del values["training"]["average"]
@@ -251,17 +252,21 @@ class Adapt:
         """Runs every stage of the recipe; returns the manifest."""
         checkpoints = {name: self.train(name) for name in self.arms}
         self.evaluate(checkpoints)
-        inputs = self.inputs
+        inputs, key = self.inputs, [self._key, *self._arm_key(ADAPTED, self.schedules[ADAPTED])]
         measure_forgetting(
             self.run,
             inputs.held_out.other_texts,
             lambda texts: inputs.scorer(inputs.target, texts),
             lambda: (inputs.target.params, inputs.load(checkpoints[ADAPTED]).params),
             arm=ADAPTED,
-            key=[self._key, *self._arm_key(ADAPTED, self.schedules[ADAPTED])],
+            key=key,
             options=self.recipe.evaluation,
             seed=self.recipe.seed,
         )
+
+        names, place = inputs.names, inputs.located["target"]
+        result = checkpoints[ADAPTED]
+        export_as_lora(self.run, self.recipe.export, key, target=names["target"], place=place, result=result)
 
         def report(partial: Path) -> None:
             write_training_report(partial, self.run.path, self.recipe, self.run.manifest.to_json())
@@ -270,7 +275,7 @@ class Adapt:
             self.run,
             self.recipe,
             inputs.parents,
-            sections={"evaluation", "source_gain", "training", "forgetting"},
+            sections={"evaluation", "source_gain", "training", "forgetting", "lora"},
             card=adapted_card,
             report=report,
         )

@@ -15,6 +15,7 @@ from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model, require_plain
 from tmjax.checkpoints.model import Model
 from tmjax.commands.held_out import HeldOut
+from tmjax.commands.lora_stage import require_exportable
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer
 from tmjax.models.spec import ParamSpec
@@ -230,6 +231,7 @@ class Inputs:
                         f"the operator {step.operator.name} needs the activations; set activations.keep: true"
                     )
         require_plain(recipe.place(recipe.target))
+        require_exportable(recipe.export, recipe.target, recipe.place(recipe.target))
         for name in ("layout", "texts", "valid", "test", "other_texts", "target", "source", "rows"):
             getattr(self, name)
         if recipe.controls and recipe.same_size_source is not None:

@@ -11,6 +11,7 @@ from tmjax.checkpoints import hf
 from tmjax.checkpoints.load import load_model
 from tmjax.commands.callbacks import Progress, Warn, quiet, silent
 from tmjax.commands.forgetting import measure_forgetting
+from tmjax.commands.lora_stage import export_as_lora
 from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.other_sources import other_sources
 from tmjax.commands.merge.samples import sample_texts
@@ -24,7 +25,7 @@ from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_json
 from tmjax.files.jsonfile import read_json
-from tmjax.recipes.base import read_recipe
+from tmjax.recipes.base import BESIDE_CHECKPOINT, read_recipe
 from tmjax.recipes.merge import Recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
@@ -192,6 +193,7 @@ class Merge:
         checkpoints |= {arm: path for arm, (path, _) in others.items()}
         self.evaluate(checkpoints, [key for _, key in others.values()])
         self._forgetting(merged)
+        self._lora(merged)
         self._pages(self.samples(merged))
         return self.run.manifest.to_json()
 
@@ -208,6 +210,11 @@ class Merge:
             seed=self.recipe.seed,
         )
 
+    def _lora(self, merged: Path) -> None:
+        recipe, key = self.recipe, [self.fuse_key(MERGED), self.inputs.hashes["target"]]
+        place = recipe.place(recipe.target)
+        export_as_lora(self.run, recipe.export, key, target=recipe.target, place=place, result=merged)
+
     def _pages(self, samples: Path) -> None:
         """Writes model card, report and the record of the result's origin."""
         alignment = self.align() if "alignment" in needs_of(self.inputs.chain) else None
@@ -221,7 +228,7 @@ class Merge:
             self.run,
             self.recipe,
             {which: (name, self.recipe.place(name)) for which, name in names.items()},
-            sections={"evaluation", "coefficients", "source_gain", "update", "operators", "forgetting"},
+            sections={"evaluation", "coefficients", "source_gain", "update", "operators", "forgetting", "lora"},
             card=model_card,
             report=report,
         )
@@ -230,7 +237,7 @@ class Merge:
 def fuse_key(source: SourceStages, arm: str) -> object:
     """Returns the key of the checkpoint of an arm: everything that it depends on."""
     sections = {"operators", "coefficients", "screen_texts", "alpha", "evaluation", "export", "seed"}
-    options = source.recipe.model_dump(mode="json", include=sections)
+    options = source.recipe.model_dump(mode="json", include=sections, exclude=BESIDE_CHECKPOINT)
     # Code outside the package alone, so that the keys of other runs stay the same.
     code = code_hashes(source.inputs.chain)
     return [arm, source.alignment_key(), options, source.inputs.hashes.get("valid"), *([code] if code else [])]
