@@ -113,7 +113,12 @@ def test_the_reference_of_commands_names_every_flag(monkeypatch) -> None:
 
     monkeypatch.syspath_prepend(str(ROOT / "docs/_ext"))
     reference = importlib.import_module("cli_reference").commands()
-    for name, command in typer.main.get_command(cli.app).commands.items():
+    commands = {
+        f"{name} {inner}".strip(): each
+        for name, command in typer.main.get_command(cli.app).commands.items()
+        for inner, each in getattr(command, "commands", {"": command}).items()
+    }
+    for name, command in commands.items():
         (text,) = re.findall(rf"^## `tmjax {name}`$(.*?)(?=^## |\Z)", reference, flags=re.MULTILINE | re.DOTALL)
         flags = {flag for each in command.params for flag in (*each.opts, *each.secondary_opts) if flag.startswith("-")}
         assert set(re.findall(r"(--[\w-]+)", "".join(re.findall(r"^\| (`.*?`) \|", text, flags=re.M)))) == flags, name

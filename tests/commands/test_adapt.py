@@ -24,6 +24,9 @@ from tmjax import cli
 from tmjax.checkpoints.hf import export
 from tmjax.checkpoints.load import load_model
 from tmjax.commands.adapt.training import ArmTrainer
+from tmjax.commands.recipe_check import adapt_stages
+from tmjax.recipes.adapt import build_adapt_recipe
+from tmjax.recipes.base import read_recipe
 from tmjax.recipes.objectives import DistillationOptions
 from tmjax.runs.manifest import Manifest, read_manifest
 from tmjax.runs.run_files import split
@@ -105,6 +108,11 @@ def test_a_finished_run_goes_on_with_a_lora(guided, short, flags, tmp_path, caps
     assert config["r"] == 4 and config["base_model_name_or_path"] == flags[3]
     assert all(0 < error < 1 for error in manifest["lora"]["errors"].values())
     assert '<table id="lora"' in (tmp_path / "run/report.html").read_text()
+
+
+def test_stages_are_those_that_a_check_says(guided) -> None:
+    stages = adapt_stages(build_adapt_recipe(read_recipe(guided / "recipe.yaml")))
+    assert set(stages) == read_manifest(guided)["stages"].keys()
 
 
 def test_a_finished_run_can_be_published(guided, capsys) -> None:

@@ -1,9 +1,11 @@
 """The command line: thin typer commands over `tmjax.commands`. Only results go to standard output.
 
-A command is a file of this folder with a function of its name, and an entry of `COMMANDS`.
+A command is a function in a file of this folder, and an entry of `COMMANDS` or of `GROUPS`.
 """
 
 from collections.abc import Callable, Mapping
+
+import typer
 
 from tmjax.cli.adapt_command import adapt
 from tmjax.cli.application import app, main, prepare, run
@@ -12,11 +14,12 @@ from tmjax.cli.doctor_command import doctor, plan
 from tmjax.cli.evaluate_command import evaluate
 from tmjax.cli.merge_command import align, fuse, merge
 from tmjax.cli.options import with_flags
+from tmjax.cli.recipe_command import check
 from tmjax.cli.result_commands import compare, publish, report
 from tmjax.cli.solvers_command import solvers
 from tmjax.cli.sweep_command import sweep
 
-__all__ = ["COMMANDS", "app", "main", "prepare", "run"]
+__all__ = ["COMMANDS", "GROUPS", "app", "main", "prepare", "run"]
 
 #: Commands in the order of `tmjax --help`, by name; their docstrings are the help.
 COMMANDS: Mapping[str, Callable[..., None]] = {
@@ -37,5 +40,16 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
         plan,
     )
 }
+#: Groups of commands: their help, and their commands by name.
+GROUPS: Mapping[str, tuple[str, Mapping[str, Callable[..., None]]]] = {
+    "recipe": ("Recipe files, before anything runs.", {"check": check}),
+}
 for _name, _command in COMMANDS.items():
     app.command(_name)(with_flags(_command))
+for _group, (_help, _commands) in GROUPS.items():
+    _inner = typer.Typer(name=_group, help=_help)
+    for _name, _command in _commands.items():
+        # The callback keeps a group of one command a group.
+        _inner.callback()(lambda: None)
+        _inner.command(_name)(with_flags(_command))
+    app.add_typer(_inner)

@@ -183,8 +183,8 @@ class AdaptInputs:
         """Scorer of the validation texts under the target's architecture."""
         return self.scorer(self.target, self.held_out.valid)
 
-    def check(self, warn: Warn) -> None:
-        """Loads everything, so that faults are reported before anything is written; warns of leaks."""
+    def check_settings(self) -> None:
+        """Raises InputError for settings that do not go together; reads no input but the recipe of a run."""
         recipe = self.recipe
         training = recipe.training
         if (recipe.terms or recipe.mode in WITH_SOURCE) and not self.names["source"]:
@@ -193,12 +193,17 @@ class AdaptInputs:
             raise InputError("init merged takes a source to merge: give --source, or a run of tmjax merge as --target")
         if recipe.guidance.layers == "plan" and "guidance" in recipe.terms and self.run is None:
             raise InputError("guidance.layers plan takes a run of tmjax merge as --target")
-        if self.held_out.valid is None and (len(training.schedules) > 1 or training.patience is not None):
+        if recipe.valid is None and (len(training.schedules) > 1 or training.patience is not None):
             raise InputError("steps, learning rates and early stop are chosen on validation texts: give --valid FILE")
-        if self.held_out.valid is None and recipe.budgeted:
+        if recipe.valid is None and recipe.budgeted:
             raise InputError("a budget is spent on what validation texts choose: give --valid FILE")
         for steps in training.steps:
             TrainConfig.of(training, steps, training.lr[0], recipe.dtype)
+
+    def check(self, warn: Warn) -> None:
+        """Loads everything, so that faults are reported before anything is written; warns of leaks."""
+        self.check_settings()
+        recipe = self.recipe
         if recipe.terms and self.texts.dialogues is not None:
             raise InputError(f"{recipe.texts} holds dialogues; mode {recipe.mode} reads plain documents (a text field)")
         require_plain(self.located["target"])
