@@ -102,9 +102,10 @@ def test_a_command_has_a_row_in_the_tables_of_commands() -> None:
     from tmjax import cli
 
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    for page in ("README.md", "docs/quickstart.md"):
+    # The short page leaves out what follows a merge.
+    for page, left_out in (("README.md", {"publish"}), ("docs/quickstart.md", set())):
         text = (ROOT / page).read_text(encoding="utf-8")
-        assert names <= set(re.findall(r"`tmjax (\w+)", text)), page
+        assert names - left_out <= set(re.findall(r"`tmjax (\w+)", text)), page
 
 
 def test_the_reference_of_commands_names_every_flag(monkeypatch) -> None:
@@ -112,7 +113,12 @@ def test_the_reference_of_commands_names_every_flag(monkeypatch) -> None:
 
     monkeypatch.syspath_prepend(str(ROOT / "docs/_ext"))
     reference = importlib.import_module("cli_reference").commands()
-    for name, command in typer.main.get_command(cli.app).commands.items():
+    commands = {
+        f"{name} {inner}".strip(): each
+        for name, command in typer.main.get_command(cli.app).commands.items()
+        for inner, each in getattr(command, "commands", {"": command}).items()
+    }
+    for name, command in commands.items():
         (text,) = re.findall(rf"^## `tmjax {name}`$(.*?)(?=^## |\Z)", reference, flags=re.MULTILINE | re.DOTALL)
         flags = {flag for each in command.params for flag in (*each.opts, *each.secondary_opts) if flag.startswith("-")}
         assert set(re.findall(r"(--[\w-]+)", "".join(re.findall(r"^\| (`.*?`) \|", text, flags=re.M)))) == flags, name

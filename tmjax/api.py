@@ -23,7 +23,7 @@ from tmjax.align.streaming import align_moments, gather, require_streamable
 from tmjax.checkpoints.hf import export
 from tmjax.checkpoints.load import load_model
 from tmjax.checkpoints.model import Model
-from tmjax.commands.adapt.run import adapt
+from tmjax.commands.adapt.in_python import adapt
 from tmjax.commands.convert import convert
 from tmjax.commands.merge.run import MERGED, Merge
 from tmjax.evaluate.bits import evaluate

@@ -18,13 +18,20 @@ def commands() -> str:
     """Returns every command of `tmjax`: usage, help, arguments and options."""
     from tmjax import cli
 
-    return "".join(_command(command) for command in cli.app.registered_commands)
+    own = [_command(command) for command in cli.app.registered_commands]
+    inner = [
+        _command(command, f"{group.typer_instance.info.name} ")
+        for group in cli.app.registered_groups
+        if group.typer_instance is not None
+        for command in group.typer_instance.registered_commands
+    ]
+    return "".join([*own, *inner])
 
 
-def _command(command: CommandInfo) -> str:
+def _command(command: CommandInfo, lead: str = "") -> str:
     function: Callable[..., None] | None = command.callback
     assert function is not None
-    name = command.name or function.__name__.strip("_").replace("_", "-")
+    name = lead + (command.name or function.__name__.strip("_").replace("_", "-"))
     hints = typing.get_type_hints(function, include_extras=True)
     usage, rows = [f"tmjax {name}"], []
     for key, parameter in inspect.signature(function).parameters.items():

@@ -189,7 +189,11 @@ def test_damaged_output_is_made_again_and_the_rest_reused(
     (out / "merged/model.safetensors").write_bytes(b"half")
     code, printed, _ = _run(capsys, "merge", recipe_file, *flags, "--out", out, "--controls", "--json")
     stages = json.loads(printed)["stages"]
-    assert code == 0 and [name for name, stage in stages.items() if not stage["reused"]] == ["fuse", "card"]
+    assert code == 0 and [name for name, stage in stages.items() if not stage["reused"]] == [
+        "fuse",
+        "card",
+        "provenance",
+    ]
     assert stored(out / "merged") == before
     assert (out / "merged/README.md").read_text() == (whole[0] / "merged/README.md").read_text()
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from tmjax import cli
 from tmjax.checkpoints.hf import export
 from tmjax.checkpoints.load import load_model
 from tmjax.commands.adapt.training import ArmTrainer
+from tmjax.commands.recipe_check import adapt_stages
+from tmjax.recipes.adapt import build_adapt_recipe
+from tmjax.recipes.base import read_recipe
 from tmjax.recipes.objectives import DistillationOptions
 from tmjax.runs.manifest import Manifest, read_manifest
 from tmjax.runs.run_files import split
@@ -90,6 +94,34 @@ def test_log_has_a_line_for_every_step(guided) -> None:
         for row in rows:
             total = float(row["text"]) + weight * float(row["guide"])
             assert float(row["loss"]) == pytest.approx(total) and float(row["tokens"]) > 0
+
+
+def test_a_finished_run_goes_on_with_a_lora(guided, short, flags, tmp_path, capsys) -> None:
+    shutil.copytree(guided, tmp_path / "run", copy_function=shutil.copy2)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(yaml.safe_load(short.read_text()) | {"export": {"lora": 4}}))
+    words = [*flags, "--out", tmp_path / "run", "--mode", "guided", "--controls", "--json"]
+    code, printed, _ = run(capsys, tmp_path / "recipe.yaml", *words)
+    manifest = json.loads(printed)
+    new = [name for name, stage in manifest["stages"].items() if not stage["reused"]]
+    assert code == 0 and sorted(new) == ["card", "lora", "provenance", "report"]
+    config = json.loads((tmp_path / "run/lora/adapter_config.json").read_text())
+    assert config["r"] == 4 and config["base_model_name_or_path"] == flags[3]
+    assert all(0 < error < 1 for error in manifest["lora"]["errors"].values())
+    assert '<table id="lora"' in (tmp_path / "run/report.html").read_text()
+
+
+def test_stages_are_those_that_a_check_says(guided) -> None:
+    stages = adapt_stages(build_adapt_recipe(read_recipe(guided / "recipe.yaml")))
+    assert set(stages) == read_manifest(guided)["stages"].keys()
+
+
+def test_a_finished_run_can_be_published(guided, capsys) -> None:
+    assert cli.run(["publish", str(guided), "me/adapted", "--dry-run", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert files == {path.name: path.stat().st_size for path in (guided / "merged").iterdir()}
+    assert {"tmjax.json", "README.md", "model.safetensors"} <= files.keys()
+    card = (guided / "merged/README.md").read_text()
+    assert "base_model_relation: merge" in card and "\ntmjax adapt " in card
 
 
 def test_pytorch_gives_the_manifests_bits_per_byte(guided, texts) -> None:

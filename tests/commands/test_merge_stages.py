@@ -30,7 +30,7 @@ def test_a_chain_that_needs_no_alignment_makes_none(recipe_file, flags, tmp_path
     changes = {"preset": "predictions", "operators": operators, "alignment": {"memory_mib": 1}}
     manifest = run("merge", recipe_file, tmp_path, flags, **changes, activations={"max_texts": 8})
     stages = {name.partition(":")[0] for name in manifest["stages"]}
-    assert stages == {"edges", "teacher", "fuse", "evaluate", "samples", "card", "report"}
+    assert stages == {"edges", "teacher", "fuse", "evaluate", "samples", "card", "report", "provenance"}
     assert not manifest["alignment"] and not manifest.get("rows")
     assert not any((tmp_path / "run" / name).exists() for name in ("activations", "alignment", "moments"))
     capsys.readouterr()

@@ -21,6 +21,7 @@ from tmjax.commands.adapt.arms import Arm
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Starts
 from tmjax.commands.merge.run import Merge
+from tmjax.commands.recipe_check import merge_stages
 from tmjax.errors import NonFiniteError
 from tmjax.models.decoder import bind
 from tmjax.recipes.adapt import build_adapt_recipe
@@ -332,6 +333,8 @@ def test_a_second_start_makes_nothing_again(solved, solving, flags, capsys) -> N
     again = json.loads(capsys.readouterr().out)
     assert [name for name, stage in again["stages"].items() if not stage["reused"]] == []
     assert again["evaluation"] == first["evaluation"] and again["operators"] == first["operators"]
+    expected = merge_stages(build_recipe(read_recipe(out / "recipe.yaml")))
+    assert {name for name in expected if not name.startswith("sources/")} <= again["stages"].keys()
 
 
 @pytest.mark.slow

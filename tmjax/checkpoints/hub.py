@@ -16,6 +16,8 @@ from tmjax.errors import InputError
 from tmjax.files.jsonfile import read_json
 
 CONFIG_NAME = "config.json"
+#: The model card.
+README = "README.md"
 #: Everything a checkpoint directory may hold beside weights and config that belongs to the model and is copied along.
 COMPANIONS = (
     "generation_config.json",
@@ -58,13 +60,13 @@ def resolve(model: str, *, weights: bool = True) -> Path:
         if is_gguf(path):
             raise InputError(f"{model} is {_GGUF_ADVICE}")
         raise InputError(f"{model} is a file; give the checkpoint's directory")
-    if not _HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         raise InputError(f"no checkpoint at {model}: the directory does not exist")
     import huggingface_hub
     import huggingface_hub.errors
 
     def fetch(names: list[str]) -> Path:
-        patterns = [*names, CONFIG_NAME, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
+        patterns = [*names, CONFIG_NAME, README, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
 
     try:
@@ -82,6 +84,11 @@ def resolve(model: str, *, weights: bool = True) -> Path:
         raise InputError(f"no directory {model}, and the hub did not give it: {reason}") from None
     except Exception as error:  # network libraries raise their own types, which huggingface_hub does not wrap
         raise InputError(f"no directory {model}, and the hub could not be reached: {type(error).__name__}") from None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, owner and model."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def adapter_base(directory: Path, adapter: Adapter) -> Path:

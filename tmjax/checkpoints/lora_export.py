@@ -108,6 +108,12 @@ def export_lora(
     """
     if rank < 1:
         raise InputError(f"the rank of an adapter must be 1 or more, not {rank}")
+    with atomic_directory(out, overwrite=overwrite) as partial:
+        return write_difference(base, changed, partial, rank=rank, base_name=base_name)
+
+
+def write_difference(base: Path, changed: Path, directory: Path, *, rank: int, base_name: str) -> LoraExport:
+    """Writes the difference of two checkpoints as `export_lora` does, into an existing folder; see there."""
     old, new = open_checkpoint(base), open_checkpoint(changed)
     _same(old, new)
 
@@ -135,7 +141,6 @@ def export_lora(
         if name not in projections and (difference := change(name)).any():
             norm = float(np.linalg.norm(read_finite(old.index, name).astype(np.float32)))
             left_out[name] = float(np.linalg.norm(difference)) / max(norm, 1e-30)
-    with atomic_directory(out, overwrite=overwrite) as partial:
-        settings = {"fan_in_fan_out": transposed, "rank_pattern": {}, "alpha_pattern": {}}
-        write_lora(partial, kept, targets, base=base_name, rank=rank, alpha=float(rank), **settings)
+    settings = {"fan_in_fan_out": transposed, "rank_pattern": {}, "alpha_pattern": {}}
+    write_lora(directory, kept, targets, base=base_name, rank=rank, alpha=float(rank), **settings)
     return LoraExport(errors, left_out)

@@ -10,7 +10,7 @@ import numpy as np
 from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.formats.orbax_arrays import open_arrays, save_arrays
 from tmjax.checkpoints.formats.safetensors import DTYPES_BY_NAME, all_finite
-from tmjax.checkpoints.hub import copy_companions, write_config
+from tmjax.checkpoints.hub import CONFIG_NAME, copy_companions, write_config
 from tmjax.checkpoints.lazy import LazyArray, in_memory
 from tmjax.checkpoints.model import Model, Placement, default_placement
 from tmjax.errors import CheckpointError, InputError, NonFiniteError
@@ -22,8 +22,8 @@ FORMAT = 1
 
 
 def is_orbax(directory: Path) -> bool:
-    """Whether a directory was written by `save`."""
-    return (Path(directory) / MARKER).is_file()
+    """Whether a directory was written by `save`; a Hugging Face checkpoint has a file of that name for its origin."""
+    return (Path(directory) / MARKER).is_file() and not (Path(directory) / CONFIG_NAME).is_file()
 
 
 def save(model: Model, path: Path, *, overwrite: bool = False) -> Path:

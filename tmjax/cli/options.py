@@ -51,6 +51,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Negligible = Annotated[
     bool | None, typer.Option("--allow-negligible", help="Warn instead of refusing when nothing came from the source.")
 ]
+Publish = Annotated[
+    str | None, typer.Option("--push-to-hub", help="OWNER/MODEL on the Hugging Face hub that gets the result.")
+]
+Public = Annotated[bool, typer.Option("--public", help="Let everybody see a new repository; it is private otherwise.")]
 Draws = Annotated[int, typer.Option(min=1, help="Bootstrap draws.")]
 
 
@@ -103,6 +107,14 @@ class OutputFlags:
 
     overwrite: Overwrite = False
     as_json: Json = False
+
+
+@dataclass(frozen=True)
+class PublishFlags:
+    """Publication of the result of a run."""
+
+    push_to_hub: Publish = None
+    public: Public = False
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,50 @@ def print_note(console: Any, note: str) -> None:
     console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
-def show_run(out: str, manifest: dict[str, Any], as_json: bool) -> None:
-    """Prints the result of a merge: its manifest as JSON, or a summary and the content of its directory."""
+def print_warning(message: str) -> None:
+    """Prints a warning on standard error, on one line."""
+    print(f"tmjax: warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+def show_published(console: Any, done: Any) -> None:
+    """Prints what was uploaded, or would be."""
+    for name, size in done.files.items():
+        console.print(f"{size:>15,}  {name}", highlight=False, markup=False)
+    seen = "public" if done.public else "private"
+    total = f"{len(done.files)} files, {sum(done.files.values()):,} bytes"
+    where = f"{done.repository} ({seen})"
+    line = f"{total} would go to {where}; nothing was uploaded" if done.commit is None else f"{total} -> {where}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if done.commit is not None:
+        console.print(done.commit, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_run(
+    out: str,
+    manifest: dict[str, Any],
+    summary: Callable[[dict[str, Any]], Any],
+    published: Any = None,
+    *,
+    as_json: bool,
+) -> None:
+    """Prints the result of a run: its manifest as JSON, or a summary and the content of its directory.
+
+    Args:
+        out: The run directory.
+        manifest: Its manifest.
+        summary: Makes the summary of a manifest.
+        published: The upload of the result, if there was one.
+        as_json: Whether JSON is printed.
+    """
 
     def show(console: Any) -> None:
-        from tmjax.report.tables import run_summary
+        console.print(summary(manifest))
+        console.print(directory_line(out, "merged", "lora", "report.html", "plots"))
+        if published is not None:
+            show_published(console, published)
 
-        console.print(run_summary(manifest))
-        console.print(directory_line(out, "merged", "report.html", "plots"))
-
-    show_result(manifest, show, as_json=as_json)
+    result = manifest if published is None else manifest | {"published": asdict(published)}
+    show_result(result, show, as_json=as_json)
 
 
 @contextlib.contextmanager
@@ -85,6 +120,20 @@ def progress_display() -> Iterator[tuple[Callable[..., None], Callable[[str], No
     console = open_console(stderr=True)
     with Bars(console) if console.is_terminal else Lines(sys.stderr) as display:
         yield interrupt.checked(display.step), lambda message: display.say(f"tmjax: warning: {message}")
+
+
+@contextlib.contextmanager
+def outside_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows the progress of a stage whose library has bars of its own: as lines, where there is no terminal.
+
+    Yields:
+        A function of (stage, done, total).
+    """
+    if sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    with progress_display() as (progress, _):
+        yield progress
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from tmjax.checkpoints.hub import read_json
 from tmjax.checkpoints.load import load_model
 from tmjax.commands.callbacks import Warn
 from tmjax.commands.merge.samples import sample_texts
+from tmjax.commands.result_pages import REPORT
 from tmjax.errors import InputError, TmjaxError
 from tmjax.files.atomic import partial_name, remove
 from tmjax.files.lock import OutputLock
@@ -17,14 +18,13 @@ from tmjax.recipes.base import read_recipe
 from tmjax.recipes.merge import Recipe
 from tmjax.report.html import write_report
 from tmjax.runs.manifest import read_manifest
+from tmjax.runs.provenance import MERGED
 from tmjax.runs.run_files import RECIPE
 from tmjax.text.documents import read_texts
 from tmjax.transfer.chain import chain_of, needs_of
 from tmjax.transfer.recipe import build_recipe
 
-REPORT = "report.html"
 SAMPLES = "samples.json"
-MERGED = "merged"
 _UNFINISHED = "{} holds no finished merge; `tmjax merge` or `tmjax fuse` makes one, with its report"
 
 

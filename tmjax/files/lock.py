@@ -104,6 +104,11 @@ def command(arguments: Sequence[str]) -> Iterator[None]:
         _command[:] = previous
 
 
+def current_command() -> tuple[str, ...]:
+    """Returns the words of the command that runs; none outside of the command line."""
+    return tuple(_command)
+
+
 def release_all(keep: "set[OutputLock] | frozenset[OutputLock]" = frozenset()) -> None:
     """Releases every lock of this process but `keep`."""
     for handle in set(_handles) - keep:

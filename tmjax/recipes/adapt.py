@@ -1,5 +1,6 @@
 """The recipe of an adaptation as one frozen, checked object. Files have the keys of the command line."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from tmjax.recipes.base import (
     checked,
     found_near,
 )
+from tmjax.recipes.merge import Recipe
 from tmjax.recipes.objectives import (
     DistillationOptions,
     GenerationOptions,
@@ -226,6 +228,11 @@ class AdaptRecipe(Placed):
     def merges(self) -> bool:
         """Whether a merge is needed."""
         return self.mode == "residual-frozen" or self.start == "merged"
+
+
+def is_adaptation(values: Mapping[str, Any]) -> bool:
+    """Whether values are those of an adaptation: they have a key that no recipe of a merge has."""
+    return bool((AdaptRecipe.model_fields.keys() - Recipe.model_fields.keys()) & values.keys())
 
 
 def build_adapt_recipe(values: dict[str, Any], *, base: Path | None = None) -> AdaptRecipe:

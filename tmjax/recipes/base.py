@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from tmjax.errors import InputError, summarise
+from tmjax.plugins import beside
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -102,6 +103,17 @@ class ExportOptions(Section):
     max_shard_size: Annotated[
         str, Field(description="Largest file of weights; a larger checkpoint is written as several.")
     ] = "5GB"
+    lora: Annotated[
+        Positive | None,
+        Field(
+            description="Rank of a LoRA of the result's change, which is written into `lora/` as a PEFT adapter beside "
+            "the checkpoint; none unless given."
+        ),
+    ] = None
+
+
+#: Settings of the export that change no checkpoint: a finished run goes on with others.
+BESIDE_CHECKPOINT = {"export": {"lora": True}}
 
 
 def checked(kind: type[R], values: dict[str, Any], renamed: Mapping[str, str] | None = None, *, place: str = "") -> R:
@@ -149,7 +161,66 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Reads the mapping of a YAML recipe file, without validation."""
+    """Reads the mapping of a YAML recipe file over those of the files that it includes, without validation.
+
+    Files of `include` are relative to the file that names them. Later files win over earlier ones, and the file's own
+    keys over all: mappings are merged, everything else is replaced. Keys that begin with `x-` are places for YAML
+    anchors and are dropped. Relative paths of inputs in an included file are taken from its folder, if they exist only
+    there.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its values.
+
+    Raises:
+        InputError: A file cannot be read, has a key twice, or includes itself; names the file or the cycle.
+    """
+    return _included(path, ())
+
+
+def _included(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """Reads a file that the files `above` include, the recipe first."""
+    if any(path.resolve() == file.resolve() for file in above):
+        raise InputError(f"recipes include each other: {' -> '.join(map(str, (*above, path)))}")
+    values = {key: value for key, value in _mapping(path).items() if not str(key).startswith("x-")}
+    names = values.pop("include", None) or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"recipe {path}: include is a list of files")
+    shared: dict[str, Any] = {}
+    for name in names:
+        file = path.parent / Path(name).expanduser()
+        shared = merged_values(shared, _placed_near(_included(file, (*above, path)), file.parent))
+    return merged_values(shared, values)
+
+
+def _placed_near(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns values with relative paths of inputs, operators and a solver that exist in a folder alone from there."""
+
+    def near(value: Any) -> Any:
+        if not isinstance(value, str) or Path(value).exists() or not (folder / value).exists():
+            return value
+        return str(folder / value)
+
+    def operator(entry: Any) -> Any:
+        if isinstance(entry, dict):
+            return {beside(str(name), folder): options for name, options in entry.items()}
+        return beside(entry, folder) if isinstance(entry, str) else entry
+
+    placed = values | {key: near(values[key]) for key in _PATHS if key in values}
+    for key, place in (("other_texts", near), ("operators", operator)):
+        if isinstance(values.get(key), list):
+            placed[key] = [place(each) for each in values[key]]
+    alignment = values.get("alignment")
+    if isinstance(alignment, dict) and isinstance(alignment.get("solver"), str):
+        placed["alignment"] = alignment | {"solver": beside(alignment["solver"], folder)}
+    return placed
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Reads the mapping of one file."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except (OSError, UnicodeDecodeError) as error:

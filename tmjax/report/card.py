@@ -3,17 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from tmjax.recipes.merge import Recipe
-from tmjax.report.tables import evaluation_rows, gain_sentence, markdown_table, update_rows
+from tmjax.report.card_parts import Parents, licence_section, metadata_block, origin_section
+from tmjax.report.tables import evaluation_rows, gain_sentence, lora_sentence, markdown_table, update_rows
 
 
-def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
+def model_card(recipe: Recipe, manifest: Mapping[str, Any], parents: Parents) -> str:
     """Makes the card as Markdown, with the metadata block that the Hugging Face hub reads."""
-    tags = {"library_name": "transformers", "tags": ["merge", "tmjax", "optimal-transport"]}
     parts = [
-        f"---\n{yaml.safe_dump(tags, sort_keys=False)}---",
+        metadata_block(parents),
         "# Merged by optimal transport",
         f"Weights of `{recipe.source}` (source) were transported into `{recipe.target}` (target), whose "
         f"architecture and tokenizer this model keeps, with tmjax {manifest['tmjax']}, preset `{recipe.preset}`, "
@@ -44,12 +42,11 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
             markdown_table(*evaluation_rows(manifest)),
             gain_sentence(manifest),
         ]
-    # The card is published; the author's directories are private.
-    settings = recipe.model_dump(mode="json", exclude={"out", "places"})
     parts += [
         "## What the merge did to every tensor",
         markdown_table(*update_rows(manifest)),
-        "## Recipe",
-        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```",
+        *([lora_sentence(manifest)] if manifest.get("lora") else []),
+        *licence_section(parents),
+        *origin_section(recipe, manifest, "merge"),
     ]
     return "\n\n".join(parts) + "\n"

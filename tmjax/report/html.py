@@ -19,6 +19,7 @@ from tmjax.report.tables import (
     evaluation_rows,
     forgetting_rows,
     gain_sentence,
+    lora_rows,
     stage_rows,
     update_rows,
 )
@@ -118,6 +119,8 @@ def write_report(
     if "coefficient_maps" in plots:
         sections.append(image("coefficient_maps", plots["coefficient_maps"]))
     sections += ["<h2>Every tensor</h2>", table("update", *update_rows(manifest))]
+    if manifest.get("lora"):
+        sections += ["<h2>The change as a LoRA</h2>", table("lora", *lora_rows(manifest))]
     if alignment is not None:
         sections += ["<h2>Alignment certificates</h2>", table("alignment", *alignment_rows(manifest))]
     if samples:

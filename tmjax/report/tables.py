@@ -131,6 +131,25 @@ def concentration_rows(concentration: Mapping[str, Mapping[str, float]]) -> tupl
     return ("site", "units", *tops, "effective partners"), rows
 
 
+def lora_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Makes header and rows: tensors that changed, and how much of their change the LoRA does not have."""
+    facts = manifest["lora"]
+    rows = [(name, f"{error:.3g}") for name, error in facts["errors"].items()]
+    rows += [(name, f"no part (changed by {size:.1e} of its norm)") for name, size in facts["left_out"].items()]
+    return ("tensor", f"relative error of the change at rank {facts['rank']}"), rows
+
+
+def lora_sentence(manifest: Mapping[str, Any]) -> str:
+    """Returns the errors of the LoRA in one sentence."""
+    facts = manifest["lora"]
+    errors = list(facts["errors"].values())
+    left_out = f"; {len(facts['left_out'])} other tensors changed too and have no part in it" * bool(facts["left_out"])
+    return (
+        f"The change as a LoRA of rank {facts['rank']} (lora/): relative error per projection "
+        f"{sum(errors) / len(errors):.3f} in the mean, at most {max(errors):.3f}{left_out}."
+    )
+
+
 def stage_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """Makes header and rows of the stages' times."""
     rows = [
@@ -173,7 +192,7 @@ def update_summary(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def scored_parts(manifest: Mapping[str, Any]) -> list[object]:
-    """Makes the first tables of a summary: scores of test texts with the gain, and of other texts."""
+    """Makes the first parts of a summary: scores of test texts with the gain, of other texts, errors of a LoRA."""
     parts: list[object] = []
     if manifest["evaluation"]:
         parts += [
@@ -183,6 +202,8 @@ def scored_parts(manifest: Mapping[str, Any]) -> list[object]:
         ]
     if manifest.get("forgetting"):
         parts += [rich_table("Bits per byte on other texts", *forgetting_rows(manifest))]
+    if manifest.get("lora"):
+        parts += [lora_sentence(manifest), ""]
     return parts
 
 

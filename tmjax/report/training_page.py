@@ -6,11 +6,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Group
 
 from tmjax.recipes.adapt import AdaptRecipe
 from tmjax.recipes.base import dump_recipe
+from tmjax.report.card_parts import Parents, licence_section, metadata_block, origin_section
 from tmjax.report.html import image, page, table
 from tmjax.report.plots import new_figure, png_bytes
 from tmjax.report.tables import (
@@ -18,6 +18,8 @@ from tmjax.report.tables import (
     evaluation_rows,
     forgetting_rows,
     gain_sentence,
+    lora_rows,
+    lora_sentence,
     markdown_table,
     rich_table,
     scored_parts,
@@ -100,6 +102,8 @@ def write_training_report(file: Path, run: Path, recipe: AdaptRecipe, manifest: 
         ]
     if manifest.get("forgetting"):
         sections += ["<h2>Bits per byte on other texts</h2>", table("forgetting", *forgetting_rows(manifest))]
+    if manifest.get("lora"):
+        sections += ["<h2>The change as a LoRA</h2>", table("lora", *lora_rows(manifest))]
     sections += [
         "<h2>Training</h2>",
         table("training", *training_rows(manifest)),
@@ -111,13 +115,12 @@ def write_training_report(file: Path, run: Path, recipe: AdaptRecipe, manifest: 
     file.write_text(page(f"Adaptation of {Path(recipe.target).name}", sections), encoding="utf-8")
 
 
-def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any]) -> str:
+def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any], parents: Parents) -> str:
     """Makes the model card of an adapted checkpoint, with the metadata block that the Hugging Face hub reads."""
-    tags = {"library_name": "transformers", "tags": ["tmjax", "optimal-transport"]}
     given = manifest["inputs"]
     source = f" and the source `{given['source']['path']}`" if "source" in given else ""
     parts = [
-        f"---\n{yaml.safe_dump(tags, sort_keys=False)}---",
+        metadata_block(parents),
         "# Adapted",
         f"`{given['target']['path']}` (target) was trained on `{recipe.texts}`{source}, mode `{recipe.mode}`, seed "
         f"{recipe.seed}, with tmjax {manifest['tmjax']}. Architecture and tokenizer are the target's.",
@@ -127,7 +130,8 @@ def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any]) -> str:
         parts.append(gain_sentence(manifest))
     if manifest.get("forgetting"):
         parts += ["## Other texts", markdown_table(*forgetting_rows(manifest))]
-    settings = recipe.model_dump(mode="json", exclude={"out", "places"})
-    parts += ["## Training", markdown_table(*training_rows(manifest)), "## Recipe"]
-    parts.append(f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```")
+    parts += ["## Training", markdown_table(*training_rows(manifest))]
+    if manifest.get("lora"):
+        parts.append(lora_sentence(manifest))
+    parts += [*licence_section(parents), *origin_section(recipe, manifest, "adapt")]
     return "\n\n".join(parts) + "\n"

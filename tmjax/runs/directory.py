@@ -107,6 +107,8 @@ class RunDirectory:
             if manifest is None:
                 raise InputError(f"{path} is not a run of tmjax (no {MANIFEST})")
             manifest.key, manifest.inputs = header.key, header.inputs
+            added = [each for each in header.commands or [] if each not in (manifest.commands or [])]
+            manifest.commands = [*(manifest.commands or []), *added] or None
             return cls(path, manifest, header, lock=lock, team=team, show=show)._resume(recipe_yaml)
 
     @classmethod

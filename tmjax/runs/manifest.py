@@ -27,6 +27,7 @@ from tmjax.runs.run_facts import (
     ForgettingFacts,
     GeneratedFacts,
     InputFacts,
+    LoraFacts,
     OperatorFacts,
     Output,
     PlanFacts,
@@ -56,7 +57,8 @@ class Manifest(AlignmentFacts):
     """The record of a run.
 
     `key` are the hashes of recipe and inputs, which identify a run; mesh, devices, processes and platform are
-    those of the latest work. The facts of an alignment are the run's own; a sweep has several in `shared`.
+    those of the latest work. `commands` are the command lines that decided it, the output by its last name. The facts
+    of an alignment are the run's own; a sweep has several in `shared`.
     """
 
     format: int = FORMAT
@@ -74,6 +76,7 @@ class Manifest(AlignmentFacts):
     platform: str
     versions: dict[str, str] = Field(default_factory=versions)
     key: dict[str, str]
+    commands: Recorded[list[str]] = None
     stages: dict[str, Stage] = Field(default_factory=dict)
     outputs: dict[str, Output] = Field(default_factory=dict)
     unfinished: Recorded[Unfinished] = None
@@ -85,6 +88,7 @@ class Manifest(AlignmentFacts):
     teacher: Recorded[dict[str, TeacherFacts]] = None
     edges: Recorded[dict[str, EdgeFacts]] = None
     budget: Recorded[BudgetFacts] = None
+    lora: Recorded[LoraFacts] = None
     training: Recorded[dict[str, TrainingFacts]] = None
     sweep: Recorded[SweepFacts] = None
     shared: Recorded[dict[str, AlignmentFacts]] = None

@@ -236,6 +236,17 @@ class TrainingFacts(ScheduleFacts):
     tried: list[ScheduleFacts]
 
 
+class LoraFacts(Facts):
+    """A LoRA of the result's change: rank, relative error by projection, and relative change of tensors without part.
+
+    The relative error is ||D - B A|| / ||D|| of the change D of a tensor, the relative change ||D|| / ||W||.
+    """
+
+    rank: int
+    errors: dict[str, float]
+    left_out: dict[str, float]
+
+
 class BudgetFacts(Facts):
     """A budget of training and its plan.
 

@@ -93,6 +93,10 @@ class Dry:
         if not told or told[0] not in group.commands:
             return [f"tmjax has no command {told[0] if told else ''}".rstrip()]
         command = group.commands[told[0]]
+        if hasattr(command, "commands"):  # a group
+            if told[1:2] == [] or told[1] not in command.commands:
+                return [f"tmjax {told[0]} has no command {told[1] if told[1:] else ''}".rstrip()]
+            command, told = command.commands[told[1]], [f"{told[0]} {told[1]}", *told[2:]]
         if pattern:
             return _unknown_options(command, told[1:], f"tmjax {told[0]}")
         params, fault = _parsed(command, told[0], told[1:])
@@ -163,7 +167,8 @@ def recipe_fault(text: str) -> str | None:
     import yaml
 
     try:
-        build_recipe(dict.fromkeys(("source", "target", "texts", "out"), "-") | yaml.safe_load(text))
+        given = {key: value for key, value in yaml.safe_load(text).items() if key != "include" and key[:2] != "x-"}
+        build_recipe(dict.fromkeys(("source", "target", "texts", "out"), "-") | given)
     except TmjaxError as error:
         return str(error)
     return None

@@ -1,7 +1,8 @@
 """`tmjax adapt`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -13,6 +14,7 @@ from tmjax.cli.options import (
     Others,
     Out,
     OutputFlags,
+    PublishFlags,
     RecipeFile,
     Seed,
     Source,
@@ -20,7 +22,8 @@ from tmjax.cli.options import (
     folder_of,
     values_of,
 )
-from tmjax.cli.terminal import directory_line, progress_display, show_result
+from tmjax.cli.result_commands import publication
+from tmjax.cli.terminal import progress_display, show_run
 from tmjax.errors import InputError
 
 
@@ -60,7 +63,7 @@ class AdaptFlags:
     mesh: Mesh = None
 
 
-def adapt(flags: AdaptFlags, job: JobFlags, output: OutputFlags) -> None:
+def adapt(flags: AdaptFlags, publishing: PublishFlags, job: JobFlags, output: OutputFlags) -> None:
     """Train a target on texts, guided by a source or on top of a merge, beside controls of the same budget."""
     from tmjax.recipes.adapt import build_adapt_recipe
 
@@ -75,15 +78,12 @@ def adapt(flags: AdaptFlags, job: JobFlags, output: OutputFlags) -> None:
     }
     training = dict(values.get("training") or {}) | listed
     settings = build_adapt_recipe(values | {"training": training}, base=folder_of(flags.recipe))
-    with join_job(job), progress_display() as (progress, warn):
+    with join_job(job):
         from tmjax.commands.adapt.run import Adapt
-
-        manifest = Adapt(settings, overwrite=output.overwrite, show=progress, warn=warn).all()
-
-    def show(console: Any) -> None:
         from tmjax.report.training_page import adapt_summary
 
-        console.print(adapt_summary(manifest))
-        console.print(directory_line(settings.out, "merged", "report.html", "plots"))
-
-    show_result(manifest, show, as_json=output.as_json)
+        publish = publication(publishing)
+        with progress_display() as (progress, warn):
+            manifest = Adapt(settings, overwrite=output.overwrite, show=progress, warn=warn).all()
+        published = publish(Path(settings.out))
+    show_run(settings.out, manifest, adapt_summary, published, as_json=output.as_json)

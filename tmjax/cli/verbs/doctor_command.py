@@ -54,15 +54,13 @@ def plan(
 
 def _recipe_of(flags: PairFlags, preset: str | None) -> Any:
     """Builds the recipe: of an adaptation if the file has keys that only such a recipe has, else of a merge."""
-    from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe
+    from tmjax.recipes.adapt import build_adapt_recipe, is_adaptation
     from tmjax.recipes.base import read_recipe
-    from tmjax.recipes.merge import Recipe
     from tmjax.transfer.recipe import build_recipe
 
     file: Path | None = flags.recipe
     given = {"source": flags.source, "target": flags.target, "texts": flags.texts}
-    own = AdaptRecipe.model_fields.keys() - Recipe.model_fields.keys()
-    if file is not None and own & read_recipe(file).keys():
+    if file is not None and is_adaptation(read_recipe(file)):
         values = values_of(file, given, ("target",))
         return build_adapt_recipe({"texts": "-", "out": "-"} | values, base=folder_of(file))
     if preset is None:

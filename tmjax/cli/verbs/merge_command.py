@@ -17,34 +17,51 @@ from tmjax.cli.options import (
     Negligible,
     Others,
     OutputFlags,
+    PublishFlags,
     Test,
     Valid,
     recipe_of,
 )
+from tmjax.cli.result_commands import publication
 from tmjax.cli.terminal import progress_display, show_run
 from tmjax.errors import InputError
 
+#: The flags of a command that publishes nothing.
+NOWHERE = PublishFlags()
 
-def _run(flags: MergeFlags, job: JobFlags, output: OutputFlags, stages: Callable[[Any], object]) -> None:
-    """Runs stages of the merge that flags describe, and prints its result."""
-    settings = recipe_of(flags)
-    with join_job(job), progress_display() as (progress, warn):
+
+def _run(
+    settings: Any,
+    stages: Callable[[Any], object],
+    job: JobFlags,
+    output: OutputFlags,
+    publishing: PublishFlags = NOWHERE,
+    *,
+    amend: bool = False,
+) -> None:
+    """Runs stages of a merge, publishes its result if flags say so, and prints it."""
+    with join_job(job):
         from tmjax.commands.merge.run import Merge
+        from tmjax.report.tables import run_summary
 
-        merge = Merge(settings, overwrite=output.overwrite, progress=progress, warn=warn)
-        stages(merge)
-        manifest = merge.run.manifest.to_json()
-    show_run(settings.out, manifest, output.as_json)
+        publish = publication(publishing)
+        with progress_display() as (progress, warn):
+            overwrite = output.overwrite and not amend
+            merge = Merge(settings, overwrite=overwrite, amend=amend, progress=progress, warn=warn)
+            stages(merge)
+            manifest = merge.run.manifest.to_json()
+        published = publish(Path(settings.out))
+    show_run(settings.out, manifest, run_summary, published, as_json=output.as_json)
 
 
-def merge(flags: MergeFlags, job: JobFlags, output: OutputFlags) -> None:
+def merge(flags: MergeFlags, publishing: PublishFlags, job: JobFlags, output: OutputFlags) -> None:
     """Merge a source model into a target model: all stages, controls, evaluation, report."""
-    _run(flags, job, output, lambda merge: merge.all())
+    _run(recipe_of(flags), lambda merge: merge.all(), job, output, publishing)
 
 
 def align(flags: MergeFlags, job: JobFlags, output: OutputFlags) -> None:
     """Only activations and alignment; `tmjax fuse RUN` goes on from there."""
-    _run(flags, job, output, lambda merge: merge.align())
+    _run(recipe_of(flags), lambda merge: merge.align(), job, output)
 
 
 @dataclass(frozen=True)
@@ -63,16 +80,15 @@ class FuseFlags:
 def fuse(
     run: Annotated[Path, typer.Argument(help="Run directory of `tmjax align` or `tmjax merge`.")],
     flags: FuseFlags,
+    publishing: PublishFlags,
     job: JobFlags,
     output: OutputFlags,
 ) -> None:
     """Fuse, evaluate and report from an existing alignment, perhaps with another alpha."""
-    from tmjax.commands.merge.run import Merge, open_run
+    from tmjax.commands.merge.run import open_run
 
     changes = {name: value for name, value in vars(flags).items() if value is not None}
     settings = open_run(run, changes)
     if changes.keys() - {"mesh"} and (run / "merged").exists() and not output.overwrite:
         raise InputError(f"{run} already holds a merge; pass --overwrite to fuse it again with other settings")
-    with join_job(job), progress_display() as (progress, warn):
-        manifest = Merge(settings, amend=True, progress=progress, warn=warn).all()
-    show_run(settings.out, manifest, output.as_json)
+    _run(settings, lambda merge: merge.all(), job, output, publishing, amend=True)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tmjax.activations.store import Activations
 from tmjax.checkpoints.model import Model
-from tmjax.commands.adapt.arms import RANDOM_MODEL, Arm
+from tmjax.commands.adapt.arms import RANDOM_MODEL, Arm, data_name
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.adapt.start import Starts
 from tmjax.models.decoder import init_params
@@ -96,7 +96,7 @@ class DataOfArms:
         They are the same for every schedule; moments are those of all arms with the same features.
         """
         guidance, target = self._guidance(arm), self._target_features(arm)
-        name = _on("target", arm)
+        name = data_name("target", arm)
         if name not in self._moments:
             self._moments[name] = moments_of(target, range(target.layers))
         penalty = self.inputs.recipe.guidance.penalty
@@ -178,7 +178,7 @@ class DataOfArms:
             return Teacher.of(inputs.target, params, dtype=inputs.dtype, layout=inputs.layout), rows, documents
 
         key = [self.key, "target", start, arm.texts_by]
-        return self.stages.features(_on("target", arm), key, features_of)
+        return self.stages.features(data_name("target", arm), key, features_of)
 
     def _guidance(self, arm: Arm) -> SourceFeatures:
         """Returns the standardised source features of an arm, or those of its control."""
@@ -193,12 +193,12 @@ class DataOfArms:
             layers = by_plan(list(inputs.alignment.layer_plans.values()))
         used = sorted({*layers, inputs.source.spec.layers - 1})  # a metric reads the last
         key = [self.key, arm.teacher, None, arm.texts_by]
-        stored = self.stages.features(_on(arm.teacher, arm), key, features_of, used)
+        stored = self.stages.features(data_name(arm.teacher, arm), key, features_of, used)
         metric = None
         if (arm.metric or options.metric) == "fisher":
             model, params = self._model(arm.teacher)
             metric = read_out_metric(model.spec, params, stored)
-        name = _on(arm.teacher, arm)
+        name = data_name(arm.teacher, arm)
         if name not in self._moments:
             self._moments[name] = moments_of(stored, layers)
         spans = self._spans_of(arm)[1][0]
@@ -208,7 +208,7 @@ class DataOfArms:
 
     def _probabilities(self, arm: Arm) -> TeacherProbabilities:
         """Returns the teacher's probabilities on an arm's texts, or those of its control."""
-        recipe, name, edges = self.inputs.recipe, _on(arm.teacher, arm), self._edges()
+        recipe, name, edges = self.inputs.recipe, data_name(arm.teacher, arm), self._edges()
         probabilities = self.stages.probabilities(
             name,
             [self.key, arm.teacher, arm.texts_by, recipe.distillation.model_dump()],
@@ -245,8 +245,3 @@ class DataOfArms:
     def _examples(self) -> Examples:
         recipe = self.inputs.recipe
         return Examples(self.inputs.texts.texts.texts, recipe.generation.examples, recipe.seed)
-
-
-def _on(model: str, arm: Arm) -> str:
-    """Returns the name of a stage of a model on an arm's texts."""
-    return f"{model}-on-{arm.texts_by}" if arm.texts_by else model

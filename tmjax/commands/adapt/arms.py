@@ -53,6 +53,11 @@ class Arm:
         return RANDOM if self.teacher == RANDOM_MODEL else None
 
 
+def data_name(model: str, arm: Arm) -> str:
+    """Returns the name of a stage of a model on an arm's texts."""
+    return f"{model}-on-{arm.texts_by}" if arm.texts_by else model
+
+
 def arms_of(recipe: AdaptRecipe) -> dict[str, Arm]:
     """Returns every arm of a recipe by its name, the adapted one first.
 

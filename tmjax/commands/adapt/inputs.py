@@ -15,6 +15,7 @@ from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_mode
 from tmjax.checkpoints.model import Model
 from tmjax.commands.callbacks import Warn
 from tmjax.commands.held_out import HeldOut
+from tmjax.commands.lora_stage import require_exportable
 from tmjax.errors import InputError, summarise
 from tmjax.evaluate.bits import Scorer
 from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
@@ -72,6 +73,13 @@ class AdaptInputs:
         own, run = self.recipe, self.run_recipe
         of_run = {name for name in ("source", "target") if run and (name == "target" or not own.source)}
         return {name: given and (run if name in of_run else own).place(given) for name, given in self.names.items()}
+
+    @property
+    def parents(self) -> dict[str, tuple[str, str]]:
+        """Name and present place of the target, and of the source where the result has something of it."""
+        used = {"target"} | ({"source"} if self.recipe.terms or self.recipe.merges else set())
+        places = {which: (name, self.located[which]) for which, name in self.names.items() if which in used and name}
+        return {which: (name, str(place)) for which, (name, place) in sorted(places.items(), reverse=True)}
 
     def merge_recipe(self) -> Recipe:
         """Returns the recipe of the merge that this adaptation needs, in a folder of its run.
@@ -175,8 +183,8 @@ class AdaptInputs:
         """Scorer of the validation texts under the target's architecture."""
         return self.scorer(self.target, self.held_out.valid)
 
-    def check(self, warn: Warn) -> None:
-        """Loads everything, so that faults are reported before anything is written; warns of leaks."""
+    def check_settings(self) -> None:
+        """Raises InputError for settings that do not go together; reads no input but the recipe of a run."""
         recipe = self.recipe
         training = recipe.training
         if (recipe.terms or recipe.mode in WITH_SOURCE) and not self.names["source"]:
@@ -185,15 +193,21 @@ class AdaptInputs:
             raise InputError("init merged takes a source to merge: give --source, or a run of tmjax merge as --target")
         if recipe.guidance.layers == "plan" and "guidance" in recipe.terms and self.run is None:
             raise InputError("guidance.layers plan takes a run of tmjax merge as --target")
-        if self.held_out.valid is None and (len(training.schedules) > 1 or training.patience is not None):
+        if recipe.valid is None and (len(training.schedules) > 1 or training.patience is not None):
             raise InputError("steps, learning rates and early stop are chosen on validation texts: give --valid FILE")
-        if self.held_out.valid is None and recipe.budgeted:
+        if recipe.valid is None and recipe.budgeted:
             raise InputError("a budget is spent on what validation texts choose: give --valid FILE")
         for steps in training.steps:
             TrainConfig.of(training, steps, training.lr[0], recipe.dtype)
+
+    def check(self, warn: Warn) -> None:
+        """Loads everything, so that faults are reported before anything is written; warns of leaks."""
+        self.check_settings()
+        recipe = self.recipe
         if recipe.terms and self.texts.dialogues is not None:
             raise InputError(f"{recipe.texts} holds dialogues; mode {recipe.mode} reads plain documents (a text field)")
         require_plain(self.located["target"])
+        require_exportable(recipe.export, self.names["target"], self.located["target"])
         spec = self.target.spec
         if spec.learned_positions and recipe.max_tokens > spec.max_positions:
             raise InputError(f"max_tokens is {recipe.max_tokens}, the model learned {spec.max_positions} positions")

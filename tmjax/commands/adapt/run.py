@@ -1,6 +1,5 @@
 """Stages of an adaptation, each with its input hash: features, training of every arm, evaluation, report."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import numpy as np
 
 import tmjax
 from tmjax.checkpoints import hf
-from tmjax.checkpoints.model import Model
 from tmjax.commands.adapt.arm_data import DataOfArms
 from tmjax.commands.adapt.arms import ADAPTED, Arm, arms_of
 from tmjax.commands.adapt.budget_stage import plan_budget
@@ -19,14 +17,17 @@ from tmjax.commands.adapt.start import Show, Starts
 from tmjax.commands.adapt.training import ArmTrainer, Schedule
 from tmjax.commands.callbacks import Warn, silent, tell_notes
 from tmjax.commands.forgetting import measure_forgetting
+from tmjax.commands.lora_stage import export_as_lora
 from tmjax.commands.merge.session import refuse_nested
 from tmjax.commands.notes import note_blank, note_hidden
+from tmjax.commands.result_pages import write_result_pages
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import atomic_directory, remove
 from tmjax.files.lock import OutputLock
-from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe
-from tmjax.recipes.base import dump_recipe
+from tmjax.recipes.adapt import AdaptRecipe
+from tmjax.recipes.base import BESIDE_CHECKPOINT, dump_recipe
 from tmjax.report.training_page import adapted_card, write_training_report
+from tmjax.runs.command import given_command
 from tmjax.runs.directory import RunDirectory, resumes
 from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import Manifest, Record, load_manifest
@@ -104,7 +105,7 @@ class Adapt:
     def _input_hashes(self) -> dict[str, str]:
         """Hashes everything that the results of the run depend on."""
         unset = {name for name in ("budget", "tokens") if getattr(self.recipe, name) is None}
-        without = {"out", "mesh", "other_texts", "places", *_INPUTS, *unset}
+        without = dict.fromkeys({"out", "mesh", "other_texts", "places", *_INPUTS, *unset}, True) | BESIDE_CHECKPOINT
         values = self.recipe.model_dump(mode="json", exclude=without)
         if not self.recipe.training.average:  # runs of versions without the option stay the same runs
             del values["training"]["average"]
@@ -131,6 +132,7 @@ class Adapt:
             generated={},
             teacher={},
             key=self._key,
+            commands=given_command(recipe.out),
             mesh=layout.sizes,
             devices=layout.devices,
             processes=hosts.count(),
@@ -250,54 +252,31 @@ class Adapt:
         """Runs every stage of the recipe; returns the manifest."""
         checkpoints = {name: self.train(name) for name in self.arms}
         self.evaluate(checkpoints)
-        inputs = self.inputs
+        inputs, key = self.inputs, [self._key, *self._arm_key(ADAPTED, self.schedules[ADAPTED])]
         measure_forgetting(
             self.run,
             inputs.held_out.other_texts,
             lambda texts: inputs.scorer(inputs.target, texts),
             lambda: (inputs.target.params, inputs.load(checkpoints[ADAPTED]).params),
             arm=ADAPTED,
-            key=[self._key, *self._arm_key(ADAPTED, self.schedules[ADAPTED])],
+            key=key,
             options=self.recipe.evaluation,
             seed=self.recipe.seed,
         )
 
-        def card(partial: Path) -> None:
-            partial.write_text(adapted_card(self.recipe, self.run.manifest.to_json()), encoding="utf-8")
+        names, place = inputs.names, inputs.located["target"]
+        result = checkpoints[ADAPTED]
+        export_as_lora(self.run, self.recipe.export, key, target=names["target"], place=place, result=result)
 
         def report(partial: Path) -> None:
             write_training_report(partial, self.run.path, self.recipe, self.run.manifest.to_json())
 
-        key = self.run.manifest.to_json({"evaluation", "source_gain", "training", "forgetting"})
-        self.run.stage("card", key, "merged/README.md", card, joint=False)
-        self.run.stage("report", key, "report.html", report, joint=False)
+        write_result_pages(
+            self.run,
+            self.recipe,
+            inputs.parents,
+            sections={"evaluation", "source_gain", "training", "forgetting", "lora"},
+            card=adapted_card,
+            report=report,
+        )
         return self.run.manifest.to_json()
-
-
-def adapt(*, overwrite: bool = False, **recipe: Any) -> tuple[Model, dict[str, Any]]:
-    """Adapts a target as `tmjax adapt` does.
-
-    Stages that have finished in `out` are not run again.
-
-    Args:
-        overwrite: Whether another run in `out` is replaced.
-        **recipe: The keys of the recipe: at least `target`, `texts` and `out`, mostly `source`, `valid` and `mode`;
-            paths as on the command line.
-
-    Returns:
-        The adapted model and the run's manifest.
-
-    Raises:
-        InputError: Keys or inputs are wrong.
-    """
-    values = {name: str(x) if isinstance(x, Path) else x for name, x in recipe.items()}
-    run = Adapt(
-        build_adapt_recipe(values),
-        overwrite=overwrite,
-        warn=lambda message: warnings.warn(message, stacklevel=2),
-    )
-    try:
-        manifest = run.all()
-    finally:
-        run.run.close()
-    return run.inputs.load(run.run.path / "merged"), manifest

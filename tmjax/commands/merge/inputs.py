@@ -15,6 +15,7 @@ from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.load import checkpoint_notes, config_directory, load_model, require_plain
 from tmjax.checkpoints.model import Model
 from tmjax.commands.held_out import HeldOut
+from tmjax.commands.lora_stage import require_exportable
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer
 from tmjax.models.spec import ParamSpec
@@ -213,9 +214,9 @@ class Inputs:
     def _screen_scorer(self) -> Scorer:
         return self.scorer(self.target, self.target_tokenizer, self.valid.spread(self.recipe.screen_texts))
 
-    def check(self) -> None:
-        """Loads everything, so that faults are reported before anything is written."""
-        recipe, needs = self.recipe, needs_of(self.chain)
+    def check_settings(self) -> None:
+        """Raises InputError for settings that do not go together; reads no input."""
+        recipe = self.recipe
         if not self.chain:
             raise InputError("at a fixed alpha no operator of this recipe is left: they all choose on validation texts")
         chosen = [step for step in self.chain if step.contributes or step.operator.chooses]
@@ -229,7 +230,13 @@ class Inputs:
                     raise InputError(
                         f"the operator {step.operator.name} needs the activations; set activations.keep: true"
                     )
+
+    def check(self) -> None:
+        """Loads everything, so that faults are reported before anything is written."""
+        self.check_settings()
+        recipe, needs = self.recipe, needs_of(self.chain)
         require_plain(recipe.place(recipe.target))
+        require_exportable(recipe.export, recipe.target, recipe.place(recipe.target))
         for name in ("layout", "texts", "valid", "test", "other_texts", "target", "source", "rows"):
             getattr(self, name)
         if recipe.controls and recipe.same_size_source is not None:

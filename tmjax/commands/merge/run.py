@@ -11,23 +11,26 @@ from tmjax.checkpoints import hf
 from tmjax.checkpoints.load import load_model
 from tmjax.commands.callbacks import Progress, Warn, quiet, silent
 from tmjax.commands.forgetting import measure_forgetting
+from tmjax.commands.lora_stage import export_as_lora
 from tmjax.commands.merge.context import merge_context
 from tmjax.commands.merge.other_sources import other_sources
 from tmjax.commands.merge.samples import sample_texts
 from tmjax.commands.merge.session import open_session
 from tmjax.commands.merge.source_stages import SourceStages
 from tmjax.commands.notes import note_hidden
-from tmjax.commands.report import MERGED, REPORT, SAMPLES
+from tmjax.commands.report import SAMPLES
+from tmjax.commands.result_pages import write_result_pages
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer, Scores
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_json
 from tmjax.files.jsonfile import read_json
-from tmjax.recipes.base import read_recipe
+from tmjax.recipes.base import BESIDE_CHECKPOINT, read_recipe
 from tmjax.recipes.merge import Recipe
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
 from tmjax.runs.manifest import Manifest, Record, find_manifest, read_manifest
+from tmjax.runs.provenance import MERGED
 from tmjax.runs.run_facts import CoefficientFacts, ControlFacts
 from tmjax.runs.run_files import RECIPE
 from tmjax.sharding import hosts
@@ -190,7 +193,8 @@ class Merge:
         checkpoints |= {arm: path for arm, (path, _) in others.items()}
         self.evaluate(checkpoints, [key for _, key in others.values()])
         self._forgetting(merged)
-        self._pages(merged, self.samples(merged))
+        self._lora(merged)
+        self._pages(self.samples(merged))
         return self.run.manifest.to_json()
 
     def _forgetting(self, merged: Path) -> None:
@@ -206,27 +210,34 @@ class Merge:
             seed=self.recipe.seed,
         )
 
-    def _pages(self, merged: Path, samples: Path) -> None:
-        """Writes model card and report."""
-        alignment = self.align() if "alignment" in needs_of(self.inputs.chain) else None
+    def _lora(self, merged: Path) -> None:
+        recipe, key = self.recipe, [self.fuse_key(MERGED), self.inputs.hashes["target"]]
+        place = recipe.place(recipe.target)
+        export_as_lora(self.run, recipe.export, key, target=recipe.target, place=place, result=merged)
 
-        def card(partial: Path) -> None:
-            partial.write_text(model_card(self.recipe, self.run.manifest.to_json()), encoding="utf-8")
+    def _pages(self, samples: Path) -> None:
+        """Writes model card, report and the record of the result's origin."""
+        alignment = self.align() if "alignment" in needs_of(self.inputs.chain) else None
 
         def report(partial: Path) -> None:
             manifest, texts = self.run.manifest.to_json(), read_json(samples)["samples"]
             write_report(partial, self.run.path, self.recipe, manifest, alignment, texts)
 
-        sections = {"evaluation", "coefficients", "source_gain", "update", "operators", "forgetting"}
-        key = self.run.manifest.to_json(sections)
-        self.run.stage("card", key, f"{merged.name}/README.md", card, joint=False)
-        self.run.stage("report", key, REPORT, report, joint=False)
+        names = {"target": self.recipe.target, "source": self.recipe.source}
+        write_result_pages(
+            self.run,
+            self.recipe,
+            {which: (name, self.recipe.place(name)) for which, name in names.items()},
+            sections={"evaluation", "coefficients", "source_gain", "update", "operators", "forgetting", "lora"},
+            card=model_card,
+            report=report,
+        )
 
 
 def fuse_key(source: SourceStages, arm: str) -> object:
     """Returns the key of the checkpoint of an arm: everything that it depends on."""
     sections = {"operators", "coefficients", "screen_texts", "alpha", "evaluation", "export", "seed"}
-    options = source.recipe.model_dump(mode="json", include=sections)
+    options = source.recipe.model_dump(mode="json", include=sections, exclude=BESIDE_CHECKPOINT)
     # Code outside the package alone, so that the keys of other runs stay the same.
     code = code_hashes(source.inputs.chain)
     return [arm, source.alignment_key(), options, source.inputs.hashes.get("valid"), *([code] if code else [])]

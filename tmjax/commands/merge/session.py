@@ -12,8 +12,9 @@ from tmjax.commands.merge.inputs import Inputs
 from tmjax.commands.notes import note_blank
 from tmjax.files.lock import OutputLock
 from tmjax.files.paths import refuse_overlap
-from tmjax.recipes.base import Placed, dump_recipe
+from tmjax.recipes.base import BESIDE_CHECKPOINT, Placed, dump_recipe
 from tmjax.recipes.merge import Recipe
+from tmjax.runs.command import given_command
 from tmjax.runs.directory import RunDirectory
 from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import Manifest, Record, find_manifest, is_current
@@ -104,7 +105,8 @@ def _begin(
 ) -> RunDirectory:
     path, hashes = Path(recipe.out), hosts.together(lambda: inputs.hashes)
     hosts.require_same("inputs", hashes)
-    settings = recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT | set(_INPUTS))
+    excluded = dict.fromkeys(_WITHOUT_EFFECT | set(_INPUTS), True) | BESIDE_CHECKPOINT
+    settings = recipe.model_dump(mode="json", exclude=excluded)
     key = {"recipe": digest(settings)} | hashes | dict(extra_key)
     previous = find_manifest(path)
     if hosts.agree(previous is None or not is_current(previous) or previous.get("key") != key):
@@ -125,6 +127,7 @@ def _begin(
         processes=hosts.count(),
         platform=jax.devices()[0].platform,
         key=key,
+        commands=given_command(recipe.out),
     )
 
     def start() -> RunDirectory | None:

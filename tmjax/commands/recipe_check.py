@@ -1,0 +1,141 @@
+"""`tmjax recipe check`: the recipe that a file stands for, and the stages of its run, before anything runs."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tmjax.checkpoints.hub import is_hub_id
+from tmjax.commands.adapt.arms import Arm, arms_of, data_name
+from tmjax.commands.adapt.inputs import AdaptInputs
+from tmjax.commands.merge.inputs import Inputs
+from tmjax.commands.merge.other_sources import other_sources
+from tmjax.errors import InputError
+from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe, is_adaptation
+from tmjax.recipes.base import Placed, read_recipe
+from tmjax.recipes.merge import Recipe
+from tmjax.runs.provenance import STAGE
+from tmjax.transfer.chain import chain_of, needs_of
+from tmjax.transfer.controls import CONTROLS
+from tmjax.transfer.recipe import build_recipe
+
+Kind = Literal["merge", "adapt"]
+#: Keys without which there is no run; the command line may give them.
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "merge": ("source", "target", "texts", "out"),
+    "adapt": ("target", "texts", "out"),
+}
+#: Keys that name checkpoints; the others name texts.
+_MODELS = ("source", "target", "same_size_source")
+
+
+def check_recipe(file: Path, kind: Kind | None = None) -> dict[str, Any]:
+    """Reads a recipe as a run would, and checks everything that needs no weights.
+
+    Args:
+        file: The recipe.
+        kind: The command that it is for; by its keys unless given.
+
+    Returns:
+        `file`, `kind`, the resolved `recipe` with every default, required keys that are `missing` and have to be flags,
+        and the `stages` of a run in order.
+
+    Raises:
+        InputError: The recipe is wrong, or a local input does not exist.
+    """
+    values = read_recipe(file)
+    chosen = kind or ("adapt" if is_adaptation(values) else "merge")
+    missing = [name for name in _REQUIRED[chosen] if values.get(name) is None]
+    filled = dict.fromkeys(missing, "-") | {name: value for name, value in values.items() if name not in missing}
+    recipe: Recipe | AdaptRecipe
+    if chosen == "adapt":
+        recipe = build_adapt_recipe(filled, base=file.parent)
+    else:
+        recipe = build_recipe(filled, base=file.parent)
+    _require_inputs(recipe, missing)
+    if isinstance(recipe, Recipe):
+        Inputs(recipe).check_settings()
+        stages = merge_stages(recipe)
+    else:
+        stages = _checked_adaptation(recipe, missing)
+    resolved = recipe.model_dump(mode="json", exclude={"places", *missing})
+    return {"file": str(file), "kind": chosen, "recipe": resolved, "missing": missing, "stages": stages}
+
+
+def as_yaml(checked: dict[str, Any]) -> str:
+    """Returns the resolved recipe as YAML, with the stages and missing keys as comments."""
+    lines = [f"# tmjax {checked['kind']} {checked['file']}", f"# stages: {', '.join(checked['stages'])}"]
+    if checked["missing"]:
+        lines.append(f"# still to be given: {', '.join(f'--{name}' for name in checked['missing'])}")
+    return "\n".join([*lines, yaml.safe_dump(checked["recipe"], sort_keys=False, allow_unicode=True)])
+
+
+def _require_inputs(recipe: Placed, missing: list[str]) -> None:
+    """Raises InputError for local inputs that do not exist."""
+    for key, name in recipe.inputs().items():
+        elsewhere = is_hub_id(name) if key in _MODELS or key.endswith(".base") else name.startswith("hf:")
+        if key not in missing and not elsewhere and not Path(recipe.place(name)).expanduser().exists():
+            raise InputError(f"recipe: {key} {name} does not exist")
+
+
+def _checked_adaptation(recipe: AdaptRecipe, missing: list[str]) -> list[str]:
+    """Checks the settings of an adaptation, and of the merge that it needs; returns its stages."""
+    inputs = AdaptInputs(recipe)
+    inputs.check_settings()
+    stages = adapt_stages(recipe)
+    if inputs.run is not None or not recipe.merges:
+        return stages
+    merge = inputs.merge_recipe()
+    Inputs(merge).check_settings()
+    own = merge_stages(merge)
+    return [*(f"merge/{name}" for name in own[: own.index("fuse") + 1]), *stages]
+
+
+def merge_stages(recipe: Recipe) -> list[str]:
+    """Returns the stages of a merge as its manifest names them; controls stand for all that is made for them."""
+    chain = chain_of(recipe)
+    needs, stages = needs_of(chain), []
+    if needs & {"alignment", "activations"}:
+        keep = recipe.activations.keep
+        stages += ["activations:target", "activations:source"] if keep else ["moments:source"]
+    if "alignment" in needs:
+        stages.append("alignment")
+    if "teacher" in needs:
+        count = max(getattr(step.options, "generated_texts", 0) for step in chain if "teacher" in step.operator.needs)
+        stages += ["edges", *(["generate:source"] if count else []), "teacher:source"]
+    stages.append("fuse")
+    if recipe.controls:
+        stages += CONTROLS
+    stages += [f"sources/{arm}" for arm in other_sources(recipe)]
+    return [*stages, *_last_stages(recipe, recipe.test, samples=True)]
+
+
+def adapt_stages(recipe: AdaptRecipe) -> list[str]:
+    """Returns the stages of an adaptation as its manifest names them, without those of a merge that it needs."""
+    stages = ["budget"] if recipe.budgeted else []
+    for name, arm in arms_of(recipe).items():
+        stages += [*_data_stages(arm), f"train:{name}"]
+    return list(dict.fromkeys([*stages, *_last_stages(recipe, recipe.test)]))
+
+
+def _data_stages(arm: Arm) -> list[str]:
+    """Returns the stages of the source's part in the data of an arm."""
+    stages = ["edges"] if arm.terms & {"generated", "distillation"} else []
+    if arm.texts_by is not None:
+        stages += ["generate:source", f"generate:{arm.texts_by}"]
+    if "guidance" in arm.terms:
+        stages += [f"features:{data_name(model, arm)}" for model in (arm.teacher, "target")]
+    if "distillation" in arm.terms:
+        stages.append(f"teacher:{data_name(arm.teacher, arm)}")
+    return stages
+
+
+def _last_stages(recipe: Recipe | AdaptRecipe, test: str | None, *, samples: bool = False) -> list[str]:
+    """Returns the stages that follow all checkpoints."""
+    chosen = {
+        "evaluate": test is not None,
+        "forgetting": bool(recipe.other_texts),
+        "lora": recipe.export.lora is not None,
+        "samples": samples,
+    }
+    return [*(name for name, runs in chosen.items() if runs), "card", "report", STAGE]
