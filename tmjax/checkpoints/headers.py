@@ -85,7 +85,7 @@ def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec
         if row.path in first and index[name].dtype != first[row.path]
     ]
     kinds = [f"missing tensor {n}" for n in missing], [f"unexpected tensor {n}" for n in extra], shapes, dtypes
-    heads = [name for row in rows if row.path == "head.weight" for name in row.names(spec)]
+    heads = [name for row in rows if row.path.startswith("head.") for name in row.names(spec)]
     if missing == heads and not any(kinds[1:]):
         raise CheckpointError(
             f"{index.directory} holds a base model: it lacks the output head {heads[0]}, which its config.json does not"

@@ -153,6 +153,8 @@ def _norms(stream: _StreamPlan, target: Model, source: Model, params: Params) ->
         if path not in params:
             continue
         shift = (offset, other) if kind == "weight" else (0.0, 0.0)
+        if base == "norm" and target.spec.embedding_norm:
+            continue  # it belongs to the output rows, which such a target keeps
         if base == "norm":
             items[path] = _moved(_final(stream, target, source, _array(params, path) + shift[1]) - shift[0])
         elif base in _NORM_SITES:
@@ -182,12 +184,12 @@ def _tables(stream: _StreamPlan, target: Model, source: Model, params: Params, *
     own, other = shared_tokens(*(load_tokenizer(model.directory, model.spec.vocab) for model in (target, source)))
     pairs = [(t, s) for t, s in zip(own, other, strict=True) if t < target.spec.vocab and s < source.spec.vocab]
     own, other = (np.array([pair[i] for pair in pairs], int) for i in (0, 1))
-    if not len(own):
+    if not len(own) or target.spec.embedding_norm:  # whose inverse is no linear map: such a target keeps its tables
         return {}
     maps, (s, inverse) = stream.maps(*stream.ends[0]), stream.scales("resid", *stream.ends[0])
     into = (maps.ahead * s[:, None] * inverse[None, :]).T * source.spec.embedding_scale / target.spec.embedding_scale
     shape = np.shape(target.params["embed.weight"])
-    items = {"embed.weight": _rows(shape, own, _array(params, "embed.weight")[other] @ into)}
+    items = {"embed.weight": _rows(shape, own, _embeddings(params, source)[other] @ into)}
     if target.spec.learned_positions and source.spec.learned_positions:
         positions = (
             _array(params, "positions.weight") @ into * target.spec.embedding_scale / source.spec.embedding_scale
@@ -204,15 +206,30 @@ def _tables(stream: _StreamPlan, target: Model, source: Model, params: Params, *
         ahead = last.ahead @ behind if norms else _final_weight(target.params, target)
         back = scale * behind[:, None] * last.back / np.where(np.abs(ahead) > 1e-6, ahead, np.inf)[None, :]
         items["head.weight"] = _rows(np.shape(target.params["head.weight"]), own, rows @ back)
+    if target.spec.head_bias and source.spec.head_bias:
+        bias = _array(params, "head.bias")[other] * source.spec.logit_scale / target.spec.logit_scale
+        items["head.bias"] = _rows(np.shape(target.params["head.bias"]), own, bias)
     return items
+
+
+def _embeddings(params: Params, model: Model) -> np.ndarray:
+    """The embeddings [vocab, embed] as the first block reads them, but for their factor."""
+    table = _array(params, "embed.weight")
+    if not model.spec.embedding_norm:
+        return table
+    if model.spec.norm == "layer":
+        table = table - table.mean(axis=1, keepdims=True)
+    table = table / np.sqrt(np.square(table).mean(axis=1, keepdims=True) + model.spec.norm_eps)
+    table = table * (_array(params, "embed_norm.weight") + float(model.spec.norm_offset))
+    return table + _array(params, "embed_norm.bias") if model.spec.norm_bias else table
 
 
 def _final_weight(params: Params, model: Model) -> np.ndarray:
     return _array(params, "norm.weight") + float(model.spec.norm_offset)
 
 
-def _rows(shape: tuple[int, int], chosen: np.ndarray, values: np.ndarray) -> Moved:
-    value, mask = np.zeros(shape), np.zeros((shape[0], 1))
+def _rows(shape: tuple[int, ...], chosen: np.ndarray, values: np.ndarray) -> Moved:
+    value, mask = np.zeros(shape), np.zeros((shape[0], *[1] * (len(shape) - 1)))
     value[chosen], mask[chosen] = values, 1.0
     return _moved(value, mask)
 
