@@ -345,7 +345,16 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gptj": {"plain": {}, "whole": {"rotary_dim": 16, "activation_function": "relu", "tie_word_embeddings": True}},
     "codegen": {"plain": {}, "whole": {"rotary_dim": 16, "activation_function": "relu", "tie_word_embeddings": True}},
-    "bloom": {"plain": {}, "untied": {"tie_word_embeddings": False, "n_head": 8}},
+    "bloom": {
+        "plain": {},
+        "released": {
+            "hidden_size": None,
+            "n_embed": 48,
+            "n_head": None,
+            "num_attention_heads": 8,
+            "tie_word_embeddings": False,
+        },
+    },
     "mpt": {
         "plain": {},
         "clipped": {"attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3}, "tie_word_embeddings": False},

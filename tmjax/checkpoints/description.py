@@ -8,11 +8,13 @@ from typing import Any
 from tmjax.checkpoints.formats.adapter import Adapter
 from tmjax.checkpoints.formats.container import container_notes, float8_beside, refuse_packed
 from tmjax.checkpoints.formats.float8 import Float8
+from tmjax.checkpoints.formats.mxfp4 import Mxfp4
+from tmjax.checkpoints.formats.weights import Packing
 from tmjax.checkpoints.hub import adapter_base, is_adapter, read_config
 from tmjax.errors import InputError
 from tmjax.models.families import family_of
 from tmjax.models.families.base import Family
-from tmjax.models.families.quantised import float8_settings, quantisation, without_quantisation
+from tmjax.models.families.quantised import float8_settings, is_mxfp4, quantisation, without_quantisation
 from tmjax.models.families.wrappers import Wrapper, wrapper_of
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
@@ -21,8 +23,8 @@ from tmjax.models.spec import DecoderSpec, ParamSpec
 class CheckpointDescription:
     """One checkpoint as its `config.json` describes it; of an `adapter` the base model's.
 
-    `config` is that of the text model of a multimodal `wrapper`, and of the dequantised model where weights are
-    `float8`. `notes` are what a user should know and nothing refuses: settings without effect, files that are not read.
+    `config` is that of the text model of a multimodal `wrapper`, and of the dequantised model where weights have
+    a `packing`. `notes` are what a user should know and nothing refuses: settings without effect, files not read.
     """
 
     directory: Path
@@ -31,13 +33,24 @@ class CheckpointDescription:
     spec: DecoderSpec
     notes: tuple[str, ...]
     wrapper: Wrapper | None = None
-    float8: Float8 | None = None
+    packing: Packing | None = None
     adapter: Adapter | None = None
 
     @property
     def rows(self) -> tuple[ParamSpec, ...]:
         """The family's tensor table for this spec."""
         return self.family.params(self.spec)
+
+
+def packing_of(directory: Path, config: Mapping[str, Any]) -> Packing | None:
+    """Finds how the weights of a directory are quantised, if that is a way that is read; None for others and none."""
+    if not quantisation(config):
+        beside = float8_beside(directory)
+        return None if beside is None else Float8.of(config, beside)
+    if is_mxfp4(config.get("quantization_config")):
+        return Mxfp4()
+    packed = float8_settings(config)
+    return None if packed is None else Float8.of(config, packed)
 
 
 def describe(directory: Path) -> CheckpointDescription:
@@ -56,9 +69,9 @@ def describe(directory: Path) -> CheckpointDescription:
     wrapper = wrapper_of(config)
     if wrapper is not None:
         config = wrapper.config
-    float8, packed = None, float8_settings(config) if quantisation(config) else float8_beside(directory)
-    if packed is not None:
-        float8, config = Float8.of(config, packed), without_quantisation(config)
+    packing = packing_of(directory, config)
+    if packing is not None:
+        config = without_quantisation(config)
     try:
         family = family_of(config)
         spec, notes = family.read_config(config)
@@ -67,6 +80,6 @@ def describe(directory: Path) -> CheckpointDescription:
     refuse_packed(directory)
     if wrapper is not None:
         config = {"architectures": [family.architecture], **config}
-    readers = tuple(reader.note for reader in (wrapper, float8) if reader is not None)
+    readers = tuple(reader.note for reader in (wrapper, packing) if reader is not None)
     notes = (*notes, *container_notes(directory), *readers)
-    return CheckpointDescription(directory, config, family, spec, notes, wrapper, float8)
+    return CheckpointDescription(directory, config, family, spec, notes, wrapper, packing)

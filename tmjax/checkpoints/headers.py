@@ -38,7 +38,7 @@ def open_headers(described: CheckpointDescription) -> CheckpointHeaders:
     Raises InputError and CheckpointError as `load_model` does, except for faults that only the numbers show.
     """
     rows, spec = described.rows, described.spec
-    index = open_weights(described.directory, BUFFERS, described.float8)
+    index = open_weights(described.directory, BUFFERS, described.packing)
     if described.wrapper is not None:
         names = {name: described.wrapper.text_name(name) for name in index}
         index = Renamed(index, {text: name for name, text in names.items() if text is not None})

@@ -28,7 +28,11 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     if view.take("apply_residual_connection_post_layernorm", False, bool):
         raise InputError("config.json: apply_residual_connection_post_layernorm true is not supported for bloom")
     view.take("slow_but_exact", False, bool)  # changes where rounding happens
-    return {"kv_heads": values["heads"], "head_dim": head_size(values), "mlp": 4 * values["hidden"]}
+    # The released checkpoints' other names for these.
+    sizes = {"hidden": view.take("n_embed", values["hidden"]), "heads": values["heads"]}
+    if view.lacks("n_head"):
+        sizes["heads"] = view.take("num_attention_heads", values["heads"])
+    return sizes | {"kv_heads": sizes["heads"], "head_dim": head_size(sizes), "mlp": 4 * sizes["hidden"]}
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:

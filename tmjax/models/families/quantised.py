@@ -1,4 +1,4 @@
-"""Quantised checkpoints, recognised and named from their `config.json`: float8 weights are read, others are refused."""
+"""Quantised checkpoints, recognised and named from their `config.json`: float8 and MXFP4 are read, others refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +42,11 @@ def is_float8(settings: Any) -> bool:
         ]
         return bool(eight) and all(eight) and settings.get("format") in (None, "float-quantized", "naive-quantized")
     return method in (None, "modelopt") and algorithm == "FP8"
+
+
+def is_mxfp4(settings: Any) -> bool:
+    """Returns whether settings of a quantisation say MXFP4, as that of transformers does."""
+    return isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
 
 
 def float8_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
