@@ -57,7 +57,6 @@ FEATURES = {
     "nemotron_h": [MAMBA],
     "qwen3_5": [f"{WRAPPER}qwen3_5_text", LINEAR, FURTHER],
     "qwen3_5_moe": [f"{WRAPPER}qwen3_5_moe_text", MOE, LINEAR, FURTHER],
-    "qwen3_vl_moe": [f"{WRAPPER}qwen3_vl_moe_text", MOE],
     "step3p7": [MOE, FURTHER],
 }
 #: Configs of supported families that are refused, since their weights are packed.

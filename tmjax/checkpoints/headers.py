@@ -7,6 +7,7 @@ from typing import Any
 
 from tmjax.checkpoints.description import CheckpointDescription
 from tmjax.checkpoints.formats.adapter import Folded
+from tmjax.checkpoints.formats.fused_experts import SingleExperts
 from tmjax.checkpoints.formats.names import matched
 from tmjax.checkpoints.formats.safetensors import Weights
 from tmjax.checkpoints.formats.weights import Renamed, open_weights
@@ -42,6 +43,7 @@ def open_headers(described: CheckpointDescription) -> CheckpointHeaders:
     if described.wrapper is not None:
         names = {name: described.wrapper.text_name(name) for name in index}
         index = Renamed(index, {text: name for name, text in names.items() if text is not None})
+        index = SingleExperts(index) if described.wrapper.has_fused_experts else index
     index, renamed = matched(index, rows, spec)
     index, further = _without_further(index, described)
     ties = check_tensors(index, rows, spec)
