@@ -144,7 +144,7 @@ BASES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "sliding_window": 60,
         "swiglu_limit": 2.0,
-        "rope_parameters": YARN | {"truncate": False},
+        "rope_parameters": YARN | {"truncate": False, "beta_fast": 16, "beta_slow": 2},
     },
     "phi": _LAYER | _WHOLE | {"rope_parameters": _HALF},
     "gptj": _GPT2 | {"n_embd": 96, "rotary_dim": 8},
