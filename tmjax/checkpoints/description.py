@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from tmjax.checkpoints.formats.adapter import Adapter
-from tmjax.checkpoints.formats.container import container_notes, float8_beside, refuse_packed
+from tmjax.checkpoints.formats.container import container_notes, packing_beside, refuse_packed
 from tmjax.checkpoints.formats.float8 import Float8
 from tmjax.checkpoints.formats.mxfp4 import Mxfp4
+from tmjax.checkpoints.formats.nvfp4 import Nvfp4
 from tmjax.checkpoints.formats.weights import Packing
 from tmjax.checkpoints.hub import adapter_base, is_adapter, read_config
 from tmjax.errors import InputError
 from tmjax.models.families import family_of
 from tmjax.models.families.base import Family
-from tmjax.models.families.quantised import float8_settings, is_mxfp4, quantisation, without_quantisation
+from tmjax.models.families.quantised import is_mxfp4, is_nvfp4, packed_settings, quantisation, without_quantisation
 from tmjax.models.families.wrappers import Wrapper, wrapper_of
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
@@ -44,13 +45,10 @@ class CheckpointDescription:
 
 def packing_of(directory: Path, config: Mapping[str, Any]) -> Packing | None:
     """Finds how the weights of a directory are quantised, if that is a way that is read; None for others and none."""
-    if not quantisation(config):
-        beside = float8_beside(directory)
-        return None if beside is None else Float8.of(config, beside)
-    if is_mxfp4(config.get("quantization_config")):
-        return Mxfp4()
-    packed = float8_settings(config)
-    return None if packed is None else Float8.of(config, packed)
+    settings = packed_settings(config) if quantisation(config) else packing_beside(directory)
+    if settings is None:
+        return None
+    return Mxfp4() if is_mxfp4(settings) else Nvfp4() if is_nvfp4(settings) else Float8.of(config, settings)
 
 
 def describe(directory: Path) -> CheckpointDescription:

@@ -13,9 +13,10 @@ from tmjax.checkpoints.formats.safetensors import DTYPES, DTYPES_BY_NAME, UINT8,
 from tmjax.errors import CheckpointError, summarise
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
-#: The numbers of 4 bits, and the exponent that a scale of zero stands for.
-_VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
-_VALUES = np.concatenate([_VALUES, -_VALUES])
+#: The numbers that 4 bits stand for.
+E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+E2M1 = np.concatenate([E2M1, -E2M1])
+#: Minus the exponent that a scale of zero stands for.
 _BIAS = 127
 _DTYPE = DTYPES_BY_NAME["bfloat16"]
 
@@ -67,7 +68,7 @@ class Unpacked(Weights):
         if name not in self._packed:
             return self._weights.read(name, index)
         blocks, scales = (self._weights.read(name + end, index[:1]) for end in (_BLOCKS, _SCALES))
-        numbers = np.stack([_VALUES[blocks & 0x0F], _VALUES[blocks >> 4]], axis=-1)
+        numbers = np.stack([E2M1[blocks & 0x0F], E2M1[blocks >> 4]], axis=-1)
         with np.errstate(over="ignore", invalid="ignore"):  # a scale of 255 is no number, which whoever reads refuses
             powers = np.ldexp(np.float32(1), scales.astype(np.int32) - _BIAS)
             numbers = numbers * powers[..., None, None]

@@ -10,11 +10,12 @@ import numpy as np
 from tmjax.checkpoints.formats.container import no_weights
 from tmjax.checkpoints.formats.float8 import Float8
 from tmjax.checkpoints.formats.mxfp4 import Mxfp4
+from tmjax.checkpoints.formats.nvfp4 import Nvfp4
 from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME, TensorIndex, Weights
 from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME, TorchIndex
 
 #: Ways in which weights are quantised that are read.
-Packing: TypeAlias = Float8 | Mxfp4
+Packing: TypeAlias = Float8 | Mxfp4 | Nvfp4
 
 
 def has_safetensors(directory: Path) -> bool:
