@@ -476,7 +476,7 @@ OTHERS = [
     "phimoe",
     "deepseek_v3",
     "qwen3_vl_moe",
-    "gpt_oss",
+    "mimo_v2_flash",
     "llava",
     "llava_next",
     "gemma3",

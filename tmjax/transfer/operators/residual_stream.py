@@ -126,9 +126,10 @@ def transport_stream(
     moved: dict[str, dict[str, Moved]] = {}
     if options.norms == "transported":
         moved["norm"] = _norms(stream, target, source, params)
-    if options.embeddings == "shared":
+    # Normed embeddings are no linear function of their table: a target that has them keeps it.
+    if options.embeddings == "shared" and not target.spec.embedding_norm:
         moved["embed"] = _tables(stream, target, source, params, norms=options.norms == "transported")
-    if not moved.get("norm", {"": None}) or not moved.get("embed", {"": None}):
+    if not moved or not all(moved.values()):
         raise InputError("the two models have no norms or no tokens in common that could be transported")
     if options.norm_match:
         tables = moved.get("embed", {})
@@ -157,7 +158,7 @@ def _norms(stream: _StreamPlan, target: Model, source: Model, params: Params) ->
             continue  # it belongs to the output rows, which such a target keeps
         if base == "norm":
             items[path] = _moved(_final(stream, target, source, _array(params, path) + shift[1]) - shift[0])
-        elif base in _NORM_SITES:
+        elif _NORM_SITES.get(base) in stream.alignment.target:  # a mixture's alignment has no sites of its MLP
             weight, value = _array(params, path) + shift[1], np.zeros(np.shape(old))
             for layer, m in np.argwhere(stream.weights > 0):
                 s, inverse = stream.scales(_NORM_SITES[base], layer, m)
@@ -184,7 +185,7 @@ def _tables(stream: _StreamPlan, target: Model, source: Model, params: Params, *
     own, other = shared_tokens(*(load_tokenizer(model.directory, model.spec.vocab) for model in (target, source)))
     pairs = [(t, s) for t, s in zip(own, other, strict=True) if t < target.spec.vocab and s < source.spec.vocab]
     own, other = (np.array([pair[i] for pair in pairs], int) for i in (0, 1))
-    if not len(own) or target.spec.embedding_norm:  # whose inverse is no linear map: such a target keeps its tables
+    if not len(own):
         return {}
     maps, (s, inverse) = stream.maps(*stream.ends[0]), stream.scales("resid", *stream.ends[0])
     into = (maps.ahead * s[:, None] * inverse[None, :]).T * source.spec.embedding_scale / target.spec.embedding_scale
