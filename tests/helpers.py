@@ -21,7 +21,7 @@ from tmjax.checkpoints.load import load_model
 from tmjax.errors import CheckpointError
 from tmjax.models.decoder import bind
 from tmjax.models.experts.mixture import Experts
-from tmjax.models.spec import DecoderSpec, Rotary
+from tmjax.models.spec import Alibi, DecoderSpec, Rotary
 from tmjax.text.buckets import bucket_length
 from tmjax.typing import Params
 
@@ -48,7 +48,20 @@ FORWARDS: dict[str, DecoderSpec] = {
     "experts": dataclasses.replace(
         SPEC, experts=Experts(6, 2, 12, choice_bias=True, shared_width=8, shared_gate=True, dense=(1,))
     ),
-    "caps": dataclasses.replace(SPEC, attention_cap=2.0, logit_cap=3.0, logit_scale=0.5, inverse_layer_scale=True),
+    "caps, biases": dataclasses.replace(
+        SPEC,
+        attention_cap=2.0,
+        logit_cap=3.0,
+        logit_scale=0.5,
+        inverse_layer_scale=True,
+        rotary=Rotary(scaling="none"),
+        alibi=Alibi(rounded=True),
+        sinks=True,
+        windows=(3, 10**9, 5),
+        head_bias=True,
+        embedding_norm=True,
+        qkv_clip=0.5,
+    ),
 }
 
 

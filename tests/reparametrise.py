@@ -118,7 +118,8 @@ def disguised(model: Model, seed: int = 0) -> Model:
             scale = factors(spec.mlp)
             _rows(one, "up", lambda w, scale=scale: w * scale)
             _columns(one, "down", lambda w, scale=scale: w / scale)
-        groups = rng.permutation(spec.kv_heads)
+        # Of heads with biases by distance every one has its own slope.
+        groups = np.arange(spec.kv_heads) if spec.alibi is not None else rng.permutation(spec.kv_heads)
         queries = np.concatenate([g * each + rng.permutation(each) for g in groups])
         take_groups(one, spec, groups, queries, np.ones(spec.heads))
         values = np.concatenate([h * d + rng.permutation(d) for h in range(spec.kv_heads)])
@@ -144,7 +145,7 @@ def _turn(one: Params, spec: DecoderSpec, rng: np.random.Generator) -> None:
             scale = np.repeat(np.exp(rng.uniform(-0.7, 0.7, heads)), d)
             _rows(one, role, lambda w, scale=scale: w * scale)
         return
-    turning = spec.rotary.dims(d)
+    turning = 0 if spec.rotary.scaling == "none" else spec.rotary.dims(d)
     for g in range(spec.kv_heads):
         c = np.zeros((d, d))
         for a in range(turning // 2):

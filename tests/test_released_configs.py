@@ -23,7 +23,7 @@ from tmjax.commands.doctor.examine import examine
 from tmjax.errors import InputError
 from tmjax.models.families import FAMILIES, family_of, unread
 from tmjax.models.families.config_values import ACTIVATION_NAMES
-from tmjax.models.families.quantised import is_float8, without_quantisation
+from tmjax.models.families.quantised import is_read, without_quantisation
 from tmjax.models.families.wrappers import TEXTS, TIED
 from tmjax.models.layers import ACTIVATIONS
 from tmjax.transfer.recipe import build_recipe
@@ -45,9 +45,8 @@ FEATURES = {
     "deepseek_v4": [MOE, SPARSE, "several residual streams", FURTHER],
     "gemma4": [f"{WRAPPER}gemma4_text", "heads of another size in layers without a window"],
     "glm_moe_dsa": [MOE, LATENT, SPARSE, FURTHER],
-    "gpt_oss": [MOE, "attention sinks", "quantised weights (quantization_config, mxfp4)"],
     "kimi_k2": [MOE, LATENT],
-    "kimi_k25": [WRAPPER, MOE, LATENT, "quantised weights"],
+    "kimi_k25": [WRAPPER, MOE, LATENT],
     "kimi_k3": [f"{WRAPPER}kimi_linear", MOE, LATENT, LINEAR, "quantised weights"],
     "llama4": [f"{WRAPPER}llama4_text", MOE, "attention in chunks"],
     "mimo": [FURTHER],
@@ -58,14 +57,11 @@ FEATURES = {
     "nemotron_h": [MAMBA],
     "qwen3_5": [f"{WRAPPER}qwen3_5_text", LINEAR, FURTHER],
     "qwen3_5_moe": [f"{WRAPPER}qwen3_5_moe_text", MOE, LINEAR, FURTHER],
-    "qwen3_vl_moe": [f"{WRAPPER}qwen3_vl_moe_text", MOE],
     "step3p7": [MOE, FURTHER],
 }
 #: Configs of supported families that are refused, since their weights are packed.
 PACKED = {
     "mlx-Qwen3-0.6B-4bit": "an MLX checkpoint with 4-bit weights); write it unpacked with mlx_lm.convert --dequantize",
-    "nvidia--MiniMax-M2.5-NVFP4": "quantised (quantization_config, modelopt, NVFP4 in config.json); dequantise it",
-    "nvidia--MiniMax-M2.7-NVFP4": "quantised (quantization_config, modelopt, NVFP4 in config.json); dequantise it",
 }
 
 
@@ -114,8 +110,9 @@ def test_it_loads_or_is_refused_for_a_feature_that_it_has(file, bare, qwen2_dir)
             assert feature in about[0]
     assert len(about) == 1 and "\n" not in about[0]
     assert report["models"]["source"] is None
-    # Weights in float8 are read, and are no reason.
-    packed = isinstance(config.get("quantization_config"), dict) and not is_float8(config["quantization_config"])
+    # Weights in float8, MXFP4 and NVFP4 are read, and are no reason.
+    settings = config.get("quantization_config")
+    packed = isinstance(settings, dict) and not is_read(settings)
     assert ("quantised" in about[0]) == (packed or "quantization_config" in str(config.get("text_config")))
     # Whoever could not use the weights in any case is not told to unpack them.
     assert bool(re.search("dequanti[sz]e", about[0])) == (file.stem in PACKED)
@@ -134,7 +131,7 @@ LOADED = [file for file in RELEASED + COPIED if read(file)["model_type"] in FAMI
 @pytest.mark.parametrize("file", LOADED, ids=named)
 def test_it_is_read_as_transformers_reads_it(file):
     config = read(file)
-    if is_float8(config.get("quantization_config")):
+    if is_read(config.get("quantization_config")):
         config = without_quantisation(config)
     if config["model_type"] == "gpt_neox":  # transformers 5 does not take null there
         config = {key: value for key, value in config.items() if value is not None}

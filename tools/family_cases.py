@@ -66,6 +66,7 @@ _GPT2 = {
     "n_inner": 80,
     "layer_norm_epsilon": 1e-3,
 }
+_ALIBI = {"vocab_size": VOCAB, "layer_norm_epsilon": 1e-3}
 _BY_KIND = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
@@ -136,6 +137,27 @@ BASES: dict[str, dict[str, Any]] = {
         "attention_heads": 6,
         "ffn_dim": 80,
         "max_position_embeddings": 600,
+    },
+    "gpt_oss": _RMS
+    | {
+        "num_local_experts": 7,
+        "num_experts_per_tok": 3,
+        "sliding_window": 60,
+        "swiglu_limit": 2.0,
+        "rope_parameters": YARN | {"truncate": False, "beta_fast": 16, "beta_slow": 2},
+    },
+    "phi": _LAYER | _WHOLE | {"rope_parameters": _HALF},
+    "gptj": _GPT2 | {"n_embd": 96, "rotary_dim": 8},
+    "codegen": _GPT2 | {"n_embd": 96, "rotary_dim": 8},
+    "bloom": _ALIBI | {"hidden_size": 48, "n_layer": 3, "n_head": 6},
+    "mpt": _ALIBI | {"d_model": 48, "n_layers": 3, "n_heads": 6, "max_seq_len": 600},
+    "falcon": _ALIBI
+    | {
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "ffn_hidden_size": 80,
+        "rope_parameters": _ROPE,
     },
     "qwen3_moe": _RMS | _QWEN_MOE,
     "qwen2_moe": _RMS | _QWEN_MOE | {"shared_expert_intermediate_size": 36},
@@ -306,6 +328,49 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
         "parallel": {"use_parallel_residual": True, "tie_word_embeddings": True},
         "old": _OLD | {"rope_theta": 1000, "partial_rotary_factor": 0.25},
     },
+    "gpt_oss": {
+        "mixed": {},
+        "plain": {
+            "layer_types": ["full_attention"] * 3,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "rope_parameters": _ROPE,
+        },
+    },
+    "phi": {
+        "plain": {},
+        "grouped": {"num_key_value_heads": 2, "hidden_act": "relu", "tie_word_embeddings": True}
+        | _OLD
+        | {"rope_theta": 1000.0, "partial_rotary_factor": 0.25},
+    },
+    "gptj": {"plain": {}, "whole": {"rotary_dim": 16, "activation_function": "relu", "tie_word_embeddings": True}},
+    "codegen": {"plain": {}, "whole": {"rotary_dim": 16, "activation_function": "relu", "tie_word_embeddings": True}},
+    "bloom": {
+        "plain": {},
+        "released": {
+            "hidden_size": None,
+            "n_embed": 48,
+            "n_head": None,
+            "num_attention_heads": 8,
+            "tie_word_embeddings": False,
+        },
+    },
+    "mpt": {
+        "plain": {},
+        "clipped": {"attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3}, "tie_word_embeddings": False},
+    },
+    "falcon": {
+        "shared": {},
+        "alibi": {
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "num_attention_heads": 12,  # of which some have slopes that are rounded
+        },
+        "grouped": {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
+        "one_norm": {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1, "bias": True},
+    },
     "qwen3_moe": {
         "sparse": {"norm_topk_prob": True},
         "plain": {"attention_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
@@ -412,6 +477,15 @@ def _config(model_type: str, changes: dict[str, Any]) -> dict[str, Any]:
 CASES = {f"{kind}-{name}": _config(kind, changes) for kind, cases in _CASES.items() for name, changes in cases.items()}
 
 
+def plainly(model_type: str) -> dict[str, str]:
+    """Arguments by which transformers makes a model in plain PyTorch: the faster products of experts know no float64.
+
+    Falcon's plain attention adds the biases of ALiBi twice, its fused one as often as the model was trained with.
+    """
+    attention = "sdpa" if model_type == "falcon" else "eager"
+    return {"attn_implementation": attention, "experts_implementation": "eager"}
+
+
 def make_reference(name: str, directory: Path) -> Any:
     """Writes the checkpoint of a case and returns PyTorch's model of it, to compare with.
 
@@ -426,9 +500,7 @@ def make_reference(name: str, directory: Path) -> Any:
         raise InputError(f"{error.name} is missing: the reference models are PyTorch's, install torch") from None
     torch.manual_seed(1)
     config = transformers.AutoConfig.for_model(**copy.deepcopy(CASES[name]))  # which it would change in place
-    reference = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
+    reference = transformers.AutoModelForCausalLM.from_config(config, **plainly(config.model_type)).eval()
     with torch.no_grad():
         for path, module in reference.named_modules():
             for parameter in module.parameters(recurse=False):

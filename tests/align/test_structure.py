@@ -19,7 +19,7 @@ from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import evaluate
 from tmjax.models.decoder import forward
-from tmjax.models.spec import DecoderSpec, Rotary
+from tmjax.models.spec import Alibi, DecoderSpec, Rotary
 from tmjax.recipes.merge import AlignmentOptions
 from tmjax.text.documents import Texts, read_texts
 from tmjax.text.tokenizer import load_tokenizer
@@ -40,6 +40,10 @@ TINY = {
         vocab=400, hidden=48, layers=3, heads=3, kv_heads=3, head_dim=16, mlp=72, max_positions=512, norm="layer",
         norm_bias=True, gated=False, mlp_bias=True, qkv_bias=True, o_bias=True, parallel=True, activation="gelu",
         rotary=Rotary(fraction=0.5),
+    ),
+    "mpt": DecoderSpec(
+        vocab=400, hidden=48, layers=3, heads=4, kv_heads=4, head_dim=12, mlp=192, max_positions=512, norm="layer",
+        gated=False, activation="gelu", rotary=Rotary(scaling="none"), alibi=Alibi(), tied_embeddings=True,
     ),
 }  # fmt: skip
 
@@ -117,7 +121,7 @@ def _assert_same(model: Model, merged: Model, noise: Model, texts: Texts) -> Non
 
 def _recovers(model: Model, kind: str, verses: tuple[Texts, Texts], path: Path) -> None:
     calibration, test = verses
-    grown = deepened(widened(model), [1, 2])
+    grown = model if kind == "disguised" else deepened(widened(model), [1, 2])
     gaps = [1, 3]
     target, source, kept = {
         "disguised": (model, disguised(model), []),
@@ -141,6 +145,7 @@ def _recovers(model: Model, kind: str, verses: tuple[Texts, Texts], path: Path) 
         pytest.param("gpt_neox", "larger source", marks=pytest.mark.slow),
         pytest.param("gpt_neox", "larger target", marks=pytest.mark.slow),
         pytest.param("qwen3", "larger target", marks=pytest.mark.slow),
+        pytest.param("mpt", "disguised", marks=pytest.mark.slow),
     ],
 )
 def test_a_trained_model_is_recovered(tiny, verses, tmp_path, name, kind):

@@ -15,7 +15,7 @@ from tmjax.align.structure.heads import AttentionSide, match_heads, value_maps
 from tmjax.align.structure.planes import PlaneMatch, Planes, plane_map, planes_of, stretch
 from tmjax.errors import InputError
 from tmjax.models.rotary import rotary_tables, rotate
-from tmjax.models.spec import DecoderSpec, Rotary
+from tmjax.models.spec import Alibi, DecoderSpec, Rotary
 from tmjax.ot import HeadMap
 from tmjax.text.tokenizer import load_tokenizer, shared_tokens
 
@@ -178,6 +178,18 @@ def test_logits_of_unrelated_heads_keep_their_size(norms):
     if norms:
         size = np.sqrt(np.square(sides[1]["q"]).reshape(400, 4, 8).mean(axis=(0, 2)))
         np.testing.assert_allclose(described[1].factors["q"][0], params["blocks.q_norm.weight"] / size[:, None])
+
+
+def test_heads_that_are_not_alike_match_by_their_slopes():
+    spec = dataclasses.replace(SPEC, layers=1, rotary=Rotary(scaling="none"), alibi=Alibi())
+    target, source = (dataclasses.replace(spec, heads=n, kv_heads=n, head_dim=4) for n in (4, 8))
+    held = [dict.fromkeys(("q", "k", "v"), RNG.normal(size=(50, 4 * side.heads))) for side in (target, source)]
+    rho = dict.fromkeys(("q", "k", "v"), np.zeros((16, 32)))
+    found = match_heads(_side(target, held[0], {}), _side(source, held[1], {}), 0, 0, rho)
+    # Slopes of four heads are 2^-2, 2^-4, ..., of eight 2^-1, 2^-2, ...: each has one that is equal to it.
+    pairs = set(zip(*found.heads, strict=True))
+    assert {(h, 2 * h + 1) for h in range(4)} <= pairs and {g for _, g in pairs} == set(range(8))
+    assert all(abs(2 * (h + 1) - (g + 1)) <= 1 for h, g in pairs)
 
 
 def test_values_and_what_mixes_them_are_mapped_alike():

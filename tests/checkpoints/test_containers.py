@@ -206,8 +206,8 @@ CANNOT = {
         "(quantization_config, bitsandbytes in config.json); dequantise it first",
     ),
     "modelopt beside": (
-        packed_beside("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}),
-        "is quantised (hf_quant_config.json, NVFP4); dequantise it first",
+        packed_beside("hf_quant_config.json", {"quantization": {"quant_algo": "W4A16_AWQ"}}),
+        "is quantised (hf_quant_config.json, W4A16_AWQ); dequantise it first",
     ),
     "autogptq beside": (packed_beside("quantize_config.json", {"bits": 4}), "(quantize_config.json, 4 bits); deq"),
 }

@@ -128,7 +128,7 @@ def test_settings_beside_the_config(llama_dir, tmp_path) -> None:
     quantised(llama_dir, tmp_path / "model", "tensor")
     edit_config(tmp_path / "model", quantization_config=None)
     (tmp_path / "model/hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
-    assert describe(tmp_path / "model").float8 == Float8(np.dtype("bfloat16"), None)
+    assert describe(tmp_path / "model").packing == Float8(np.dtype("bfloat16"), None)
     edit_config(tmp_path / "model", quantization_config={"quant_method": "fp8", "quant_algo": "MIXED_PRECISION"})
     with pytest.raises(InputError, match="quantised"):
         describe(tmp_path / "model")

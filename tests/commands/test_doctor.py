@@ -19,7 +19,7 @@ from tmjax.checkpoints.load import load_model
 from tmjax.commands.doctor.examine import examine
 from tmjax.errors import NonFiniteError
 from tmjax.models.families import FAMILIES
-from tmjax.models.spec import Rotary
+from tmjax.models.spec import Alibi, Rotary
 from tmjax.ot import make_solver
 from tmjax.transfer.recipe import build_recipe
 
@@ -139,6 +139,20 @@ def test_a_plain_mlp_against_a_gated_one(capsys, tmp_path, pair):
     code, report, error = doctor(capsys, recipe, "--source", pair[0], "--target", plain)
     assert code == 2
     assert "gate" in error
+
+
+def test_biases_by_distance_and_sinks(capsys, tmp_path, pair):
+    spec = dataclasses.replace(SPEC, vocab=5000, hidden=32, heads=4, kv_heads=4, mlp=128, rotary=Rotary(scaling="none"))
+    bloom = bare(tmp_path / "bloom", "bloom", dataclasses.replace(spec, alibi=Alibi(), embedding_norm=True), pair[0])
+    code, report, _ = doctor(capsys, "--source", pair[0], "--target", bloom)
+    held = {item["what"]: item for item in report["differences"]}
+    assert code == 0 and held["biases by distance (ALiBi)"]["target"] == "slopes 0.0039 to 0.25"
+    assert held["norm of embeddings"]["target"] == "yes" and held["attention sinks"]["same"]
+    assert any("biases of scores by distance (ALiBi) are no weights" in note for note in report["notes"])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("alignment: {structure: heads}\n")
+    _, report, _ = doctor(capsys, recipe, "--source", pair[0], "--target", bloom)
+    assert any("of the source turn with their position, those of the target do not" in n for n in report["notes"])
 
 
 def test_windows_scaling_and_norms_of_heads(capsys, tmp_path, pair):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from tmjax.errors import InputError
 from tmjax.models.experts.mixture import Experts
 from tmjax.models.families import FAMILIES, family_of
-from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, Rotary
+from tmjax.models.spec import FULL_ATTENTION, Alibi, DecoderSpec, Rotary
 from tools.family_cases import CASES
 from tools.make_checkpoint import make_checkpoint
 
@@ -72,10 +72,28 @@ WHOLE_HEADS = {
     "olmoe",
     "opt",
     "xglm",
+    "bloom",
+    "codegen",
+    "falcon",
+    "gptj",
+    "mpt",
+    "phi",
 }
-UNGROUPED = {"gpt2", "gpt_neox", "gpt_bigcode", "gpt_neo", "opt", "xglm"}
-PARTIAL = {"gpt_neox", "phi3", "stablelm", "nemotron", "glm", "glm4", "glm4_moe", "minimax_m2"}
-INTERLEAVED = {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "ernie4_5_moe", "helium"}
+UNGROUPED = {"gpt2", "gpt_neox", "gpt_bigcode", "gpt_neo", "opt", "xglm", "bloom", "codegen", "gptj", "mpt"}
+PARTIAL = {
+    "gpt_neox",
+    "phi3",
+    "stablelm",
+    "nemotron",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "minimax_m2",
+    "codegen",
+    "gptj",
+    "phi",
+}
+INTERLEAVED = {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "ernie4_5_moe", "helium", "codegen", "gptj"}
 NO_ROTARY = Rotary(scaling="none")
 
 
@@ -94,7 +112,9 @@ def mixtures(draw, layers: int, mlp: int) -> dict[str, Experts]:
     opened = draw(st.integers(1, groups))
     grouped = {"groups": groups, "chosen_groups": opened, "scale": draw(positive)}
     grouped |= {"chosen": min(base.chosen, count // groups * opened)}  # as many as are open
+    cut = {"logit_bias": True, "bias": True, "limit": draw(positive), "gain": draw(positive)}
     return {
+        "gpt_oss": dataclasses.replace(base, **cut),
         "mixtral": base,
         "granitemoe": base,
         "olmoe": dataclasses.replace(base, normalised=normalised),
@@ -150,7 +170,29 @@ def specs(draw, model_type: str) -> DecoderSpec:
         "attention_scale": draw(positive),
         "logit_scale": 1.0 / draw(positive),
     }
+    biased = layer | {"gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True}
+    one_norm = {"parallel": True, "shared_norm": True, "head_bias": True}
+    gptj = layer | one_norm | {"gated": False, "mlp_bias": True, "rotary": Rotary(**fixed)}
+    alibi = {"rotary": NO_ROTARY, "alibi": Alibi()}
     own = {
+        "bloom": biased | alibi | {"mlp": 4 * hidden, "embedding_norm": True, "activation": "gelu_tanh"},
+        "codegen": gptj,
+        "gptj": gptj,
+        "mpt": alibi
+        | {
+            "norm": "layer",
+            "gated": False,
+            "mlp": 4 * hidden,
+            "activation": "gelu",
+            "qkv_clip": draw(st.none() | positive),
+            "attention_scale": draw(st.none() | positive),
+        },
+        "phi": biased | one_norm,
+        "falcon": layer
+        | {"gated": False, "qkv_bias": third, "o_bias": third, "mlp_bias": third, "parallel": other}
+        | ({"shared_norm": draw(st.booleans())} if other else {"kv_heads": draw(st.sampled_from([1, heads]))})
+        | ({"rotary": NO_ROTARY, "alibi": Alibi(head_dim**-0.5, rounded=True)} if flag else {}),
+        "gpt_oss": attention_bias | {"windows": mixed, "sinks": True, "activation": "silu"},
         "llama": attention_bias | {"mlp_bias": other},
         "mistral": {"windows": alike},
         "qwen2": {"qkv_bias": True, "windows": mixed},
@@ -351,6 +393,11 @@ def test_old_and_new_rope_spelling_read_equal(scaling):
     old = MINIMAL | {"rope_theta": 3e4, "rope_scaling": scaling}
     older = MINIMAL | {"rope_theta": 3e4, "rope_scaling": {"type": scaling["rope_type"]} | scaling}
     own_keys = {
+        "bloom",
+        "codegen",
+        "falcon",
+        "gptj",
+        "mpt",
         "gpt2",
         "gpt_bigcode",
         "gpt_neo",
@@ -429,7 +476,7 @@ OTHERS = [
     "phimoe",
     "deepseek_v3",
     "qwen3_vl_moe",
-    "gpt_oss",
+    "mimo_v2_flash",
     "llava",
     "llava_next",
     "gemma3",

@@ -26,6 +26,7 @@ from tmjax.sharding.mesh import Layout
 from tools.make_checkpoint import make_checkpoint
 
 EXPERTS = Experts(8, 2, 20, scale=1.5, choice_bias=True, shared_width=16, shared_gate=True)
+EXPERTS = dataclasses.replace(EXPERTS, logit_bias=True, bias=True, limit=0.5, gain=1.7)
 MIXED = dataclasses.replace(SPEC, experts=dataclasses.replace(EXPERTS, dense=(0,)))
 #: Of a family, so that a checkpoint can be written: dense, sparse, sparse.
 GLM = dataclasses.replace(
@@ -38,7 +39,8 @@ GLM = dataclasses.replace(
 
 def sharp_params(spec, seed=0):
     params = init_params(spec, jax.random.key(seed))
-    return {path: value * 8 if value.ndim > 2 else value + 0.1 for path, value in params.items()}
+    matrices = {path for path, value in params.items() if value.ndim > 2 and not path.endswith("bias")}
+    return {path: value * 8 if path in matrices else value + 0.1 for path, value in params.items()}
 
 
 def dense_product(x, w, sizes):

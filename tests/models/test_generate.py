@@ -24,7 +24,8 @@ transformers.utils.logging.disable_progress_bar()
 #: Prompts before, across and beyond every window and context length that a case rescales for; new tokens for each.
 PROMPTS = (3, 70, 118)
 NEW = 40
-#: Together: windows, soft caps, two rotary embeddings, learned positions, parallel and post norms, and all scalings.
+#: Together: windows, soft caps, sinks, ALiBi, experts, two rotary embeddings, learned positions, parallel and post
+#: norms, and scalings.
 QUICK = (
     "llama-dynamic",
     "gemma2-capped",
@@ -32,7 +33,8 @@ QUICK = (
     "gpt2-inverse",
     "phi3-long",
     "cohere2-layer_types",
-    "glm4_moe-grouped",
+    "bloom-plain",
+    "gpt_oss-mixed",
 )
 
 

@@ -15,6 +15,7 @@ from tmjax import cli
 from tmjax.checkpoints.description import describe
 from tmjax.checkpoints.hub import copy_companions
 from tmjax.checkpoints.load import load_model
+from tmjax.errors import CheckpointError
 from tmjax.models.decoder import forward
 from tmjax.models.families import FAMILIES
 from tmjax.models.families.wrappers import TEXTS, TIED, wrapper_of
@@ -45,7 +46,9 @@ def tiny(kind: str) -> transformers.PretrainedConfig:
     text = dict(TEXT)
     if kind in ("qwen2_vl", "qwen2_5_vl"):
         text["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 1, 1]}
-    if kind == "qwen3_vl":
+    if kind == "qwen3_vl_moe":
+        text |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": False}
+    if kind in ("qwen3_vl", "qwen3_vl_moe"):
         text["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     text = type(whole.text_config)(**text)
     return type(whole)(text_config=text.to_dict(), vision_config=type(whole.vision_config)(**vision).to_dict())
@@ -57,7 +60,7 @@ def saved(tmp_path_factory, llama_dir) -> dict[str, tuple[Path, torch.Tensor, np
     result = {}
     for kind in TIED:
         torch.manual_seed(0)
-        model = transformers.AutoModelForImageTextToText.from_config(tiny(kind)).eval()
+        model = transformers.AutoModelForImageTextToText.from_config(tiny(kind), experts_implementation="eager").eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
@@ -118,6 +121,22 @@ def test_names_of_both_conventions(saved, tmp_path) -> None:
         safetensors.torch.save_file(renamed, other / "model.safetensors", metadata={"format": "pt"})
         one, two = load_model(directory), load_model(other)
         assert all(np.array_equal(one.params[path], two.params[path]) for path in one.params)
+
+
+def test_fused_experts_of_both_layouts(saved, tmp_path) -> None:
+    """As they are published, and as transformers has them in memory."""
+    directory, _, _ = saved["qwen3_vl_moe"]
+    tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    fused = [name for name in tensors if "experts." in name]
+    turned = tensors | {name: tensors[name].transpose(1, 2).contiguous() for name in fused}
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    safetensors.torch.save_file(turned, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    one, two = load_model(directory), load_model(tmp_path)
+    assert len(fused) == 4 and all(np.array_equal(one.params[path], two.params[path]) for path in one.params)
+    turned[fused[0]] = tensors[fused[0]]
+    safetensors.torch.save_file(turned, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="do not fit each other"):
+        load_model(tmp_path)
 
 
 def test_left_out_keys_have_the_values_of_transformers() -> None:

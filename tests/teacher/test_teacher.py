@@ -13,7 +13,8 @@ from helpers import SPEC
 
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
-from tmjax.models.decoder import forward, init_params
+from tmjax.models.decoder import Readout, forward, init_params
+from tmjax.models.spec import Alibi
 from tmjax.sharding.mesh import Layout
 from tmjax.teacher import branches
 from tmjax.teacher.branches import Branches, Reader
@@ -133,7 +134,15 @@ def test_the_token_of_a_text_is_found_from_the_sources_next_ones(crossing, verse
 # Branches.
 
 
-@pytest.mark.parametrize("changes", [{}, {"windows": (3, 64, 4)}, {"learned_positions": True}, {"attention_cap": 5.0}])
+BRANCHED = (
+    {"windows": (3, 64, 4)},
+    {"learned_positions": True},
+    {"attention_cap": 5.0},
+    {"alibi": Alibi(), "sinks": True},
+)
+
+
+@pytest.mark.parametrize("changes", [{}, *BRANCHED])
 def test_a_branch_says_what_the_text_with_it_says(changes, monkeypatch) -> None:
     """Texts of two lengths, branches of up to three nodes: states are those of whole texts, each read once."""
     monkeypatch.setattr(branches, "ROW_NODES", 2)
@@ -271,7 +280,7 @@ def test_divergence_and_its_gradient_are_those_of_whole_logits(cap, scale, monke
         return text + total, (text, total)
 
     def blocks(head, hidden):
-        total, *parts = loss.summed_losses(spec, head, hidden, labels, weight, TeacherTokens(ids, q_btk, mask))
+        total, *parts = loss.summed_losses(spec, Readout(head), hidden, labels, weight, TeacherTokens(ids, q_btk, mask))
         return total, parts
 
     (value, parts), slopes = jax.jit(jax.value_and_grad(blocks, argnums=(0, 1), has_aux=True))(head, hidden)

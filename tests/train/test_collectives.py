@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import QWEN2, SPEC, loop_collectives
 
-from tmjax.models.decoder import init_params
+from tmjax.models.decoder import Readout, init_params
 from tmjax.models.families import FAMILIES
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import Layout
@@ -51,7 +51,8 @@ def test_losses_and_slopes_over_a_mesh_are_those_of_one_device(mesh, blocks) -> 
     layout = Layout(mesh)
     spec = dataclasses.replace(SPEC, vocab=64)
     batch, rng = batch_of(spec), np.random.default_rng(1)
-    head, hidden = (rng.normal(0, 1, shape).astype(np.float32) for shape in ((64, 24), (8, 12, 24)))
+    table, bias, hidden = (rng.normal(0, 1, shape).astype(np.float32) for shape in ((64, 24), (64,), (8, 12, 24)))
+    head = Readout(table, bias)
 
     @functools.partial(jax.jit, static_argnames="devices")
     def compute(head, hidden, labels, weight, teacher, devices):
@@ -63,7 +64,8 @@ def test_losses_and_slopes_over_a_mesh_are_those_of_one_device(mesh, blocks) -> 
 
     rest = (batch.targets_bt, batch.mask_bt, batch.teacher)
     one = compute(head, hidden, *rest, None)
-    placed = jax.device_put(head, layout.param_sharding("head", ("vocab", "embed"), head.shape))
+    places = Readout(*(layout.param_sharding("head", ("vocab", "embed")[: x.ndim], x.shape) for x in head))
+    placed = jax.device_put(head, places)
     eight = compute(placed, *jax.tree.map(layout.place_batch, (hidden, *rest)), layout.mesh)
     for found, expected in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())

@@ -18,7 +18,7 @@ from tmjax.checkpoints.load import load_model
 from tmjax.checkpoints.model import Model
 from tmjax.commands.adapt.arms import Arm
 from tmjax.errors import InputError, NonFiniteError
-from tmjax.models.decoder import ForwardPlan, bind, init_params
+from tmjax.models.decoder import ForwardPlan, Readout, bind, init_params
 from tmjax.models.families import FAMILIES
 from tmjax.sharding.mesh import Layout
 from tmjax.teacher.span_features import by_depth, last_tokens
@@ -57,18 +57,19 @@ def data(**options) -> Batches:
 # Loss.
 
 
-@pytest.mark.parametrize(("cap", "scale"), [(None, 1.0), (3.0, 0.5)])
-def test_blockwise_loss_and_gradient_are_those_of_whole_logits(cap, scale, monkeypatch) -> None:
+@pytest.mark.parametrize(("cap", "scale", "bias"), [(None, 1.0, False), (3.0, 0.5, True)])
+def test_blockwise_loss_and_gradient_are_those_of_whole_logits(cap, scale, bias, monkeypatch) -> None:
     monkeypatch.setattr(loss, "LOGIT_ENTRIES", 1)
     monkeypatch.setattr(loss, "LEAST_TOKENS", 12)  # blocks of 4 of 3 x 10 tokens, the last one padded
     spec = dataclasses.replace(SPEC, logit_cap=cap, logit_scale=scale)
     rng = np.random.default_rng(0)
-    head, hidden = (rng.normal(0, 1, s).astype(np.float32) for s in ((spec.vocab, 24), (3, 10, 24)))
+    table, hidden = (rng.normal(0, 1, s).astype(np.float32) for s in ((spec.vocab, 24), (3, 10, 24)))
+    head = Readout(table, rng.normal(0, 1, spec.vocab).astype(np.float32) if bias else None)
     labels = rng.integers(0, spec.vocab, (3, 10))
     weight = (rng.random((3, 10)) < 0.7).astype(np.float32)
 
     def whole(head, hidden):
-        logits = scale * hidden.reshape(-1, 24) @ head.T
+        logits = scale * (hidden.reshape(-1, 24) @ head.table_ve.T + (head.bias_v if bias else 0.0))
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         return -jnp.sum(jax.nn.log_softmax(logits)[np.arange(30), labels.reshape(-1)] * weight.reshape(-1))
 
@@ -79,7 +80,7 @@ def test_blockwise_loss_and_gradient_are_those_of_whole_logits(cap, scale, monke
     truth, wanted = jax.value_and_grad(whole, argnums=(0, 1))(head, hidden)
     assert loss._pieces(3, 10, spec.vocab) == 3
     assert float(value) == pytest.approx(2 * float(truth), rel=1e-5)
-    for slope, want in zip(slopes, wanted, strict=True):
+    for slope, want in zip(jax.tree.leaves(slopes), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(slope, 2 * want, atol=1e-5 * np.abs(want).max())
 
 

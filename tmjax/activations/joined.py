@@ -13,6 +13,7 @@ import numpy as np
 
 from tmjax import backend
 from tmjax.models.decoder import Decoder, ForwardPlan, ForwardResult, TokenContext
+from tmjax.models.layers import Sight
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import Layout
@@ -98,7 +99,8 @@ def run_joined(model: Decoder, batch: Joined, plan: ForwardPlan) -> ForwardResul
     same = (batch.text[:, :, None] == batch.text[:, None, :])[:, None, None]
     cos, sin = (table[:, batch.place] for table in rotary_tables(spec.rotaries, spec.head_dim, index))
 
-    def mask(window: Array) -> Array:
-        return same & (distance >= 0) & (distance < window)
+    def mask(window: Array) -> Sight:
+        sight = Sight.within(window, distance, batch.place[:, None, None])
+        return sight._replace(mask=same & sight.mask)
 
     return model.run(batch.ids, plan, TokenContext(batch.place, (cos, sin), mask))

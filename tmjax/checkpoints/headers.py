@@ -7,6 +7,7 @@ from typing import Any
 
 from tmjax.checkpoints.description import CheckpointDescription
 from tmjax.checkpoints.formats.adapter import Folded
+from tmjax.checkpoints.formats.fused_experts import SingleExperts
 from tmjax.checkpoints.formats.names import matched
 from tmjax.checkpoints.formats.safetensors import Weights
 from tmjax.checkpoints.formats.weights import Renamed, open_weights
@@ -38,10 +39,11 @@ def open_headers(described: CheckpointDescription) -> CheckpointHeaders:
     Raises InputError and CheckpointError as `load_model` does, except for faults that only the numbers show.
     """
     rows, spec = described.rows, described.spec
-    index = open_weights(described.directory, BUFFERS, described.float8)
+    index = open_weights(described.directory, BUFFERS, described.packing)
     if described.wrapper is not None:
         names = {name: described.wrapper.text_name(name) for name in index}
         index = Renamed(index, {text: name for name, text in names.items() if text is not None})
+        index = SingleExperts(index) if described.wrapper.has_fused_experts else index
     index, renamed = matched(index, rows, spec)
     index, further = _without_further(index, described)
     ties = check_tensors(index, rows, spec)
@@ -85,7 +87,7 @@ def check_tensors(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec
         if row.path in first and index[name].dtype != first[row.path]
     ]
     kinds = [f"missing tensor {n}" for n in missing], [f"unexpected tensor {n}" for n in extra], shapes, dtypes
-    heads = [name for row in rows if row.path == "head.weight" for name in row.names(spec)]
+    heads = [name for row in rows if row.path.startswith("head.") for name in row.names(spec)]
     if missing == heads and not any(kinds[1:]):
         raise CheckpointError(
             f"{index.directory} holds a base model: it lacks the output head {heads[0]}, which its config.json does not"

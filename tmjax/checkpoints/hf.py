@@ -57,7 +57,11 @@ def _lazy(index: Weights, row: ParamSpec, spec: DecoderSpec) -> LazyArray:
         if row.part is None:
             return read_finite(index, names[0], slices)
         own, part = row.shape(spec), row.part
-        if part.of == 1 and not part.transposed and not part.row:
+        if part.axis > 0 and (part.transposed or part.step > 1):  # of the leading axis some entries are enough
+            first, rest = slices[0], slices[1:]
+            entries = read_finite(index, names[0], (first,))
+            return part.view(entries, (len(entries), *own[1:]))[(slice(None), *rest)]
+        if part.of == 1 and part.step == 1 and not part.transposed and not part.row:
             first, stop, _ = slices[part.axis].indices(own[part.axis])
             moved = slice(part.start + first, part.start + stop)
             return read_finite(index, names[0], (*slices[: part.axis], moved, *slices[part.axis + 1 :]))

@@ -55,8 +55,8 @@ def require_plain(path: str | Path) -> None:
             f"the target {path} is a multimodal {described.wrapper.model_type}, of which only the text model is read; "
             f"write that by itself first: tmjax convert {path} OUT --to hf"
         )
-    if described.float8 is not None:
+    if described.packing is not None:
         raise InputError(
-            f"the target {path} has float8 weights; give the checkpoint that it was made from, or write it dequantised "
-            f"first: tmjax convert {path} OUT --to hf"
+            f"the target {path} has {described.packing.name} weights; give the checkpoint that it was made from, or "
+            f"write it dequantised first: tmjax convert {path} OUT --to hf"
         )

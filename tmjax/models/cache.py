@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tmjax.models.decoder import After, Carried, ForwardPlan, TokenContext, bind
-from tmjax.models.layers import Attend, einsum
+from tmjax.models.layers import Attend, Sight, Weighing, einsum
 from tmjax.models.rotary import inverse_frequencies
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import constrain
@@ -83,17 +83,17 @@ def read_after(
     fresh = jnp.where(jnp.arange(new) < count_b[:, None], place, NOWHERE)
     distance = place[:, :, None] - jnp.concatenate([cache.positions, fresh], axis=1)[:, None, :]
 
-    def mask(window: Array) -> Array:
-        return ((distance >= 0) & (distance < window))[:, None, None]
+    def mask(window: Array) -> Sight:
+        return Sight.within(window, distance[:, None, None], place[:, None, None])
 
     def enter(carried: Carried, layer: Array) -> tuple[Attend, After]:
         after = [carried]
 
-        def attend(q: Array, k: Array, v: Array, mask: Array, scale: Array, cap: float | None) -> Array:
+        def attend(q: Array, k: Array, v: Array, sight: Sight, weighing: Weighing) -> Array:
             made = tuple(jnp.swapaxes(x, 1, 2) for x in (k, v))
             after[:] = [tuple(x.at[layer].set(one) for x, one in zip(carried, made, strict=True))]
             blocks = [(cache.keys[layer], cache.values[layer]), made] if slots else [made]
-            return _attention(q, blocks, mask, scale, cap)
+            return _attention(q, blocks, sight, weighing)
 
         return attend, lambda: after[0]
 
@@ -127,23 +127,13 @@ def extend(
     return hidden, Cache(keys, values, known, cache.used + new.used, new.length)
 
 
-def _attention(
-    q_bthd: Array,
-    blocks: Sequence[tuple[Array, Array]],
-    mask: Array,
-    scale: Array,
-    cap: float | None,
-) -> Array:
+def _attention(q_bthd: Array, blocks: Sequence[tuple[Array, Array]], sight: Sight, weighing: Weighing) -> Array:
     """`layers.attention` with keys and values laid out by head, [B, kv head, S, head_dim], in blocks of slots."""
     batch, tokens, heads, dim = q_bthd.shape
     grouped = q_bthd.reshape(batch, tokens, blocks[0][0].shape[1], -1, dim)
-    scores = jnp.concatenate([einsum("btkgd,bksd->bkgts", grouped, keys) for keys, _ in blocks], axis=-1)
-    scores = scores.astype(jnp.float32) * scale
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
+    products = jnp.concatenate([einsum("btkgd,bksd->bkgts", grouped, keys) for keys, _ in blocks], axis=-1)
     # Finite, unlike -inf: every key of padding may be masked, and its NaN would reach others as 0 x NaN.
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_bthd.dtype)
+    weights = weighing.weights(products, sight, jnp.finfo(jnp.float32).min).astype(q_bthd.dtype)
     mixed, first = 0, 0
     for keys, values in blocks:
         part = weights[..., first : first + keys.shape[2]]

@@ -6,7 +6,7 @@ Parameters live in a flat mapping from dotted Flax path to array; `forward` and 
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from tmjax.models.experts.expert_layer import Mixture
 from tmjax.models.experts.mixture import Run, layers_of, runs_of
-from tmjax.models.layers import INIT_STD, Attend, Block, LayerPlace, Linear, Mlp, Norm, attention, einsum
+from tmjax.models.layers import INIT_STD, Attend, Block, LayerPlace, Mlp, Norm, Sight, attention, einsum
 from tmjax.models.rotary import rotary_tables, sinusoids
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
@@ -73,14 +73,14 @@ class TokenContext:
     Attributes:
         positions: Positions in their texts, [T] or [B, T].
         tables: Cosines and sines at these positions, [rotary, T, planes] or [rotary, B, T, planes].
-        mask: Given a layer's window, the mask that is handed to its attention.
+        mask: Given a layer's window, the `Sight` that is handed to its attention.
         enter: The attention of every layer; the default is `attention`, which carries nothing.
         carried: Arrays handed to the first layer.
     """
 
     positions: Array
     tables: tuple[Array, Array]
-    mask: Callable[[Array], Array]
+    mask: Callable[[Array], Any]
     enter: Enter = SELF_ATTENTION
     carried: Carried = ()
 
@@ -98,6 +98,23 @@ class Embedding(nnx.Module):
 
     def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (vocab, size)))
+
+
+class Head(nnx.Module):
+    """The output head: a table [vocab, embed], unless it is the embeddings', and a bias [vocab] if there is one."""
+
+    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs) -> None:
+        if not spec.tied_embeddings:
+            self.weight = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (spec.vocab, spec.hidden)))
+        if spec.head_bias:
+            self.bias = nnx.Param(jnp.zeros((spec.vocab,)))
+
+
+class Readout(NamedTuple):
+    """What makes logits of normed states: the unembedding [vocab, embed], and the head's bias [vocab] if it has one."""
+
+    table_ve: Array
+    bias_v: Array | None = None
 
 
 def _stacked(module: type[nnx.Module], spec: DecoderSpec, layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -127,6 +144,8 @@ class Decoder(nnx.Module):
         self.embed = Embedding(spec.vocab, spec.hidden, rngs=rngs)
         if spec.learned_positions:
             self.positions = Embedding(spec.axis_size("positions"), spec.hidden, rngs=rngs)
+        if spec.embedding_norm:
+            self.embed_norm = Norm((spec.hidden,), spec)
         self.blocks = _stacked(Block, spec, spec.layers, rngs)
         if spec.experts is not None:
             sparse, dense = (len(layers_of(kind, spec.layers, spec.experts)) for kind in ("sparse", "dense"))
@@ -134,8 +153,8 @@ class Decoder(nnx.Module):
             if dense:
                 self.dense_blocks = _stacked(Mlp, spec, dense, rngs)
         self.norm = Norm((spec.hidden,), spec)
-        if not spec.tied_embeddings:
-            self.head = Linear(spec.hidden, spec.vocab, rngs=rngs)
+        if spec.head_bias or not spec.tied_embeddings:
+            self.head = Head(spec, rngs=rngs)
 
     def run(self, ids_bt: Array, plan: ForwardPlan | None = None, context: TokenContext | None = None) -> ForwardResult:
         """Runs the decoder over token ids, without its head.
@@ -195,6 +214,8 @@ class Decoder(nnx.Module):
             x = x + self.positions.weight[...][row].astype(dtype)
         if spec.sinusoidal_positions:
             x = x + sinusoids(context.positions + spec.position_offset, spec.hidden).astype(dtype)
+        if spec.embedding_norm:
+            x = self.embed_norm(x)
         x = constrain(mesh, x, ("batch", None, SITES["resid"]))
         runs, made = runs_of(spec.layers, spec.experts), []
         carried = context.carried
@@ -216,23 +237,26 @@ class Decoder(nnx.Module):
         position = jnp.arange(tokens)
         distance = position[:, None] - position[None, :]
 
-        def mask(window: Array) -> Array:
-            return (distance >= 0) & (distance < window)
+        def mask(window: Array) -> Sight:
+            return Sight.within(window, distance, position)
 
         return TokenContext(position, rotary_tables(self.spec.rotaries, self.spec.head_dim, position), mask)
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., vocab] of normed states, in float32."""
-        return scaled_logits(self.spec, einsum("...e,ve->...v", hidden, self.unembedding.astype(hidden.dtype)))
+        table, bias = self.readout
+        return scaled_logits(self.spec, einsum("...e,ve->...v", hidden, table.astype(hidden.dtype)), bias)
 
     def logits_of(self, hidden: Array, ids: Array) -> Array:
         """Logits [...] of one token `ids` [...] per state, in float32: `logits` without those of all others."""
-        return scaled_logits(self.spec, einsum("...e,...e->...", hidden, self.unembedding[ids].astype(hidden.dtype)))
+        table, bias = jax.tree.map(lambda x: x[ids], self.readout)
+        return scaled_logits(self.spec, einsum("...e,...e->...", hidden, table.astype(hidden.dtype)), bias)
 
     @property
-    def unembedding(self) -> Array:
-        """The head's table [vocab, embed], which may be the embeddings'."""
-        return self.embed.weight[...] if self.spec.tied_embeddings else self.head.weight[...]
+    def readout(self) -> Readout:
+        """The head's table, which may be the embeddings', and its bias."""
+        table = self.embed.weight if self.spec.tied_embeddings else self.head.weight
+        return Readout(table[...], self.head.bias[...] if self.spec.head_bias else None)
 
 
 def known_logits(logits: Array, known_v: ArrayLike | None) -> Array:
@@ -240,9 +264,19 @@ def known_logits(logits: Array, known_v: ArrayLike | None) -> Array:
     return logits if known_v is None else jnp.where(known_v, logits, -jnp.inf)
 
 
-def scaled_logits(spec: DecoderSpec, logits: Array) -> Array:
-    """Products of states and unembedding as logits: float32, scaled and capped as the model says."""
-    logits = logits.astype(jnp.float32)
+def scaled_logits(spec: DecoderSpec, products: Array, bias: Array | None = None) -> Array:
+    """Products of states and unembedding as logits: float32, with the head's bias, scaled and capped as the model says.
+
+    Args:
+        spec: The architecture.
+        products: The products, of any shape.
+        bias: The head's bias of the same tokens, if the model has one; of a shape that spreads to that of the products.
+
+    Returns:
+        The logits.
+    """
+    logits = products.astype(jnp.float32)
+    logits = logits if bias is None else logits + bias.astype(jnp.float32)
     logits = logits if spec.logit_scale == 1 else logits * spec.logit_scale
     return logits if spec.logit_cap is None else spec.logit_cap * jnp.tanh(logits / spec.logit_cap)
 

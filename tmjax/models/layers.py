@@ -1,12 +1,13 @@
 """The blocks of the decoder: linear maps, norms, attention, MLP. Weights are `[out, in]`, y = W x + b."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tmjax.models.alibi import alibi_bias
 from tmjax.models.rotary import rotate
 from tmjax.models.spec import DecoderSpec
 from tmjax.typing import Array
@@ -72,32 +73,76 @@ class Norm(nnx.Module):
         return (wide + self.bias[...].astype(jnp.float32) if hasattr(self, "bias") else wide).astype(x.dtype)
 
 
-def attention(
-    q_bthd: Array, k_btkd: Array, v_btkd: Array, mask_tt: Array, scale: Array | float, cap: float | None
-) -> Array:
+class Sight(NamedTuple):
+    """Which keys each query attends to, and how far before it they stand.
+
+    Attributes:
+        mask: Whether a query sees a key, [Q, T], or [B, 1, 1, Q, T] for each text.
+        distance: The query's position less the key's, of the mask's shape; read only where a key is seen.
+        position: The queries' positions, of the mask's shape without its last axis.
+    """
+
+    mask: Array
+    distance: Array
+    position: Array
+
+    @classmethod
+    def within(cls, window: Array, distance: Array, position: Array) -> "Sight":
+        """Of the keys from the query itself back through a window."""
+        return cls((distance >= 0) & (distance < window), distance, position)
+
+
+class Weighing(NamedTuple):
+    """How a layer turns products of queries and keys into weights.
+
+    Attributes:
+        scale: Factor of the products.
+        spec: The architecture: its cap of scores and its linear biases (ALiBi).
+        sinks_h: Logits of the sinks [H], which take their share of the weights away; None: no sinks.
+    """
+
+    scale: Array | float
+    spec: DecoderSpec
+    sinks_h: Array | None = None
+
+    def weights(self, products_bkgts: Array, sight: Sight, masked: float = -jnp.inf) -> Array:
+        """Attention weights [B, K, G, Q, T], float32, of the products of each query and key; `masked` are unseen."""
+        spec, (kv_heads, each) = self.spec, products_bkgts.shape[1:3]
+        scores = products_bkgts.astype(jnp.float32) * self.scale
+        if spec.attention_cap is not None:
+            scores = spec.attention_cap * jnp.tanh(scores / spec.attention_cap)
+        if spec.alibi is not None:
+            scores = scores + alibi_bias(spec.alibi, (kv_heads, each), sight.distance, sight.position)
+        scores = jnp.where(sight.mask, scores, masked)
+        if self.sinks_h is None:
+            return jax.nn.softmax(scores, axis=-1)
+        sinks = jnp.reshape(self.sinks_h.astype(jnp.float32), (kv_heads, each, 1, 1))
+        sinks = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+        return jax.nn.softmax(jnp.concatenate([scores, sinks], axis=-1), axis=-1)[..., :-1]
+
+
+def attention(q_bthd: Array, k_btkd: Array, v_btkd: Array, sight: Sight, weighing: Weighing) -> Array:
     """Grouped-query attention, softmax in float32; query head h reads key-value head h // (H / K).
 
-    There may be fewer queries than keys, [B, Q, H, head_dim]; the mask is [Q, T], or [B, 1, 1, Q, T] for each text.
+    There may be fewer queries than keys, [B, Q, H, head_dim].
     """
     batch, tokens, heads, dim = q_bthd.shape
     kv_heads = k_btkd.shape[2]
     grouped = q_bthd.reshape(batch, tokens, kv_heads, heads // kv_heads, dim)
-    scores = einsum("btkgd,bskd->bkgts", grouped, k_btkd).astype(jnp.float32) * scale
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
-    weights = jax.nn.softmax(jnp.where(mask_tt, scores, -jnp.inf), axis=-1).astype(q_bthd.dtype)
+    weights = weighing.weights(einsum("btkgd,bskd->bkgts", grouped, k_btkd), sight).astype(q_bthd.dtype)
     return einsum("bkgts,bskd->btkgd", weights, v_btkd).reshape(batch, tokens, heads * dim)
 
 
 #: Signature of `attention`; packed texts and caches bring their own, which knows the positions of each text's tokens.
-Attend: TypeAlias = Callable[[Array, Array, Array, Array, Array, float | None], Array]
+#: What it gets as the sight is what the context's `mask` made of the layer's window.
+Attend: TypeAlias = Callable[[Array, Array, Array, Any, Weighing], Array]
 
 
 class LayerPlace(NamedTuple):
-    """Inputs of a block that depend on its place: cosines, sines [(B,) T, planes], mask [T, T], scale of scores."""
+    """Inputs of a block that depend on its place: cosines, sines [(B,) T, planes], sight, scale of scores."""
 
     tables: tuple[Array, Array]
-    mask_tt: Array
+    sight: Any
     scale: Array
     attend: Attend = attention
 
@@ -146,6 +191,8 @@ class Block(Mlp):
                 "full": ((heads,), (kv,)),
             }[spec.qk_norm]
             self.q_norm, self.k_norm = (Norm(shape, spec, bias=False) for shape in shapes)
+        if spec.sinks:
+            self.sinks = nnx.Param(jnp.zeros((spec.heads,)))
         self.o = Linear(heads, embed, bias=spec.o_bias, rngs=rngs)
         if spec.experts is None:
             super().__init__(spec, rngs=rngs)
@@ -153,13 +200,16 @@ class Block(Mlp):
     def _attention(self, h: Array, place: LayerPlace, record: Record) -> Array:
         spec = self.spec
         q, k, v = (record(site, getattr(self, site)(h)) for site in ("q", "k", "v"))
+        if spec.qkv_clip is not None:
+            q, k, v = (jnp.clip(y, -spec.qkv_clip, spec.qkv_clip) for y in (q, k, v))
         if spec.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*y.shape[:2], -1, spec.head_dim) for y in (q, k, v))
         if spec.qk_norm in ("head", "heads"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(y, place.tables, interleaved=spec.rotary.interleaved) for y in (q, k))
-        mix = record("attn_mix", place.attend(q, k, v, place.mask_tt, place.scale, spec.attention_cap))
+        weighing = Weighing(place.scale, spec, self.sinks[...] if spec.sinks else None)
+        mix = record("attn_mix", place.attend(q, k, v, place.sight, weighing))
         out = record("attn_out", self.o(mix))
         return self.attn_post_norm(out) if spec.post_norm else out
 

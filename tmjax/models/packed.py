@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from tmjax.models.decoder import Decoder, ForwardPlan, TokenContext, stateless
-from tmjax.models.layers import attention
+from tmjax.models.layers import Sight, Weighing, attention
 from tmjax.typing import Array, ArrayLike, pytree_dataclass
 
 
@@ -39,13 +39,13 @@ class Packed:
 def packed_hidden(model: Decoder, packed: Packed, dtype: jnp.dtype) -> Array:
     """Final normed states [N, embed] of all nodes: those of `Decoder.run` on each text alone."""
 
-    def attend(q: Array, k: Array, v: Array, window: Array, scale: Array, cap: float | None) -> Array:
+    def attend(q: Array, k: Array, v: Array, window: Array, weighing: Weighing) -> Array:
         mixed = []
         for text_bt, asking_bq, first_b in zip(packed.texts, packed.asking, packed.first, strict=True):
             place = first_b[:, None] + jnp.arange(asking_bq.shape[1])
             distance = place[:, :, None] - jnp.arange(text_bt.shape[1])
-            mask = ((distance >= 0) & (distance < window))[:, None, None]
-            mixed.append(attention(q[0][asking_bq], k[0][text_bt], v[0][text_bt], mask, scale, cap))
+            sight = Sight.within(window, distance[:, None, None], place[:, None, None])
+            mixed.append(attention(q[0][asking_bq], k[0][text_bt], v[0][text_bt], sight, weighing))
         flat = [x.reshape(-1, x.shape[-1]) for x in mixed]
         return jnp.concatenate(flat)[packed.back][None]
 

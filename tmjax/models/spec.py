@@ -47,6 +47,19 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Alibi:
+    """Attention with linear biases (Press et al. 2022): scores fall with the distance of query and key.
+
+    Head h of n falls by 2^(-8 h / n) for a token, where n is a power of two; otherwise the heads beyond the largest
+    power of two below n take every other slope of twice as many heads. Slopes are multiplied by `scale`. With `rounded`
+    a bias is the difference of the slope's products with both positions, slopes and products in bfloat16 (Falcon).
+    """
+
+    scale: float = 1.0
+    rounded: bool = False
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """Everything the forward pass needs to know; hashable, so it is a static argument of every jitted function.
 
@@ -54,6 +67,9 @@ class DecoderSpec:
     what a branch reads (`pre_norm`), what it writes (`post_norm`), or both. `parallel`: attention and MLP read the same
     stream, through one norm if `shared_norm`. `qk_norm` norms queries and keys: `head` with one weight [head_dim] for
     all heads, `heads` with a weight per head, `full` over all heads together. `gated`: the MLP has a gate.
+    Queries, keys and values are cut at +-`qkv_clip`. With `sinks` every head has a logit that takes part in the softmax
+    and carries no value. `alibi` biases scores by distance. `embedding_norm` norms what the first block reads.
+    `head_bias`: the logits have a bias.
     `attention_scale` None is head_dim ** -0.5, divided by the layer's number from 1 on if `inverse_layer_scale`;
     `attention_cap` and `logit_cap` bound scores and logits by cap tanh(x / cap). `learned_positions` or
     `sinusoidal_positions` are added to the embeddings, from row `position_offset` of their table on. `layer_rotary`
@@ -99,6 +115,11 @@ class DecoderSpec:
     local_rotary: Rotary | None = None
     layer_rotary: tuple[int, ...] = ()
     experts: Experts | None = None
+    alibi: Alibi | None = None
+    sinks: bool = False
+    head_bias: bool = False
+    embedding_norm: bool = False
+    qkv_clip: float | None = None
 
     def axis_size(self, axis: str) -> int:
         """Size of a logical axis: vocab, embed, heads, kv_heads or mlp (`heads` counts units, heads x head_dim).
@@ -150,9 +171,10 @@ class DecoderSpec:
 class Part:
     """Place of a parameter `[out, in]` or `[out]` in a tensor on disk that has it transposed, or has several.
 
-    `start` is its first entry along `axis` in a tensor of `total` there (0: all are its own). With `of` > 1 the rows of
-    `of` parameters alternate head by head, this one being number `index`, `heads` heads each. `transposed`: the tensor
-    is `[in, out]`. `row`: the parameter is the only row of the tensor, `[1, out]`.
+    `start` is its first entry along `axis` in a tensor of `total` there (0: all are its own), where it has every
+    `step`-th one. With `of` > 1 the rows come in `heads` groups of `of` blocks, of which `count` from number `index` on
+    are the parameter's: q, k and v that alternate head by head have one each of three. `transposed`: the tensor is
+    `[in, out]`, its last two axes exchanged. `row`: the parameter is the only row of the tensor, `[1, out]`.
     """
 
     start: int = 0
@@ -163,22 +185,28 @@ class Part:
     transposed: bool = False
     axis: int = 0
     row: bool = False
+    step: int = 1
+    count: int = 1
 
     def disk_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor on disk."""
-        size = self.total or shape[self.axis] * self.of
+        size = self.total or shape[self.axis] * self.of // self.count
         whole = (*([1] if self.row else []), *shape[: self.axis], size, *shape[self.axis + 1 :])
-        return whole[::-1] if self.transposed else whole
+        return (*whole[:-2], *whole[-2:][::-1]) if self.transposed else whole
 
     def view(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The part of a tensor that is the parameter, as a view: to read from, or to write into.
 
         Its entries are those of the parameter in order; its shape has heads apart if they alternate.
         """
-        rows = tensor.T if self.transposed else tensor[0] if self.row else tensor
+        rows = tensor[0] if self.row else tensor
+        if self.transposed and rows.ndim > 1:
+            rows = np.swapaxes(rows, -1, -2)
         if self.of > 1:
-            return rows.reshape(self.heads, self.of, -1, *shape[1:])[:, self.index]
-        return rows[(*[slice(None)] * self.axis, slice(self.start, self.start + shape[self.axis]))]
+            blocks = rows.reshape(self.heads, self.of, -1, *shape[1:])
+            return blocks[:, self.index : self.index + self.count]
+        stop = self.start + shape[self.axis] * self.step
+        return rows[(*[slice(None)] * self.axis, slice(self.start, stop, self.step))]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ many nodes has several rows.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tmjax.models.cache import empty_cache, read_after
 from tmjax.models.decoder import After, Carried, ForwardPlan, TokenContext, bind
-from tmjax.models.layers import Attend, einsum
+from tmjax.models.layers import Attend, Sight, Weighing, einsum
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import constrain
@@ -76,24 +75,27 @@ def read_nodes(
     slots, others = keys.shape[3], nodes.keys.shape[3]
     tables = tuple(table[:, position] for table in _tables(spec, slots + others + 1))
 
-    def mask(window: Array) -> Array:
-        # Slots of the text, other nodes, the node itself.
-        slot, other = jnp.arange(slots), jnp.arange(others)
-        of_text = (slot < nodes.prefix[..., None]) & (position[..., None] - slot < window)
-        of_nodes = (other < nodes.count[..., None]) & (nodes.count[..., None] - other < window)
-        itself = jnp.ones((*position.shape, 1), bool)
-        return jnp.concatenate([of_text, of_nodes, itself], axis=-1)[:, None, None]
+    # Slots of the text, other nodes, the node itself.
+    slot, other = jnp.arange(slots), jnp.arange(others)
+    itself = jnp.ones((*position.shape, 1), bool)
+    known = jnp.concatenate([slot < nodes.prefix[..., None], other < nodes.count[..., None], itself], axis=-1)
+    before = position[..., None] - slot, nodes.count[..., None] - other, jnp.zeros(itself.shape, jnp.int32)
+    distance = jnp.concatenate(before, axis=-1)
+
+    def mask(window: Array) -> Sight:
+        seen = known & (distance < window)
+        return Sight(seen[:, None, None], distance[:, None, None], position[:, None, None])
 
     def enter(carried: Carried, layer: Array) -> tuple[Attend, After]:
         after = [carried]
 
-        def attend(q: Array, k: Array, v: Array, mask: Array, scale: Array, cap: float | None) -> Array:
+        def attend(q: Array, k: Array, v: Array, sight: Sight, weighing: Weighing) -> Array:
             after[:] = [tuple(x.at[layer].set(new) for x, new in zip(carried, (k, v), strict=True))]
             rows, count, heads, dim = q.shape
             grouped = q.reshape(rows, count, k.shape[2], -1, dim)
             text = keys[layer][nodes.text], values[layer][nodes.text]
             other = nodes.keys[:, layer], nodes.values[:, layer]
-            scores = jnp.concatenate(
+            products = jnp.concatenate(
                 [
                     einsum("rqkgd,rksd->rkgqs", grouped, text[0]),
                     einsum("rqkgd,rqakd->rkgqa", grouped, other[0]),
@@ -101,10 +103,7 @@ def read_nodes(
                 ],
                 axis=-1,
             )
-            scores = scores.astype(jnp.float32) * scale
-            if cap is not None:
-                scores = cap * jnp.tanh(scores / cap)
-            weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(q.dtype)
+            weights = weighing.weights(products, sight).astype(q.dtype)
             mixed = (
                 einsum("rkgqs,rksd->rqkgd", weights[..., :slots], text[1])
                 + einsum("rkgqa,rqakd->rqkgd", weights[..., slots:-1], other[1])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from tmjax.models.decoder import scaled_logits
+from tmjax.models.decoder import Readout, scaled_logits
 from tmjax.models.layers import einsum
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import ACTIVATION_RULES
@@ -77,12 +77,12 @@ def _entropy(p: Array) -> Array:
     return jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30)), 0.0)
 
 
-def _block(spec: DecoderSpec, head: Array, part: _Part, *, slopes: bool) -> tuple[Array, Array, Array | None]:
+def _block(spec: DecoderSpec, head: Readout, part: _Part, *, slopes: bool) -> tuple[Array, Array, Array | None]:
     """Weighted losses of a block of tokens, of labels and of a teacher, and the slope of their sum in the logits.
 
     The teacher's loss is the divergence KL(q | p) over the k tokens and all others together: q is known no finer.
     """
-    logits = scaled_logits(spec, einsum("re,ve->rv", part.states, head))
+    logits = scaled_logits(spec, einsum("re,ve->rv", part.states, head.table_ve), head.bias_v)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     nll = normaliser - jnp.take_along_axis(logits, part.labels[..., None], axis=-1)[..., 0]
     text, divergence = jnp.sum(nll * part.weight), jnp.zeros((), jnp.float32)
@@ -130,17 +130,17 @@ def _parts(
 
 
 class _Sums(NamedTuple):
-    """Sums of both losses over tokens, and their sum's slopes in head [vocab, embed] (float32) and hidden states."""
+    """Sums of both losses over tokens, and their sum's slopes in the head (float32) and in hidden states."""
 
     text: Array
     divergence: Array
-    d_head: Array | None = None
+    d_head: Readout | None = None
     d_hidden: Array | None = None
 
 
 def _summed(
     spec: DecoderSpec,
-    head: Array,
+    head: Readout,
     hidden_bte: Array,
     labels_bt: Array,
     weight_bt: Array,
@@ -148,19 +148,22 @@ def _summed(
     *,
     slopes: bool,
 ) -> _Sums:
-    """Sums over the tokens that are here, block by block; the head [vocab, embed] is whole and of the states' dtype."""
+    """Sums over the tokens that are here, block by block; the head is whole and of the states' dtype."""
 
     def make(total: _Sums, part: _Part) -> tuple[_Sums, Array | None]:
         text, divergence, slope = _block(spec, head, part, slopes=slopes)
         total = total._replace(text=total.text + text, divergence=total.divergence + divergence)
         if slope is None:
             return total, None
-        d_head = einsum("rv,re->ve", slope, part.states).astype(jnp.float32)
-        return total._replace(d_head=total.d_head + d_head), einsum("rv,ve->re", slope, head)
+        table, bias = total.d_head
+        table = table + einsum("rv,re->ve", slope, part.states).astype(jnp.float32)
+        bias = None if bias is None else bias + jnp.sum(slope.astype(jnp.float32), axis=0)
+        return total._replace(d_head=Readout(table, bias)), einsum("rv,ve->re", slope, head.table_ve)
 
     count, parts = _parts(spec, hidden_bte, labels_bt, weight_bt, teacher)
     zero = jnp.zeros((), jnp.float32)
-    initial = _Sums(zero, zero, jnp.zeros(head.shape, jnp.float32) if slopes else None)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head) if slopes else None
+    initial = _Sums(zero, zero, start)
     total, d_hidden = _over(make, initial, parts)
     if not slopes:
         return total
@@ -172,7 +175,7 @@ def _summed(
 def _summed_on(
     mesh: Mesh | None,
     spec: DecoderSpec,
-    head_ve: Array,
+    head: Readout,
     hidden_bte: Array,
     labels_bt: Array,
     weight_bt: Array,
@@ -185,31 +188,35 @@ def _summed_on(
     Left to XLA, both would be done for every block. The axis `tensor`, which splits the vocabulary, stays XLA's.
     """
     compute = functools.partial(_summed, spec, slopes=slopes)
-    head = head_ve.astype(hidden_bte.dtype)
+    head = jax.tree.map(lambda x: x.astype(hidden_bte.dtype), head)
     axes = () if mesh is None else tuple(axis for axis in ACTIVATION_RULES["batch"] if mesh.shape[axis] > 1)
     if not axes:
         return compute(head, hidden_bte, labels_bt, weight_bt, teacher)
-    split = "fsdp" in axes and head_ve.shape[1] % mesh.shape["fsdp"] == 0
+    split = "fsdp" in axes and head.table_ve.shape[1] % mesh.shape["fsdp"] == 0
     copies = tuple(axis for axis in axes if not (split and axis == "fsdp"))
 
-    def on_device(head: Array, *batch: Array | TeacherTokens | None) -> _Sums:
+    def on_device(head: Readout, *batch: Array | TeacherTokens | None) -> _Sums:
         if split:
-            head = jax.lax.all_gather(head, "fsdp", axis=1, tiled=True)
+            head = head._replace(table_ve=jax.lax.all_gather(head.table_ve, "fsdp", axis=1, tiled=True))
         sums = compute(head, *batch)
         text, divergence = jax.lax.psum((sums.text, sums.divergence), axes)
-        d_head = sums.d_head
-        if slopes and split:
-            d_head = jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=1, tiled=True)
-        if slopes and copies:
-            d_head = jax.lax.psum(d_head, copies)
-        return _Sums(text, divergence, d_head, sums.d_hidden)
+        if not slopes:
+            return _Sums(text, divergence)
+        d_table, d_bias = sums.d_head
+        if split:
+            d_table = jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True)
+        if copies:
+            d_table = jax.lax.psum(d_table, copies)
+        d_bias = None if d_bias is None else jax.lax.psum(d_bias, axes)
+        return _Sums(text, divergence, Readout(d_table, d_bias), sums.d_hidden)
 
     whole, rows, columns = PartitionSpec(), PartitionSpec(axes), PartitionSpec(None, "fsdp" if split else None)
+    split_head = Readout(columns, None if head.bias_v is None else whole)
     placed = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(columns, rows, rows, rows, rows),
-        out_specs=_Sums(whole, whole, *((columns, rows) if slopes else ())),
+        in_specs=(split_head, rows, rows, rows, rows),
+        out_specs=_Sums(whole, whole, *((split_head, rows) if slopes else ())),
         axis_names=set(axes),
         check_vma=False,  # zeros begin the sums on every device alike
     )
@@ -220,36 +227,36 @@ def _summed_on(
 def _losses(
     spec: DecoderSpec,
     mesh: Mesh | None,
-    head_ve: Array,
+    head: Readout,
     hidden_bte: Array,
     labels_bt: Array,
     weight_bt: Array,
     teacher: TeacherTokens | None,
 ) -> tuple[Array, Array, Array]:
-    sums = _summed_on(mesh, spec, head_ve, hidden_bte, labels_bt, weight_bt, teacher, slopes=False)
+    sums = _summed_on(mesh, spec, head, hidden_bte, labels_bt, weight_bt, teacher, slopes=False)
     return sums.text + sums.divergence, sums.text, sums.divergence
 
 
 def _forward(
     spec: DecoderSpec,
     mesh: Mesh | None,
-    head_ve: Array,
+    head: Readout,
     hidden_bte: Array,
     labels_bt: Array,
     weight_bt: Array,
     teacher: TeacherTokens | None,
-) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
-    sums = _summed_on(mesh, spec, head_ve, hidden_bte, labels_bt, weight_bt, teacher, slopes=True)
-    slopes = sums.d_head.astype(head_ve.dtype), sums.d_hidden.astype(hidden_bte.dtype)
+) -> tuple[tuple[Array, Array, Array], tuple[Readout, Array]]:
+    sums = _summed_on(mesh, spec, head, hidden_bte, labels_bt, weight_bt, teacher, slopes=True)
+    slopes = jax.tree.map(lambda d, x: d.astype(x.dtype), (sums.d_head, sums.d_hidden), (head, hidden_bte))
     return (sums.text + sums.divergence, sums.text, sums.divergence), slopes
 
 
 def _backward(
-    _spec: DecoderSpec, _mesh: Mesh | None, stored: tuple[Array, Array], slopes: tuple[Array, Array, Array]
-) -> tuple[Array, Array, None, None, None]:
-    d_head, d_hidden = stored
+    _spec: DecoderSpec, _mesh: Mesh | None, stored: tuple[Readout, Array], slopes: tuple[Array, Array, Array]
+) -> tuple[Readout, Array, None, None, None]:
     slope = slopes[0]
-    return d_head * slope.astype(d_head.dtype), d_hidden * slope.astype(d_hidden.dtype), None, None, None
+    d_head, d_hidden = jax.tree.map(lambda x: x * slope.astype(x.dtype), stored)
+    return d_head, d_hidden, None, None, None
 
 
 _losses.defvjp(_forward, _backward)
@@ -257,7 +264,7 @@ _losses.defvjp(_forward, _backward)
 
 def summed_losses(
     spec: DecoderSpec,
-    head_ve: Array,
+    head: Readout,
     hidden_bte: Array,
     labels_bt: Array,
     weight_bt: Array,
@@ -270,7 +277,7 @@ def summed_losses(
 
     Args:
         spec: The architecture.
-        head_ve: The unembedding [vocab, embed] in its own dtype.
+        head: The unembedding and the head's bias in their own dtype.
         hidden_bte: Normed states [B, T, embed].
         labels_bt: The next tokens [B, T].
         weight_bt: Weights of the first loss [B, T].
@@ -280,9 +287,9 @@ def summed_losses(
     Returns:
         The sum of both losses, the first and the second; float32, nats.
     """
-    return _losses(spec, mesh, head_ve, hidden_bte, labels_bt, weight_bt, teacher)
+    return _losses(spec, mesh, head, hidden_bte, labels_bt, weight_bt, teacher)
 
 
-def summed_nll(spec: DecoderSpec, head_ve: Array, hidden_bte: Array, labels_bt: Array, weight_bt: Array) -> Array:
+def summed_nll(spec: DecoderSpec, head: Readout, hidden_bte: Array, labels_bt: Array, weight_bt: Array) -> Array:
     """`summed_losses` of labels alone."""
-    return summed_losses(spec, head_ve, hidden_bte, labels_bt, weight_bt)[0]
+    return summed_losses(spec, head, hidden_bte, labels_bt, weight_bt)[0]

@@ -20,8 +20,8 @@ from tmjax.train.modes import Frozen, Mode, Plain
 from tmjax.train.optimizer import GUIDE, TrainConfig, Weights, optimizer
 from tmjax.typing import Array, ArrayLike, Params
 
-#: Paths of the tables with a row per token.
-VOCABULARY = ("embed.weight", "head.weight")
+#: Paths of the parameters with a row or an entry per token.
+VOCABULARY = ("embed.weight", "head.weight", "head.bias")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _losses(
         scale = weights.teacher * share.teacher
         teacher = TeacherTokens(teacher.ids_btk, teacher.weight_btk, teacher.mask_bt * scale)
     total, text, divergence = summed_losses(
-        spec, model.unembedding, hidden, batch.targets_bt, batch.mask_bt * share.text, teacher, mesh
+        spec, model.readout, hidden, batch.targets_bt, batch.mask_bt * share.text, teacher, mesh
     )
     divergence = divergence / jnp.maximum(weights.teacher, 1e-30)
     if guide is None:
@@ -161,7 +161,8 @@ def _update(
             padded = jnp.zeros(objective.spec.vocab, bool)
             for start, end in objective.padding:
                 padded = padded.at[start:end].set(True)
-            trained[path] = jnp.where(padded[:, None], state.trained[path], trained[path])
+            mask = padded.reshape(-1, *[1] * (trained[path].ndim - 1))
+            trained[path] = jnp.where(mask, state.trained[path], trained[path])
     part = 1.0 - objective.config.average
     # As a difference, so that rows that are never trained stay equal bit for bit.
     average = {path: keep(old + part * (trained[path] - old), old) for path, old in state.average.items()}

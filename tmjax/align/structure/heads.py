@@ -1,6 +1,7 @@
 """Attention matched as attention: key-value groups first, query heads inside them, rotary planes inside heads.
 
-Logits of matched heads keep their size: q^ . k^ at the target's attention scale is q . k at the source's.
+Logits of matched heads keep their size: q^ . k^ at the target's attention scale is q . k at the source's. Heads whose
+scores fall with distance (ALiBi) are matched by their slopes too.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from tmjax.align.statistics import Statistics
 from tmjax.align.structure.planes import PlaneMatch, plane_map, planes_of, stretch
+from tmjax.models.alibi import slopes
 from tmjax.models.spec import DecoderSpec
 from tmjax.ot import HeadMap, cover_edges
 from tmjax.typing import Params
@@ -108,7 +110,9 @@ def match_heads(
     like_q, like_k = (match.similarity(cov[site], *size[site]) for site in ("q", "k"))
     like_v = _likeness(_heads(rho["v"], target.scales["v"][layer], source.scales["v"][source_layer]))
     each, each_source = spec.heads // spec.kv_heads, other.heads // other.kv_heads
-    blocks = like_q.reshape(spec.kv_heads, each, other.kv_heads, each_source).transpose(0, 2, 1, 3)
+    blocks = (
+        (like_q - octaves(spec, other)).reshape(spec.kv_heads, each, other.kv_heads, each_source).transpose(0, 2, 1, 3)
+    )
     inner = np.array([[_best(block) for block in row] for row in blocks])
     groups = Edges(*cover_edges(3.0 - inner - like_k - like_v))
     pairs, number = [], []
@@ -120,6 +124,17 @@ def match_heads(
     q_blocks, k_blocks = _maps(target, source, (layer, source_layer), match, cov, groups, heads, group_of)
     costs = {"q": 1 - like_q[tuple(heads)].mean(), "k": 1 - like_k[tuple(groups)].mean()}
     return HeadMatch(groups, heads, group_of, q_blocks, k_blocks, costs)
+
+
+def octaves(spec: DecoderSpec, other: DecoderSpec) -> np.ndarray:
+    """Distances [heads, heads'] of the slopes of two models' heads, in octaves; 0 unless both have such biases (ALiBi).
+
+    A head that is transported keeps the slope of the target's head, so an octave weighs as much as a whole likeness.
+    """
+    if spec.alibi is None or other.alibi is None:
+        return np.zeros((spec.heads, other.heads))
+    ours, theirs = (np.log2(slopes(each.heads) * each.alibi.scale) for each in (spec, other))
+    return np.abs(ours[:, None] - theirs[None, :])
 
 
 def _heads(rho_nk: np.ndarray, like: np.ndarray, source_like: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME
 from tmjax.errors import InputError
 from tmjax.files.jsonfile import read_json
-from tmjax.models.families.quantised import is_float8
+from tmjax.models.families.quantised import is_read
 
 #: Files beside `config.json` in which quantisation tools record their settings.
 _PACKED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -90,24 +90,24 @@ def no_weights(directory: Path) -> InputError:
     )
 
 
-def float8_beside(directory: Path) -> dict[str, Any] | None:
-    """Returns the settings of float8 weights that a file beside the config declares."""
+def packing_beside(directory: Path) -> dict[str, Any] | None:
+    """Returns the settings of quantised weights that a file beside the config declares, if they are read."""
     for name in _PACKED:
         settings = _json(directory / name)
         settings = settings.get("quantization", settings)
-        if is_float8(settings):
+        if is_read(settings):
             return settings
     return None
 
 
 def refuse_packed(directory: Path) -> None:
-    """Raises InputError if a file beside the config declares quantised weights other than float8."""
+    """Raises InputError if a file beside the config declares quantised weights that are not read."""
     for name in _PACKED:
         if (directory / name).is_file():
             settings = _json(directory / name)
             settings = settings.get("quantization", settings)
             settings = settings if isinstance(settings, dict) else {}
-            if is_float8(settings):
+            if is_read(settings):
                 continue
             details = [str(settings[key]) for key in ("quant_algo", "quant_method") if settings.get(key)]
             details += [f"{settings['bits']} bits"] if settings.get("bits") else []

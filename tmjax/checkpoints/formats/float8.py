@@ -7,11 +7,11 @@ activations are not used: a forward pass here does not quantise them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from tmjax.checkpoints.formats.safetensors import DTYPES_BY_NAME, FLOAT8, Weights
+from tmjax.checkpoints.formats.safetensors import DTYPES, DTYPES_BY_NAME, FLOAT8, Weights
 from tmjax.errors import CheckpointError, summarise
 
 #: Endings of the names of scales, of a weight in the order in which they are looked for.
@@ -26,6 +26,8 @@ class Float8:
 
     dtype: np.dtype
     block: tuple[int, int] | None = None
+    name: ClassVar[str] = "float8"
+    dtypes: ClassVar = DTYPES | FLOAT8
 
     @classmethod
     def of(cls, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Self:
@@ -40,6 +42,10 @@ class Float8:
     def note(self) -> str:
         """Notes on such a checkpoint."""
         return f"weights in float8 are read as {self.dtype.name}; activations are not quantised"
+
+    def opened(self, weights: Weights) -> Weights:
+        """Returns the tensors with numbers in place of float8; raises CheckpointError."""
+        return Dequantised(weights, self)
 
 
 class Dequantised(Weights):

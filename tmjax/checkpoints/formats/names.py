@@ -63,7 +63,7 @@ def matched(index: Weights, rows: tuple[ParamSpec, ...], spec: DecoderSpec) -> t
     table_names = {name for row in rows for name in row.names(spec)}
     plain = {name: unwrapped(name) for name in index}
     prefix = base_prefix(rows)
-    heads = {name for row in rows if row.path == "head.weight" for name in row.names(spec)}
+    heads = {name for row in rows if row.path.startswith("head.") for name in row.names(spec)}
     ways = list(_renamings(list(plain.values()), prefix, heads))
     best = max(ways, key=lambda way: sum(way(name) in table_names for name in plain.values()), default=str)
     stored: dict[str, list[str]] = defaultdict(list)

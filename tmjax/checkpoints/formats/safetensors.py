@@ -37,6 +37,8 @@ DTYPES: Mapping[str, np.dtype] = {
 DTYPES_BY_NAME: Mapping[str, np.dtype] = {dtype.name: dtype for dtype in DTYPES.values()}
 #: Numbers that stand for others by a scale (see `formats.float8`).
 FLOAT8: Mapping[str, np.dtype] = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+#: Bytes of packed numbers (see `formats.mxfp4`).
+UINT8: Mapping[str, np.dtype] = {"U8": np.dtype(np.uint8)}
 DTYPE_NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 #: The bits of the exponent, all of them set in NaN and infinity and in nothing else.
 _EXPONENTS = {"float32": np.uint32(0x7F800000), "bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}

@@ -3,13 +3,19 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from tmjax.checkpoints.formats.container import no_weights
-from tmjax.checkpoints.formats.float8 import Dequantised, Float8
-from tmjax.checkpoints.formats.safetensors import DTYPES, FLOAT8, INDEX_NAME, SINGLE_NAME, TensorIndex, Weights
+from tmjax.checkpoints.formats.float8 import Float8
+from tmjax.checkpoints.formats.mxfp4 import Mxfp4
+from tmjax.checkpoints.formats.nvfp4 import Nvfp4
+from tmjax.checkpoints.formats.safetensors import INDEX_NAME, SINGLE_NAME, TensorIndex, Weights
 from tmjax.checkpoints.formats.torch_bin import BIN_INDEX_NAME, BIN_SINGLE_NAME, TorchIndex
+
+#: Ways in which weights are quantised that are read.
+Packing: TypeAlias = Float8 | Mxfp4 | Nvfp4
 
 
 def has_safetensors(directory: Path) -> bool:
@@ -44,17 +50,17 @@ def weight_files(directory: Path) -> list[Path]:
     return []
 
 
-def open_weights(directory: Path, ignored: tuple[str, ...] = (), float8: Float8 | None = None) -> Weights:
+def open_weights(directory: Path, ignored: tuple[str, ...] = (), packing: Packing | None = None) -> Weights:
     """The tensors of a checkpoint directory, read lazily; those whose names end in one of `ignored` are left out.
 
-    With `float8` weights they are dequantised as they are read.
+    With a `packing` weights are dequantised as they are read.
 
     Raises InputError if there are none or their format needs a package that is not there, CheckpointError if they are
     damaged or quantised.
     """
     directory = Path(directory)
-    if float8 is not None and has_safetensors(directory):
-        return Dequantised(TensorIndex(directory, ignored, DTYPES | FLOAT8), float8)
+    if packing is not None and has_safetensors(directory):
+        return packing.opened(TensorIndex(directory, ignored, packing.dtypes))
     if has_safetensors(directory):
         return TensorIndex(directory, ignored)
     if has_torch(directory):

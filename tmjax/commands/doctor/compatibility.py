@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from tmjax.align.structure.planes import planes_of
 from tmjax.commands.doctor.side import Side
+from tmjax.models.alibi import slopes
 from tmjax.models.spec import FULL_ATTENTION, DecoderSpec, Rotary, projections
 from tmjax.text.tokenizer import TextTokenizer
 from tmjax.transfer.chain import named_roles
@@ -32,6 +34,31 @@ def _mlp(spec: DecoderSpec) -> str:
     return f"{kind}; {experts.chosen} of {experts.count} experts of {experts.width} units{shared}{dense}"
 
 
+def _alibi(spec: DecoderSpec) -> str:
+    if spec.alibi is None:
+        return "none"
+    slope = slopes(spec.heads) * spec.alibi.scale
+    return f"slopes {slope.min():.2g} to {slope.max():.2g}"
+
+
+def attention_notes(target: DecoderSpec, source: DecoderSpec, structure: str) -> list[str]:
+    """Remarks on what an alignment of attention cannot carry over; `structure` is that of the alignment."""
+    notes = []
+    planes = [planes_of(spec.rotaries[spec.layer_rotaries[0]], spec.head_dim) for spec in (target, source)]
+    turning, still = ([len(getattr(each, name)) for each in planes] for name in ("pairs", "still"))
+    if structure != "none" and min(turning) == min(still) == 0:
+        turns, stays = ("source", "target") if turning[1] else ("target", "source")
+        notes.append(
+            f"queries and keys of the {turns} turn with their position, those of the {stays} do not: q and k of the"
+            " source are left out of a structured alignment, v and o are transported"
+        )
+    if target.alibi != source.alibi:
+        notes.append("biases of scores by distance (ALiBi) are no weights: the target keeps its own or has none")
+    if target.sinks or source.sinks:
+        notes.append("attention sinks are not transported: the target keeps its own or has none")
+    return notes
+
+
 def differences(target: DecoderSpec, source: DecoderSpec) -> list[dict[str, Any]]:
     """Compares attention, positions and MLP of the two architectures: `what`, `target`, `source`, `same`."""
 
@@ -47,12 +74,15 @@ def differences(target: DecoderSpec, source: DecoderSpec) -> list[dict[str, Any]
             "layers of the second rotary": str(sum(spec.layer_rotaries)),
             "learned positions": "yes" if spec.learned_positions else "no",
             "sinusoidal positions": "yes" if spec.sinusoidal_positions else "no",
+            "biases by distance (ALiBi)": _alibi(spec),
+            "attention sinks": "yes" if spec.sinks else "no",
+            "norm of embeddings": "yes" if spec.embedding_norm else "no",
             "qk norm": spec.qk_norm,
             "windows": _windows(spec),
             "MLP": _mlp(spec),
             "norm": f"{spec.norm}, {' and '.join(norms)} each branch" + (", parallel" if spec.parallel else ""),
-            "biases (qkv, o, MLP)": ", ".join(
-                "yes" if b else "no" for b in (spec.qkv_bias, spec.o_bias, spec.mlp_bias)
+            "biases (qkv, o, MLP, head)": ", ".join(
+                "yes" if b else "no" for b in (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.head_bias)
             ),
             "caps (attention, logits)": f"{spec.attention_cap or 'none'}, {spec.logit_cap or 'none'}",
         }

@@ -11,7 +11,7 @@ from tmjax.align.alignment import solver_of
 from tmjax.align.sizes import require_room, row_budget, sites_of
 from tmjax.align.streaming import require_streamable
 from tmjax.checkpoints.load import require_plain
-from tmjax.commands.doctor.compatibility import differences, mapped, overlap, tokenizer_faults
+from tmjax.commands.doctor.compatibility import attention_notes, differences, mapped, overlap, tokenizer_faults
 from tmjax.commands.doctor.estimate import Reading, memory, time
 from tmjax.commands.doctor.side import Side, describe_side, side_facts
 from tmjax.commands.merge.inputs import WITHOUT
@@ -90,6 +90,7 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         report["projections"] = mapped(target, source, chain or ())
         chosen = _tried(problems, lambda: chain_projections(chain or (), target.rows, source.rows))
         aligned = chain is None or aligns(chain)
+        notes += attention_notes(target.spec, source.spec, recipe.alignment.structure) if aligned else []
         if aligned and chosen is not None and not chosen:
             problems.append("the two models share no projection that could be transported")
         solvable = _tried(problems, lambda: _require_solver(recipe, target, source, chosen or {}))

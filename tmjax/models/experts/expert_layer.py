@@ -52,11 +52,32 @@ def choose(experts: Experts, logits_rn: Array, bias_n: Array | None) -> Choice:
     return Choice(ids, weights if experts.scale == 1 else weights * experts.scale)
 
 
-class ExpertMatrices(nnx.Module):
-    """Matrices [expert, out, in] of one projection of all experts."""
+class Projection(NamedTuple):
+    """One projection of some experts: matrices [expert, out, in], and biases [expert, out] if it has some."""
 
-    def __init__(self, count: int, n_in: int, n_out: int, *, rngs: nnx.Rngs) -> None:
+    weight: Array
+    bias: Array | None = None
+
+    def __call__(self, x: Array, sizes: Array, number: Array) -> Array:
+        """Maps rows [rows, in] sorted by expert, `sizes` rows each; `number` of each row, that of no expert last."""
+        out = grouped_product(x, self.weight, sizes)
+        if self.bias is None:
+            return out
+        return out + jnp.pad(self.bias, ((0, 1), (0, 0)))[number].astype(out.dtype)
+
+
+class ExpertMatrices(nnx.Module):
+    """Matrices [expert, out, in] of one projection of all experts, and their biases."""
+
+    def __init__(self, count: int, n_in: int, n_out: int, *, bias: bool, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (count, n_out, n_in)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((count, n_out)))
+
+    @property
+    def projection(self) -> Projection:
+        """The arrays."""
+        return Projection(self.weight[...], self.bias[...] if hasattr(self, "bias") else None)
 
 
 class Router(nnx.Module):
@@ -66,11 +87,14 @@ class Router(nnx.Module):
         self.weight = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (experts.count, spec.hidden)))
         if experts.choice_bias:
             self.bias = nnx.Param(jnp.zeros((experts.count,)))
+        if experts.logit_bias:
+            self.logit_bias = nnx.Param(jnp.zeros((experts.count,)))
 
     def logits(self, x: Array) -> Array:
         """Logits [rows, experts] of rows [rows, embed]."""
         wide, weight = x.astype(jnp.float32), self.weight[...].astype(jnp.float32)
-        return jnp.einsum("re,ne->rn", wide, weight, precision=precision(wide.dtype))
+        logits = jnp.einsum("re,ne->rn", wide, weight, precision=precision(wide.dtype))
+        return logits + self.logit_bias[...].astype(jnp.float32) if hasattr(self, "logit_bias") else logits
 
 
 class Mixture(nnx.Module):
@@ -81,9 +105,10 @@ class Mixture(nnx.Module):
         self.spec, self.experts = spec, spec.experts
         count, embed, width, shared = spec.experts.count, spec.hidden, spec.experts.width, spec.experts.shared_width
         self.router = Router(spec, spec.experts, rngs=rngs)
-        self.gate = ExpertMatrices(count, embed, width, rngs=rngs)
-        self.up = ExpertMatrices(count, embed, width, rngs=rngs)
-        self.down = ExpertMatrices(count, width, embed, rngs=rngs)
+        bias = spec.experts.bias
+        self.gate = ExpertMatrices(count, embed, width, bias=bias, rngs=rngs)
+        self.up = ExpertMatrices(count, embed, width, bias=bias, rngs=rngs)
+        self.down = ExpertMatrices(count, width, embed, bias=bias, rngs=rngs)
         if shared:
             self.shared_gate = Linear(embed, shared, rngs=rngs)
             self.shared_up = Linear(embed, shared, rngs=rngs)
@@ -96,8 +121,8 @@ class Mixture(nnx.Module):
         rows = h_bte.reshape(-1, h_bte.shape[-1])
         bias = self.router.bias[...].astype(jnp.float32) if self.experts.choice_bias else None
         choice = choose(self.experts, self.router.logits(rows), bias)
-        matrices = tuple(each.weight[...] for each in (self.gate, self.up, self.down))
-        out = self._routed(rows, choice, matrices, mesh).reshape(h_bte.shape)
+        projections = tuple(each.projection for each in (self.gate, self.up, self.down))
+        out = self._routed(rows, choice, projections, mesh).reshape(h_bte.shape)
         return out + self._shared(h_bte, mesh) if self.experts.shared_width else out
 
     def _shared(self, h_bte: Array, mesh: Mesh | None) -> Array:
@@ -106,24 +131,24 @@ class Mixture(nnx.Module):
         out = self.shared_down(constrain(mesh, hidden, ("batch", None, "mlp")))
         return out * jax.nn.sigmoid(self.shared_scale(h_bte)) if self.experts.shared_gate else out
 
-    def _routed(self, rows: Array, choice: Choice, matrices: tuple[Array, ...], mesh: Mesh | None) -> Array:
+    def _routed(self, rows: Array, choice: Choice, projections: tuple[Projection, ...], mesh: Mesh | None) -> Array:
         if mesh is None:
-            return self._apply(rows, choice, matrices, 0)
+            return self._apply(rows, choice, projections, 0)
         axis = RULES["experts"]
 
-        def on_device(rows: Array, choice: Choice, matrices: tuple[Array, ...]) -> Array:
-            first = jax.lax.axis_index(axis) * len(matrices[0])
-            return jax.lax.psum(self._apply(rows, choice, matrices, first), axis)
+        def on_device(rows: Array, choice: Choice, projections: tuple[Projection, ...]) -> Array:
+            first = jax.lax.axis_index(axis) * len(projections[0].weight)
+            return jax.lax.psum(self._apply(rows, choice, projections, first), axis)
 
         batch, parts = PartitionSpec(ACTIVATION_RULES["batch"]), PartitionSpec(axis)
-        specs = batch, Choice(batch, batch), (parts,) * len(matrices)
+        specs = batch, Choice(batch, batch), jax.tree.map(lambda _: parts, projections)
         placed = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False)
-        return placed(rows, choice, matrices)
+        return placed(rows, choice, projections)
 
-    def _apply(self, rows: Array, choice: Choice, matrices: tuple[Array, ...], first: Array | int) -> Array:
-        """Outputs of the experts from number `first` on, of which `matrices` are here, weighed and summed per row."""
-        gate, up, down = matrices
-        chosen, local = self.experts.chosen, len(gate)
+    def _apply(self, rows: Array, choice: Choice, projections: tuple[Projection, ...], first: Array | int) -> Array:
+        """Outputs of the experts from number `first` on, of which those are here, weighed and summed per row."""
+        gate, up, down = projections
+        chosen, local = self.experts.chosen, len(gate.weight)
         number = choice.ids.reshape(-1) - first
         number = jnp.where((number >= 0) & (number < local), number, local)  # those of other devices come last
         order = jnp.argsort(number)
@@ -131,7 +156,16 @@ class Mixture(nnx.Module):
         # Each row once for each of its experts; a permutation has a gradient without collisions.
         spread = jnp.broadcast_to(rows[:, None], (len(rows), chosen, rows.shape[1])).reshape(-1, rows.shape[1])
         x = spread.at[order].get(unique_indices=True)
-        hidden = ACTIVATIONS[self.spec.activation](grouped_product(x, gate, sizes)) * grouped_product(x, up, sizes)
-        out = grouped_product(hidden, down, sizes).astype(jnp.float32)
+        ordered = number[order]
+        hidden = self._units(gate(x, sizes, ordered), up(x, sizes, ordered))
+        out = down(hidden, sizes, ordered).astype(jnp.float32)
         out = out.at[jnp.argsort(order)].get(unique_indices=True).reshape(len(rows), chosen, -1)
         return jnp.sum(out * choice.weights[:, :, None], axis=1).astype(rows.dtype)
+
+    def _units(self, gate: Array, up: Array) -> Array:
+        """Units of experts from their gates and inputs."""
+        limit = self.experts.limit
+        if limit is None:
+            return ACTIVATIONS[self.spec.activation](gate) * up
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.experts.gain * gate)

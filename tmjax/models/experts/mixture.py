@@ -14,6 +14,9 @@ class Experts:
     The scores of the chosen experts, divided by their sum if `normalised` and multiplied by `scale`, weigh the experts'
     outputs. An expert every token passes through, of `shared_width` units (0: none), is added; with `shared_gate` times
     the sigmoid of a learned product. Layers in `dense` have an MLP of `DecoderSpec.mlp` units and no experts.
+
+    With `logit_bias` the router's logits have a bias, with `bias` the experts' projections have. With `limit` a unit is
+    (u + 1) g sigmoid(`gain` g), g = min(gate, limit) and u = up cut at +-limit (gpt-oss).
     """
 
     count: int
@@ -28,6 +31,10 @@ class Experts:
     shared_width: int = 0
     shared_gate: bool = False
     dense: tuple[int, ...] = ()
+    logit_bias: bool = False
+    bias: bool = False
+    limit: float | None = None
+    gain: float = 1.0
 
 
 class Run(NamedTuple):

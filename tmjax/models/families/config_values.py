@@ -56,6 +56,14 @@ class ConfigView:
         """
         return key in self._config and self._config[key] is None
 
+    def lacks(self, key: str) -> bool:
+        """Returns whether a key is missing or null.
+
+        Args:
+            key: The key.
+        """
+        return self._config.get(key) is None
+
     def is_text(self, key: str) -> bool:
         """Returns whether the value of a key is text.
 

@@ -63,10 +63,23 @@ def fused(hf: str, roles: tuple[str, ...], spec: DecoderSpec, *, bias: bool, tra
     return tuple(rows)
 
 
-def alternating(hf: str, roles: tuple[str, ...], spec: DecoderSpec, *, bias: bool) -> tuple[ParamSpec, ...]:
-    """Rows of projections that alternate head by head in one tensor on disk."""
-    parts = [Part(heads=spec.heads, index=index, of=len(roles)) for index in range(len(roles))]
+def alternating(
+    hf: str, roles: tuple[str, ...], spec: DecoderSpec, *, bias: bool, groups: int | None = None
+) -> tuple[ParamSpec, ...]:
+    """Rows of projections that alternate head by head in one tensor on disk, or in so many `groups` of rows."""
+    parts = [Part(heads=groups or spec.heads, index=index, of=len(roles)) for index in range(len(roles))]
     return tuple(row for role, part in zip(roles, parts, strict=True) for row in linear(hf, role, bias=bias, part=part))
+
+
+def grouped(hf: str, spec: DecoderSpec, *, bias: bool) -> tuple[ParamSpec, ...]:
+    """Rows of q, k and v in one tensor on disk: of each key-value head its queries, its keys and its values."""
+    each = spec.heads // spec.kv_heads
+    places = {"q": (0, each), "k": (each, 1), "v": (each + 1, 1)}
+    rows = []
+    for role, (index, count) in places.items():
+        part = Part(heads=spec.kv_heads, index=index, of=each + 2, count=count)
+        rows += linear(hf, role, bias=bias, part=part)
+    return tuple(rows)
 
 
 def attention(prefix: str, spec: DecoderSpec, *, o: str = "o_proj") -> tuple[ParamSpec, ...]:
@@ -88,10 +101,10 @@ def gated_mlp(prefix: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
     )
 
 
-def plain_mlp(prefix: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
+def plain_mlp(prefix: str, spec: DecoderSpec, up: str = "up_proj", down: str = "down_proj") -> tuple[ParamSpec, ...]:
     """Rows of an MLP without a gate."""
-    up, down = (linear(f"{prefix}.{role}_proj", role, bias=spec.mlp_bias) for role in ("up", "down"))
-    return (*up, *down)
+    rows = (linear(f"{prefix}.{name}", role, bias=spec.mlp_bias) for name, role in ((up, "up"), (down, "down")))
+    return tuple(row for pair in rows for row in pair)
 
 
 def qk_norms(prefix: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
@@ -111,6 +124,11 @@ def qk_norms(prefix: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
 def head(spec: DecoderSpec, hf: str = "lm_head.weight") -> ParamSpec:
     """The row of the output head."""
     return ParamSpec(hf, "head.weight", ("vocab", "embed"), tied_to="embed.weight" if spec.tied_embeddings else None)
+
+
+def biased_head(spec: DecoderSpec, hf: str = "lm_head") -> tuple[ParamSpec, ...]:
+    """The rows of an output head with a bias."""
+    return head(spec, f"{hf}.weight"), ParamSpec(f"{hf}.bias", "head.bias", ("vocab",))
 
 
 def llama_like(

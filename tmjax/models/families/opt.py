@@ -5,14 +5,8 @@ from typing import Any
 from tmjax.errors import InputError
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
-from tmjax.models.families.layout import attention, fields, head, head_size, linear, norm
+from tmjax.models.families.layout import attention, fields, head, head_size, norm, plain_mlp
 from tmjax.models.spec import DecoderSpec, ParamSpec, Rotary
-
-
-def mlp(layer: str, spec: DecoderSpec) -> tuple[ParamSpec, ...]:
-    """Returns the rows of the MLP of a layer."""
-    up, down = (linear(f"{layer}.{name}", role, bias=spec.mlp_bias) for name, role in (("fc1", "up"), ("fc2", "down")))
-    return (*up, *down)
 
 
 def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
@@ -23,7 +17,7 @@ def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
         *norm(f"{layer}.self_attn_layer_norm", "blocks.attn_norm", spec),
         *attention(f"{layer}.self_attn", spec, o="out_proj"),
         *norm(f"{layer}.final_layer_norm", "blocks.mlp_norm", spec),
-        *mlp(layer, spec),
+        *plain_mlp(layer, spec, "fc1", "fc2"),
         *norm("model.decoder.final_layer_norm", "norm", spec),
         head(spec),
     )

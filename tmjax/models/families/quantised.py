@@ -1,4 +1,4 @@
-"""Quantised checkpoints, recognised and named from their `config.json`: float8 weights are read, others are refused."""
+"""Quantised checkpoints, recognised and named from their `config.json`: float8, MXFP4 and NVFP4 are read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,9 +44,26 @@ def is_float8(settings: Any) -> bool:
     return method in (None, "modelopt") and algorithm == "FP8"
 
 
-def float8_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Returns the settings of a config's float8 quantisation; None if it declares another one or none."""
-    return next((config[key] for key in _KEYS if is_float8(config.get(key))), None)
+def is_mxfp4(settings: Any) -> bool:
+    """Returns whether settings of a quantisation say MXFP4, as that of transformers does."""
+    return isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
+
+
+def is_nvfp4(settings: Any) -> bool:
+    """Returns whether settings of a quantisation say NVFP4 weights, as those of modelopt do."""
+    if not isinstance(settings, dict):
+        return False
+    return settings.get("quant_method") in (None, "modelopt") and settings.get("quant_algo") == "NVFP4"
+
+
+def is_read(settings: Any) -> bool:
+    """Returns whether weights of such a quantisation are read."""
+    return is_float8(settings) or is_mxfp4(settings) or is_nvfp4(settings)
+
+
+def packed_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns the settings of a config's quantisation; None if it declares none, or one that is not read."""
+    return next((config[key] for key in _KEYS if is_read(config.get(key))), None)
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:

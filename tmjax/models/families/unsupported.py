@@ -102,7 +102,7 @@ def _heads(config: Mapping[str, Any]) -> str | None:
 
 def _sinks(config: Mapping[str, Any]) -> str | None:
     biased = any(config.get(key) is True for key in ("add_swa_attention_sink_bias", "add_full_attention_sink_bias"))
-    return "attention sinks" if biased or config.get("model_type") == "gpt_oss" else None
+    return "attention sinks in some layers" if biased else None
 
 
 def _further(config: Mapping[str, Any]) -> str | None:

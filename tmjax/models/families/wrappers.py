@@ -47,6 +47,22 @@ TEXTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
                 "rope_theta": 5e5,
             },
         ),
+        "qwen3_vl_moe_text": (
+            "qwen3_moe",
+            {
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "intermediate_size": 5632,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 16,
+                "max_position_embeddings": 128000,
+                "rms_norm_eps": 1e-6,
+                "moe_intermediate_size": 1408,
+                "num_experts_per_tok": 4,
+                "num_local_experts": 60,
+            },
+        ),
         "qwen2_5_vl_text": ("qwen2", _QWEN2_VL),
         "qwen2_vl_text": ("qwen2", _QWEN2_VL),
         "gemma3_text": (
@@ -87,6 +103,7 @@ TIED: Mapping[str, bool] = MappingProxyType(
         "qwen2_5_vl": False,
         "qwen2_vl": False,
         "qwen3_vl": False,
+        "qwen3_vl_moe": False,
     }
 )
 #: Text models of configs that are not nested, as old Qwen 2 VL configs are.
@@ -101,6 +118,9 @@ _TEXT_NAMES = (
 )
 #: Beginnings of the names of all other tensors, with or without `model.` before them.
 _TOWERS = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline")
+#: Settings that the text models have whatever their configs say, and those whose experts lie in one tensor a layer.
+_ALWAYS = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+_FUSED = frozenset({"qwen3_vl_moe"})
 _MROPE = ("mrope_section", "mrope_interleaved")
 
 
@@ -115,6 +135,11 @@ class Wrapper:
     def note(self) -> str:
         """What a user should know of such a checkpoint."""
         return f"of the multimodal {self.model_type} the text model is read, as {self.config['model_type']}"
+
+    @property
+    def has_fused_experts(self) -> bool:
+        """Whether all experts of a layer lie in one tensor."""
+        return self.model_type in _FUSED
 
     @staticmethod
     def text_name(name: str) -> str | None:
@@ -150,7 +175,7 @@ def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", TIED[kind]))
     values = dict(defaults) | outer | {key: _plain_rotary(key, value) for key, value in text.items()}
     # Embeddings are tied by the wrapper's own word; the class of the whole is not that of the text model.
-    values |= {"model_type": family, "tie_word_embeddings": tied}
+    values |= {"model_type": family, "tie_word_embeddings": tied} | _ALWAYS.get(text_kind, {})
     values.pop("architectures", None)
     return Wrapper(kind, values)
 

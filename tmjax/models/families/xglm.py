@@ -5,8 +5,7 @@ from typing import Any
 
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
-from tmjax.models.families.layout import attention, head, head_size, norm
-from tmjax.models.families.opt import mlp
+from tmjax.models.families.layout import attention, head, head_size, norm, plain_mlp
 from tmjax.models.spec import DecoderSpec, ParamSpec, Rotary
 
 
@@ -17,7 +16,7 @@ def _params(spec: DecoderSpec) -> tuple[ParamSpec, ...]:
         *norm(f"{layer}.self_attn_layer_norm", "blocks.attn_norm", spec),
         *attention(f"{layer}.self_attn", spec, o="out_proj"),
         *norm(f"{layer}.final_layer_norm", "blocks.mlp_norm", spec),
-        *mlp(layer, spec),
+        *plain_mlp(layer, spec, "fc1", "fc2"),
         *norm("model.layer_norm", "norm", spec),
         head(spec),
     )

@@ -167,6 +167,9 @@ def _readout(
     weights = jnp.asarray(params[program.readout], last.dtype)
     weights = place(jnp.pad(weights, ((0, program.vocab - spec.vocab), (0, 0))), ("tensor", "fsdp"), None)
     weights = place(weights, DEVICES, None)
+    bias = None
+    if spec.head_bias:
+        bias = place(jnp.pad(jnp.asarray(params["head.bias"]), (0, program.vocab - spec.vocab)), DEVICES)
     padded = jnp.arange(program.vocab) >= spec.vocab
 
     def cut(x: Array) -> Array:
@@ -186,7 +189,7 @@ def _readout(
         own_states, norm_back = jax.vjp(normed, stream)
         states = place(own_states, None, None, None)
         products = place(einsum("bte,ve->btv", states, weights), None, None, DEVICES)
-        scores, scale_back = jax.vjp(functools.partial(scaled_logits, spec), products)
+        scores, scale_back = jax.vjp(functools.partial(scaled_logits, spec, bias=bias), products)
         if program.vocab != spec.vocab:
             scores = jnp.where(padded, -jnp.inf, scores)
         p = jax.nn.softmax(scores)

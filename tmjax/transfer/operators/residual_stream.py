@@ -126,9 +126,10 @@ def transport_stream(
     moved: dict[str, dict[str, Moved]] = {}
     if options.norms == "transported":
         moved["norm"] = _norms(stream, target, source, params)
-    if options.embeddings == "shared":
+    # Normed embeddings are no linear function of their table: a target that has them keeps it.
+    if options.embeddings == "shared" and not target.spec.embedding_norm:
         moved["embed"] = _tables(stream, target, source, params, norms=options.norms == "transported")
-    if not moved.get("norm", {"": None}) or not moved.get("embed", {"": None}):
+    if not moved or not all(moved.values()):
         raise InputError("the two models have no norms or no tokens in common that could be transported")
     if options.norm_match:
         tables = moved.get("embed", {})
@@ -153,9 +154,11 @@ def _norms(stream: _StreamPlan, target: Model, source: Model, params: Params) ->
         if path not in params:
             continue
         shift = (offset, other) if kind == "weight" else (0.0, 0.0)
+        if base == "norm" and target.spec.embedding_norm:
+            continue  # it belongs to the output rows, which such a target keeps
         if base == "norm":
             items[path] = _moved(_final(stream, target, source, _array(params, path) + shift[1]) - shift[0])
-        elif base in _NORM_SITES:
+        elif _NORM_SITES.get(base) in stream.alignment.target:  # a mixture's alignment has no sites of its MLP
             weight, value = _array(params, path) + shift[1], np.zeros(np.shape(old))
             for layer, m in np.argwhere(stream.weights > 0):
                 s, inverse = stream.scales(_NORM_SITES[base], layer, m)
@@ -187,7 +190,7 @@ def _tables(stream: _StreamPlan, target: Model, source: Model, params: Params, *
     maps, (s, inverse) = stream.maps(*stream.ends[0]), stream.scales("resid", *stream.ends[0])
     into = (maps.ahead * s[:, None] * inverse[None, :]).T * source.spec.embedding_scale / target.spec.embedding_scale
     shape = np.shape(target.params["embed.weight"])
-    items = {"embed.weight": _rows(shape, own, _array(params, "embed.weight")[other] @ into)}
+    items = {"embed.weight": _rows(shape, own, _embeddings(params, source)[other] @ into)}
     if target.spec.learned_positions and source.spec.learned_positions:
         positions = (
             _array(params, "positions.weight") @ into * target.spec.embedding_scale / source.spec.embedding_scale
@@ -204,15 +207,30 @@ def _tables(stream: _StreamPlan, target: Model, source: Model, params: Params, *
         ahead = last.ahead @ behind if norms else _final_weight(target.params, target)
         back = scale * behind[:, None] * last.back / np.where(np.abs(ahead) > 1e-6, ahead, np.inf)[None, :]
         items["head.weight"] = _rows(np.shape(target.params["head.weight"]), own, rows @ back)
+    if target.spec.head_bias and source.spec.head_bias:
+        bias = _array(params, "head.bias")[other] * source.spec.logit_scale / target.spec.logit_scale
+        items["head.bias"] = _rows(np.shape(target.params["head.bias"]), own, bias)
     return items
+
+
+def _embeddings(params: Params, model: Model) -> np.ndarray:
+    """The embeddings [vocab, embed] as the first block reads them, but for their factor."""
+    table = _array(params, "embed.weight")
+    if not model.spec.embedding_norm:
+        return table
+    if model.spec.norm == "layer":
+        table = table - table.mean(axis=1, keepdims=True)
+    table = table / np.sqrt(np.square(table).mean(axis=1, keepdims=True) + model.spec.norm_eps)
+    table = table * (_array(params, "embed_norm.weight") + float(model.spec.norm_offset))
+    return table + _array(params, "embed_norm.bias") if model.spec.norm_bias else table
 
 
 def _final_weight(params: Params, model: Model) -> np.ndarray:
     return _array(params, "norm.weight") + float(model.spec.norm_offset)
 
 
-def _rows(shape: tuple[int, int], chosen: np.ndarray, values: np.ndarray) -> Moved:
-    value, mask = np.zeros(shape), np.zeros((shape[0], 1))
+def _rows(shape: tuple[int, ...], chosen: np.ndarray, values: np.ndarray) -> Moved:
+    value, mask = np.zeros(shape), np.zeros((shape[0], *[1] * (len(shape) - 1)))
     value[chosen], mask[chosen] = values, 1.0
     return _moved(value, mask)
 
