@@ -1,8 +1,8 @@
 """Experts of a layer that lie in one tensor, as tensors of single experts.
 
-`X.experts.gate_up_proj` and `X.experts.down_proj` appear as `X.experts.N.gate_proj.weight`, `up_proj` and `down_proj`,
-[out, in]. On disk they are [expert, in, out], gates before inputs, as Qwen 3 VL is published, or [expert, out, in], as
-transformers has them in memory.
+The fused tensors of gates and inputs, and of outputs, appear as those of every expert, [out, in]. On disk they are
+[expert, in, out], gates before inputs, as Qwen 3 VL is published, or [expert, out, in], as transformers has them in
+memory.
 """
 
 from dataclasses import replace
@@ -11,8 +11,9 @@ import numpy as np
 
 from tmjax.checkpoints.formats.safetensors import Weights
 from tmjax.errors import CheckpointError
+from tmjax.models.families.layout import FUSED_EXPERTS, SINGLE_EXPERT
 
-_GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
+_GATE_UP, _DOWN = FUSED_EXPERTS
 
 
 class SingleExperts(Weights):
@@ -42,10 +43,9 @@ class SingleExperts(Weights):
                 " each other"
             )
         width, hidden = shapes[1][1:] if transposed else shapes[1][:0:-1]
-        parts = {"gate_proj": (fused, slice(0, width)), "up_proj": (fused, slice(width, None))}
-        parts["down_proj"] = down, slice(None)
-        for projection, (stored, rows) in parts.items():
-            shape = (hidden, width) if projection == "down_proj" else (width, hidden)
+        parts = ((fused, slice(0, width)), (fused, slice(width, None)), (down, slice(None)))
+        for projection, (stored, rows) in zip(SINGLE_EXPERT, parts, strict=True):
+            shape = (hidden, width) if stored == down else (width, hidden)
             for expert in range(shapes[0][0]):
                 name = f"{layer}.experts.{expert}.{projection}.weight"
                 self._tensors[name] = replace(self._weights[stored], name=name, shape=shape)

@@ -22,8 +22,8 @@ from tmjax.cli.options import (
     folder_of,
     values_of,
 )
-from tmjax.cli.result_commands import publication
 from tmjax.cli.terminal import progress_display, show_run
+from tmjax.cli.verbs.result_commands import publication
 from tmjax.errors import InputError
 
 

@@ -19,6 +19,9 @@ _FIELDS = (
     Field("rms_norm_eps", "norm_eps", 1e-6, float),
     Field("tie_word_embeddings", "tied_embeddings", False, bool),
 )
+#: Ends of the names of a layer's fused expert tensors: gates with inputs, outputs; names of those of one expert.
+FUSED_EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
+SINGLE_EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
 def fields(*changed: Field, without: tuple[str, ...] = ()) -> tuple[Field, ...]:
