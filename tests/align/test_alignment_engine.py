@@ -74,7 +74,7 @@ def test_compilations_do_not_grow_with_the_number_of_pairs(monkeypatch) -> None:
         (14, 100, False),
         (5, 100, True),
         pytest.param(40, 600, False, marks=pytest.mark.slow),
-        (26, 600, False),
+        pytest.param(26, 600, False, marks=pytest.mark.slow),
         pytest.param(17, 600, True, marks=pytest.mark.slow),
     ],
 )

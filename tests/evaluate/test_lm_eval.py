@@ -78,6 +78,7 @@ def test_accuracy_and_log_likelihoods_are_those_of_hf(which, task, batch_size, f
     assert 0.26 < ours.results[task]["acc"] < 0.9  # the task tells models from guessing
 
 
+@pytest.mark.slow
 def test_rolling_and_written_texts_are_those_of_hf(llama_dir, folder):
     names = ["verses_rolling", "verses_written"]
     ours = run_tasks(TmjaxLM(str(llama_dir), mesh="data=1"), names, folder=folder)

@@ -37,6 +37,7 @@ def paper(*arguments: str) -> int:
     return run_cli(list(arguments), application=app, name="paper")
 
 
+@pytest.mark.slow
 def test_the_six_recipes_pass_the_dry_run(capsys):
     assert paper("--dry-run") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "GiB" in line]

@@ -131,9 +131,17 @@ def test_an_interrupt_is_one_line_that_says_how_to_go_on(capsys) -> None:
     ("command", "said"),
     [
         (["figures.py", "nowhere.md", "--out", "x.png"], "figures: error: cannot read nowhere.md"),
-        (["figures.py", "LICENSE", "--out", "x.png"], "figures: error: there is no table of the study"),
+        pytest.param(
+            ["figures.py", "LICENSE", "--out", "x.png"],
+            "figures: error: there is no table of the study",
+            marks=pytest.mark.slow,
+        ),
         (["study.py", "nowhere.yaml", "--out", "{out}"], "study: error: cannot read recipe nowhere.yaml"),
-        (["../adaptation/study.py", "nowhere.yaml", "--out", "{out}"], "study: error: cannot read recipe nowhere.yaml"),
+        pytest.param(
+            ["../adaptation/study.py", "nowhere.yaml", "--out", "{out}"],
+            "study: error: cannot read recipe nowhere.yaml",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_wrong_path_is_one_line(command, said, repo, tmp_path) -> None:

@@ -74,6 +74,7 @@ def test_a_sweep_over_two_processes(flags, recipe_file, tmp_path) -> None:
     assert (tmp_path / "job/best/model.safetensors").is_file() and (tmp_path / "job/sweep.html").is_file()
 
 
+@pytest.mark.slow
 def test_processes_that_were_told_different_things(flags, recipe_file, texts, tmp_path) -> None:
     """Other texts, or an output that the other process does not see: one line each, nothing written."""
     command = ["merge", recipe_file, *flags]

@@ -142,7 +142,9 @@ BRANCHED = (
 )
 
 
-@pytest.mark.parametrize("changes", [{}, *BRANCHED])
+@pytest.mark.parametrize(
+    "changes", [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in BRANCHED[:-1]), BRANCHED[-1]]
+)
 def test_a_branch_says_what_the_text_with_it_says(changes, monkeypatch) -> None:
     """Texts of two lengths, branches of up to three nodes: states are those of whole texts, each read once."""
     monkeypatch.setattr(branches, "ROW_NODES", 2)

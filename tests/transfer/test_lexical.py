@@ -212,10 +212,10 @@ def test_a_screen_compares_blends_and_the_best_is_held_to_the_loss(damaged) -> N
     assert kept.params is broken and kept.chosen is None
 
 
-def test_too_little_text_is_told(solving, flags, tmp_path, capsys) -> None:
+def test_too_little_text_is_told(solving, small_flags, tmp_path, capsys) -> None:
     told = yaml.safe_load(Path(solving).read_text())
     told["operators"][1]["embeddings"] = {"frequent": 100_000}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
-    assert cli.run(["merge", str(tmp_path / "recipe.yaml"), *flags, "--out", str(tmp_path / "run")]) == 2
+    assert cli.run(["merge", str(tmp_path / "recipe.yaml"), *small_flags, "--out", str(tmp_path / "run")]) == 2
     assert "no two tokens occur 100000 times" in capsys.readouterr().err
     assert not (tmp_path / "run/merged").exists()

@@ -270,12 +270,20 @@ def test_a_step_too_far_is_a_trial_like_any_other(target, said, batches) -> None
 @pytest.fixture(scope="module")
 def solved(solving, flags, tmp_path_factory):
     out = tmp_path_factory.mktemp("solved") / "run"
+    assert cli.run(["merge", solving, *flags, "--out", str(out)]) == 0
+    return out, json.loads((out / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def with_controls(solving, flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("controls") / "run"
     assert cli.run(["merge", solving, *flags, "--out", str(out), "--controls"]) == 0
     return out, json.loads((out / "manifest.json").read_text())
 
 
-def test_every_arm_is_solved_for_and_says_so(solved, qwen2_dir) -> None:
-    out, manifest = solved
+@pytest.mark.slow
+def test_every_arm_is_solved_for_and_says_so(with_controls, qwen2_dir) -> None:
+    out, manifest = with_controls
     arms = {"merged": manifest} | manifest["controls"]
     assert set(arms) == {"merged", *CONTROLS}
     for arm, held in arms.items():
@@ -329,7 +337,7 @@ def test_what_controls_hear(solved, solving, flags) -> None:
 def test_a_second_start_makes_nothing_again(solved, solving, flags, capsys) -> None:
     out, first = solved
     capsys.readouterr()
-    assert cli.run(["merge", solving, *flags, "--out", str(out), "--controls", "--json"]) == 0
+    assert cli.run(["merge", solving, *flags, "--out", str(out), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert [name for name, stage in again["stages"].items() if not stage["reused"]] == []
     assert again["evaluation"] == first["evaluation"] and again["operators"] == first["operators"]
