@@ -295,7 +295,7 @@ class Hub:
     @property
     def fetched(self) -> set[str]:
         found = {file.relative_to(self.cache).as_posix() for file in self.cache.rglob("*") if file.is_file()}
-        return found - {CONFIG_NAME, "tokenizer.json"}
+        return found - {CONFIG_NAME, "README.md", "tokenizer.json"}
 
 
 COPIES = ("consolidated.safetensors", "original/model.safetensors", "original/consolidated.00.pth", "model.gguf")

@@ -123,7 +123,7 @@ def test_make_checkpoint_command(monkeypatch, capsys, tmp_path, llama_dir):
         (["x", "--layers", "0"], "--layers"),
         (["x", "--hidden", "30"], "--head-dim"),
         (["x", "--kv-heads", "3"], "cannot share"),
-        (["x", "--family", "mamba"], "supported are arcee, cohere"),
+        (["x", "--family", "mamba"], "supported are arcee, bloom"),
         (["x", "--dtype", "int8"], "supported are float32"),
         (["x", "--scale", "wide"], "neither a number nor sharp"),
         (["x", "--scale", "-1"], "positive"),
