@@ -46,6 +46,7 @@ def test_activations_are_those_of_the_command(models, texts, plain, tmp_path) ->
         align_activations(activations[0], dataclasses.replace(activations[1], rows=other), models[0].projections)
 
 
+@pytest.mark.slow
 def test_alignment_from_sums_is_that_from_activations(models, texts) -> None:
     few, options = api.read_texts(texts["calibration"]).first(4), AlignmentOptions(epsilon=0.1, max_iterations=20)
     kept, summed = (

@@ -176,7 +176,12 @@ def test_soft_plans_lose_little(request, verses, tmp_path, name, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"residual": "layer"}, pytest.param({"structure": "heads"}, marks=pytest.mark.slow)], ids=str
+    "options",
+    [
+        pytest.param({"residual": "layer"}, marks=pytest.mark.slow),
+        pytest.param({"structure": "heads"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_projections_alone_are_recovered_with_plans_per_layer(tiny, verses, tmp_path, options):
     model, (calibration, test) = tiny("gpt_neox"), verses

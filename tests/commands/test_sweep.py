@@ -171,7 +171,7 @@ def test_devices_do_not_change_scores(transported, models, texts, small_flags, m
     assert scorer.compilations == 1
 
 
-@pytest.mark.parametrize(("name", "chunk_tokens"), [("llama", 10**6), *forwards(150, "llama", "windows", "experts")])
+@pytest.mark.parametrize(("name", "chunk_tokens"), [("llama", 10**6), *forwards(150, "llama", "windows")])
 def test_packed_texts_score_as_alone(name: str, chunk_tokens: int, monkeypatch) -> None:
     spec = FORWARDS[name]
     if name != "llama":  # logits of a few nodes at a time, the last of which are padding

@@ -69,6 +69,7 @@ def test_collisions_and_sizes_that_do_not_divide_are_errors() -> None:
         Layout("data=1024")
 
 
+@pytest.mark.slow
 def test_merge_on_eight_devices_equals_one(flags, recipe_file, plain, capsys, tmp_path) -> None:
     assert len(jax.devices()) == 8
     capsys.readouterr()
