@@ -16,13 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tmjax.commands.vocabulary_transplant import INITIALISERS
 from tmjax.errors import InputError
 from tmjax.files.atomic import write_text
 from tmjax.recipes.base import read_recipe
 from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.transfer.recipe import build_recipe
+from tmjax.transplant.initialisers import INITIALISERS
 from tools.script import script
 
 HERE = Path(__file__).resolve().parent

@@ -1,6 +1,7 @@
 """`tmjax vocabulary`: tokenizers of several kinds, each as the old one and as the new one."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,11 @@ from tokenizer_kinds import KINDS, write
 
 from tmjax import cli
 from tmjax.checkpoints.load import load_model
-from tmjax.commands.vocabulary_transplant import INITIALISERS, VocabularyRequest, new_vocabulary
+from tmjax.commands.vocabulary_transplant import VocabularyRequest, new_vocabulary
 from tmjax.errors import InputError
 from tmjax.models.decoder import forward
 from tmjax.text.tokenizer import load_tokenizer, shared_tokens
+from tmjax.transplant.initialisers import INITIALISERS
 from tools.make_checkpoint import family_spec, make_checkpoint
 
 SIZE, ROWS = 500, 512
@@ -182,7 +184,10 @@ def test_the_command_line(model_of, documents, tmp_path, capsys) -> None:
         (["--add", "3"], "--add needs --texts"),
         (["--tokenizer", "{gpt2}", "--init", "similar"], "--init similar needs --texts"),
         (["--tokenizer", "{gpt2}", "--init", "pursuit"], "--init pursuit needs --source"),
-        (["--tokenizer", "{gpt2}", "--init", "magic"], "--init 'magic' is not known; write mean, similar"),
+        (
+            ["--tokenizer", "{gpt2}", "--init", "magic"],
+            "'magic' is not known; write mean, pursuit, similar, source",
+        ),
         (["--tokenizer", "{empty}"], "has no usable tokenizer"),
         (["--tokenizer", "nowhere"], "no checkpoint at nowhere"),
         (["--tokenizer", "{beyond}"], "has no end-of-sequence token"),
@@ -208,3 +213,25 @@ def test_an_output_is_never_replaced_unasked(model_of, tmp_path) -> None:
     new_vocabulary(request, tmp_path / "out", overwrite=True)
     with pytest.raises(InputError, match="is the output; choose another output"):
         new_vocabulary(request, model_of("llama2"), overwrite=True)
+
+
+def test_a_target_that_is_read_as_a_source_alone_is_refused(model_of, tmp_path, capsys) -> None:
+    """Of a multimodal model the vision tensors would be lost, and the text model's config is not the outer one."""
+    wrapped = tmp_path / "wrapped"
+    shutil.copytree(model_of("gpt2", family="qwen2"), wrapped)
+    inner = read_config(wrapped)
+    (wrapped / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": inner}))
+    given = ["vocabulary", str(wrapped), str(tmp_path / "out"), "--tokenizer", str(model_of("llama2"))]
+    assert cli.run(given) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "multimodal llava" in error and not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_transplant_leaves_nothing(model_of, tmp_path, capsys, monkeypatch) -> None:
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tmjax.checkpoints.hf.write_weights", stop)
+    given = ["vocabulary", str(model_of("gpt2")), str(tmp_path / "out"), "--tokenizer", str(model_of("llama2"))]
+    assert cli.run(given) == 130
+    assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())

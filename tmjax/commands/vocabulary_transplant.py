@@ -4,15 +4,13 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tmjax.checkpoints import hf, orbax
 from tmjax.checkpoints.formats.writer import DEFAULT_SHARD_SIZE
 from tmjax.checkpoints.hub import COMPANIONS, TEMPLATES, extra_templates, resolve
+from tmjax.checkpoints.load import require_plain
 from tmjax.checkpoints.model import Model
 from tmjax.errors import InputError
 from tmjax.files.atomic import atomic_directory
@@ -24,12 +22,11 @@ from tmjax.text.documents import read_texts
 from tmjax.text.tokenizer import CONFIG_NAME, FAST_NAME, TextTokenizer, load_tokenizer
 from tmjax.transplant.correspondence import correspond
 from tmjax.transplant.extension import extended
+from tmjax.transplant.initialisers import find_initialiser
 from tmjax.transplant.initialisers.base import Initialiser, NewTokens
 from tmjax.transplant.learning import learn_pieces
 from tmjax.transplant.vocabulary_tables import renumbered, source_tables, transplant
 
-#: Ways to initialise rows, each a module of `transplant.initialisers`.
-INITIALISERS = ("mean", "similar", "source", "pursuit")
 GENERATION = "generation_config.json"
 #: A template in a file, which transformers reads before the one in the tokenizer's config.
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -57,13 +54,6 @@ class VocabularyRequest:
     multiple: int = 1
 
 
-def initialiser(name: str) -> Initialiser:
-    """Finds an initialiser by its name; raises InputError."""
-    if name not in INITIALISERS:
-        raise InputError(f"--init {name!r} is not known; write {', '.join(INITIALISERS)}")
-    return import_module(f"tmjax.transplant.initialisers.{name}").INITIALISER
-
-
 def new_vocabulary(
     request: VocabularyRequest,
     out: str | Path,
@@ -87,11 +77,12 @@ def new_vocabulary(
     Raises:
         InputError: The request is incomplete, or as `load_model` and `learn_pieces` raise it.
     """
-    make, out = initialiser(request.init), Path(out)
+    make, out = find_initialiser(request.init), Path(out)
     _check(request, make)
     named = {"the target": request.target, "the tokenizer": request.tokenizer, "the source": request.source}
     refuse_overlap(out, [(name, place) for name, place in named.items() if place is not None])
     refuse_existing(out, overwrite=overwrite)
+    require_plain(request.target)
     model = _open(request.target)
     old = load_tokenizer(model.directory, model.spec.vocab)
     texts = [] if request.texts is None else list(read_texts(request.texts).texts)
@@ -216,24 +207,25 @@ def _write(model: Model, tokens: NewTokens, directory: Path, max_shard_size: str
 
 
 def _class_note(directory: Path, new: TextTokenizer) -> list[str]:
-    """A note where transformers' AutoTokenizer would build another tokenizer out of the new one's vocabulary.
+    """A note where transformers' AutoTokenizer does not read the new tokenizer as its `tokenizer.json` says.
 
-    For some types of models it takes the class of the type, whatever `tokenizer.json` and its config say.
+    For some types of models it takes the class of the type, which builds another tokenizer out of the vocabulary.
     """
     from transformers import AutoTokenizer
 
     strings = [text.decode(errors="ignore") for text in new.vocabulary.text.values()]
     probes = [" ".join(strings[first : first + _PROBE]) for first in range(0, len(strings), _PROBE)]
+    advice = "load it with transformers.PreTrainedTokenizerFast.from_pretrained"
     try:
         auto = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        same = auto(probes, add_special_tokens=False)["input_ids"] == [each.ids for each in new.encode(probes)]
-    except Exception:  # a class that cannot read the vocabulary raises anything
-        same = False
-    if same:
+        ids = auto(probes, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # a class that cannot read the vocabulary raises anything
+        return [f"AutoTokenizer of transformers cannot read this tokenizer ({type(error).__name__}); {advice}"]
+    if ids == [encoding.ids for encoding in new.encode(probes)]:
         return []
     return [
-        "AutoTokenizer of transformers builds another tokenizer for this type of model than tokenizer.json says; load "
-        "it with transformers.PreTrainedTokenizerFast.from_pretrained"
+        "AutoTokenizer of transformers builds another tokenizer for this type of model than tokenizer.json says; "
+        f"{advice}"
     ]
 
 
@@ -241,4 +233,4 @@ def _compression(old: TextTokenizer, new: TextTokenizer, texts: Sequence[str]) -
     """Tokens per byte of the texts before and after."""
     size = max(1, sum(len(text.encode()) for text in texts))
     before, after = (sum(len(each.ids) for each in tokenizer.encode(texts)) / size for tokenizer in (old, new))
-    return {"tokens_per_byte_before": float(np.float64(before)), "tokens_per_byte": float(np.float64(after))}
+    return {"tokens_per_byte_before": before, "tokens_per_byte": after}

@@ -69,7 +69,7 @@ def learn_pieces(tokenizer: TextTokenizer, texts: Sequence[str], count: int, *, 
             break
         pair, times = best
         joined, score = spelling.join(*pair), math.log(times / total)
-        if known is not None and score <= sum(scores.get(piece, known.get(piece, 0.0)) for piece in pair):
+        if known is not None and score <= sum(scores[piece] if piece in scores else known[piece] for piece in pair):
             table.drop(pair)  # the most probable text in pieces would not have it
         elif joined in taken or spelling.bytes_of(joined) in strings:
             table.drop(pair)
