@@ -75,6 +75,7 @@ def test_merge_from_a_mixture(mixture, qwen2_dir, texts, recipes, tmp_path, caps
     assert len(scores) == 2 and all(math.isfinite(each["bits_per_byte"]) for each in scores.values())
 
 
+@pytest.mark.slow
 def test_adapt_from_a_mixture_with_controls(mixture, qwen2_dir, texts, recipes, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     command = ["adapt", recipes["adapt"], *arguments(mixture, qwen2_dir, texts, out), "--mode", "combined"]

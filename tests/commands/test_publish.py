@@ -79,23 +79,25 @@ def test_public_is_asked_for(plain, hub, capsys) -> None:
     assert len(hub.repos["me/open"].commits) == 1
 
 
-def test_a_run_publishes_its_result(plain, flags, recipe_file, hub, capsys) -> None:
+def test_a_run_publishes_its_result(plain, flags, recipe_file, hub, tmp_path, capsys) -> None:
     """The same command once more: every stage is reused, so that only the upload is left."""
-    words = ["merge", recipe_file, *flags, "--out", str(plain), "--push-to-hub", "me/merged", "--json"]
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)  # the manifest changes, and other files of tests compare with `plain`
+    words = ["merge", recipe_file, *flags, "--out", str(run), "--push-to-hub", "me/merged", "--json"]
     assert cli.run(words) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert result["published"]["repository"] == "me/merged"
     assert all(stage["reused"] for stage in result["stages"].values())
     assert captured.err.count("warning: the licence of target") == 1
-    assert {name: hub.repos["me/merged"].files.get(name) for name in files_of(plain)} == files_of(plain)
+    assert {name: hub.repos["me/merged"].files.get(name) for name in files_of(run)} == files_of(run)
     # A repository that cannot be written to is refused before the run begins.
     assert cli.run([*words[:-2], "you/merged.git", "--json"]) == 2
     hub.repos["you/model"] = Repo(files={"model.safetensors": b"theirs"})
-    fresh = [*words[:-5], "--out", str(plain.parent / "never"), "--push-to-hub", "you/model"]
-    assert cli.run(fresh) == 2 and not (plain.parent / "never").exists()
+    fresh = [*words[:-5], "--out", str(tmp_path / "never"), "--push-to-hub", "you/model"]
+    assert cli.run(fresh) == 2 and not (tmp_path / "never").exists()
     assert "was not written by tmjax" in capsys.readouterr().err
-    assert cli.run(["merge", recipe_file, *flags, "--out", str(plain), "--public"]) == 2
+    assert cli.run(["merge", recipe_file, *flags, "--out", str(run), "--public"]) == 2
 
 
 def test_faults_are_one_line(plain, hub, capsys, monkeypatch, tmp_path) -> None:

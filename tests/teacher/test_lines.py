@@ -118,7 +118,11 @@ def _stages(path, warned: list[str]) -> TeacherStages:
 
 @pytest.mark.parametrize(
     ("given", "lines", "count"),
-    [(None, True, 3), (0, False, 0), pytest.param(2, True, 2, marks=pytest.mark.slow), ("broken", False, 3)],
+    [
+        (None, True, 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, False, 0), (2, True, 2))),
+        ("broken", False, 3),
+    ],
 )
 def test_a_source_with_another_convention_reads_examples_first(
     source, target, verses, tmp_path, given, lines, count
