@@ -16,6 +16,7 @@ from tmjax.cli.verbs.evaluate_command import evaluate
 from tmjax.cli.verbs.merge_command import align, fuse, merge
 from tmjax.cli.verbs.recipe_command import check
 from tmjax.cli.verbs.result_commands import compare, publish, report
+from tmjax.cli.verbs.run_command import run as run_steps
 from tmjax.cli.verbs.solvers_command import solvers
 from tmjax.cli.verbs.sweep_command import sweep
 from tmjax.cli.verbs.vocabulary_command import vocabulary
@@ -30,6 +31,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
         align,
         fuse,
         adapt,
+        run_steps,
         solvers,
         sweep,
         evaluate,

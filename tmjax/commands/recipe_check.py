@@ -1,5 +1,6 @@
 """`tmjax recipe check`: the recipe that a file stands for, and the stages of its run, before anything runs."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,23 +11,24 @@ from tmjax.commands.adapt.arms import Arm, arms_of, data_name
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.merge.inputs import Inputs
 from tmjax.commands.merge.other_sources import other_sources
+from tmjax.commands.steps.resolve import MODELS, Step, resolve_steps, resolved_values
+from tmjax.commands.steps.work import check_step
 from tmjax.errors import InputError
 from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe, is_adaptation
 from tmjax.recipes.base import Placed, read_recipe
 from tmjax.recipes.merge import Recipe
+from tmjax.recipes.steps import REFERENCE, build_steps_recipe, has_steps
 from tmjax.runs.provenance import STAGE
 from tmjax.transfer.chain import chain_of, needs_of
 from tmjax.transfer.controls import CONTROLS
 from tmjax.transfer.recipe import build_recipe
 
-Kind = Literal["merge", "adapt"]
+Kind = Literal["merge", "adapt", "run"]
 #: Keys without which there is no run; the command line may give them.
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "merge": ("source", "target", "texts", "out"),
     "adapt": ("target", "texts", "out"),
 }
-#: Keys that name checkpoints; the others name texts.
-_MODELS = ("source", "target", "same_size_source")
 
 
 def check_recipe(file: Path, kind: Kind | None = None) -> dict[str, Any]:
@@ -44,7 +46,9 @@ def check_recipe(file: Path, kind: Kind | None = None) -> dict[str, Any]:
         InputError: The recipe is wrong, or a local input does not exist.
     """
     values = read_recipe(file)
-    chosen = kind or ("adapt" if is_adaptation(values) else "merge")
+    chosen = kind or ("run" if has_steps(values) else "adapt" if is_adaptation(values) else "merge")
+    if chosen == "run":
+        return _check_steps(file, values)
     missing = [name for name in _REQUIRED[chosen] if values.get(name) is None]
     filled = dict.fromkeys(missing, "-") | {name: value for name, value in values.items() if name not in missing}
     recipe: Recipe | AdaptRecipe
@@ -52,7 +56,7 @@ def check_recipe(file: Path, kind: Kind | None = None) -> dict[str, Any]:
         recipe = build_adapt_recipe(filled, base=file.parent)
     else:
         recipe = build_recipe(filled, base=file.parent)
-    _require_inputs(recipe, missing)
+    _require_inputs(recipe.inputs(), recipe, missing)
     if isinstance(recipe, Recipe):
         Inputs(recipe).check_settings()
         stages = merge_stages(recipe)
@@ -70,11 +74,42 @@ def as_yaml(checked: dict[str, Any]) -> str:
     return "\n".join([*lines, yaml.safe_dump(checked["recipe"], sort_keys=False, allow_unicode=True)])
 
 
-def _require_inputs(recipe: Placed, missing: list[str]) -> None:
+def _check_steps(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Checks a recipe of several steps; see `check_recipe`."""
+    without_out = ["out"] if values.get("out") is None else []
+    recipe = build_steps_recipe(values | dict.fromkeys(without_out, "-"), base=file.parent)
+    steps, absent = resolve_steps(recipe, file.parent)
+    missing = [*absent, *without_out]
+    for step in steps:
+        try:
+            _require_inputs(step.inputs(), step.settings, absent)
+            check_step(step)
+        except InputError as error:
+            message = str(error).removeprefix("recipe: ")
+            raise InputError(f"recipe: steps.{step.number}.{step.kind}: {message}") from None
+    resolved = resolved_values(recipe, steps, missing)
+    stages = [stage for step in steps for stage in _step_stages(step)]
+    return {"file": str(file), "kind": "run", "recipe": resolved, "missing": missing, "stages": stages}
+
+
+def _step_stages(step: Step) -> list[str]:
+    """Returns the stages of a step: those of its own run, or the step alone."""
+    settings, stages = step.settings, []
+    if isinstance(settings, Recipe):
+        stages = merge_stages(settings)
+    elif isinstance(settings, AdaptRecipe):
+        stages = _checked_adaptation(settings, [])
+    return [f"{step.name}/{stage}" for stage in stages] or [step.name]
+
+
+def _require_inputs(inputs: Mapping[str, str], settings: object, missing: Sequence[str]) -> None:
     """Raises InputError for local inputs that do not exist."""
-    for key, name in recipe.inputs().items():
-        elsewhere = is_hub_id(name) if key in _MODELS or key.endswith(".base") else name.startswith("hf:")
-        if key not in missing and not elsewhere and not Path(recipe.place(name)).expanduser().exists():
+    for key, name in inputs.items():
+        elsewhere = is_hub_id(name) if key in MODELS or key.endswith(".base") else name.startswith("hf:")
+        if key in missing or elsewhere or REFERENCE.fullmatch(name):
+            continue
+        place = settings.place(name) if isinstance(settings, Placed) else name
+        if not Path(place).expanduser().exists():
             raise InputError(f"recipe: {key} {name} does not exist")
 
 

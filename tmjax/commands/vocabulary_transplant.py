@@ -77,8 +77,7 @@ def new_vocabulary(
     Raises:
         InputError: The request is incomplete, or as `load_model` and `learn_pieces` raise it.
     """
-    make, out = find_initialiser(request.init), Path(out)
-    _check(request, make)
+    make, out = check_request(request), Path(out)
     named = {"the target": request.target, "the tokenizer": request.tokenizer, "the source": request.source}
     refuse_overlap(out, [(name, place) for name, place in named.items() if place is not None])
     refuse_existing(out, overwrite=overwrite)
@@ -120,7 +119,9 @@ def new_vocabulary(
     return facts | (_compression(old, new, texts) if texts else {})
 
 
-def _check(request: VocabularyRequest, make: Initialiser) -> None:
+def check_request(request: VocabularyRequest) -> Initialiser:
+    """Returns the initialiser of a request; raises InputError for an incomplete one. No input is read."""
+    make = find_initialiser(request.init)
     if (request.tokenizer is None) == (request.add is None):
         raise InputError(
             "give either --tokenizer, the new vocabulary, or --add, how many tokens are learnt from --texts"
@@ -130,6 +131,7 @@ def _check(request: VocabularyRequest, make: Initialiser) -> None:
         raise InputError(f"{option} needs --texts, texts of the language or domain")
     if make.needs_source and request.source is None:
         raise InputError(f"--init {make.name} needs --source, a model that knows the new tokens")
+    return make
 
 
 def _open(name: str) -> Model:

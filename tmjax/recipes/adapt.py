@@ -26,6 +26,7 @@ from tmjax.recipes.objectives import (
     LoraOptions,
     ResidualOptions,
 )
+from tmjax.recipes.steps import refuse_steps
 
 NotNegative = Annotated[float, Field(ge=0)]
 #: Modes without terms that need a source.
@@ -248,6 +249,7 @@ def build_adapt_recipe(values: dict[str, Any], *, base: Path | None = None) -> A
     Raises:
         InputError: Values are wrong or keys unknown; all faults are listed.
     """
+    refuse_steps(values)
     training = values.get("training")
     if isinstance(training, dict):  # YAML reads 3e-4 as text
         alone = {

@@ -82,6 +82,8 @@ class Placed(Section):
 
 
 _PATHS = ("source", "target", "texts", "valid", "test", "same_size_source")
+#: Further inputs of single steps.
+_STEP_PATHS = ("tokenizer", "base", "tasks_dir")
 R = TypeVar("R", bound=Section)
 P = TypeVar("P", bound=Placed)
 
@@ -209,13 +211,20 @@ def _placed_near(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             return {beside(str(name), folder): options for name, options in entry.items()}
         return beside(entry, folder) if isinstance(entry, str) else entry
 
-    placed = values | {key: near(values[key]) for key in _PATHS if key in values}
+    def step(entry: Any) -> Any:
+        nested = entry.items() if isinstance(entry, dict) else ()
+        own = {kind: _placed_near(settings, folder) for kind, settings in nested if isinstance(settings, dict)}
+        return entry | own if own else entry
+
+    placed = values | {key: near(values[key]) for key in (*_PATHS, *_STEP_PATHS) if key in values}
     for key, place in (("other_texts", near), ("operators", operator)):
         if isinstance(values.get(key), list):
             placed[key] = [place(each) for each in values[key]]
     alignment = values.get("alignment")
     if isinstance(alignment, dict) and isinstance(alignment.get("solver"), str):
         placed["alignment"] = alignment | {"solver": beside(alignment["solver"], folder)}
+    if isinstance(values.get("steps"), list):
+        placed["steps"] = [step(each) for each in values["steps"]]
     return placed
 
 
@@ -248,7 +257,12 @@ def dump_recipe(recipe: Section, *, places: bool = True) -> str:
     values = recipe.model_dump(mode="json")
     if not (places and values.get("places")):
         values.pop("places", None)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return dump_values(values)
+
+
+def dump_values(values: Mapping[str, Any]) -> str:
+    """Returns the plain values of a recipe as YAML."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
 def _plain(fault: Any, renamed: str | None) -> str:

@@ -26,7 +26,7 @@ from tmjax.runs.manifest import (
 )
 from tmjax.runs.peak_memory import peak_rss_mib
 from tmjax.runs.run_facts import Output, Stage, Unfinished
-from tmjax.runs.run_files import EDITED, RECIPE, is_edited, is_own, listed, partial_of, split
+from tmjax.runs.run_files import EDITED, RECIPE, is_edited, is_own, listed, own_files, partial_of, split
 from tmjax.runs.team import ALONE, Team
 
 
@@ -197,6 +197,32 @@ class RunDirectory:
             sizes = {file: (self.path / file).stat().st_size for file in sorted(names)}
             self.manifest.outputs[name] = Output(key=digest(key), files=sizes)
             self.manifest.unfinished = None
+        self._finish(name, started, record)
+        return path
+
+    def nested(self, name: str, key: object, output: str, work: Callable[[Path], Record | None]) -> Path:
+        """Runs `work(path)` unless it is finished; returns the path, a directory below the run.
+
+        Unlike a stage the work writes into its place, resumes by itself, and knows which files there are its own: it is
+        another run, or a directory with a record of its files. All processes of a team do it.
+        """
+        path, first = self.path / output, self.team.is_first()
+        if self.team.agree(first and self.finished(name, key)):
+            return path
+        started = time.perf_counter()
+        self._show(name, 0, 0)
+        if first and self.manifest.outputs.pop(name, None) is not None:
+            self.save()  # the present files may be replaced by others of the same sizes
+        record = work(path)
+        self.team.barrier(f"{name} ends")
+        if first:
+            sizes = {f"{output}/{file}": (path / file).stat().st_size for file in sorted(own_files(path))}
+            self.manifest.outputs[name] = Output(key=digest(key), files=sizes)
+        self._finish(name, started, record)
+        return path
+
+    def _finish(self, name: str, started: float, record: Record | None) -> None:
+        """Records time and facts of a stage that has ended."""
         seconds = round(time.perf_counter() - started, 3)
         self.manifest.run_in(self._header)
         self.manifest.stages[name] = Stage(seconds=seconds, peak_rss_mib=peak_rss_mib(), reused=False)
@@ -206,7 +232,6 @@ class RunDirectory:
         self.team.barrier(f"{name} recorded")
         self._show(name, 1, 0)
         give_back_freed_memory()
-        return path
 
     def _unfinished(self, output: str, files: list[str]) -> None:
         """Records the output that is being written, and the files that will be renamed into place."""

@@ -34,6 +34,7 @@ from tmjax.runs.run_facts import (
     Recorded,
     SourceGain,
     Stage,
+    StepFacts,
     SweepFacts,
     TeacherFacts,
     TrainingFacts,
@@ -90,6 +91,7 @@ class Manifest(AlignmentFacts):
     budget: Recorded[BudgetFacts] = None
     lora: Recorded[LoraFacts] = None
     training: Recorded[dict[str, TrainingFacts]] = None
+    steps: Recorded[dict[str, StepFacts]] = None
     sweep: Recorded[SweepFacts] = None
     shared: Recorded[dict[str, AlignmentFacts]] = None
     solvers: Recorded[list[dict[str, Cell]]] = None

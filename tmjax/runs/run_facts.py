@@ -247,6 +247,21 @@ class LoraFacts(Facts):
     left_out: dict[str, float]
 
 
+class StepFacts(Facts):
+    """Facts of a step of a run of several steps.
+
+    `key` is the hash of everything that its model depends on, `model` the place of that model: below the run directory,
+    or elsewhere where the step made none. `measured` are numbers of its command, `change` the paired difference of its
+    model to the first target on the test texts.
+    """
+
+    kind: str
+    key: str
+    model: str
+    measured: dict[str, Cell]
+    change: Recorded[Change] = None
+
+
 class BudgetFacts(Facts):
     """A budget of training and its plan.
 

@@ -21,25 +21,35 @@ _BESIDE = re.compile(
 #: Ending of outputs that are written for people, who may edit them.
 EDITED = ".md"
 #: Folders of further runs below a run.
-_NESTED = re.compile(r"merge|sources/[^/]+")
+_NESTED = re.compile(r"merge|sources/[^/]+|[1-9]\d*-(merge|adapt)")
+#: Folders below a run that have a record of their own files.
+_RECORDED = re.compile(r"adapter|scores/[^/]+|[1-9]\d*-(vocabulary|convert|evaluate)")
 
 
 def split(path: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Splits the names of all files below a run directory into the run's own and others."""
     own, others = [], []
+    folders = [place.relative_to(path).as_posix() for place in (*path.glob("*"), *path.glob("s*/*")) if place.is_dir()]
     nested = {
         name: nested_manifest
-        for name in (place.relative_to(path).as_posix() for place in (path / "merge", *path.glob("sources/*")))
+        for name in folders
         if _NESTED.fullmatch(name) and (nested_manifest := _manifest(path / name)) is not None
     }
     below = {name: set(split(path / name, nested_manifest)[0]) for name, nested_manifest in nested.items()}
     stage_files = listed(path, manifest)
-    records = {"adapter": set(recorded(path / "adapter")) | {RECORD}}
+    records = {name: {*recorded(path / name), RECORD} for name in folders if _RECORDED.fullmatch(name)}
     for name in walk(path):
         inside = next((top for top in (*below, *records) if name.startswith(f"{top}/")), None)
         nested_own = inside is not None and name.removeprefix(f"{inside}/") in (below | records)[inside]
         (own if nested_own or is_own(name, stage_files) else others).append(name)
     return own, sorted(others)
+
+
+def own_files(path: Path) -> list[str]:
+    """Lists the files below a directory that tmjax wrote: those of a run, or those that its record names."""
+    manifest = _manifest(path)
+    names = [*recorded(path), RECORD] if manifest is None else split(path, manifest)[0]
+    return [name for name in names if (path / name).is_file()]
 
 
 def is_own(name: str, listed: set[str]) -> bool:

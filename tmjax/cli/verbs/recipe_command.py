@@ -10,9 +10,9 @@ from tmjax.cli.terminal import show_result
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="Recipe (YAML) of a merge or an adaptation.")],
+    file: Annotated[Path, typer.Argument(help="Recipe (YAML) of a merge, an adaptation or several steps.")],
     kind: Annotated[
-        Literal["merge", "adapt"] | None,
+        Literal["merge", "adapt", "run"] | None,
         typer.Option("--for", help="Command that the recipe is for; by its keys unless given."),
     ] = None,
     as_json: Json = False,
