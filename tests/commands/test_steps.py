@@ -36,7 +36,7 @@ def recipe(small_flags, recipe_file) -> dict[str, Any]:
     merge |= {"alpha": 0.05, "activations": {"max_texts": 6}}
     training = {"steps": 2, "lr": 1e-3, "validate_every": 2, "warmup": 0}
     adapt = {"mode": "sft", "max_texts": 6, "training": training, "evaluation": {"draws": 100}}
-    steps = [{"vocabulary": {"add": 20}}, {"merge": merge}, {"adapt": adapt}, {"evaluate": {"draws": 100}}]
+    steps = [{"merge": merge}, {"vocabulary": {"add": 20}}, {"adapt": adapt}, {"evaluate": {"draws": 100}}]
     return inputs_of(small_flags) | {"mesh": "data=1", "steps": steps}
 
 
@@ -50,6 +50,6 @@ def whole(recipe, tmp_path_factory) -> Path:
 
 def test_every_step_has_a_row(whole) -> None:
     manifest = read_manifest(whole)
-    names = ["1-vocabulary", "2-merge", "3-adapt", "4-evaluate"]
+    names = ["1-merge", "2-vocabulary", "3-adapt", "4-evaluate"]
     assert list(manifest["steps"]) == names and list(manifest["evaluation"]) == ["target", *names]
     print(json.dumps(manifest["steps"], indent=1))

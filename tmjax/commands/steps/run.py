@@ -195,6 +195,7 @@ class Steps:
 
         def work(path: Path) -> None:
             evaluate_models(request, out=path, overwrite=True, progress=signals.progress, warn=signals.warn)
+            signals.progress("evaluate", 1, 0)
 
         return self.run.nested(f"score:{name}", key, f"{SCORES}/{name}", work)
 

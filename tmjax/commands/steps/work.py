@@ -163,6 +163,7 @@ def _evaluate(settings: Any, out: Path, signals: Signals) -> Measured:
         progress=signals.progress,
         warn=signals.warn,
     )
+    signals.progress("evaluate", 1, 0)
     asked = result.get("tasks", {}).get(settings.target, {}).get("results", {})
     return {
         f"{task} {metric.removesuffix(',none')}": value
