@@ -19,7 +19,7 @@ from tmjax.files.jsonfile import read_json
 from tmjax.files.lock import OutputLock
 from tmjax.files.owned import walk
 from tmjax.report.card_parts import licence_warning
-from tmjax.runs.provenance import MERGED, PROVENANCE, require_finished, result_files
+from tmjax.runs.provenance import MERGED, PROVENANCE, require_finished, result_files, result_run
 
 #: Names of files of weights, which go when a later result has them in other files.
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -172,7 +172,7 @@ def publish(
     """Publishes the result of a finished run on the Hugging Face hub.
 
     Args:
-        run: Run directory of a finished merge or adaptation.
+        run: Run directory of a finished merge or adaptation; of a run of several steps the last of these is meant.
         repository: Owner and name of the repository; of a name alone the owner is the account of the token.
         public: Whether everybody is to see it; otherwise a new repository is private.
         dry_run: Whether files and sizes are listed and the hub is not asked.
@@ -185,7 +185,7 @@ def publish(
     Raises:
         InputError: The run is not finished, there is no token, the repository is another's, or the hub refuses.
     """
-    run = Path(run)
+    run = result_run(Path(run))
     plan = plan_upload(run, repository, public=public, warn=warn)
     if dry_run:
         return plan

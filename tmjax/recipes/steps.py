@@ -137,9 +137,7 @@ def has_steps(values: Mapping[str, Any]) -> bool:
 def refuse_steps(values: Mapping[str, Any]) -> None:
     """Raises InputError for the values of a recipe of several steps, which one command alone runs."""
     if has_steps(values):
-        raise InputError(
-            "recipe: steps are run by `tmjax run`; other commands take a recipe without them"
-        )
+        raise InputError("recipe: steps are run by `tmjax run`; other commands take a recipe without them")
 
 
 def build_steps_recipe(values: dict[str, Any], *, base: Path | None = None) -> StepsRecipe:

@@ -52,6 +52,24 @@ def result_files(manifest: Manifest) -> dict[str, int]:
     return {name: files[name] for name in sorted(files) if name.startswith(f"{MERGED}/")}
 
 
+def result_run(run: Path) -> Path:
+    """Returns the directory of the run that has the result: of several steps the last merge or adaptation.
+
+    Args:
+        run: A run directory.
+
+    Raises:
+        InputError: No step is a merge or an adaptation.
+    """
+    manifest = load_manifest(run)
+    if manifest is None or manifest.steps is None:
+        return run
+    runs = [name for name, facts in manifest.steps.items() if facts.kind in ("merge", "adapt")]
+    if not runs:
+        raise InputError(f"{run} has no finished step that is a merge or an adaptation, of which there is a result")
+    return run / runs[-1]
+
+
 def require_finished(run: Path, parents: Mapping[str, Any] | None = None) -> Manifest:
     """Returns the manifest of a run whose result is finished and intact.
 
