@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from tmjax.recipes.adapt import AdaptRecipe
 from tmjax.recipes.merge import Recipe
+from tmjax.recipes.steps_recipe import PLAIN_STEPS, StepsRecipe
 from tmjax.transfer.operator import builtin_operators
 from tools.docs_check.blocks import commands, read_document
 from tools.docs_check.check import ROOT, Runner, contents, documents, notebooks, static_faults
@@ -133,7 +134,7 @@ def sections(kind: type[BaseModel], place: str) -> Iterator[tuple[str, FieldInfo
 
 def test_every_setting_has_a_description() -> None:
     """The reference of recipes shows it beside type and default."""
-    kinds = {"merge": Recipe, "adapt": AdaptRecipe}
+    kinds: dict[str, type[BaseModel]] = {"merge": Recipe, "adapt": AdaptRecipe, "steps": StepsRecipe, **PLAIN_STEPS}
     kinds |= {name: operator.options for name, operator in builtin_operators().items()}
     found = [entry for name, kind in kinds.items() for entry in sections(kind, name)]
     assert len(found) > 150 and [place for place, field in found if not field.description] == []

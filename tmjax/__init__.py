@@ -9,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_FUNCTIONS = ("adapt", "convert", "export", "fuse", "load_model", "merge", "read_texts")
+_FUNCTIONS = ("adapt", "convert", "export", "fuse", "load_model", "merge", "read_texts", "run", "vocabulary")
 __all__ = ["__version__", *_FUNCTIONS]
 
 

@@ -26,15 +26,30 @@ from tmjax.checkpoints.model import Model
 from tmjax.commands.adapt.in_python import adapt
 from tmjax.commands.convert import convert
 from tmjax.commands.merge.run import MERGED, Merge
+from tmjax.commands.steps.run import Steps
+from tmjax.commands.vocabulary_transplant import VocabularyRequest, new_vocabulary
 from tmjax.evaluate.bits import evaluate
 from tmjax.recipes.merge import ActivationOptions, AlignmentOptions
+from tmjax.recipes.steps_recipe import build_steps_recipe
 from tmjax.text.documents import Texts, read_texts
 from tmjax.text.rows import pair_rows, sample_rows
 from tmjax.text.tokenizer import load_tokenizer
 from tmjax.transfer.fuse import fuse
 from tmjax.transfer.recipe import build_recipe
 
-__all__ = ["adapt", "align", "convert", "evaluate", "export", "fuse", "load_model", "merge", "read_texts"]
+__all__ = [
+    "adapt",
+    "align",
+    "convert",
+    "evaluate",
+    "export",
+    "fuse",
+    "load_model",
+    "merge",
+    "read_texts",
+    "run",
+    "vocabulary",
+]
 
 
 def align(
@@ -125,3 +140,73 @@ def merge(*, overwrite: bool = False, **recipe: Any) -> tuple[Model, dict[str, A
     finally:
         run.run.close()
     return load_model(run.run.path / MERGED, placement=run.inputs.layout.place), manifest
+
+
+def run(*, overwrite: bool = False, **recipe: Any) -> dict[str, Any]:
+    """Runs the steps of a recipe in one run directory, as `tmjax run` does.
+
+    Steps that have finished in `out` are not run again. Warnings of the run are Python warnings.
+
+    Args:
+        overwrite: Whether finished steps that the recipe has changed, and those after them, are replaced.
+        **recipe: The keys of the recipe: `out`, `steps`, and the inputs that the steps share. A step is a mapping of
+            its kind to its settings, such as `{"adapt": {"mode": "sft"}}`. Paths are as on the command line.
+
+    Returns:
+        The run's manifest: facts and model of every step in `steps`, scores on the test texts in `evaluation`.
+
+    Raises:
+        InputError: Keys or inputs are wrong; names the step.
+        NoTransferError: Nothing measurable came from the source of a merge.
+    """
+    settings = build_steps_recipe(_plain(recipe))
+    steps = Steps(settings, overwrite=overwrite, warn=lambda message: warnings.warn(message, stacklevel=2))
+    try:
+        return steps.all()
+    finally:
+        steps.run.close()
+
+
+def vocabulary(
+    target: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    add: int | None = None,
+    texts: str | Path | None = None,
+    init: str = "mean",
+    source: str | Path | None = None,
+    multiple_of: int = 1,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes a model with another vocabulary, as `tmjax vocabulary` does.
+
+    Args:
+        target: Checkpoint whose vocabulary changes: directory or hub id.
+        out: Output directory.
+        tokenizer: The new tokenizer: directory or hub id.
+        add: Number of tokens that are learnt from `texts` instead.
+        texts: Texts of the language or domain.
+        init: Initialisation of new rows: `mean`, `similar`, `source` or `pursuit`.
+        source: A model that knows the new tokens, for `source` and `pursuit`.
+        multiple_of: Rows are padded to a multiple of this.
+        overwrite: Whether an existing output of tmjax is replaced.
+
+    Returns:
+        Numbers of rows by kind, notes and, with texts, tokens per byte before and after.
+
+    Raises:
+        InputError: The request is incomplete, or an input is wrong.
+    """
+    new, given, other = (None if each is None else str(each) for each in (tokenizer, texts, source))
+    request = VocabularyRequest(str(target), new, add, given, init, other, multiple_of)
+    return new_vocabulary(request, out, overwrite=overwrite, warn=lambda message: warnings.warn(message, stacklevel=2))
+
+
+def _plain(value: Any) -> Any:
+    """Returns nested values with the names of paths."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value

@@ -22,6 +22,7 @@ ROOT = DOCS.parent
 GENERATORS: Mapping[str, Callable[[], str]] = {
     "recipe of a merge": recipe_reference.merge_recipe,
     "recipe of an adaptation": recipe_reference.adapt_recipe,
+    "recipe of several steps": recipe_reference.steps_recipe,
     "operators": recipe_reference.operators,
     "presets": recipe_reference.presets,
     "solvers": recipe_reference.solvers,

@@ -94,6 +94,15 @@ def adapt_recipe() -> str:
     return settings(AdaptRecipe, "", 3)
 
 
+def steps_recipe() -> str:
+    """Returns the settings of a recipe of several steps, and of the steps that have no recipe of their own."""
+    from tmjax.recipes.steps_recipe import PLAIN_STEPS, StepsRecipe
+
+    target = {"target": "the model of the step before"}
+    parts = [settings(kind, f"steps: {name}", 3, target) for name, kind in PLAIN_STEPS.items()]
+    return "".join([settings(StepsRecipe, "", 3), *parts])
+
+
 def operators() -> str:
     """Returns every built-in operator: its first sentence, its needs, and its options."""
     from tmjax.transfer.operator import builtin_operators

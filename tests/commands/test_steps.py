@@ -14,6 +14,7 @@ import yaml
 from helpers import stored
 from hub_stub import TOKEN, serve
 
+import tmjax
 from tmjax import cli
 from tmjax.checkpoints.load import load_model
 from tmjax.commands.adapt.run import Adapt
@@ -22,7 +23,7 @@ from tmjax.commands.steps.resolve import located, resolve_steps
 from tmjax.commands.steps.step_keys import step_keys
 from tmjax.errors import InputError
 from tmjax.recipes.base import read_recipe
-from tmjax.recipes.steps import build_steps_recipe
+from tmjax.recipes.steps_recipe import build_steps_recipe
 from tmjax.runs.manifest import read_manifest
 
 NAMES = ["1-merge", "2-convert", "3-vocabulary", "4-adapt", "5-evaluate"]
@@ -169,6 +170,18 @@ def test_lost_files_and_later_steps(again, recipe, tmp_path, capsys) -> None:
     words = ["align", *(f"--{key}={recipe[key]}" for key in ("source", "target", "texts")), "--alpha", "0.1"]
     assert cli.run([*words, "--out", str(again), "--overwrite"]) == 2
     assert "notes.txt" in capsys.readouterr().err and (again / "1-merge/merged").is_dir()
+
+
+def test_from_python(again, recipe, tmp_path) -> None:
+    manifest = tmjax.run(**recipe | {"out": again, "test": Path(recipe["test"])})
+    assert all(stage["reused"] for stage in manifest["stages"].values())
+    facts = tmjax.vocabulary(recipe["target"], tmp_path / "more", add=20, texts=Path(recipe["texts"]))
+    measured = manifest["steps"]["3-vocabulary"]["measured"]
+    assert {name: facts[name] for name in ("rows", "kept", "new", "tokens_per_byte")} == {
+        name: measured[name] for name in ("rows", "kept", "new", "tokens_per_byte")
+    }
+    with pytest.raises(InputError, match=r"step 3-vocabulary of .* has finished with other settings"):
+        tmjax.run(**changed(recipe, 3, add=19), out=again)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from tmjax.errors import InputError
 from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe, is_adaptation
 from tmjax.recipes.base import Placed, read_recipe
 from tmjax.recipes.merge import Recipe
-from tmjax.recipes.steps import REFERENCE, build_steps_recipe, has_steps
+from tmjax.recipes.steps_recipe import REFERENCE, build_steps_recipe, has_steps
 from tmjax.runs.provenance import STAGE
 from tmjax.transfer.chain import chain_of, needs_of
 from tmjax.transfer.controls import CONTROLS

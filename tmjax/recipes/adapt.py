@@ -26,7 +26,7 @@ from tmjax.recipes.objectives import (
     LoraOptions,
     ResidualOptions,
 )
-from tmjax.recipes.steps import refuse_steps
+from tmjax.recipes.steps_recipe import refuse_steps
 
 NotNegative = Annotated[float, Field(ge=0)]
 #: Modes without terms that need a source.

@@ -9,7 +9,7 @@ from tmjax.recipes.base import checked, found_near, merged_values
 from tmjax.recipes.merge import Recipe
 from tmjax.recipes.old_keys import refuse_old_keys
 from tmjax.recipes.presets import DEFAULT_PRESET, PRESETS
-from tmjax.recipes.steps import refuse_steps
+from tmjax.recipes.steps_recipe import refuse_steps
 from tmjax.transfer.operator import operators_of
 
 

@@ -17,8 +17,10 @@ from typing import Any
 import typer
 
 from tmjax import cli
+from tmjax.commands.steps.resolve import resolve_steps
 from tmjax.errors import TmjaxError
 from tmjax.recipes.base import read_recipe
+from tmjax.recipes.steps_recipe import build_steps_recipe, has_steps
 from tmjax.transfer.recipe import build_recipe
 
 #: Stands for something: DIR, T|RUN, FILE...; a command with one is a pattern, not for running as it is.
@@ -163,12 +165,16 @@ def is_pattern(told: Sequence[str]) -> bool:
 
 
 def recipe_fault(text: str) -> str | None:
-    """What is wrong with a part of a recipe of `tmjax merge`."""
+    """What is wrong with a part of a recipe of `tmjax merge`, or with a recipe of several steps."""
     import yaml
 
     try:
         given = {key: value for key, value in yaml.safe_load(text).items() if key != "include" and key[:2] != "x-"}
-        build_recipe(dict.fromkeys(("source", "target", "texts", "out"), "-") | given)
+        values = dict.fromkeys(("source", "target", "texts", "out"), "-") | given
+        if has_steps(given):
+            resolve_steps(build_steps_recipe(values))
+        else:
+            build_recipe(values)
     except TmjaxError as error:
         return str(error)
     return None

@@ -46,7 +46,7 @@ def run(flags: StepFlags, publishing: PublishFlags, job: JobFlags, output: Outpu
 
     Finished steps are not repeated. With --overwrite a changed step is repeated, and the steps after it.
     """
-    from tmjax.recipes.steps import build_steps_recipe, has_steps
+    from tmjax.recipes.steps_recipe import build_steps_recipe, has_steps
 
     given = {name: value for name, value in vars(flags).items() if name != "recipe"}
     values = values_of(flags.recipe, given, ("out",))

@@ -9,7 +9,7 @@ from tmjax.errors import InputError
 from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe
 from tmjax.recipes.base import checked, merged_values
 from tmjax.recipes.merge import Recipe
-from tmjax.recipes.steps import (
+from tmjax.recipes.steps_recipe import (
     PLAIN_STEPS,
     REFERENCE,
     SHARED,

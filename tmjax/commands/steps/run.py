@@ -20,7 +20,7 @@ from tmjax.files import lock
 from tmjax.files.jsonfile import read_json
 from tmjax.files.paths import refuse_overlap
 from tmjax.recipes.base import dump_values
-from tmjax.recipes.steps import StepsRecipe
+from tmjax.recipes.steps_recipe import StepsRecipe
 from tmjax.report.steps_page import write_steps_report
 from tmjax.runs.command import given_command
 from tmjax.runs.directory import RunDirectory
@@ -103,8 +103,8 @@ class Steps:
         def start() -> RunDirectory | None:
             if not hosts.is_first():
                 return None
-            found = find_manifest(self.out)
-            if found is None or not is_current(found) or found.get("steps") is None:
+            previous = find_manifest(self.out)
+            if previous is None or not is_current(previous) or previous.get("steps") is None:
                 return RunDirectory.start(self.out, text, header, overwrite=overwrite, team=hosts, show=show)
             if not overwrite:
                 self._refuse_changed(load_manifest(self.out))
@@ -127,6 +127,7 @@ class Steps:
     def all(self) -> dict[str, Any]:
         """Runs every step and scores the models; returns the manifest."""
         manifest = self.run.manifest
+        manifest.seed = self.recipe.seed
         names = [step.name for step in self.steps]
         for name in [name for name in manifest.steps or {} if name not in names]:
             manifest.outputs.pop(name, None)

@@ -8,7 +8,7 @@ from typing import Any
 from tmjax.checkpoints.hub import COMPANIONS, resolve
 from tmjax.commands.steps.resolve import MODELS, Step
 from tmjax.errors import InputError
-from tmjax.recipes.steps import REFERENCE
+from tmjax.recipes.steps_recipe import REFERENCE
 from tmjax.runs.hashes import digest, sha256_checkpoint, sha256_files
 from tmjax.runs.manifest import load_manifest
 from tmjax.train.texts import read_training_texts

@@ -15,7 +15,7 @@ from tmjax.commands.merge.run import Merge
 from tmjax.commands.steps.resolve import Step
 from tmjax.commands.vocabulary_transplant import VocabularyRequest, check_request, new_vocabulary
 from tmjax.evaluate.tasks import require_lm_eval
-from tmjax.recipes.steps import VocabularyStep
+from tmjax.recipes.steps_recipe import VocabularyStep
 from tmjax.runs.run_facts import Cell
 from tmjax.sharding import hosts
 
