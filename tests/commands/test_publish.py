@@ -39,7 +39,7 @@ def publish(capsys, *words: object, code: int = 0) -> str:
     if code:
         *others, error = captured.err.splitlines()
         assert error.startswith("tmjax: error:") and not captured.out
-        known = ("tmjax: warning: the licence", "tmjax: publish")
+        known = ("tmjax: warning: the licence", "tmjax: warning: the adapter names", "tmjax: publish")
         assert len(others) <= 2 and all(line.startswith(known) for line in others)
         return error
     return captured.out
@@ -167,6 +167,35 @@ def test_own_process_and_files_of_the_user(plain, tmp_path) -> None:
         files = hub.repos["me/x"].files
         assert "notes.txt" not in files and files["README.md"] == b"my own words"
         assert files["model.safetensors"] == (plain / "merged/model.safetensors").read_bytes()
+
+
+def test_a_lora_has_a_repository_of_its_own(plain, flags, recipe_file, hub, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)
+    assert "has no LoRA of its result" in publish(capsys, run, "me/lora", "--lora", code=2)
+    recipe = yaml.safe_load(Path(recipe_file).read_text()) | {"export": {"lora": 4}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["merge", str(tmp_path / "recipe.yaml"), *flags, "--out", str(run)]
+    assert cli.run(command) == 0
+    printed = json.loads(publish(capsys, run, "me/lora", "--lora", "--dry-run", "--json"))
+    publish(capsys, run, "me/lora", "--lora")
+    files = {name: data for name, data in hub.repos["me/lora"].files.items() if name != ".gitattributes"}
+    assert printed["files"] == {name: len(data) for name, data in files.items()}
+    own = {path.name: path.read_bytes() for path in (run / "lora").iterdir()}
+    assert len(own) == 2 and {name: files[name] for name in own} == own
+    (tmp_path / "card.md").write_bytes(files["README.md"])
+    metadata = card_metadata(tmp_path / "card.md")
+    assert metadata["base_model_relation"] == "adapter" and metadata["library_name"] == "peft"
+    assert files["README.md"].count(b"\n---\n") == 1 and b"A PEFT adapter of rank 4" in files["README.md"]
+    record = json.loads(files["tmjax.json"])
+    assert record["files"].keys() == own.keys() and record["lora"]["rank"] == 4
+    # Neither replaces the other.
+    assert "holds a LoRA; choose another name" in publish(capsys, run, "me/lora", code=2)
+    publish(capsys, run, "me/model")
+    assert "holds a model; choose another name" in publish(capsys, run, "me/model", "--lora", code=2)
+    assert "model.safetensors" in hub.repos["me/model"].files
+    (run / "lora/adapter_config.json").unlink()
+    assert "adapter_config.json is missing or damaged" in publish(capsys, run, "me/lora", "--lora", code=2)
 
 
 # The card and the record.

@@ -3,6 +3,7 @@
 Only files that the run wrote are uploaded, and only a repository that is empty or that tmjax wrote is written to.
 """
 
+import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,15 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import tmjax
+from tmjax.checkpoints.formats.adapter import ADAPTER_CONFIG
+from tmjax.checkpoints.hub import CONFIG_NAME, README
 from tmjax.checkpoints.parents import Parent
 from tmjax.commands.callbacks import Progress, Warn, quiet, silent
 from tmjax.errors import InputError
 from tmjax.files.jsonfile import read_json
 from tmjax.files.lock import OutputLock
 from tmjax.files.owned import walk
-from tmjax.report.card_parts import licence_warning
-from tmjax.runs.provenance import MERGED, PROVENANCE, require_finished, result_files, result_run
+from tmjax.report.card_parts import adapter_card, licence_warning
+from tmjax.runs.manifest import Manifest
+from tmjax.runs.provenance import (
+    MERGED,
+    PROVENANCE,
+    lora_files,
+    require_finished,
+    result_files,
+    result_run,
+    sha256_file,
+)
 
+#: The file that tells the form of a result, in words for an error.
+_FORMS = {CONFIG_NAME: "a model", ADAPTER_CONFIG: "a LoRA"}
 #: Names of files of weights, which go when a later result has them in other files.
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -40,6 +54,19 @@ class Repository:
     public: bool
     exists: bool
     files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is uploaded of a run: the bytes or the place of every file, by its name in the repository."""
+
+    run: Path
+    files: Mapping[str, Path | bytes]
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the sizes of the files in bytes."""
+        items = self.files.items()
+        return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in items}
 
 
 @dataclass(frozen=True)
@@ -92,43 +119,55 @@ def find_repository(name: str, *, public: bool = False, warn: Warn = silent) -> 
     return Repository(name, not info.private, exists=True, files=files)
 
 
-def plan_upload(run: Path, repository: str, *, public: bool = False, warn: Warn = silent) -> Published:
+def plan_upload(run: Path, *, lora: bool = False, warn: Warn = silent) -> Upload:
     """Checks a run and lists what would be uploaded; the hub is not asked.
 
     Args:
         run: Run directory of a finished merge or adaptation.
-        repository: Name of the repository.
-        public: Whether everybody is to see it.
+        lora: Whether the LoRA of the result is meant.
         warn: Called with what the user should know: licences, files that stay here.
 
     Returns:
         The plan.
 
     Raises:
-        InputError: The run is not finished or damaged, or the name is wrong.
+        InputError: The run is not finished or damaged, or has no LoRA.
     """
-    _require_name(repository)
     manifest = require_finished(run)
     record = read_json(run / MERGED / PROVENANCE)
     manifest = require_finished(run, record.get("parents") or {})
-    line = licence_warning({which: Parent.from_json(values) for which, values in record["parents"].items()})
+    parents = {which: Parent.from_json(values) for which, values in record["parents"].items()}
+    line = licence_warning(parents)
     if line is not None:
         warn(line)
+    if lora:
+        return _plan_of_lora(run, manifest, record, parents, warn)
     names = [name.removeprefix(f"{MERGED}/") for name in result_files(manifest)]
     others = sorted(set(walk(run / MERGED)) - set(names))
     if others:
         warn(f"{run / MERGED} holds what tmjax did not write, which is not uploaded: {', '.join(others)}")
-    sizes = {name: (run / MERGED / name).stat().st_size for name in names}
-    return Published(repository, public, sizes)
+    return Upload(run, {name: run / MERGED / name for name in names})
 
 
-def upload(
-    run: Path, plan: Published, repository: Repository, *, progress: Progress = quiet, warn: Warn = silent
-) -> Published:
+def _plan_of_lora(
+    run: Path, manifest: Manifest, record: Mapping[str, Any], parents: Mapping[str, Parent], warn: Warn
+) -> Upload:
+    """Plans the upload of a LoRA, with a card and a record of its own."""
+    files = lora_files(run, manifest)
+    facts = manifest.to_json({"lora"})["lora"]
+    target = parents["target"]
+    if target.hub_id is None:
+        warn(f"the adapter names {target.name} as its base model, which is not known to be on the hub")
+    card = adapter_card((run / MERGED / README).read_text(encoding="utf-8"), parents, facts)
+    own = {**record, "files": {file.name: sha256_file(file) for file in files}, "lora": facts}
+    texts = {README: card, PROVENANCE: json.dumps(own, indent=2, ensure_ascii=False) + "\n"}
+    return Upload(run, {file.name: file for file in files} | {name: text.encode() for name, text in texts.items()})
+
+
+def upload(plan: Upload, repository: Repository, *, progress: Progress = quiet, warn: Warn = silent) -> Published:
     """Uploads a result in one commit; the repository is created if the hub does not have it.
 
     Args:
-        run: The run directory.
         plan: What is uploaded.
         repository: Where to.
         progress: Called at the beginning and at the end; on a terminal huggingface_hub shows bars of its own.
@@ -138,16 +177,23 @@ def upload(
         The upload.
 
     Raises:
-        InputError: The hub refuses, or cannot be reached; the repository is then as it was.
+        InputError: The hub refuses, or cannot be reached, or the repository holds a result of the other form; it is
+            then as it was.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    for name, form in _FORMS.items():
+        if name in repository.files and name not in plan.files:
+            raise InputError(f"the repository {repository.name} holds {form}; choose another name")
     stale = [name for name in repository.files if name.endswith(_WEIGHTS) and name not in plan.files]
     progress("publish", 0, 0)
-    with OutputLock(run), _bars_on_terminals(), _one_line(repository.name) as api:
+    with OutputLock(plan.run), _bars_on_terminals(), _one_line(repository.name) as api:
         if not repository.exists:
             api.create_repo(repository.name, private=not repository.public)
-        operations: list[Any] = [CommitOperationAdd(name, str(run / MERGED / name)) for name in plan.files]
+        operations: list[Any] = [
+            CommitOperationAdd(name, file if isinstance(file, bytes) else str(file))
+            for name, file in plan.files.items()
+        ]
         operations += [CommitOperationDelete(name) for name in stale]
         message = f"Upload a result of tmjax {tmjax.__version__}"
         with warnings.catch_warnings(record=True) as noted:
@@ -157,13 +203,14 @@ def upload(
         if each.category is UserWarning:
             warn(str(each.message))
     progress("publish", 1, 0)
-    return Published(repository.name, repository.public, plan.files, str(commit.commit_url))
+    return Published(repository.name, repository.public, plan.sizes(), str(commit.commit_url))
 
 
 def publish(
     run: str | Path,
     repository: str,
     *,
+    lora: bool = False,
     public: bool = False,
     dry_run: bool = False,
     progress: Progress = quiet,
@@ -174,6 +221,7 @@ def publish(
     Args:
         run: Run directory of a finished merge or adaptation; of a run of several steps the last of these is meant.
         repository: Owner and name of the repository; of a name alone the owner is the account of the token.
+        lora: Whether the LoRA of the result is published, not the result.
         public: Whether everybody is to see it; otherwise a new repository is private.
         dry_run: Whether files and sizes are listed and the hub is not asked.
         progress: Called at the beginning and at the end of the upload.
@@ -186,10 +234,11 @@ def publish(
         InputError: The run is not finished, there is no token, the repository is another's, or the hub refuses.
     """
     run = result_run(Path(run))
-    plan = plan_upload(run, repository, public=public, warn=warn)
+    _require_name(repository)
+    plan = plan_upload(run, lora=lora, warn=warn)
     if dry_run:
-        return plan
-    return upload(run, plan, find_repository(repository, public=public, warn=warn), progress=progress, warn=warn)
+        return Published(repository, public, plan.sizes())
+    return upload(plan, find_repository(repository, public=public, warn=warn), progress=progress, warn=warn)
 
 
 def _require_name(name: str) -> None:

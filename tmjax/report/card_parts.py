@@ -28,6 +28,30 @@ def metadata_block(parents: Parents) -> str:
     return f"---\n{yaml.safe_dump(values | _licence(parents), sort_keys=False, allow_unicode=True)}---"
 
 
+def adapter_card(card: str, parents: Parents, lora: Mapping[str, Any]) -> str:
+    """Makes the model card of the LoRA of a result.
+
+    Args:
+        card: The card of the result itself.
+        parents: The parents by name.
+        lora: Facts of the LoRA in the manifest: `rank`, `errors`, `left_out`.
+    """
+    values: dict[str, Any] = yaml.safe_load(metadata_block(parents).strip("-"))
+    base = parents["target"].hub_id
+    values.pop("base_model", None)
+    values |= {"base_model_relation": "adapter", "library_name": "peft", "tags": [*values["tags"], "lora"]}
+    values |= {} if base is None else {"base_model": base}
+    errors = list(lora["errors"].values())
+    left_out = f" {len(lora['left_out'])} tensors changed too and have no part in it." if lora["left_out"] else ""
+    text = (
+        f"# LoRA\n\nA PEFT adapter of rank {lora['rank']}: the change of the target that is described below, with a "
+        f"relative error per projection of {sum(errors) / len(errors):.3f} in the mean, {max(errors):.3f} at most."
+        f"{left_out} Scores below are of the result itself, not of the adapter."
+    )
+    _, _, body = card.partition("\n---") if card.startswith("---") else ("", "", card)
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n\n{text}\n\n{body.strip()}\n"
+
+
 def _licence(parents: Parents) -> dict[str, str]:
     """The keys of the licence: none where one is missing, the names of both where they differ."""
     terms = [each.terms for each in parents.values()]

@@ -41,10 +41,8 @@ def measured_text(facts: Mapping[str, Any]) -> str:
     """Returns the numbers of a step in a few words."""
     numbers, kind = facts["measured"], facts["kind"]
     if kind == "vocabulary":
-        text = f"{numbers['rows_before']} -> {numbers['rows']} rows, {numbers['new']} new by {numbers['init']}"
-        if "tokens_per_byte" in numbers:
-            text += f", {numbers['tokens_per_byte_before']:.4f} -> {numbers['tokens_per_byte']:.4f} tokens/byte"
-        return text
+        length = f", {numbers['tokens_per_byte']:.4f} per byte" if "tokens_per_byte" in numbers else ""
+        return f"{numbers['new']} new tokens ({numbers['init']}){length}"
     gain = f", gain due to the source {numbers['source_gain']:+.4f}" if "source_gain" in numbers else ""
     if kind == "merge":
         return f"{Path(numbers['source']).name}, {numbers['preset']}{gain}"

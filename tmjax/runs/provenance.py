@@ -7,9 +7,10 @@ from typing import Any
 
 from tmjax.errors import InputError
 from tmjax.files.atomic import write_json
+from tmjax.recipes.base import read_recipe
 from tmjax.runs.hashes import digest
 from tmjax.runs.manifest import MANIFEST, Manifest, load_manifest
-from tmjax.runs.run_files import EDITED
+from tmjax.runs.run_files import EDITED, RECIPE
 
 #: Folder of the result in a run directory.
 MERGED = "merged"
@@ -41,7 +42,7 @@ def write_provenance(
         parents: Facts of the parents, by name.
     """
     names = [name for name in result_files(manifest) if not name.endswith((EDITED, f"/{PROVENANCE}"))]
-    hashes = {name.removeprefix(f"{MERGED}/"): _sha256(run / name) for name in names}
+    hashes = {name.removeprefix(f"{MERGED}/"): sha256_file(run / name) for name in names}
     facts = {"format": FORMAT, **manifest.to_json(_FACTS), "recipe_sha256": manifest.key["recipe"]}
     write_json(file, facts | {"recipe": dict(recipe), "parents": dict(parents), "files": hashes})
 
@@ -50,6 +51,20 @@ def result_files(manifest: Manifest) -> dict[str, int]:
     """Returns the files of a run's result with their sizes, by their names in the run directory."""
     files = {name: size for entry in manifest.outputs.values() for name, size in entry.files.items()}
     return {name: files[name] for name in sorted(files) if name.startswith(f"{MERGED}/")}
+
+
+def lora_files(run: Path, manifest: Manifest) -> list[Path]:
+    """Returns the files of the LoRA of a finished run; raises InputError if it has none, or none of its result."""
+    entry, rank = manifest.outputs.get("lora"), None if manifest.lora is None else manifest.lora.rank
+    export = read_recipe(run / RECIPE).get("export") or {}
+    if entry is None or rank is None or export.get("lora") != rank:
+        raise InputError(
+            f"{run} has no LoRA of its result: its command with `export: {{lora: 32}}` in the recipe adds one"
+        )
+    for name, size in entry.files.items():
+        if not (run / name).is_file() or (run / name).stat().st_size != size:
+            raise InputError(f"{run}: {name} is missing or damaged; give the command that made it again")
+    return [run / name for name in sorted(entry.files)]
 
 
 def result_run(run: Path) -> Path:
@@ -98,6 +113,7 @@ def require_finished(run: Path, parents: Mapping[str, Any] | None = None) -> Man
     return manifest
 
 
-def _sha256(file: Path) -> str:
+def sha256_file(file: Path) -> str:
+    """Returns the SHA-256 of the contents of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -58,6 +58,7 @@ def report(
 def publish(
     run: Annotated[Path, typer.Argument(help="Run directory of a finished merge or adaptation.")],
     repository: Annotated[str, typer.Argument(help="OWNER/MODEL on the Hugging Face hub.")],
+    lora: Annotated[bool, typer.Option("--lora", help="Upload the LoRA of the result (`export: {lora: 32}`).")] = False,
     public: Public = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and sizes; ask and upload nothing.")] = False,
     as_json: Json = False,
@@ -66,7 +67,9 @@ def publish(
     from tmjax.commands.publish import publish
 
     with outside_bars() as progress:
-        done = publish(run, repository, public=public, dry_run=dry_run, progress=progress, warn=print_warning)
+        done = publish(
+            run, repository, lora=lora, public=public, dry_run=dry_run, progress=progress, warn=print_warning
+        )
     show_result({"run": str(run), **asdict(done)}, lambda console: show_published(console, done), as_json=as_json)
 
 
