@@ -13,6 +13,7 @@ import pytest
 import yaml
 from helpers import stored
 from hub_stub import TOKEN, serve
+from jobs import Job
 
 import tmjax
 from tmjax import cli
@@ -202,6 +203,22 @@ def test_killed_without_warning_and_started_again(whole, recipe, tmp_path) -> No
     assert reused(out) == NAMES[:3]
     for name in ("1-merge/merged", "3-vocabulary", "4-adapt/merged"):
         assert stored(out / name) == stored(whole / name)
+
+
+@pytest.mark.slow
+def test_two_processes_run_steps_as_one_does(whole, recipe, tmp_path) -> None:
+    """Vocabulary and conversion are the first process's alone; both follow the same steps."""
+    words = ["run", write(tmp_path, recipe), "--out", tmp_path / "job", "--mesh", "fsdp=2", "--json"]
+    (code, printed, error), (other, nothing, silence) = Job(words, devices=1).end(timeout=600)
+    assert code == other == 0 and nothing == silence == "", error + silence
+    manifest, one = json.loads(printed), read_manifest(whole)
+    assert (manifest["devices"], manifest["processes"]) == (2, 2) and list(manifest["steps"]) == NAMES
+    for name, item in one["evaluation"].items():
+        assert manifest["evaluation"][name]["bits_per_byte"] == pytest.approx(item["bits_per_byte"], abs=1e-3)
+    assert stored(tmp_path / "job/1-merge/merged").keys() == stored(whole / "1-merge/merged").keys()
+    bad = ["run", write(tmp_path, changed(recipe, 3, source="gone"), "bad.yaml"), "--out", tmp_path / "bad"]
+    for status, _, said in Job(bad, devices=1).end(timeout=200):
+        assert status == 2 and (not said or "gone" in said)
 
 
 def steps_of(**values: Any) -> tuple[Any, list[str]]:
