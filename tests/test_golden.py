@@ -12,7 +12,7 @@ import pytest
 from tools.golden import CASES, differences, read
 
 #: Cases that take seconds; the others are slow.
-QUICK = ("fixed alpha", "sft")
+QUICK = ("one role", "sft")
 TOLERANCE = 1e-6
 
 
