@@ -20,6 +20,7 @@ from tmjax.files import lock
 from tmjax.files.jsonfile import read_json
 from tmjax.files.paths import refuse_overlap
 from tmjax.recipes.base import dump_values
+from tmjax.recipes.forward_dtype import with_dtype
 from tmjax.recipes.steps_recipe import StepsRecipe
 from tmjax.report.steps_page import write_steps_report
 from tmjax.runs.command import given_command
@@ -224,7 +225,7 @@ def _scored(step: Step, place: Path, sha256: str) -> bool:
         return False
     manifest, settings = load_manifest(place), step.settings
     test = None if manifest is None else manifest.inputs.get("test")
-    usual = settings.dtype == "float32" and settings.evaluation.max_tokens is None
+    usual = with_dtype(settings).dtype == "float32" and settings.evaluation.max_tokens is None
     return usual and test is not None and test.sha256 == sha256
 
 
