@@ -25,7 +25,7 @@ from tmjax.models.families import FAMILIES, family_of, unread
 from tmjax.models.families.config_values import ACTIVATION_NAMES
 from tmjax.models.families.quantised import is_read, without_quantisation
 from tmjax.models.families.wrappers import TEXTS, TIED
-from tmjax.models.layers import ACTIVATIONS
+from tmjax.models.primitives import ACTIVATIONS
 from tmjax.transfer.recipe import build_recipe
 from tools import config_keys
 from tools.family_cases import CASES
