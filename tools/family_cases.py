@@ -205,8 +205,8 @@ BASES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _RMS | _LATENT,
     "olmoe": _RMS | _WHOLE | {"num_experts": 10, "num_experts_per_tok": 4, "pad_token_id": 0},
 }
-_DEEP_YARN = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}}
 _OLD = {"rope_parameters": None}  # of transformers 4: rope_theta and rope_scaling
+_DEEP_YARN = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}}
 _CASES: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "grouped": {},
@@ -449,7 +449,9 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
             "rope_interleave": False,
             "attention_bias": True,
             "tie_word_embeddings": True,
-        },
+        }
+        | _OLD
+        | {"rope_theta": 1000.0},
     },
     "deepseek_v32": {"yarn": _DEEP_YARN, "bias": {"attention_bias": True, "tie_word_embeddings": True}},
     "glm_moe_dsa": {

@@ -1,7 +1,7 @@
 """Reasons why a `model_type` has no table: features of its architecture that the decoder lacks, read from its config.
 
-Experts are named as well: the decoder has them, but a table says how a family routes and stores them. Features are
-recognised by their config keys, so that a family unknown today is described too.
+Experts and latent attention are named as well: the decoder has them, but a table says how a family routes and stores
+them. Features are recognised by their config keys, so that a family unknown today is described too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
