@@ -206,7 +206,8 @@ BASES: dict[str, dict[str, Any]] = {
     "olmoe": _RMS | _WHOLE | {"num_experts": 10, "num_experts_per_tok": 4, "pad_token_id": 0},
 }
 _OLD = {"rope_parameters": None}  # of transformers 4: rope_theta and rope_scaling
-_DEEP_YARN = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}}
+_EXACT = {"truncate": False, "beta_fast": 16, "beta_slow": 2}
+_DEEP_YARN = {"rope_parameters": YARN | _EXACT | {"mscale": 0.7, "mscale_all_dim": 0.9}}
 _CASES: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "grouped": {},

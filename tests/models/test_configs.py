@@ -619,6 +619,7 @@ def _longrope(short: int, long: int) -> dict:
         ("mixtral-full", {"num_experts_per_tok": 8}, "8 of 7 experts cannot be chosen"),
         ("llama-grouped", {"head_dim": 15}, "even number of dimensions, not 15"),
         ("deepseek_v3-yarn", {"num_key_value_heads": 2}, "6 heads of latent attention cannot share 2 of keys"),
+        ("deepseek_v3-yarn", {"head_dim": 24}, "head_dim is not qk_rope_head_dim 8"),
         ("deepseek_v3-yarn", {"v_head_dim": 25}, "values of 25 units in heads of 24"),
         ("deepseek_v2-lite", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),
         ("deepseek_v2-lite", {"mlp_bias": True}, "mlp_bias true is not supported"),

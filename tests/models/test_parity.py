@@ -660,7 +660,8 @@ def require_shown(pair: Pair, monkeypatch: pytest.MonkeyPatch, chosen: Callable[
     # The two forms of gelu differ by 1e-3 at most, which here is some 6 tolerances; everything else shows by more.
     close = spec.activation in ("gelu", "gelu_tanh")
     needed = {key: 5 if close and key == ("activation", "other") else 10 for key in seen}
-    blind = {key: value for key, value in seen.items() if not value >= needed[key] * TOLERANCE}
+    # Without its norms a mixture may overflow; that shows, since the right logits are finite.
+    blind = {key: value for key, value in seen.items() if value < needed[key] * TOLERANCE}
     assert not blind
     return len(seen)
 

@@ -62,6 +62,7 @@ def tiny(kind: str) -> transformers.PretrainedConfig:
         text["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 1, 1]}
     if kind == "kimi_k25":
         text |= LATENT
+        del text["head_dim"]
         vision |= {"pos_emb_height": 4, "pos_emb_width": 4, "patch_size": 7}
     if kind == "qwen3_vl_moe":
         text |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": False}
@@ -69,6 +70,17 @@ def tiny(kind: str) -> transformers.PretrainedConfig:
         text["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     text = type(whole.text_config)(**text)
     return type(whole)(text_config=text.to_dict(), vision_config=type(whole.vision_config)(**vision).to_dict())
+
+
+def name_layers(directory: Path) -> None:
+    """Names the text model's layers as they are published; transformers writes them as it does the tower's blocks."""
+    file, begin = directory / "model.safetensors", "language_model.model."
+    tensors = safetensors.torch.load_file(file)
+    renamed = {
+        name.replace(".blocks.", ".layers.") if name.startswith(begin) else name: tensors[name] for name in tensors
+    }
+    assert renamed.keys() != tensors.keys()
+    safetensors.torch.save_file(renamed, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +95,8 @@ def saved(tmp_path_factory, llama_dir) -> dict[str, tuple[Path, torch.Tensor, np
                 parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
         directory = tmp_path_factory.mktemp(kind)
         model.save_pretrained(directory)
+        if kind == "kimi_k25":
+            name_layers(directory)
         copy_companions(llama_dir, directory)
         ids = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():

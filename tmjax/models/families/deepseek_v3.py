@@ -27,9 +27,9 @@ DEFAULTS = {
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     for key in ("num_nextn_predict_layers", "num_mtp_layers"):
         view.take(key, 1, zero=True)  # read by transformers' generation alone
-    view.take("head_dim", 0)  # transformers takes the rotary part's size in its place
     dense = latent.leading(view, values["layers"], 3)
     settings = latent.read_attention(view, values, DEFAULTS, interleaved=view.take("rope_interleave", True, bool))
+    latent.require_head_dim(view, settings["latent"].rotary_dim)
     return settings | {"experts": latent.read_experts(view, DEFAULTS, dense)}
 
 

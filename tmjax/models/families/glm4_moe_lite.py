@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from tmjax.errors import InputError
 from tmjax.models.families import deepseek_v3, latent
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView
@@ -24,9 +23,7 @@ DEFAULTS = deepseek_v3.DEFAULTS | {
 
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     settings = latent.read_attention(view, values, DEFAULTS, interleaved=view.take("rope_interleave", True, bool))
-    dims = settings["latent"].rotary_dim
-    if view.take("head_dim", dims) != dims:  # another name of qk_rope_head_dim in transformers
-        raise InputError(f"config.json: head_dim is not qk_rope_head_dim {dims}")
+    latent.require_head_dim(view, settings["latent"].rotary_dim)
     return settings | {"experts": latent.read_experts(view, DEFAULTS, latent.read_kinds(view, values["layers"], (0,)))}
 
 

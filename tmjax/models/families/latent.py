@@ -99,6 +99,12 @@ def read_attention(
     }
 
 
+def require_head_dim(view: ConfigView, dims: int) -> None:
+    """Raises InputError if a config's `head_dim`, which transformers takes for the rotary part's size, is another."""
+    if view.take("head_dim", dims) != dims:
+        raise InputError(f"config.json: head_dim is not qk_rope_head_dim {dims}")
+
+
 def write_attention(spec: DecoderSpec) -> dict[str, Any]:
     """Writes the settings that `read_attention` reads."""
     latent, rotary = spec.latent, write_rotary(spec)
