@@ -21,11 +21,11 @@ from tmjax import cli
 from tmjax.checkpoints.hub import CONFIG_NAME, copy_companions
 from tmjax.commands.doctor.examine import examine
 from tmjax.errors import InputError
+from tmjax.models.blocks.primitives import ACTIVATIONS
 from tmjax.models.families import ALIASES, FAMILIES, family_of, unread
 from tmjax.models.families.config_values import ACTIVATION_NAMES
 from tmjax.models.families.quantised import is_read, without_quantisation
 from tmjax.models.families.wrappers import TEXTS, TIED
-from tmjax.models.primitives import ACTIVATIONS
 from tmjax.transfer.recipe import build_recipe
 from tools import config_keys
 from tools.family_cases import CASES

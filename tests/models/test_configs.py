@@ -13,9 +13,9 @@ from helpers import SPEC, edit_config, refused
 from hypothesis import given, settings
 
 from tmjax.errors import InputError
+from tmjax.models.blocks.low_rank import Indexer, Latent
 from tmjax.models.experts.mixture import Experts
 from tmjax.models.families import FAMILIES, family_of
-from tmjax.models.latent import Indexer, Latent
 from tmjax.models.spec import FULL_ATTENTION, Alibi, DecoderSpec, Rotary
 from tools.family_cases import CASES
 from tools.make_checkpoint import make_checkpoint

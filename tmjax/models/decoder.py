@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from tmjax.models.blocks.latent_attention import IndexerParams
+from tmjax.models.blocks.primitives import INIT_STD, Norm, einsum
 from tmjax.models.experts.expert_layer import Mixture
 from tmjax.models.experts.mixture import Run, layers_of, runs_of
-from tmjax.models.latent_attention import IndexerParams
 from tmjax.models.layers import Attend, Block, LayerPlace, Mlp, Sight, attention
-from tmjax.models.primitives import INIT_STD, Norm, einsum
 from tmjax.models.rotary import rotary_tables, sinusoids
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tmjax.models.alibi import alibi_bias
-from tmjax.models.latent_attention import LatentProjections
-from tmjax.models.primitives import ACTIVATIONS, Linear, Norm, einsum
+from tmjax.models.blocks.latent_attention import LatentProjections
+from tmjax.models.blocks.primitives import ACTIVATIONS, Linear, Norm, einsum
 from tmjax.models.rotary import rotate
 from tmjax.models.spec import DecoderSpec
 from tmjax.typing import Array

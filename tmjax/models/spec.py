@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from tmjax.errors import InputError
+from tmjax.models.blocks.low_rank import Indexer, Latent
 from tmjax.models.experts.mixture import Experts, layers_of
-from tmjax.models.latent import Indexer, Latent
 from tmjax.models.positions import Alibi, Rotary
 from tmjax.models.sites import HEAD_SITES, INNER_SITES, SITES
 

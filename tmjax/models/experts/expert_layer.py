@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from tmjax.models.blocks.primitives import ACTIVATIONS, INIT_STD, Linear, precision
 from tmjax.models.experts.grouped import grouped_product
 from tmjax.models.experts.mixture import Experts
 from tmjax.models.layers import Record
-from tmjax.models.primitives import ACTIVATIONS, INIT_STD, Linear, precision
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import ACTIVATION_RULES, RULES, constrain
 from tmjax.typing import Array

@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from tmjax.errors import InputError
+from tmjax.models.blocks.low_rank import Indexer
 from tmjax.models.families import latent
 from tmjax.models.families.config_values import ConfigView
-from tmjax.models.latent import Indexer
 from tmjax.models.spec import DecoderSpec
 
 #: Names of such layers in `layer_types`, which only say how transformers caches them.

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from tmjax.errors import InputError
+from tmjax.models.blocks.low_rank import Latent
 from tmjax.models.experts.mixture import Experts
 from tmjax.models.families.config_values import ConfigView, read_activation, write_activation
 from tmjax.models.families.layout import llama_like
 from tmjax.models.families.mixtures import expert_rows, ignore_training
 from tmjax.models.families.rope import RotaryKeys, read_rotary, write_rotary
-from tmjax.models.latent import Latent
 from tmjax.models.spec import DecoderSpec, ParamSpec, Rotary
 
 #: Fields of the spec that `read_attention` reads, and keys of the sizes of a head and of the rank of keys and values.

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from tmjax.models.primitives import Linear, Norm
+from tmjax.models.blocks.primitives import Linear, Norm
 from tmjax.models.spec import DecoderSpec
 from tmjax.typing import Array
 
