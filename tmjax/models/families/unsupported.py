@@ -31,6 +31,8 @@ _ENCODERS = frozenset(
 _RECURRENT = frozenset("mamba mamba2 falcon_mamba rwkv rwkv7 recurrent_gemma xlstm".split())  # noqa: SIM905
 _TRANSLATORS = frozenset("t5 mt5 umt5 bart mbart pegasus m2m_100 marian blenderbot t5gemma".split())  # noqa: SIM905
 
+_GATED_HEADS = frozenset({"step3p5", "step3p7"})
+
 
 def _positive(config: Mapping[str, Any], keys: tuple[str, ...], minimum: int = 1) -> tuple[str, int] | None:
     """The first of the keys whose value is an integer of at least `minimum`."""
@@ -131,6 +133,8 @@ def _features(config: Mapping[str, Any]) -> Iterator[str]:
         yield "an encoder, which predicts no next token"
     elif kind in _RECURRENT:
         yield "recurrent layers"
+    elif kind in _GATED_HEADS:
+        yield "gates of attention heads"
     yield from filter(None, (feature(config) for feature in _FEATURES))
 
 
