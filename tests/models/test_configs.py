@@ -16,6 +16,7 @@ from tmjax.errors import InputError
 from tmjax.models.blocks.low_rank import Indexer, Latent
 from tmjax.models.experts.mixture import Experts
 from tmjax.models.families import FAMILIES, family_of
+from tmjax.models.generate import DecodingOptions, generate
 from tmjax.models.spec import FULL_ATTENTION, Alibi, DecoderSpec, Rotary
 from tools.family_cases import CASES
 from tools.make_checkpoint import make_checkpoint
@@ -646,3 +647,14 @@ def test_gemmas_gelu_is_the_approximation(names):
     config = CASES["gemma-tied"] | {"hidden_act": "gelu"} | names
     assert transformers.AutoConfig.for_model(**copy.deepcopy(config)).hidden_act == "gelu_pytorch_tanh"
     assert FAMILIES["gemma"].spec(config).activation == "gelu_tanh"
+
+
+def test_texts_beyond_what_an_indexer_picks_are_refused():
+    """Up to there all tokens are attended to, which the tests of parity compare; max_position_embeddings is 1024."""
+    spec = FAMILIES["glm_moe_dsa"].spec(CASES["glm_moe_dsa-all"])
+    assert spec.max_positions == 520 and spec.bound is not None
+    prompts, options = [[1] * 500], DecodingOptions(21)
+    with pytest.raises(InputError, match="sparse attention is read up to 520 tokens, where it sees all; ask for fewer"):
+        generate(spec, {}, prompts, options)
+    plain = FAMILIES["deepseek_v3"].spec(CASES["deepseek_v3-yarn"])
+    assert plain.max_positions == 1024 and plain.bound is None

@@ -30,7 +30,7 @@ _ENCODERS = frozenset(
 )
 _RECURRENT = frozenset("mamba mamba2 falcon_mamba rwkv rwkv7 recurrent_gemma xlstm".split())  # noqa: SIM905
 _TRANSLATORS = frozenset("t5 mt5 umt5 bart mbart pegasus m2m_100 marian blenderbot t5gemma".split())  # noqa: SIM905
-
+#: Heads whose outputs are multiplied by a gate of the input.
 _GATED_HEADS = frozenset({"step3p5", "step3p7"})
 
 
