@@ -74,6 +74,21 @@ _BY_KIND = {
 #: Experts of Qwen's kind; more than a token chooses, and of another width than a dense MLP.
 _QWEN_MOE = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
 
+#: Latent attention with values smaller than a head's keys, and DeepSeek's experts; an indexer that picks all tokens.
+_LATENT = {
+    "num_key_value_heads": 6,
+    "head_dim": None,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 28,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 22,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 26,
+}
+_INDEXER = {"index_topk": 520, "index_n_heads": 4, "index_head_dim": 18}
+
 #: What every case of a family starts from. Values that are None are left out.
 BASES: dict[str, dict[str, Any]] = {
     "llama": _RMS | {"hidden_act": "silu"},
@@ -183,9 +198,16 @@ BASES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": _RMS
     | {"moe_num_experts": 10, "moe_k": 3, "moe_intermediate_size": 28, "moe_num_shared_experts": 2},
     "minimax_m2": _RMS | {"num_local_experts": 10, "num_experts_per_tok": 3, "rope_parameters": _HALF},
+    "deepseek_v2": _RMS | _LATENT | {"n_shared_experts": 2},
+    "deepseek_v3": _RMS | _LATENT | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+    "deepseek_v32": _RMS | _LATENT | _INDEXER | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+    "glm_moe_dsa": _RMS | _LATENT | _INDEXER | {"first_k_dense_replace": 1},
+    "glm4_moe_lite": _RMS | _LATENT,
     "olmoe": _RMS | _WHOLE | {"num_experts": 10, "num_experts_per_tok": 4, "pad_token_id": 0},
 }
 _OLD = {"rope_parameters": None}  # of transformers 4: rope_theta and rope_scaling
+_EXACT = {"truncate": False, "beta_fast": 16, "beta_slow": 2}
+_DEEP_YARN = {"rope_parameters": YARN | _EXACT | {"mscale": 0.7, "mscale_all_dim": 0.9}}
 _CASES: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "grouped": {},
@@ -407,6 +429,51 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
         "partial": {},
         "whole": {"rope_parameters": _ROPE, "tie_word_embeddings": True},
     },
+    "deepseek_v2": {
+        "grouped": {
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.5,
+        },
+        "lite": {"q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True} | _DEEP_YARN,
+    },
+    "deepseek_v3": {
+        "yarn": _DEEP_YARN,
+        "plain": {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        }
+        | _OLD
+        | {"rope_theta": 1000.0},
+    },
+    "deepseek_v32": {"yarn": _DEEP_YARN, "bias": {"attention_bias": True, "tie_word_embeddings": True}},
+    "glm_moe_dsa": {
+        "all": {},
+        "shared": {
+            "indexer_types": ["full", "full", "shared"],
+            "mlp_layer_types": ["dense", "dense", "sparse"],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    },
+    "glm4_moe_lite": {
+        "leading": {},
+        "listed": {
+            "q_lora_rank": None,
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "rope_interleave": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    },
     "mixtral": {"full": {}, "window": {"sliding_window": 70, "tie_word_embeddings": True}},
     "olmoe": {
         "plain": {},
@@ -465,7 +532,7 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
 #: End of the name of a router's bias, which some models keep as a buffer.
 _CHOICE_BIAS = "e_score_correction_bias"
 #: Keys that a case sets to null on purpose.
-_NULLABLE = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"})
+_NULLABLE = frozenset({"sliding_window", "q_lora_rank", "attn_logit_softcapping", "final_logit_softcapping"})
 
 
 def _config(model_type: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import safetensors.numpy
 from helpers import short_recipes
 
 from tmjax import cli
+from tmjax.models.blocks.low_rank import Latent
 from tmjax.models.experts.mixture import Experts
+from tmjax.models.spec import Rotary
 from tmjax.runs.manifest import read_manifest
 from tmjax.text.documents import read_texts
 from tools.make_checkpoint import family_spec, make_checkpoint
@@ -40,6 +42,17 @@ def mixture(tmp_path_factory, llama_dir) -> Path:
 
 
 @pytest.fixture(scope="module")
+def latent(tmp_path_factory, llama_dir) -> Path:
+    """A random deepseek_v3 with the tokenizer of the bundled source."""
+    experts = Experts(8, 2, 24, "sigmoid", choice_bias=True, shared_width=24, dense=(0,))
+    attention = {"latent": Latent(12, 8, 14, 10), "kv_heads": 4, "head_dim": 16}
+    attention |= {"rotary": Rotary(fraction=0.5, interleaved=True)}
+    spec = dataclasses.replace(family_spec("deepseek_v3", **SHAPE | {"layers": 4}), experts=experts, **attention)
+    place = tmp_path_factory.mktemp("models") / "latent"
+    return make_checkpoint(place, "deepseek_v3", spec, tokenizer=llama_dir, scale=0.1)
+
+
+@pytest.fixture(scope="module")
 def recipes(tmp_path_factory) -> dict[str, str]:
     return short_recipes(tmp_path_factory.mktemp("recipes"))
 
@@ -58,6 +71,33 @@ def test_doctor_leaves_out_the_projections_that_a_mixture_lacks(mixture, qwen2_d
     assert left == dict.fromkeys(("gate", "up", "down"), "the source has none")
     (row,) = (row for row in report["differences"] if row["what"] == "MLP")
     assert "2 of 8 experts of 24 units" in row["source"] and "experts" not in row["target"]
+
+
+def test_nothing_is_transported_from_latent_attention_and_experts(latent, qwen2_dir, texts, tmp_path, capsys) -> None:
+    """Its predictions can be used, once the operators leave transport out."""
+    line = "the two models share no projection that could be transported; leave transport out"
+    assert cli.run(["merge", *arguments(latent, qwen2_dir, texts, tmp_path / "run")]) == 2
+    assert line in capsys.readouterr().err.splitlines()[-1]
+    recipe = tmp_path / "recipe.yaml"
+    for chain, problems in (("[{transport: {}}]", [line]), ("[{embeddings: {}}, {predictions: {}}]", [])):
+        recipe.write_text(f"source: {latent}\ntarget: {qwen2_dir}\noperators: {chain}\n")
+        cli.run(["doctor", str(recipe), "--json"])
+        report = json.loads(capsys.readouterr().out)
+        assert len(report["problems"]) == len(problems)
+        assert all(begin in problem for begin, problem in zip(problems, report["problems"], strict=True))
+        assert not report["projections"]["mapped"] and len(report["projections"]["left_out"]) == 7
+
+
+@pytest.mark.slow
+def test_training_of_latent_attention_on_a_mesh(latent, llama_dir, texts, recipes, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["adapt", recipes["adapt"], *arguments(llama_dir, latent, texts, out), "--mode", "sft"]
+    code, error = cli.run([*command, "--mesh", "data=2,fsdp=2,tensor=2"]), capsys.readouterr().err
+    assert code == 0, error
+    before, after = (safetensors.numpy.load_file(d / "model.safetensors") for d in (latent, out / "merged"))
+    assert before.keys() == after.keys()
+    names = [name for name in before if ".self_attn." in name]
+    assert len(names) == 4 * 7 and not any(np.array_equal(before[name], after[name]) for name in names)
 
 
 @pytest.mark.slow

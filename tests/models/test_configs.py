@@ -13,8 +13,10 @@ from helpers import SPEC, edit_config, refused
 from hypothesis import given, settings
 
 from tmjax.errors import InputError
+from tmjax.models.blocks.low_rank import Indexer, Latent
 from tmjax.models.experts.mixture import Experts
 from tmjax.models.families import FAMILIES, family_of
+from tmjax.models.generate import DecodingOptions, generate
 from tmjax.models.spec import FULL_ATTENTION, Alibi, DecoderSpec, Rotary
 from tools.family_cases import CASES
 from tools.make_checkpoint import make_checkpoint
@@ -78,8 +80,10 @@ WHOLE_HEADS = {
     "gptj",
     "mpt",
     "phi",
+    "deepseek_v2",
 }
-UNGROUPED = {"gpt2", "gpt_neox", "gpt_bigcode", "gpt_neo", "opt", "xglm", "bloom", "codegen", "gptj", "mpt"}
+LATENT = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite"}
+UNGROUPED = LATENT | {"gpt2", "gpt_neox", "gpt_bigcode", "gpt_neo", "opt", "xglm", "bloom", "codegen", "gptj", "mpt"}
 PARTIAL = {
     "gpt_neox",
     "phi3",
@@ -93,7 +97,20 @@ PARTIAL = {
     "gptj",
     "phi",
 }
-INTERLEAVED = {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "ernie4_5_moe", "helium", "codegen", "gptj"}
+INTERLEAVED = {
+    "deepseek_v2",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "cohere",
+    "cohere2",
+    "glm",
+    "glm4",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "helium",
+    "codegen",
+    "gptj",
+}
 NO_ROTARY = Rotary(scaling="none")
 
 
@@ -112,6 +129,7 @@ def mixtures(draw, layers: int, mlp: int) -> dict[str, Experts]:
     opened = draw(st.integers(1, groups))
     grouped = {"groups": groups, "chosen_groups": opened, "scale": draw(positive)}
     grouped |= {"chosen": min(base.chosen, count // groups * opened)}  # as many as are open
+    deepseek = dataclasses.replace(biased, router="sigmoid", normalised=normalised, dense=qwen.dense, **grouped)
     cut = {"logit_bias": True, "bias": True, "limit": draw(positive), "gain": draw(positive)}
     return {
         "gpt_oss": dataclasses.replace(base, **cut),
@@ -123,6 +141,18 @@ def mixtures(draw, layers: int, mlp: int) -> dict[str, Experts]:
         "qwen2_moe": dataclasses.replace(qwen, shared_width=draw(st.integers(1, 4096)), shared_gate=True),
         "glm4_moe": dataclasses.replace(biased, router="sigmoid", normalised=normalised, dense=leading, **grouped),
         "ernie4_5_moe": dataclasses.replace(biased, dense=around),
+        "deepseek_v2": dataclasses.replace(
+            biased,
+            choice_bias=False,
+            normalised=False,
+            dense=leading,
+            group_best=1,
+            **(grouped if groups > 1 else {"scale": grouped["scale"]}),
+        ),
+        "deepseek_v3": dataclasses.replace(deepseek, dense=leading),
+        "deepseek_v32": deepseek,
+        "glm_moe_dsa": deepseek,
+        "glm4_moe_lite": deepseek,
     }
 
 
@@ -130,16 +160,18 @@ def mixtures(draw, layers: int, mlp: int) -> dict[str, Experts]:
 def specs(draw, model_type: str) -> DecoderSpec:
     kv_heads, layers = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     heads = kv_heads * (1 if model_type in UNGROUPED else draw(st.integers(1, 4)))
-    head_dim = 8 * draw(st.integers(1, 4))
+    head_dim = 8 * draw(st.integers(2 if model_type in LATENT else 1, 4))
+    rotary_dim = 8 * draw(st.integers(1, head_dim // 8 - 1)) if model_type in LATENT else head_dim
     max_positions = draw(positions)
     flag, other, third = (draw(st.booleans()) for _ in range(3))
     size = draw(st.integers(1, 10**6))
     sizes = st.lists(st.sampled_from([size, FULL_ATTENTION]), min_size=layers, max_size=layers)
     mixed = tuple(draw(sizes.filter(lambda w: min(w) < FULL_ATTENTION) | st.just(())))
     alike = (size,) * layers if third else ()
-    fraction = draw(st.sampled_from([0.25, 0.5, 0.75, 1.0])) if model_type in PARTIAL else 1.0
+    fraction = draw(st.sampled_from([0.25, 0.5, 0.75, 1.0])) if model_type in PARTIAL else rotary_dim / head_dim
     kind = draw(st.sampled_from(("default", "longrope") if model_type == "phi3" else SCALINGS))
-    fixed = {"fraction": fraction, "interleaved": model_type in INTERLEAVED}
+    loose = model_type in ("deepseek_v3", "glm4_moe_lite") and other
+    fixed = {"fraction": fraction, "interleaved": model_type in INTERLEAVED or loose}
     planes = int(head_dim * fraction) // 2
     rotary = draw(rotaries(kind, planes, max_positions, **fixed))
     hidden = heads * (head_dim if model_type in WHOLE_HEADS else draw(st.integers(1, 100)))
@@ -174,7 +206,30 @@ def specs(draw, model_type: str) -> DecoderSpec:
     one_norm = {"parallel": True, "shared_norm": True, "head_bias": True}
     gptj = layer | one_norm | {"gated": False, "mlp_bias": True, "rotary": Rotary(**fixed)}
     alibi = {"rotary": NO_ROTARY, "alibi": Alibi()}
+    latent = Latent(
+        draw(st.integers(1, 100)),
+        rotary_dim,
+        draw(st.integers(1, head_dim)),
+        draw(st.integers(0, 100)),
+        draw(positive) if kind == "yarn" and third else 0.0,
+    )
+    picked = max_positions + draw(st.integers(0, 100)), draw(st.integers(1, 64)), draw(st.integers(1, 200))
+    shared = tuple(sorted(draw(st.sets(st.integers(0, layers - 1))) | {0}))
+    indexed = {name: Indexer(*picked, own) for name, own in (("all", tuple(range(layers))), ("shared", shared))}
+    indexed = {
+        name: attention_bias
+        | {
+            "latent": dataclasses.replace(latent, q_rank=latent.q_rank or 1, indexer=own),
+            "max_positions": max_positions,
+        }
+        for name, own in indexed.items()
+    }
     own = {
+        "deepseek_v2": attention_bias | {"latent": latent},
+        "deepseek_v3": attention_bias | {"latent": latent},
+        "deepseek_v32": indexed["all"],
+        "glm_moe_dsa": indexed["shared"],
+        "glm4_moe_lite": attention_bias | {"latent": latent},
         "bloom": biased | alibi | {"mlp": 4 * hidden, "embedding_norm": True, "activation": "gelu_tanh"},
         "codegen": gptj,
         "gptj": gptj,
@@ -406,7 +461,7 @@ def test_old_and_new_rope_spelling_read_equal(scaling):
         "olmo3",
         "opt",
         "xglm",
-    }  # of tests/models/test_parity.py, whose cases have their old spellings
+    } | LATENT  # of tests/models/test_parity.py, whose cases have their old spellings
     for family in (FAMILIES[name] for name in FAMILIES.keys() - own_keys - ({"phi3"} if len(scaling) > 1 else set())):
         assert family.spec(new) == family.spec(old) == family.spec(older)
         assert family.spec(new).rotary.theta == 3e4
@@ -439,7 +494,7 @@ def test_old_and_new_rope_spelling_read_equal(scaling):
         ({"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "'ntk' is not supported; supported are default"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "long_factor": [3]}}, "has unknown long_factor"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate 1"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1}}, "beta_fast must be larger"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, "beta_fast must not be smaller"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "lacks long_factor, lacks short_factor"),
         ({"rope_parameters": {"rope_type": "linear"}}, "lacks factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor '2'"),
@@ -474,7 +529,7 @@ def test_a_family_says_what_its_config_cannot_say():
 #: Layers, experts, towers or attention that the decoder has not; each is refused by name.
 OTHERS = [
     "phimoe",
-    "deepseek_v3",
+    "deepseek_v4",
     "qwen3_vl_moe",
     "mimo_v2_flash",
     "llava",
@@ -517,7 +572,8 @@ SHARED = {
 @pytest.mark.parametrize("key", SHARED)
 def test_every_family_refuses_what_transformers_reads_and_it_does_not(name, key):
     family = FAMILIES[CASES[name]["model_type"]]
-    with pytest.raises(InputError, match=f"type {family.model_type} has settings that are not supported: {key}"):
+    unread = f"type {family.model_type} has settings that are not supported: {key}"
+    with pytest.raises(InputError, match=rf"{unread}|{key} \['sparse'\] does not describe 3 layers"):
         family.spec(CASES[name] | {key: SHARED[key]})
 
 
@@ -563,6 +619,16 @@ def _longrope(short: int, long: int) -> dict:
         ),
         ("mixtral-full", {"num_experts_per_tok": 8}, "8 of 7 experts cannot be chosen"),
         ("llama-grouped", {"head_dim": 15}, "even number of dimensions, not 15"),
+        ("deepseek_v3-yarn", {"num_key_value_heads": 2}, "6 heads of latent attention cannot share 2 of keys"),
+        ("deepseek_v3-yarn", {"head_dim": 24}, "head_dim is not qk_rope_head_dim 8"),
+        ("deepseek_v3-yarn", {"v_head_dim": 25}, "values of 25 units in heads of 24"),
+        ("deepseek_v2-lite", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),
+        ("deepseek_v2-lite", {"mlp_bias": True}, "mlp_bias true is not supported"),
+        ("deepseek_v32-yarn", {"layer_types": ["full_attention"] * 3}, "layer_types has other layers than"),
+        ("deepseek_v32-yarn", {"q_lora_rank": None}, "q_lora_rank null is not supported"),
+        ("glm_moe_dsa-shared", {"indexer_types": ["shared", "full", "full"]}, "does not describe 3 layers"),
+        ("glm_moe_dsa-all", {"index_topk_pattern": "FFS"}, "index_topk_pattern is not supported"),
+        ("glm4_moe_lite-leading", {"head_dim": 24}, "head_dim is not qk_rope_head_dim 8"),
     ],
     ids=str,
 )
@@ -581,3 +647,14 @@ def test_gemmas_gelu_is_the_approximation(names):
     config = CASES["gemma-tied"] | {"hidden_act": "gelu"} | names
     assert transformers.AutoConfig.for_model(**copy.deepcopy(config)).hidden_act == "gelu_pytorch_tanh"
     assert FAMILIES["gemma"].spec(config).activation == "gelu_tanh"
+
+
+def test_texts_beyond_what_an_indexer_picks_are_refused():
+    """Up to there all tokens are attended to, which the tests of parity compare; max_position_embeddings is 1024."""
+    spec = FAMILIES["glm_moe_dsa"].spec(CASES["glm_moe_dsa-all"])
+    assert spec.max_positions == 520 and spec.bound is not None
+    prompts, options = [[1] * 500], DecodingOptions(21)
+    with pytest.raises(InputError, match="sparse attention is read up to 520 tokens, where it sees all; ask for fewer"):
+        generate(spec, {}, prompts, options)
+    plain = FAMILIES["deepseek_v3"].spec(CASES["deepseek_v3-yarn"])
+    assert plain.max_positions == 1024 and plain.bound is None

@@ -17,7 +17,7 @@ from tmjax.checkpoints.hub import copy_companions
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import CheckpointError
 from tmjax.models.decoder import forward
-from tmjax.models.families import FAMILIES
+from tmjax.models.families import ALIASES, FAMILIES
 from tmjax.models.families.wrappers import TEXTS, TIED, wrapper_of
 
 TEXT = {
@@ -34,6 +34,20 @@ TEXT = {
     "pad_token_id": 0,
 }
 QWEN_VISION = {"depth": 1, "num_heads": 2, "intermediate_size": 16, "embed_dim": 16, "fullatt_block_indexes": [0]}
+LATENT = {
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+}
 VISION = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28, "patch_size": 14}
 
 
@@ -46,12 +60,27 @@ def tiny(kind: str) -> transformers.PretrainedConfig:
     text = dict(TEXT)
     if kind in ("qwen2_vl", "qwen2_5_vl"):
         text["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 1, 1]}
+    if kind == "kimi_k25":
+        text |= LATENT
+        del text["head_dim"]
+        vision |= {"pos_emb_height": 4, "pos_emb_width": 4, "patch_size": 7}
     if kind == "qwen3_vl_moe":
         text |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": False}
     if kind in ("qwen3_vl", "qwen3_vl_moe"):
         text["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     text = type(whole.text_config)(**text)
     return type(whole)(text_config=text.to_dict(), vision_config=type(whole.vision_config)(**vision).to_dict())
+
+
+def name_layers(directory: Path) -> None:
+    """Names the text model's layers as they are published; transformers writes them as it does the tower's blocks."""
+    file, begin = directory / "model.safetensors", "language_model.model."
+    tensors = safetensors.torch.load_file(file)
+    renamed = {
+        name.replace(".blocks.", ".layers.") if name.startswith(begin) else name: tensors[name] for name in tensors
+    }
+    assert renamed.keys() != tensors.keys()
+    safetensors.torch.save_file(renamed, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +95,8 @@ def saved(tmp_path_factory, llama_dir) -> dict[str, tuple[Path, torch.Tensor, np
                 parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
         directory = tmp_path_factory.mktemp(kind)
         model.save_pretrained(directory)
+        if kind == "kimi_k25":
+            name_layers(directory)
         copy_companions(llama_dir, directory)
         ids = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
@@ -141,7 +172,7 @@ def test_fused_experts_of_both_layouts(saved, tmp_path) -> None:
 
 def test_left_out_keys_have_the_values_of_transformers() -> None:
     for kind, (_, defaults) in TEXTS.items():
-        reference = AutoConfig.for_model(kind)
+        reference = AutoConfig.for_model(ALIASES.get(kind, kind))
         values = reference.to_dict() | {"rope_theta": (reference.rope_parameters or {}).get("rope_theta")}
         wrong = {key: (value, values.get(key)) for key, value in defaults.items() if values.get(key) != value}
         assert not wrong, (kind, wrong)

@@ -96,11 +96,8 @@ def require_readable(spec: DecoderSpec, documents: Sequence[TokenisedDocument], 
     if largest >= spec.vocab:
         raise InputError(f"the tokenizer gives id {largest}, but the model's vocabulary has {spec.vocab} entries")
     longest = max(len(document.ids) for document in documents)
-    if spec.learned_positions and longest > spec.max_positions:
-        raise InputError(
-            f"a text has {longest} tokens, the model learned {spec.max_positions} positions; lower"
-            " activations.max_tokens"
-        )
+    if spec.bound and longest > spec.max_positions:
+        raise InputError(f"a text has {longest} tokens, {spec.bound}; lower activations.max_tokens")
 
 
 def pooled_batches(

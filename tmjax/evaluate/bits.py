@@ -109,10 +109,8 @@ def windows(spec: DecoderSpec, tokenizer: TextTokenizer, texts: Texts, max_token
     window = max_tokens or spec.max_positions
     if window < 2:
         raise InputError(f"evaluation.max_tokens is {window}; scoring needs windows of at least 2 tokens")
-    if spec.learned_positions and window > spec.max_positions:
-        raise InputError(
-            f"evaluation.max_tokens is {window}, the model learned {spec.max_positions} positions; lower it"
-        )
+    if spec.bound and window > spec.max_positions:
+        raise InputError(f"evaluation.max_tokens is {window}, {spec.bound}; lower it")
     encodings = tokenizer.encode(texts.texts)
     documents = [tokenizer.document(encoding.ids) for encoding in encodings]
     largest = max(map(max, documents))

@@ -186,10 +186,8 @@ class ContinuationScorer:
 
     def _check(self, continuations: Sequence[Continuation]) -> None:
         longest = max(len(ids) for ids, _ in continuations) - 1
-        if self.spec.learned_positions and longest > self.spec.max_positions:
-            raise InputError(
-                f"a request has {longest} tokens before its last, the model learned {self.spec.max_positions} positions"
-            )
+        if self.spec.bound and longest > self.spec.max_positions:
+            raise InputError(f"a request has {longest} tokens before its last, {self.spec.bound}")
         if not all(1 <= scored < len(ids) for ids, scored in continuations):
             raise InputError("every continuation needs at least one token, after a context of at least one")
         largest = max(max(ids) for ids, _ in continuations)

@@ -73,8 +73,8 @@ class TmjaxLM(TemplateLM):
         self.dtype, self.seed = jnp.dtype(dtype), seed
         spec = self.model.spec
         self.max_length = int(max_length or spec.max_positions)
-        if spec.learned_positions and self.max_length > spec.max_positions:
-            raise InputError(f"max_length is {max_length}, the model learned {spec.max_positions} positions; lower it")
+        if spec.bound and self.max_length > spec.max_positions:
+            raise InputError(f"max_length is {max_length}, {spec.bound}; lower it")
         text_tokenizer = load_tokenizer(self.model.directory, spec.vocab)
         self._written = text_tokenizer.known(spec.vocab)
         self.tokenizer, self._prefix, self._texts = text_tokenizer.fast, text_tokenizer.prefix, text_tokenizer

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from tmjax.models.blocks.primitives import einsum
 from tmjax.models.decoder import After, Carried, ForwardPlan, TokenContext, bind
-from tmjax.models.layers import Attend, Sight, Weighing, einsum
+from tmjax.models.layers import Attend, Sight, Weighing
 from tmjax.models.rotary import inverse_frequencies
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import constrain

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from tmjax.models.blocks.latent_attention import IndexerParams
+from tmjax.models.blocks.primitives import INIT_STD, Norm, einsum
 from tmjax.models.experts.expert_layer import Mixture
 from tmjax.models.experts.mixture import Run, layers_of, runs_of
-from tmjax.models.layers import INIT_STD, Attend, Block, LayerPlace, Mlp, Norm, Sight, attention, einsum
+from tmjax.models.layers import Attend, Block, LayerPlace, Mlp, Sight, attention
 from tmjax.models.rotary import rotary_tables, sinusoids
 from tmjax.models.sites import SITES
 from tmjax.models.spec import DecoderSpec
@@ -152,6 +154,8 @@ class Decoder(nnx.Module):
             self.moe_blocks = _stacked(Mixture, spec, sparse, rngs)
             if dense:
                 self.dense_blocks = _stacked(Mlp, spec, dense, rngs)
+        if spec.latent is not None and spec.latent.indexer is not None:
+            self.index_blocks = _stacked(IndexerParams, spec, len(spec.latent.indexer.layers), rngs)
         self.norm = Norm((spec.hidden,), spec)
         if spec.head_bias or not spec.tied_embeddings:
             self.head = Head(spec, rngs=rngs)
@@ -172,7 +176,7 @@ class Decoder(nnx.Module):
         context = self._texts(ids_bt.shape[1]) if context is None else context
         dtype, sites, mesh, tables = plan.dtype, plan.sites, plan.mesh, context.tables
         spec = self.spec
-        scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
+        scale = spec.score_scale
         number = jnp.arange(1, spec.layers + 1, dtype=jnp.float32)
         places = (
             jnp.asarray(spec.layer_windows, jnp.int32),

@@ -174,15 +174,14 @@ def generate(
         The new tokens of every prompt, without the one of `options.ends` that ended it.
 
     Raises:
-        InputError: A prompt is empty, or a model with learned positions has too few of them.
+        InputError: A prompt is empty, or the model does not read so many tokens.
     """
     lengths, new_tokens = [len(ids) for ids in prompts], options.new_tokens
     if min(lengths) < 1 or new_tokens < 1:
         raise InputError("writing needs prompts of at least one token, and at least one new token")
-    if spec.learned_positions and max(lengths) + new_tokens > spec.max_positions:
+    if spec.bound and max(lengths) + new_tokens > spec.max_positions:
         raise InputError(
-            f"prompts of {max(lengths)} tokens and {new_tokens} new ones are more than the {spec.max_positions}"
-            " positions that the model learned; ask for fewer"
+            f"prompts of {max(lengths)} tokens and {new_tokens} new ones are too many: {spec.bound}; ask for fewer"
         )
     batch = _Batch(spec, params, options, layout or Layout(), finished)
     numbers = list(range(len(prompts)) if numbers is None else numbers)

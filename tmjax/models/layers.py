@@ -1,4 +1,4 @@
-"""The blocks of the decoder: linear maps, norms, attention, MLP. Weights are `[out, in]`, y = W x + b."""
+"""The blocks of the decoder: attention and MLP."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -8,69 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tmjax.models.alibi import alibi_bias
+from tmjax.models.blocks.latent_attention import LatentProjections
+from tmjax.models.blocks.primitives import ACTIVATIONS, Linear, Norm, einsum
 from tmjax.models.rotary import rotate
 from tmjax.models.spec import DecoderSpec
 from tmjax.typing import Array
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-}
-INIT_STD = 0.02
 #: Receives the activations of a site and returns those with which the block continues.
 Record: TypeAlias = Callable[[str, Array], Array]
 #: Maps the input [B, T, embed] of an MLP to its output, and records the sites inside.
 Feed: TypeAlias = Callable[[Array, Record], Array]
-
-
-def precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """Full float32 products for float32 data (accelerators would round to bfloat16), the default otherwise."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
-def einsum(equation: str, *operands: Array) -> Array:
-    """`jnp.einsum` at the precision that the operands' dtype asks for."""
-    return jnp.einsum(equation, *operands, precision=precision(operands[0].dtype))
-
-
-class Linear(nnx.Module):
-    """y = W x + b with W `[out, in]`, computed in the dtype of x."""
-
-    def __init__(self, n_in: int, n_out: int, *, bias: bool = False, rngs: nnx.Rngs) -> None:
-        self.weight = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (n_out, n_in)))
-        if bias:
-            self.bias = nnx.Param(jnp.zeros((n_out,)))
-
-    def __call__(self, x: Array) -> Array:
-        """Maps `[..., in]` to `[..., out]`."""
-        # Rows flattened: with two leading axes XLA's CPU backend copies transposes for the weight's gradient.
-        y = einsum("ri,oi->ro", x.reshape(-1, x.shape[-1]), self.weight[...].astype(x.dtype))
-        y = y.reshape(*x.shape[:-1], y.shape[-1])
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
-
-
-class Norm(nnx.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019) or layer norm (Ba et al. 2016) of the last axis, in float32."""
-
-    def __init__(self, shape: tuple[int, ...], spec: DecoderSpec, *, bias: bool | None = None) -> None:
-        self.kind, self.eps, self.offset = spec.norm, spec.norm_eps, spec.norm_offset
-        self.weight = nnx.Param(jnp.zeros(shape) if self.offset else jnp.ones(shape))
-        if spec.norm_bias if bias is None else bias:
-            self.bias = nnx.Param(jnp.zeros(shape))
-
-    def __call__(self, x: Array) -> Array:
-        """Normalises the last axis; a weight of two axes holds one per head, which is the last axis but one of x."""
-        wide = x.astype(jnp.float32)
-        if self.kind == "layer":
-            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        if self.kind == "rms" and not self.offset:
-            return self.weight[...].astype(x.dtype) * wide.astype(x.dtype)
-        wide = wide * (self.weight[...].astype(jnp.float32) + float(self.offset))
-        return (wide + self.bias[...].astype(jnp.float32) if hasattr(self, "bias") else wide).astype(x.dtype)
 
 
 class Sight(NamedTuple):
@@ -181,9 +128,12 @@ class Block(Mlp):
         if spec.post_norm:
             self.attn_post_norm = Norm((embed,), spec)
             self.mlp_post_norm = Norm((embed,), spec)
-        self.q = Linear(embed, heads, bias=spec.qkv_bias, rngs=rngs)
-        self.k = Linear(embed, kv, bias=spec.qkv_bias, rngs=rngs)
-        self.v = Linear(embed, kv, bias=spec.qkv_bias, rngs=rngs)
+        if spec.latent is not None:
+            self.latent = LatentProjections(spec, rngs=rngs)
+        else:
+            self.q = Linear(embed, heads, bias=spec.qkv_bias, rngs=rngs)
+            self.k = Linear(embed, kv, bias=spec.qkv_bias, rngs=rngs)
+            self.v = Linear(embed, kv, bias=spec.qkv_bias, rngs=rngs)
         if spec.qk_norm != "none":
             shapes = {
                 "head": ((spec.head_dim,),) * 2,
@@ -193,11 +143,12 @@ class Block(Mlp):
             self.q_norm, self.k_norm = (Norm(shape, spec, bias=False) for shape in shapes)
         if spec.sinks:
             self.sinks = nnx.Param(jnp.zeros((spec.heads,)))
-        self.o = Linear(heads, embed, bias=spec.o_bias, rngs=rngs)
+        self.o = Linear(heads if spec.latent is None else spec.axis_size("values"), embed, bias=spec.o_bias, rngs=rngs)
         if spec.experts is None:
             super().__init__(spec, rngs=rngs)
 
-    def _attention(self, h: Array, place: LayerPlace, record: Record) -> Array:
+    def _heads(self, h: Array, record: Record) -> tuple[Array, Array, Array]:
+        """Queries, keys and values [B, T, head, head_dim] before the rotary embedding."""
         spec = self.spec
         q, k, v = (record(site, getattr(self, site)(h)) for site in ("q", "k", "v"))
         if spec.qkv_clip is not None:
@@ -205,11 +156,15 @@ class Block(Mlp):
         if spec.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*y.shape[:2], -1, spec.head_dim) for y in (q, k, v))
-        if spec.qk_norm in ("head", "heads"):
-            q, k = self.q_norm(q), self.k_norm(k)
+        return (self.q_norm(q), self.k_norm(k), v) if spec.qk_norm in ("head", "heads") else (q, k, v)
+
+    def _attention(self, h: Array, place: LayerPlace, record: Record) -> Array:
+        spec = self.spec
+        q, k, v = self._heads(h, record) if spec.latent is None else self.latent(h)
         q, k = (rotate(y, place.tables, interleaved=spec.rotary.interleaved) for y in (q, k))
         weighing = Weighing(place.scale, spec, self.sinks[...] if spec.sinks else None)
-        mix = record("attn_mix", place.attend(q, k, v, place.sight, weighing))
+        mix = place.attend(q, k, v, place.sight, weighing)
+        mix = record("attn_mix", mix) if spec.latent is None else self.latent.values_of(mix)
         out = record("attn_out", self.o(mix))
         return self.attn_post_norm(out) if spec.post_norm else out
 

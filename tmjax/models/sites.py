@@ -1,8 +1,8 @@
 """The vocabulary of sites: the named places of a decoder block where activations are captured and layers aligned.
 
 Every family's forward is the one `Decoder`, so models have the same sites, but for those inside an MLP that is plain or
-a mixture of experts (`DecoderSpec.sites`). The value is the logical axis of the site's units; its size comes from
-`DecoderSpec.axis_size`.
+a mixture of experts, and inside a latent attention (`DecoderSpec.sites`). The value is the logical axis of the site's
+units; its size comes from `DecoderSpec.axis_size`.
 """
 
 from collections.abc import Mapping
@@ -23,3 +23,5 @@ SITES: Mapping[str, str] = {
 }
 #: Sites of the units of an MLP, which a mixture of experts does not have.
 INNER_SITES = ("gate", "up", "mlp_hidden")
+#: Sites of the heads of an attention, which one with latent keys and values does not have.
+HEAD_SITES = ("q", "k", "v", "attn_mix")

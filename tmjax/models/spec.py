@@ -1,5 +1,6 @@
 """Architecture of a decoder (`DecoderSpec`), and place of a parameter in a Hugging Face checkpoint (`ParamSpec`)."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,56 +8,13 @@ from typing import Literal
 import numpy as np
 
 from tmjax.errors import InputError
+from tmjax.models.blocks.low_rank import Indexer, Latent
 from tmjax.models.experts.mixture import Experts, layers_of
-from tmjax.models.sites import INNER_SITES, SITES
+from tmjax.models.positions import Alibi, Rotary
+from tmjax.models.sites import HEAD_SITES, INNER_SITES, SITES
 
 #: Window of a layer that attends to everything before it.
 FULL_ATTENTION = 10**9
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary position embedding of the first `fraction` of every head: base frequency, rescaling for long contexts.
-
-    `linear` divides every frequency by `factor`; `llama3` divides only those whose wavelength exceeds
-    `original_positions / low_freq_factor` and blends down to `original_positions / high_freq_factor`; `dynamic` raises
-    theta with the length of a run beyond `original_positions`; `yarn` blends between `beta_slow` and `beta_fast` turns
-    over the original context (Peng et al. 2023); `longrope` divides each frequency by its own factor, the long ones for
-    runs beyond `original_positions` (Ding et al. 2024); `none` turns nothing. Angles' cosines and sines are multiplied
-    by `attention_factor`. `interleaved`: planes are neighbours (2i, 2i + 1), not (i, i + half).
-    """
-
-    theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3", "dynamic", "yarn", "longrope", "none"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_positions: int = 8192
-    fraction: float = 1.0
-    interleaved: bool = False
-    attention_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
-
-    def dims(self, head_dim: int) -> int:
-        """Returns the number of dimensions of a head that turn."""
-        return int(head_dim * self.fraction)
-
-
-@dataclass(frozen=True)
-class Alibi:
-    """Attention with linear biases (Press et al. 2022): scores fall with the distance of query and key.
-
-    Head h of n falls by 2^(-8 h / n) for a token, where n is a power of two; otherwise the heads beyond the largest
-    power of two below n take every other slope of twice as many heads. Slopes are multiplied by `scale`. With `rounded`
-    a bias is the difference of the slope's products with both positions, slopes and products in bfloat16 (Falcon).
-    """
-
-    scale: float = 1.0
-    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +32,7 @@ class DecoderSpec:
     `attention_cap` and `logit_cap` bound scores and logits by cap tanh(x / cap). `learned_positions` or
     `sinusoidal_positions` are added to the embeddings, from row `position_offset` of their table on. `layer_rotary`
     gives every layer the number of its rotary embedding: 0 is `rotary`, 1 `local_rotary`. With `experts` layers
-    have a mixture of experts in place of the MLP.
+    have a mixture of experts in place of the MLP, with `latent` keys and values have a low rank.
     """
 
     vocab: int
@@ -120,14 +78,19 @@ class DecoderSpec:
     head_bias: bool = False
     embedding_norm: bool = False
     qkv_clip: float | None = None
+    latent: Latent | None = None
 
     def axis_size(self, axis: str) -> int:
         """Size of a logical axis: vocab, embed, heads, kv_heads or mlp (`heads` counts units, heads x head_dim).
 
         `head_count` and `kv_head_count` count heads, `head_dim` the units of one, `positions` the learned ones.
         Of a mixture `experts` and `routes` count experts, `expert_mlp` and `shared_mlp` units of one; `single` is 1.
+        Of a latent attention `q_rank` and `kv_rank` are ranks, `kv_down` has the keys' rotary units beside the latter,
+        `kv_up` keys without these and values, `values` values; of an indexer `index_heads` units, `index_dim` of one.
         """
         experts = self.experts or Experts(0, 0, 0)
+        latent = self.latent or Latent(0, 0, self.head_dim)
+        indexer = latent.indexer or Indexer(0, 0, 0, ())
         return {
             "vocab": self.vocab,
             "embed": self.hidden,
@@ -143,13 +106,39 @@ class DecoderSpec:
             "expert_mlp": experts.width,
             "shared_mlp": experts.shared_width,
             "single": 1,
+            "q_rank": latent.q_rank,
+            "kv_rank": latent.kv_rank,
+            "kv_down": latent.kv_rank + latent.rotary_dim,
+            "kv_up": self.heads * (self.head_dim - latent.rotary_dim + latent.value_dim),
+            "values": self.heads * latent.value_dim,
+            "index_heads": indexer.heads * indexer.dim,
+            "index_dim": indexer.dim,
+            "index_head_count": indexer.heads,
         }[axis]
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that the model has: all, but for the gate of a plain MLP and for the units of experts."""
+        """The sites that the model has: all but the gate of a plain MLP, units of experts, heads with latent keys."""
         missing = INNER_SITES if self.experts is not None else () if self.gated else ("gate",)
+        missing += HEAD_SITES if self.latent is not None else ()
         return tuple(site for site in SITES if site not in missing)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of the products of queries and keys, but for `inverse_layer_scale`."""
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        if self.latent is None or self.rotary.factor <= 1:
+            return scale
+        return scale * (0.1 * self.latent.mscale * math.log(self.rotary.factor) + 1.0) ** 2
+
+    @property
+    def bound(self) -> str | None:
+        """Why no text of more than `max_positions` tokens can be read; None: any can."""
+        if self.learned_positions:
+            return f"the model learned {self.max_positions} positions"
+        if self.latent is not None and self.latent.indexer is not None:
+            return f"the model's sparse attention is read up to {self.max_positions} tokens, where it sees all"
+        return None
 
     @property
     def layer_windows(self) -> tuple[int, ...]:
@@ -215,10 +204,10 @@ class ParamSpec:
 
     `hf` is the tensor's name on disk, with `{layer}` where the layer number stands, and `{head}` or `{expert}` if every
     head or expert has a tensor of its own (the parameter's first axis); `path` the Flax path, stacked on a leading
-    layer axis if `hf` has one. `layers` are those that have the parameter: all, or those without or with experts.
-    `axes` are the logical axes of one layer's tensor, `[out, in]` for projections. `role` says which projection
-    (None for norms and embeddings, which are never transported), `input_site` and `output_site` which activations its
-    columns and rows see. `tied_to` names the path a tied copy repeats, `part` where in the tensor the parameter lies.
+    layer axis if `hf` has one. `layers` are those that have the parameter: all, or those without or with experts, or
+    with an indexer. `axes` are the logical axes of one layer's tensor, `[out, in]` for projections. `role` says which
+    projection (None for what is never transported), `input_site` and `output_site` which activations its columns and
+    rows see. `tied_to` names the path a tied copy repeats, `part` where in the tensor the parameter lies.
     """
 
     hf: str
@@ -229,7 +218,7 @@ class ParamSpec:
     output_site: str | None = None
     tied_to: str | None = None
     part: Part | None = None
-    layers: Literal["all", "dense", "sparse"] = "all"
+    layers: Literal["all", "dense", "sparse", "indexed"] = "all"
 
     @property
     def stacked(self) -> bool:
@@ -243,6 +232,8 @@ class ParamSpec:
 
     def layer_numbers(self, spec: DecoderSpec) -> tuple[int, ...]:
         """Numbers of the layers that have the parameter, in the order of its layer axis; (0,) if it is not stacked."""
+        if self.layers == "indexed":
+            return spec.latent.indexer.layers if spec.latent is not None and spec.latent.indexer is not None else ()
         return layers_of(self.layers, spec.layers, spec.experts) if self.stacked else (0,)
 
     def shape(self, spec: DecoderSpec) -> tuple[int, ...]:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from tmjax.models.blocks.primitives import einsum
 from tmjax.models.cache import empty_cache, read_after
 from tmjax.models.decoder import After, Carried, ForwardPlan, TokenContext, bind
-from tmjax.models.layers import Attend, Sight, Weighing, einsum
+from tmjax.models.layers import Attend, Sight, Weighing
 from tmjax.models.rotary import rotary_tables
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import constrain

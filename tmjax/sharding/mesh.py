@@ -26,6 +26,8 @@ RULES: Mapping[str, str] = {
     "vocab": "tensor",
     "experts": "tensor",
     "shared_mlp": "tensor",
+    "kv_up": "tensor",
+    "values": "tensor",
 }
 #: Logical axis of an activation -> mesh axes. Its embedding axis is whole: fsdp already splits the batch.
 ACTIVATION_RULES: Mapping[str, str | tuple[str, ...]] = {

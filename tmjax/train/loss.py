@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from tmjax.models.blocks.primitives import einsum
 from tmjax.models.decoder import Readout, scaled_logits
-from tmjax.models.layers import einsum
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import ACTIVATION_RULES
 from tmjax.typing import Array, ArrayLike

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tmjax.models.layers import einsum
+from tmjax.models.blocks.primitives import einsum
 from tmjax.models.spec import DecoderSpec, ParamSpec, biases, projections
 from tmjax.sharding.mesh import Layout
 from tmjax.transfer.projections import Transported

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tmjax.models.blocks.primitives import einsum
 from tmjax.models.decoder import ForwardPlan, bind
-from tmjax.models.layers import einsum
 from tmjax.models.spec import DecoderSpec
 from tmjax.train.data import Batch, Guide
 from tmjax.train.loss import TeacherTokens, summed_losses

@@ -66,8 +66,18 @@ def chain_projections(
     """Returns the target's rows of the projections whose sites are aligned, by role.
 
     Those are the roles that the operators' options name (`roles`), or all that both models have.
+
+    Raises:
+        InputError: An operator needs an alignment and the models share no projection, as a mixture of experts with
+            latent attention and any other model.
     """
-    return shared_projections(target_specs, source_specs, named_roles(chain))
+    shared = shared_projections(target_specs, source_specs, named_roles(chain))
+    if aligns(chain) and not shared:
+        raise InputError(
+            "the two models share no projection that could be transported; leave transport out, as in operators:"
+            " [{embeddings: {}}, {predictions: {}}]"
+        )
+    return shared
 
 
 def apply_chain(chain: Chain, source: SourceView, context: Context) -> Merged:

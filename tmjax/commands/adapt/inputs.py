@@ -210,8 +210,8 @@ class AdaptInputs:
         require_plain(self.located["target"])
         require_exportable(recipe.export, self.names["target"], self.located["target"])
         spec = self.target.spec
-        if spec.learned_positions and recipe.max_tokens > spec.max_positions:
-            raise InputError(f"max_tokens is {recipe.max_tokens}, the model learned {spec.max_positions} positions")
+        if spec.bound and recipe.max_tokens > spec.max_positions:
+            raise InputError(f"max_tokens is {recipe.max_tokens}, {spec.bound}")
         for name, heldout in (("test", self.held_out.test), ("validation", self.held_out.valid)):
             leaks = [] if heldout is None else leaked(self.texts.texts, heldout)
             if leaks:

@@ -91,8 +91,6 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
         chosen = _tried(problems, lambda: chain_projections(chain or (), target.rows, source.rows))
         aligned = chain is None or aligns(chain)
         notes += attention_notes(target.spec, source.spec, recipe.alignment.structure) if aligned else []
-        if aligned and chosen is not None and not chosen:
-            problems.append("the two models share no projection that could be transported")
         solvable = _tried(problems, lambda: _require_solver(recipe, target, source, chosen or {}))
         if chosen and reading and layout and solvable:
             sites = sites_of(target, source, chosen, recipe.alignment.structure)

@@ -13,6 +13,7 @@ from tmjax.checkpoints.headers import open_headers
 from tmjax.checkpoints.hub import resolve
 from tmjax.checkpoints.orbax import is_orbax
 from tmjax.errors import InputError
+from tmjax.models.families import family_of
 from tmjax.models.spec import DecoderSpec, ParamSpec
 
 
@@ -79,7 +80,7 @@ def side_facts(side: Side) -> dict[str, Any]:
     spec = side.spec
     return {
         "path": str(side.directory),
-        "family": side.config["model_type"],
+        "family": family_of(side.config).model_type,
         "parameters": side.parameters,
         "layers": spec.layers,
         "hidden": spec.hidden,

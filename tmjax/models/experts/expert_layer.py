@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from tmjax.models.blocks.primitives import ACTIVATIONS, INIT_STD, Linear, precision
 from tmjax.models.experts.grouped import grouped_product
 from tmjax.models.experts.mixture import Experts
-from tmjax.models.layers import ACTIVATIONS, INIT_STD, Linear, Record, precision
+from tmjax.models.layers import Record
 from tmjax.models.spec import DecoderSpec
 from tmjax.sharding.mesh import ACTIVATION_RULES, RULES, constrain
 from tmjax.typing import Array
@@ -41,7 +42,7 @@ def choose(experts: Experts, logits_rn: Array, bias_n: Array | None) -> Choice:
     ranked = scores if bias_n is None else scores + bias_n
     if experts.groups > 1:
         grouped = ranked.reshape(-1, experts.groups, experts.count // experts.groups)
-        best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        best = jnp.sum(jax.lax.top_k(grouped, experts.group_best)[0], axis=-1)
         kept = jax.lax.top_k(best, experts.chosen_groups)[1]
         is_open = jnp.any(kept[:, :, None] == jnp.arange(experts.groups), axis=1)
         ranked = jnp.where(is_open[:, :, None], grouped, -jnp.inf).reshape(ranked.shape)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tmjax.models.layers import precision
+from tmjax.models.blocks.primitives import precision
 from tmjax.typing import Array
 
 #: Rows of a tile: enough for a matrix product to pay, few enough that a group's last tile wastes little.

@@ -10,7 +10,7 @@ class Experts:
 
     The router's logits become scores by a `softmax` over all experts or a `sigmoid` of each. The largest scores are
     chosen; with `choice_bias` a learned bias is added to the scores for the choice alone. With `groups` > 1 experts lie
-    in groups of equal size, and only the `chosen_groups` whose two largest scores sum to most are open to the choice.
+    in groups of equal size, and only the `chosen_groups` whose `group_best` largest scores sum to most are open.
     The scores of the chosen experts, divided by their sum if `normalised` and multiplied by `scale`, weigh the experts'
     outputs. An expert every token passes through, of `shared_width` units (0: none), is added; with `shared_gate` times
     the sigmoid of a learned product. Layers in `dense` have an MLP of `DecoderSpec.mlp` units and no experts.
@@ -28,6 +28,7 @@ class Experts:
     choice_bias: bool = False
     groups: int = 1
     chosen_groups: int = 1
+    group_best: int = 2
     shared_width: int = 0
     shared_gate: bool = False
     dense: tuple[int, ...] = ()

@@ -20,6 +20,8 @@ _MODULES = [importlib.import_module(f"{__name__}.{entry.name}") for entry in pkg
 FAMILIES: Mapping[str, Family] = {
     module.FAMILY.model_type: module.FAMILY for module in _MODULES if "FAMILY" in vars(module)
 }
+#: Other names of families: checkpoints that came with code of their own, which computes as the family does.
+ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3", "mimo": "qwen2"}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -29,6 +31,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         InputError: There is none; names the parts of its architecture that are not supported, and lists the families.
     """
     model_type = config.get("model_type")
+    model_type = ALIASES.get(model_type, model_type) if isinstance(model_type, str) else model_type
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     others = offered(ENTRY_POINTS)

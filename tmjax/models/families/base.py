@@ -125,6 +125,11 @@ def _check(spec: DecoderSpec) -> None:
     for factors in (spec.rotary.short_factors, spec.rotary.long_factors):
         if spec.rotary.scaling == "longrope" and len(factors) != dims // 2:
             raise InputError(f"config.json: {len(factors)} rotary factors for {dims // 2} planes")
+    if spec.latent is not None and spec.latent.value_dim > spec.head_dim:
+        raise InputError(
+            f"config.json: latent attention with values of {spec.latent.value_dim} units in heads of {spec.head_dim} is"
+            " not supported"
+        )
     experts = spec.experts
     if experts is not None:
         chosen, count, groups, opened = experts.chosen, experts.count, experts.groups, experts.chosen_groups

@@ -42,4 +42,5 @@ def write(spec: DecoderSpec) -> dict[str, Any]:
     )
 
 
-FAMILY = Family("qwen2", "Qwen2ForCausalLM", FIELDS, llama_like, {"qkv_bias": True}, _read, write)
+FURTHER = ("model.mtp_layers.",)  # of MiMo
+FAMILY = Family("qwen2", "Qwen2ForCausalLM", FIELDS, llama_like, {"qkv_bias": True}, _read, write, FURTHER)

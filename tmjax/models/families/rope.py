@@ -146,8 +146,8 @@ def rotary_of(view: ConfigView, settings: Mapping[str, Any], max_positions: int,
     rotary = Rotary(float(theta), kind, fraction=keys.fraction, interleaved=keys.interleaved, **values)
     if kind == "llama3" and rotary.high_freq_factor <= rotary.low_freq_factor:
         raise InputError("config.json: high_freq_factor must be larger than low_freq_factor")
-    if kind == "yarn" and rotary.beta_fast <= rotary.beta_slow:
-        raise InputError("config.json: beta_fast must be larger than beta_slow")
+    if kind == "yarn" and rotary.beta_fast < rotary.beta_slow:
+        raise InputError("config.json: beta_fast must not be smaller than beta_slow")
     return rotary
 
 

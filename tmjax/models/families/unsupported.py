@@ -1,7 +1,7 @@
 """Reasons why a `model_type` has no table: features of its architecture that the decoder lacks, read from its config.
 
-Experts are named as well: the decoder has them, but a table says how a family routes and stores them. Features are
-recognised by their config keys, so that a family unknown today is described too.
+Experts and latent attention are named as well: the decoder has them, but a table says how a family routes and stores
+them. Features are recognised by their config keys, so that a family unknown today is described too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +30,8 @@ _ENCODERS = frozenset(
 )
 _RECURRENT = frozenset("mamba mamba2 falcon_mamba rwkv rwkv7 recurrent_gemma xlstm".split())  # noqa: SIM905
 _TRANSLATORS = frozenset("t5 mt5 umt5 bart mbart pegasus m2m_100 marian blenderbot t5gemma".split())  # noqa: SIM905
+#: Heads whose outputs are multiplied by a gate of the input.
+_GATED_HEADS = frozenset({"step3p5", "step3p7"})
 
 
 def _positive(config: Mapping[str, Any], keys: tuple[str, ...], minimum: int = 1) -> tuple[str, int] | None:
@@ -131,6 +133,8 @@ def _features(config: Mapping[str, Any]) -> Iterator[str]:
         yield "an encoder, which predicts no next token"
     elif kind in _RECURRENT:
         yield "recurrent layers"
+    elif kind in _GATED_HEADS:
+        yield "gates of attention heads"
     yield from filter(None, (feature(config) for feature in _FEATURES))
 
 

@@ -29,6 +29,14 @@ _LLAMA = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
 }
+_DEEPSEEK_V3 = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+}
 #: By the `model_type` of a text config: its family, and the values that transformers takes for keys that are left out.
 TEXTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -82,6 +90,8 @@ TEXTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
             },
         ),
         "llama": ("llama", _LLAMA),
+        "deepseek_v3": ("deepseek_v3", _DEEPSEEK_V3),
+        "kimi_k2": ("deepseek_v3", _DEEPSEEK_V3),
         "mistral": (
             "mistral",
             _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072},
@@ -96,6 +106,7 @@ TEXTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
 TIED: Mapping[str, bool] = MappingProxyType(
     {
         "gemma3": True,
+        "kimi_k25": True,
         "llava": False,
         "llava_next": False,
         "llava_onevision": False,
@@ -117,7 +128,7 @@ _TEXT_NAMES = (
     ("language_model.lm_head.", "lm_head."),
 )
 #: Beginnings of the names of all other tensors, with or without `model.` before them.
-_TOWERS = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline")
+_TOWERS = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "mm_projector.", "image_newline")
 #: Settings that the text models have whatever their configs say, and those whose experts lie in one tensor a layer.
 _ALWAYS = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
 _FUSED = frozenset({"qwen3_vl_moe"})

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 from tmjax import backend
 from tmjax.activations.joined import Joined, run_joined
+from tmjax.models.blocks.primitives import einsum, precision
 from tmjax.models.decoder import ForwardPlan, bind, scaled_logits
-from tmjax.models.layers import einsum, precision
 from tmjax.sharding.mesh import ACTIVATION_RULES
 from tmjax.transfer.least_squares.ridge_systems import DEVICES
 from tmjax.transfer.least_squares.sum_program import SumProgram, Sums

@@ -1,0 +1,1 @@
+"""Parts of the decoder's blocks: linear maps and norms, and latent attention."""
