@@ -6,7 +6,7 @@ from typing import Any, Literal
 import yaml
 
 from tmjax.checkpoints.hub import is_hub_id
-from tmjax.commands.adapt.arms import Arm, arms_of, data_name
+from tmjax.commands.adapt.arms import Arm, arms_of, data_name, stand_in
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.merge.inputs import Inputs
 from tmjax.commands.merge.other_sources import other_sources
@@ -14,6 +14,7 @@ from tmjax.errors import InputError
 from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe, is_adaptation
 from tmjax.recipes.base import Placed, read_recipe
 from tmjax.recipes.merge import Recipe
+from tmjax.recipes.sources import SOURCE
 from tmjax.runs.provenance import STAGE
 from tmjax.transfer.chain import chain_of, needs_of
 from tmjax.transfer.controls import CONTROLS
@@ -46,6 +47,8 @@ def check_recipe(file: Path, kind: Kind | None = None) -> dict[str, Any]:
     values = read_recipe(file)
     chosen = kind or ("adapt" if is_adaptation(values) else "merge")
     missing = [name for name in _REQUIRED[chosen] if values.get(name) is None]
+    if values.get("sources"):
+        missing = [name for name in missing if name != "source"]
     filled = dict.fromkeys(missing, "-") | {name: value for name, value in values.items() if name not in missing}
     recipe: Recipe | AdaptRecipe
     if chosen == "adapt":
@@ -73,7 +76,8 @@ def as_yaml(checked: dict[str, Any]) -> str:
 def _require_inputs(recipe: Placed, missing: list[str]) -> None:
     """Raises InputError for local inputs that do not exist."""
     for key, name in recipe.inputs().items():
-        elsewhere = is_hub_id(name) if key in _MODELS or key.endswith(".base") else name.startswith("hf:")
+        is_model = key in _MODELS or key.startswith(f"{SOURCE}-") or key.endswith(".base")
+        elsewhere = is_hub_id(name) if is_model else name.startswith("hf:")
         if key not in missing and not elsewhere and not Path(recipe.place(name)).expanduser().exists():
             raise InputError(f"recipe: {key} {name} does not exist")
 
@@ -114,19 +118,29 @@ def adapt_stages(recipe: AdaptRecipe) -> list[str]:
     """Returns the stages of an adaptation as its manifest names them, without those of a merge that it needs."""
     stages = ["budget"] if recipe.budgeted else []
     for name, arm in arms_of(recipe).items():
-        stages += [*_data_stages(arm), f"train:{name}"]
+        stages += [*_data_stages(recipe, arm), f"train:{name}"]
     return list(dict.fromkeys([*stages, *_last_stages(recipe, recipe.test)]))
 
 
-def _data_stages(arm: Arm) -> list[str]:
-    """Returns the stages of the source's part in the data of an arm."""
-    stages = ["edges"] if arm.terms & {"generated", "distillation"} else []
+def _data_stages(recipe: AdaptRecipe, arm: Arm) -> list[str]:
+    """Returns the stages of the sources' part in the data of an arm.
+
+    With `mixing: prediction` a source that predicts badly may generate no text, and so have no stage.
+    """
+    every = list(recipe.named_sources) or [SOURCE]
+    sources = [name for name in every if name != arm.without]
+    asked = arm.terms & {"generated", "distillation"}
+    stages = ["edges" if source == SOURCE else f"edges:{source}" for source in sources if asked]
+    if asked and recipe.mixing == "prediction" and len(sources) > 1:
+        stages += [f"teacher:{source}" for source in sources]
     if arm.texts_by is not None:
-        stages += ["generate:source", f"generate:{arm.texts_by}"]
+        ending = f"-without-{arm.without}" if arm.without else ""
+        models = ["target"] if arm.texts_by == "target" else [stand_in(arm.teacher, source) for source in sources]
+        stages += [f"generate:{name}{ending}" for name in [*sources, *models]]
     if "guidance" in arm.terms:
         stages += [f"features:{data_name(model, arm)}" for model in (arm.teacher, "target")]
     if "distillation" in arm.terms:
-        stages.append(f"teacher:{data_name(arm.teacher, arm)}")
+        stages += [f"teacher:{data_name(stand_in(arm.teacher, source), arm)}" for source in sources]
     return stages
 
 

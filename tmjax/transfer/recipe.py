@@ -26,6 +26,8 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
         InputError: A key, value, preset or operator is wrong; all faults of a section in one line.
     """
     refuse_old_keys(values)
+    if values.get("sources"):
+        raise InputError("recipe: a merge has one source; give source, or train toward several with tmjax adapt")
     preset = values.get("preset", DEFAULT_PRESET)
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")
