@@ -19,14 +19,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tmjax.checkpoints.description import describe
-from tmjax.commands.adapt.arms import ADAPTED, SFT, WITHOUT, arms_of
+from tmjax.commands.adapt.arms import ADAPTED, SFT, arms_of
 from tmjax.commands.adapt.run import Adapt
 from tmjax.errors import InputError
 from tmjax.evaluate.bootstrap import percentile_interval
 from tmjax.files.atomic import write_text
 from tmjax.recipes.adapt import build_adapt_recipe
 from tmjax.recipes.base import read_recipe
-from tmjax.recipes.sources import Mixing
+from tmjax.recipes.sources import WITHOUT, Mixing
 from tools.draws import draws
 from tools.make_checkpoint import make_checkpoint
 from tools.script import script

@@ -9,7 +9,7 @@ import yaml
 
 from tmjax import cli
 from tmjax.commands.adapt.run import Adapt
-from tmjax.commands.recipe_check import adapt_stages, check_recipe
+from tmjax.commands.recipe_check import adapt_stages, check_recipe, merge_stages
 from tmjax.errors import InputError
 from tmjax.recipes.adapt import build_adapt_recipe
 from tmjax.recipes.base import read_recipe
@@ -210,13 +210,11 @@ def test_bad_input_is_one_line(case, tmp_path) -> None:
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("words", [["merge"], ["doctor"], ["align"]])
-def test_commands_of_one_source_say_so(words, models, given, tmp_path, capsys) -> None:
+def test_a_plan_is_of_one_source(models, given, capsys) -> None:
     sources = ["--source", models["first"], "--source", models["second"]]
-    rest = given[:4] + (["--out", str(tmp_path / "run")] if words != ["doctor"] else [])
-    assert cli.run([*words, *sources, *rest]) == 2
+    assert cli.run(["plan", "--topology", "v5e-4", *sources, *given[:4]]) == 2
     error = capsys.readouterr().err
-    assert "a merge has one source" in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert "plan reads one source" in error and error.count("\n") == 1
 
 
 def test_sources_of_the_command_line_take_the_place_of_those_of_the_recipe(tmp_path) -> None:
@@ -254,6 +252,82 @@ def test_a_source_without_use_is_said() -> None:
     assert line.startswith("source-2 (a/b) is harmful")
 
 
-def test_a_merge_refuses_several_sources() -> None:
-    with pytest.raises(InputError, match="a merge has one source"):
-        build_recipe({"sources": ["a", "b"], "target": "t", "texts": "x", "out": "o"})
+# A merge, whose operator `predictions` mixes.
+
+MERGE = {
+    "mesh": "data=1",
+    "self_source": False,
+    "activations": {"max_texts": 12, "max_tokens": 24},
+    "operators": [{"predictions": {"rounds": 1, "generated_texts": 6, "tokens": 8}}],
+    "evaluation": {"draws": 200},
+}
+
+
+def merged(folder: Path, models: dict[str, str], given: list[str], values: dict, *words: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "merge.yaml").write_text(yaml.safe_dump(MERGE | values))
+    sources = ["--source", models["first"], "--source", models["second"]]
+    words = (*sources, *given, "--out", str(folder / "run"), *words)
+    assert cli.run(["merge", str(folder / "merge.yaml"), *words]) == 0
+    return folder / "run"
+
+
+def test_a_merge_solves_for_mixed_predictions(models, given, tmp_path) -> None:
+    run = merged(tmp_path, models, given, {"mixing": "prediction"})
+    manifest, recipe = read_manifest(run), build_recipe(read_recipe(run / "recipe.yaml"))
+    assert set(manifest["inputs"]) == {"source", "source-2", "target", "texts", "valid", "test"}
+    assert set(manifest["evaluation"]) == {"target", "source", "source-2", "merged"}
+    assert recipe.source == recipe.sources[0].source == models["first"]
+    assert {"teacher:source", "teacher:source-2", "edges:source-2"} <= manifest["stages"].keys()
+    assert set(manifest["stages"]) <= set(merge_stages(recipe))
+    assert manifest["operators"]["predictions"]["positions"]["source"] > 0
+    card = (run / "merged/README.md").read_text()
+    assert "the sources' mixed probabilities" in card and models["second"] in card
+    assert list(json.loads((run / "merged/tmjax.json").read_text())["parents"]) == ["target", "source", "source-2"]
+
+
+@pytest.mark.slow
+def test_a_merge_leaves_every_source_out(models, given, tmp_path) -> None:
+    values = {"operators": [{"transport": {}}, *MERGE["operators"]], "coefficients": {"alphas": [0.1], "betas": [0.0]}}
+    run = merged(tmp_path, models, given, values, "--controls")
+    manifest = read_manifest(run)
+    without = {"control:without_source", "control:without_source-2"}
+    controls = {f"control:{name}" for name in ("shrink", "random_source", "permuted_plan", "shuffled_rows")}
+    assert set(manifest["evaluation"]) == {"target", "source", "source-2", "merged"} | without | controls
+    assert manifest["source_gain"]["best_control"] in controls
+    assert set(manifest["gain_by_source"]) == {"source", "source-2"}
+    assert {name: item["asked"] for name, item in manifest["generated"].items()} == {
+        **{"source": 3, "source-2": 3, "random_source": 3, "random_source-2": 3}
+    }
+    for name, other in (("without_source", models["second"]), ("without_source-2", models["first"])):
+        nested = read_manifest(run / "sources" / name)
+        assert nested["inputs"]["source"]["path"] == other and nested["generated"]["source"]["asked"] == 6
+    assert "transport read the first source alone" in " ".join(manifest["notes"]["source-2"])
+    assert '<table id="sources">' in (run / "report.html").read_text()
+
+
+def test_a_merge_without_predictions_takes_one_source(models, given, tmp_path, capsys) -> None:
+    sources = ["--source", models["first"], "--source", models["second"]]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"preset": "barycentric"}))
+    assert cli.run(["merge", str(tmp_path / "recipe.yaml"), *sources, *given, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "no operator of this recipe reads several sources" in error and not (tmp_path / "run").exists()
+    assert cli.run(["doctor", str(tmp_path / "recipe.yaml"), *sources, *given[:4], "--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["problems"]) == 1 and not report["mergeable"]
+
+
+def test_the_doctor_reads_every_source(models, given, capsys) -> None:
+    sources = ["--source", models["first"], "--source", models["second"]]
+    assert cli.run(["doctor", *sources, *given[:4]]) == 0
+    assert "source-2" in capsys.readouterr().out
+
+
+def test_merges_with_one_source_keep_their_keys() -> None:
+    values = {"target": "t", "texts": "x", "valid": "v", "out": "o"}
+    one, listed_one = (build_recipe(values | given) for given in ({"source": "a"}, {"sources": ["a"]}))
+    assert one == listed_one and not one.sources
+    with pytest.raises(InputError, match="source and sources are both given"):
+        build_recipe(values | {"source": "a", "sources": ["b", "c"]})
+    with pytest.raises(InputError, match="sources has b twice"):
+        build_recipe(values | {"sources": ["b", "b"]})

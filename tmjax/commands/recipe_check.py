@@ -9,7 +9,7 @@ from tmjax.checkpoints.hub import is_hub_id
 from tmjax.commands.adapt.arms import Arm, arms_of, data_name, stand_in
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.merge.inputs import Inputs
-from tmjax.commands.merge.other_sources import other_sources
+from tmjax.commands.merge.other_sources import folder_of, other_sources
 from tmjax.errors import InputError
 from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe, is_adaptation
 from tmjax.recipes.base import Placed, read_recipe
@@ -106,11 +106,16 @@ def merge_stages(recipe: Recipe) -> list[str]:
         stages.append("alignment")
     if "teacher" in needs:
         count = max(getattr(step.options, "generated_texts", 0) for step in chain if "teacher" in step.operator.needs)
-        stages += ["edges", *(["generate:source"] if count else []), "teacher:source"]
+        sources = [SOURCE, *recipe.further_sources]
+        stages += ["edges" if source == SOURCE else f"edges:{source}" for source in sources]
+        if recipe.sources and recipe.mixing == "prediction":
+            stages += [f"teacher:{source}-on-given" for source in sources]
+        stages += [f"generate:{source}" for source in sources if count]
+        stages += [f"teacher:{source}" for source in sources]
     stages.append("fuse")
     if recipe.controls:
         stages += CONTROLS
-    stages += [f"sources/{arm}" for arm in other_sources(recipe)]
+    stages += [folder_of(arm) for arm in other_sources(recipe)]
     return [*stages, *_last_stages(recipe, recipe.test, samples=True)]
 
 

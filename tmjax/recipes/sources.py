@@ -11,6 +11,8 @@ from tmjax.recipes.base import PositiveFloat, Section
 
 #: Name of the first source in stages, inputs and arms; the others are `source-2`, `source-3`.
 SOURCE = "source"
+#: Beginning of the names of arms without one of several sources; their data are those of the others.
+WITHOUT = "control:without_"
 #: How predictions of several sources are mixed.
 Mixing = Literal["weights", "prediction"]
 
@@ -35,6 +37,21 @@ def source_key(number: int) -> str:
 def by_key(sources: tuple[SourceEntry, ...]) -> dict[str, SourceEntry]:
     """Returns several sources by their names in stages, inputs and arms."""
     return {source_key(number): entry for number, entry in enumerate(sources)}
+
+
+def first_as_source(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns plain values whose `source` is the first of `sources`, if there are any.
+
+    Raises:
+        InputError: `source` names another model than the first of `sources`.
+    """
+    entries = values.get("sources")
+    if not isinstance(entries, list | tuple) or not entries:
+        return dict(values)
+    first = entries[0].get(SOURCE) if isinstance(entries[0], dict) else entries[0]
+    if values.get(SOURCE) not in (None, first):
+        raise InputError("recipe: source and sources are both given: leave one of them out")
+    return {**values, SOURCE: first if isinstance(first, str) else "-"}
 
 
 def require_different(values: Mapping[str, Any], sources: tuple[SourceEntry, ...]) -> None:

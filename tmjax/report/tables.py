@@ -59,7 +59,8 @@ def forgetting_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 def source_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """Makes header and rows of several sources: name, weight, the result without it, the gain due to it, a verdict."""
-    shares = manifest["training"]["adapted"].get("source_shares") or {}
+    result = "adapted" if "adapted" in manifest["evaluation"] else "merged"
+    shares = (manifest.get("training") or {}).get(result, {}).get("source_shares") or {}
     rows = []
     for source, gain in manifest["gain_by_source"].items():
         low, high = gain["ci95"]
@@ -68,15 +69,15 @@ def source_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
             (
                 source,
                 manifest["inputs"][source]["path"],
-                f"{shares[source]:.1%}" if source in shares else "",
-                f"{manifest['evaluation']['adapted']['bits_per_byte'] + gain['bits_per_byte']:.4f}",
+                *([f"{shares.get(source, 0.0):.1%}"] if shares else []),
+                f"{manifest['evaluation'][result]['bits_per_byte'] + gain['bits_per_byte']:.4f}",
                 f"{gain['bits_per_byte']:+z.4f}",
                 f"[{low:+z.4f}, {high:+z.4f}]",
                 verdict,
             )
         )
-    header = ("source", "checkpoint", "weight", "bits/byte without it", "gain due to it", "95% interval", "")
-    return header, rows
+    weight = ("weight",) if shares else ()
+    return ("source", "checkpoint", *weight, "bits/byte without it", "gain due to it", "95% interval", ""), rows
 
 
 def source_sentences(manifest: Mapping[str, Any]) -> list[str]:

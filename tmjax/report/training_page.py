@@ -12,7 +12,7 @@ from tmjax.recipes.adapt import AdaptRecipe
 from tmjax.recipes.base import dump_recipe
 from tmjax.recipes.sources import SOURCE
 from tmjax.report.card_parts import Parents, licence_section, metadata_block, origin_section
-from tmjax.report.html import image, page, table
+from tmjax.report.html import image, page, source_section, table
 from tmjax.report.plots import new_figure, png_bytes
 from tmjax.report.tables import (
     Row,
@@ -104,8 +104,7 @@ def write_training_report(file: Path, run: Path, recipe: AdaptRecipe, manifest: 
             f'<p class="gain" id="gain">{escape(gain_sentence(manifest))}</p>',
         ]
     if manifest.get("gain_by_source"):
-        lines = [f"<p>{escape(line)}</p>" for line in source_sentences(manifest)]
-        sections += ["<h2>Sources</h2>", table("sources", *source_rows(manifest)), *lines]
+        sections += source_section(manifest)
     if manifest.get("forgetting"):
         sections += ["<h2>Bits per byte on other texts</h2>", table("forgetting", *forgetting_rows(manifest))]
     if manifest.get("lora"):

@@ -179,6 +179,16 @@ def mixed(
     return Mixture(TeacherProbabilities(places.document, places.position, ids, weight), weight_kn.mean(axis=1))
 
 
+def source_seed(seed: int, number: int) -> int:
+    """Returns the seed of the texts of a source: that of the run for the first, others so that prompts differ.
+
+    Args:
+        seed: Seed of the run.
+        number: Number of the source, from 0.
+    """
+    return seed if number == 0 else int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
+
+
 def counts_of(total: int, shares_k: np.ndarray) -> list[int]:
     """Splits a number of texts by shares of sum 1: whole numbers of that sum, the largest remainders rounded up."""
     exact = total * shares_k

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 
 from tmjax.recipes.adapt import AdaptRecipe
-from tmjax.recipes.sources import SOURCE
+from tmjax.recipes.sources import SOURCE, WITHOUT
 from tmjax.transfer.controls import random_source, shuffled_rows
 
 ADAPTED = "adapted"
@@ -14,8 +14,6 @@ SHUFFLED, RANDOM = f"control:{shuffled_rows.__name__}", f"control:{RANDOM_MODEL}
 TARGET_WRITTEN = "control:target_written"
 #: Several sources, as the models that generate texts.
 ALL_SOURCES = "sources"
-#: Beginning of the names of arms without one of several sources; their data are those of the others.
-WITHOUT = "control:without_"
 #: Not a control: next-token training on the same texts, those of the source included.
 SOURCE_WRITTEN = "source_written"
 

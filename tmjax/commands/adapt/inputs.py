@@ -101,7 +101,7 @@ class AdaptInputs:
             given["activations"] = settings.get("activations", {}) | {"max_texts": own.max_texts}
         known = {} if self.run_recipe is None else self.run_recipe.places
         given["places"] = known | own.places
-        out = {"out": str(Path(own.out) / "merge"), "test": None, "controls": False}
+        out = {"out": str(Path(own.out) / "merge"), "test": None, "controls": False, "sources": []}
         return build_recipe(settings | given | self.names | out)
 
     @functools.cached_property

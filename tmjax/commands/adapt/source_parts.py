@@ -15,7 +15,7 @@ from tmjax.recipes.sources import SOURCE
 from tmjax.teacher.edges import Edges
 from tmjax.teacher.generation import GeneratedTexts, Generation, TextFilter
 from tmjax.teacher.lines import Examples
-from tmjax.teacher.mixing import Mixture, counts_of, mixed, shares_of_documents
+from tmjax.teacher.mixing import Mixture, counts_of, mixed, shares_of_documents, source_seed
 from tmjax.teacher.probabilities import Search, TeacherProbabilities
 from tmjax.teacher.stages import TeacherStages
 from tmjax.teacher.teacher_model import Teacher
@@ -155,8 +155,7 @@ class SourceParts:
 
     def _seed(self, source: str) -> int:
         """Returns a seed of a source's own, so that sources do not go on from the same words."""
-        seed, number = self.inputs.recipe.seed, self.inputs.source_names.index(source)
-        return seed if number == 0 else int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
+        return source_seed(self.inputs.recipe.seed, self.inputs.source_names.index(source))
 
     def _generate(self, model: str, name: str, count: int, settings: TextFilter, seed: int) -> GeneratedTexts:
         """Runs the stage in which a model generates texts."""
