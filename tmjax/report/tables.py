@@ -87,7 +87,7 @@ def source_sentences(manifest: Mapping[str, Any]) -> list[str]:
         low, high = gain["ci95"]
         name = f"{source} ({manifest['inputs'][source]['path']})"
         if high < 0:
-            lines.append(f"{name} is harmful: the result is better without it.")
+            lines.append(f"{name} is harmful: the result is better without it; leave it out, or mix by prediction.")
         elif low <= 0:
             lines.append(f"{name} is of no use: the result without it is not distinguishable from that with it.")
     return lines
