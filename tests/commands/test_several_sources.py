@@ -296,9 +296,8 @@ def test_a_merge_leaves_every_source_out(models, given, tmp_path) -> None:
     assert set(manifest["evaluation"]) == {"target", "source", "source-2", "merged"} | without | controls
     assert manifest["source_gain"]["best_control"] in controls
     assert set(manifest["gain_by_source"]) == {"source", "source-2"}
-    assert {name: item["asked"] for name, item in manifest["generated"].items()} == {
-        **{"source": 3, "source-2": 3, "random_source": 3, "random_source-2": 3}
-    }
+    # Texts of random models are foreign, so that the controls have none.
+    assert {name: item["asked"] for name, item in manifest["generated"].items()} == {"source": 3, "source-2": 3}
     for name, other in (("without_source", models["second"]), ("without_source-2", models["first"])):
         nested = read_manifest(run / "sources" / name)
         assert nested["inputs"]["source"]["path"] == other and nested["generated"]["source"]["asked"] == 6
