@@ -168,7 +168,8 @@ def recipe_fault(text: str) -> str | None:
 
     try:
         given = {key: value for key, value in yaml.safe_load(text).items() if key != "include" and key[:2] != "x-"}
-        build_recipe(dict.fromkeys(("source", "target", "texts", "out"), "-") | given)
+        required = ("target", "texts", "out", *(() if "sources" in given else ("source",)))
+        build_recipe(dict.fromkeys(required, "-") | given)
     except TmjaxError as error:
         return str(error)
     return None
