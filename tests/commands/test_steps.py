@@ -342,3 +342,15 @@ def test_check_prints_a_recipe_again(recipe, tmp_path, capsys) -> None:
         resolve_steps(build_steps_recipe(values | given))[0] for values in (yaml.safe_load(printed), read_recipe(file))
     )
     assert first == second
+
+
+def test_a_step_with_several_sources_has_those_alone(tmp_path) -> None:
+    """They replace the shared source; none of them can be the model of a step."""
+    several = {"sources": ["one", {"source": "two", "weight": 2}], "mode": "distilled"}
+    given = {"source": "-", "target": "-", "texts": "-", "valid": "-", "out": str(tmp_path / "run")}
+    (step,), _ = resolve_steps(build_steps_recipe(given | {"steps": [{"adapt": several}]}))
+    assert [entry.source for entry in step.settings.sources] == ["one", "two"] and step.settings.source is None
+    assert {"source": "one", "source-2": "two"}.items() <= step.inputs().items()
+    named = {"steps": [{"adapt": {"mode": "sft"}}, {"adapt": several | {"sources": ["one", "step:1"]}}]}
+    with pytest.raises(InputError, match="sources: step:1 is no checkpoint"):
+        resolve_steps(build_steps_recipe(given | named))

@@ -16,7 +16,9 @@ import typer
 from tmjax.errors import InputError
 
 RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe (YAML); flags win over it.", show_default=False)]
-Source = Annotated[str | None, typer.Option(help="Source checkpoint: directory or hub id.")]
+Source = Annotated[
+    list[str] | None, typer.Option(help="Source checkpoint: directory or hub id; an adaptation takes several.")
+]
 Target = Annotated[str | None, typer.Option(help="Target checkpoint, whose architecture is kept.")]
 TextFile = Annotated[
     str | None, typer.Option("--texts", help="Calibration texts: .jsonl, .txt or hf:NAME[:split[:field]].")
@@ -155,6 +157,8 @@ def values_of(
 ) -> dict[str, Any]:
     """Reads the values of a recipe file and puts those given on the command line over them.
 
+    Sources of the command line take the place of those of the file.
+
     Args:
         file: The recipe file, if there is one.
         given: Values by key; None: not given.
@@ -170,11 +174,23 @@ def values_of(
     from tmjax.recipes.base import read_recipe
 
     values = read_recipe(file) if file else {}
+    given = _with_sources(given)
+    if given.keys() & _SOURCES:
+        values = {name: value for name, value in values.items() if name not in _SOURCES}
     values |= {name: value for name, value in given.items() if value is not None}
-    missing = [name for name in required if name not in values]
+    missing = [name for name in required if name not in values and not (name == "source" and "sources" in values)]
     if missing:
         raise InputError(f"give {between.join('--' + name for name in missing)} or name them in a recipe")
     return values
+
+
+def _with_sources(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns given values with one `--source` as `source`, and several as `sources`."""
+    named = given.get("source")
+    others = {name: value for name, value in given.items() if name != "source"}
+    if not named:
+        return others
+    return others | ({"source": named[0]} if len(named) == 1 else {"sources": list(named)})
 
 
 def folder_of(file: Path | None) -> Path | None:
@@ -187,6 +203,8 @@ def names_of(text: str | None) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
 
 
+#: Keys of one source, and of several.
+_SOURCES = {"source", "sources"}
 #: Flags that are keys of a merge's recipe.
 _MERGE_KEYS = frozenset(each.name for each in fields(MergeFlags)) - {"recipe"}
 

@@ -7,16 +7,17 @@ from typing import Any, Literal
 import yaml
 
 from tmjax.checkpoints.hub import is_hub_id
-from tmjax.commands.adapt.arms import Arm, arms_of, data_name
+from tmjax.commands.adapt.arms import Arm, arms_of, data_name, stand_in
 from tmjax.commands.adapt.inputs import AdaptInputs
 from tmjax.commands.merge.inputs import Inputs
-from tmjax.commands.merge.other_sources import other_sources
-from tmjax.commands.steps.resolve import MODELS, Step, resolve_steps, resolved_values
+from tmjax.commands.merge.other_sources import folder_of, other_sources
+from tmjax.commands.steps.resolve import Step, names_model, resolve_steps, resolved_values
 from tmjax.commands.steps.work import check_step
 from tmjax.errors import InputError
 from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe, is_adaptation
 from tmjax.recipes.base import Placed, read_recipe
 from tmjax.recipes.merge import Recipe
+from tmjax.recipes.sources import SOURCE
 from tmjax.recipes.steps_recipe import REFERENCE, build_steps_recipe, has_steps
 from tmjax.runs.provenance import STAGE
 from tmjax.transfer.chain import chain_of, needs_of
@@ -50,6 +51,8 @@ def check_recipe(file: Path, kind: Kind | None = None) -> dict[str, Any]:
     if chosen == "run":
         return _check_steps(file, values)
     missing = [name for name in _REQUIRED[chosen] if values.get(name) is None]
+    if values.get("sources"):
+        missing = [name for name in missing if name != "source"]
     filled = dict.fromkeys(missing, "-") | {name: value for name, value in values.items() if name not in missing}
     recipe: Recipe | AdaptRecipe
     if chosen == "adapt":
@@ -105,7 +108,7 @@ def _step_stages(step: Step) -> list[str]:
 def _require_inputs(inputs: Mapping[str, str], settings: object, missing: Sequence[str]) -> None:
     """Raises InputError for local inputs that do not exist."""
     for key, name in inputs.items():
-        elsewhere = is_hub_id(name) if key in MODELS or key.endswith(".base") else name.startswith("hf:")
+        elsewhere = is_hub_id(name) if names_model(key) else name.startswith("hf:")
         if key in missing or elsewhere or REFERENCE.fullmatch(name):
             continue
         place = settings.place(name) if isinstance(settings, Placed) else name
@@ -137,11 +140,16 @@ def merge_stages(recipe: Recipe) -> list[str]:
         stages.append("alignment")
     if "teacher" in needs:
         count = max(getattr(step.options, "generated_texts", 0) for step in chain if "teacher" in step.operator.needs)
-        stages += ["edges", *(["generate:source"] if count else []), "teacher:source"]
+        sources = [SOURCE, *recipe.further_sources]
+        stages += ["edges" if source == SOURCE else f"edges:{source}" for source in sources]
+        if recipe.sources and recipe.mixing == "prediction":
+            stages += [f"teacher:{source}-on-given" for source in sources]
+        stages += [f"generate:{source}" for source in sources if count]
+        stages += [f"teacher:{source}" for source in sources]
     stages.append("fuse")
     if recipe.controls:
         stages += CONTROLS
-    stages += [f"sources/{arm}" for arm in other_sources(recipe)]
+    stages += [folder_of(arm) for arm in other_sources(recipe)]
     return [*stages, *_last_stages(recipe, recipe.test, samples=True)]
 
 
@@ -149,19 +157,29 @@ def adapt_stages(recipe: AdaptRecipe) -> list[str]:
     """Returns the stages of an adaptation as its manifest names them, without those of a merge that it needs."""
     stages = ["budget"] if recipe.budgeted else []
     for name, arm in arms_of(recipe).items():
-        stages += [*_data_stages(arm), f"train:{name}"]
+        stages += [*_data_stages(recipe, arm), f"train:{name}"]
     return list(dict.fromkeys([*stages, *_last_stages(recipe, recipe.test)]))
 
 
-def _data_stages(arm: Arm) -> list[str]:
-    """Returns the stages of the source's part in the data of an arm."""
-    stages = ["edges"] if arm.terms & {"generated", "distillation"} else []
+def _data_stages(recipe: AdaptRecipe, arm: Arm) -> list[str]:
+    """Returns the stages of the sources' part in the data of an arm.
+
+    With `mixing: prediction` a source that predicts badly may generate no text, and so have no stage.
+    """
+    every = list(recipe.named_sources) or [SOURCE]
+    sources = [name for name in every if name != arm.without]
+    asked = arm.terms & {"generated", "distillation"}
+    stages = ["edges" if source == SOURCE else f"edges:{source}" for source in sources if asked]
+    if asked and recipe.mixing == "prediction" and len(sources) > 1:
+        stages += [f"teacher:{source}" for source in sources]
     if arm.texts_by is not None:
-        stages += ["generate:source", f"generate:{arm.texts_by}"]
+        ending = f"-without-{arm.without}" if arm.without else ""
+        models = ["target"] if arm.texts_by == "target" else [stand_in(arm.teacher, source) for source in sources]
+        stages += [f"generate:{name}{ending}" for name in [*sources, *models]]
     if "guidance" in arm.terms:
         stages += [f"features:{data_name(model, arm)}" for model in (arm.teacher, "target")]
     if "distillation" in arm.terms:
-        stages.append(f"teacher:{data_name(arm.teacher, arm)}")
+        stages += [f"teacher:{data_name(stand_in(arm.teacher, source), arm)}" for source in sources]
     return stages
 
 

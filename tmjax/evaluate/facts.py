@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tmjax.evaluate.bits import Scores
-from tmjax.evaluate.bootstrap import resample, source_gain
+from tmjax.evaluate.bootstrap import percentile_interval, resample, source_gain
 from tmjax.runs.manifest import Manifest
-from tmjax.runs.run_facts import EvaluationFacts, SourceGain
+from tmjax.runs.run_facts import Change, EvaluationFacts, SourceGain
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,15 @@ class Evaluated:
 
     evaluation: dict[str, EvaluationFacts]
     source_gain: SourceGain | None
+    gain_by_source: dict[str, Change] | None = None
 
     def record(self, manifest: Manifest) -> None:
-        """Sets `evaluation` and `source_gain` of a manifest."""
+        """Sets `evaluation`, `source_gain` and `gain_by_source` of a manifest."""
         manifest.evaluation, manifest.source_gain = self.evaluation, self.source_gain
+        manifest.gain_by_source = self.gain_by_source
 
     def to_json(self) -> dict[str, Any]:
-        """Returns both as they stand in a manifest."""
+        """Returns scores and gain as they stand in a manifest."""
         gain = self.source_gain
         return {
             "evaluation": {arm: facts.model_dump() for arm, facts in self.evaluation.items()},
@@ -30,8 +32,28 @@ class Evaluated:
         }
 
 
-def evaluation_facts(scores: Mapping[str, Scores], *, draws: int, seed: int, merged: str = "merged") -> Evaluated:
-    """Bits per byte of scored arms with intervals, and the gain; `merged` is the arm that the controls are for."""
+def evaluation_facts(
+    scores: Mapping[str, Scores],
+    *,
+    draws: int,
+    seed: int,
+    merged: str = "merged",
+    left_out: Mapping[str, str] | None = None,
+) -> Evaluated:
+    """Computes bits per byte of scored arms with intervals, and the gain due to the source.
+
+    Args:
+        scores: Scores of every arm on the same documents.
+        draws: Bootstrap draws.
+        seed: Seed of the draws.
+        merged: The arm that the controls are for.
+        left_out: The arms without one of several sources, by the source. They have something of the others and are no
+            controls of the gain due to all.
+
+    Returns:
+        The facts for a manifest.
+    """
+    left_out = left_out or {}
     sampled = resample(scores, draws=draws, seed=seed)
     evaluation = {
         arm: EvaluationFacts(
@@ -44,9 +66,16 @@ def evaluation_facts(scores: Mapping[str, Scores], *, draws: int, seed: int, mer
         )
         for arm, value in scores.items()
     }
-    controls = [arm for arm in scores if arm.startswith("control:")]
+    controls = [arm for arm in scores if arm.startswith("control:") and arm not in left_out.values()]
     gain = SourceGain(**source_gain(sampled, controls, merged=merged)) if controls else None
-    return Evaluated(evaluation, gain)
+    by_source = {
+        source: Change(
+            bits_per_byte=sampled.point[arm] - sampled.point[merged],
+            ci95=list(percentile_interval(sampled.samples[arm] - sampled.samples[merged])),
+        )
+        for source, arm in left_out.items()
+    }
+    return Evaluated(evaluation, gain, by_source or None)
 
 
 def hidden_facts(scores: Scores) -> dict[str, float]:

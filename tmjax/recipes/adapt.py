@@ -26,6 +26,7 @@ from tmjax.recipes.objectives import (
     LoraOptions,
     ResidualOptions,
 )
+from tmjax.recipes.sources import SOURCE, Mixing, SourceEntry, by_key, require_different
 from tmjax.recipes.steps_recipe import refuse_steps
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -39,6 +40,8 @@ TERMS: dict[str, tuple[Term, ...]] = {
     "source-written": ("generated",),
     "combined": ("guidance", "distillation", "generated"),
 }
+#: Objectives of the mode `combined` that several sources have together.
+SEVERAL: tuple[Term, ...] = ("distillation", "generated")
 #: Settings of `training` that are chosen on validation texts, and their defaults where there are none.
 WITHOUT_VALID: dict[str, Any] = {"steps": [300], "lr": [1e-3], "patience": None}
 #: Settings that a budget decides.
@@ -126,6 +129,17 @@ class AdaptRecipe(Placed):
     source: Annotated[
         str | None, Field(description="Source checkpoint, for modes that have one; of a run its source unless given.")
     ] = None
+    sources: Annotated[
+        tuple[SourceEntry, ...],
+        Field(description="Several sources in place of `source`: names, or entries `{source: NAME, weight: W}`."),
+    ] = ()
+    mixing: Annotated[
+        Mixing,
+        Field(
+            description="Probabilities of several sources are mixed with the `weights` of `sources`, or with weights "
+            "by `prediction`: how well each source predicts the text so far."
+        ),
+    ] = "weights"
     target: Annotated[
         str, Field(description="Target checkpoint, or a run of `tmjax merge` whose target and source are meant.")
     ]
@@ -143,9 +157,13 @@ class AdaptRecipe(Placed):
         Literal["sft", "residual-frozen", "guided", "distilled", "source-written", "combined", "lora"],
         Field(description="Objectives beside the next tokens of the training texts; see the page on adaptation."),
     ] = "combined"
-    combine: Annotated[tuple[Term, ...], Field(min_length=1, description="Objectives of the mode `combined`.")] = TERMS[
-        "combined"
-    ]
+    combine: Annotated[
+        tuple[Term, ...],
+        Field(
+            min_length=1,
+            description="Objectives of the mode `combined`; of several sources all but `guidance` unless given.",
+        ),
+    ] = TERMS["combined"]
     init: Annotated[
         Literal["target", "merged"] | None,
         Field(
@@ -215,6 +233,17 @@ class AdaptRecipe(Placed):
     ]
 
     @property
+    def named_sources(self) -> dict[str, SourceEntry]:
+        """The sources by their names in stages, inputs and arms."""
+        if self.sources:
+            return by_key(self.sources)
+        return {} if self.source is None else {SOURCE: SourceEntry(source=self.source)}
+
+    def inputs(self) -> dict[str, str]:
+        """Returns the names of all inputs, by their keys; several sources are among them."""
+        return super().inputs() | {name: entry.source for name, entry in by_key(self.sources).items()}
+
+    @property
     def terms(self) -> frozenset[str]:
         """Terms that are added to next-token training on the given texts."""
         return frozenset(self.combine if self.mode == "combined" else TERMS.get(self.mode, ()))
@@ -263,6 +292,11 @@ def build_adapt_recipe(values: dict[str, Any], *, base: Path | None = None) -> A
     if values.get("valid") is None and isinstance(values.get("training", {}), dict):
         values = values | {"training": WITHOUT_VALID | values.get("training", {})}
     recipe = checked(AdaptRecipe, values, RENAMED)
+    require_different(values, recipe.sources)
+    if len(recipe.sources) == 1:
+        recipe = recipe.model_copy(update={"source": recipe.sources[0].source, "sources": ()})
+    if recipe.sources and values.get("combine") is None:
+        recipe = recipe.model_copy(update={"combine": SEVERAL})
     if recipe.budget is not None and recipe.tokens is not None:
         raise InputError("budget and tokens both bound the training: give one of them")
     if recipe.budgeted and recipe.valid is not None:

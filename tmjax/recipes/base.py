@@ -216,8 +216,11 @@ def _placed_near(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         own = {kind: _placed_near(settings, folder) for kind, settings in nested if isinstance(settings, dict)}
         return entry | own if own else entry
 
+    def source(entry: Any) -> Any:
+        return entry | {"source": near(entry.get("source"))} if isinstance(entry, dict) else near(entry)
+
     placed = values | {key: near(values[key]) for key in (*_PATHS, *_STEP_PATHS) if key in values}
-    for key, place in (("other_texts", near), ("operators", operator)):
+    for key, place in (("other_texts", near), ("operators", operator), ("sources", source)):
         if isinstance(values.get(key), list):
             placed[key] = [place(each) for each in values[key]]
     alignment = values.get("alignment")
@@ -281,4 +284,6 @@ def found_near(recipe: P, base: Path) -> P:
 
     paths: dict[str, Any] = {key: near(getattr(recipe, key)) for key in _PATHS if hasattr(recipe, key)}
     paths["other_texts"] = tuple(near(name) for name in getattr(recipe, "other_texts", ()))
+    if hasattr(recipe, "sources"):
+        paths["sources"] = tuple(each.model_copy(update={"source": near(each.source)}) for each in recipe.sources)
     return recipe.model_copy(update=paths)

@@ -14,6 +14,7 @@ from tmjax.recipes.base import (
     PositiveFloat,
     Section,
 )
+from tmjax.recipes.sources import SOURCE, Mixing, SourceEntry, by_key
 
 
 class ActivationOptions(Section):
@@ -202,7 +203,21 @@ class CoefficientOptions(Section):
 class Recipe(Placed):
     """A whole merge. Model names are directories or hub ids; texts are files or `hf:NAME[:split[:field]]`."""
 
-    source: Annotated[str, Field(description="Source checkpoint: directory or hub id.")]
+    source: Annotated[str, Field(description="Source checkpoint: directory or hub id; the first of several.")]
+    sources: Annotated[
+        tuple[SourceEntry, ...],
+        Field(
+            description="Several sources in place of `source`: names, or entries `{source: NAME, weight: W}`. The "
+            "operator `predictions` mixes what they predict, all others take the first alone."
+        ),
+    ] = ()
+    mixing: Annotated[
+        Mixing,
+        Field(
+            description="Probabilities of several sources are mixed with the `weights` of `sources`, or with weights "
+            "by `prediction`: how well each source predicts the text so far."
+        ),
+    ] = "weights"
     target: Annotated[str, Field(description="Target checkpoint, whose architecture is kept.")]
     texts: Annotated[str, Field(description="Calibration texts.")]
     valid: Annotated[str | None, Field(description="Texts on which coefficients and steps are chosen.")] = None
@@ -272,7 +287,13 @@ class Recipe(Placed):
             f"operators.{number}": plugin_file(name) for number, entry in enumerate(self.operators) for name in entry
         }
         files["alignment.solver"] = plugin_file(self.alignment.solver)
-        return super().inputs() | {key: file for key, file in files.items() if file is not None}
+        named = {name: entry.source for name, entry in self.further_sources.items()}
+        return super().inputs() | named | {key: file for key, file in files.items() if file is not None}
+
+    @property
+    def further_sources(self) -> dict[str, SourceEntry]:
+        """The sources after the first, by their names in stages, inputs and arms."""
+        return {name: entry for name, entry in by_key(self.sources).items() if name != SOURCE}
 
     def located_alignment(self) -> AlignmentOptions:
         """Returns the options of the alignment with the present place of a solver's file."""

@@ -4,8 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from tmjax.recipes.merge import Recipe
+from tmjax.recipes.sources import SOURCE
 from tmjax.report.card_parts import Parents, licence_section, metadata_block, origin_section
-from tmjax.report.tables import evaluation_rows, gain_sentence, lora_sentence, markdown_table, update_rows
+from tmjax.report.tables import (
+    evaluation_rows,
+    gain_sentence,
+    lora_sentence,
+    markdown_table,
+    source_rows,
+    source_sentences,
+    update_rows,
+)
 
 
 def model_card(recipe: Recipe, manifest: Mapping[str, Any], parents: Parents) -> str:
@@ -26,11 +35,13 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any], parents: Parents) ->
         )
     if facts.get("predictions"):
         options = next(entry["predictions"] for entry in recipe.operators if "predictions" in entry)
-        generated = manifest.get("generated", {}).get("source", {}).get("kept", 0)
+        sources, texts = [SOURCE, *recipe.further_sources], manifest.get("generated") or {}
+        generated = sum(texts[name]["kept"] for name in sources if name in texts)
+        whose, who = ("sources' mixed", "they") if recipe.sources else ("source's", "it")
         parts.append(
             f"Its read-out{' and the projections that write its residual stream' * (options['scope'] == 'direct')} "
             "were then solved for, by ridge regression toward the true next tokens of the calibration texts and the "
-            f"source's probabilities on these and {generated} texts that it generated "
+            f"{whose} probabilities on these and {generated} texts that {who} generated "
             f"({len(facts['predictions']['rounds'])} rounds)."
         )
     others = [name for name in facts if name not in ("embeddings", "predictions")]
@@ -42,6 +53,8 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any], parents: Parents) ->
             markdown_table(*evaluation_rows(manifest)),
             gain_sentence(manifest),
         ]
+    if manifest.get("gain_by_source"):
+        parts += ["## Sources", markdown_table(*source_rows(manifest)), *source_sentences(manifest)]
     parts += [
         "## What the merge did to every tensor",
         markdown_table(*update_rows(manifest)),

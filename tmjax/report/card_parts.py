@@ -75,7 +75,8 @@ def licence_warning(parents: Parents) -> str | None:
     terms = {name: each.terms for name, each in parents.items()}
     if len(set(terms.values())) > 1:
         named = ", ".join(f"{name} {parents[name].name}: {licence}" for name, licence in terms.items())
-        return f"the licences of the parents differ ({named}); the result must keep to both"
+        every = "both" if len(terms) == 2 else "all"
+        return f"the licences of the parents differ ({named}); the result must keep to {every}"
     return None
 
 

@@ -20,6 +20,8 @@ from tmjax.report.tables import (
     forgetting_rows,
     gain_sentence,
     lora_rows,
+    source_rows,
+    source_sentences,
     stage_rows,
     update_rows,
 )
@@ -64,6 +66,12 @@ def quotations(samples: Sequence[Mapping[str, str]]) -> str:
     return f'<table id="samples"><tbody>{"".join(rows)}</tbody></table>'
 
 
+def source_section(manifest: Mapping[str, Any]) -> list[str]:
+    """Makes the section on several sources."""
+    lines = [f"<p>{escape(line)}</p>" for line in source_sentences(manifest)]
+    return ["<h2>Sources</h2>", table("sources", *source_rows(manifest)), *lines]
+
+
 def write_report(
     file: Path,
     run: Path,
@@ -104,6 +112,8 @@ def write_report(
             table("evaluation", *evaluation_rows(manifest)),
             image("arms", plots["arms"]),
         ]
+    if manifest.get("gain_by_source"):
+        sections += source_section(manifest)
     if manifest.get("forgetting"):
         sections += ["<h2>Bits per byte on other texts</h2>", table("forgetting", *forgetting_rows(manifest))]
     if alignment is not None:
@@ -134,5 +144,6 @@ def write_report(
         table("stages", *stage_rows(manifest)),
         f"<h2>Recipe</h2><pre>{escape(dump_recipe(recipe, places=False))}</pre>",
     ]
-    title = f"{Path(recipe.source).name} into {Path(recipe.target).name}"
+    sources = [recipe.source, *(entry.source for entry in recipe.further_sources.values())]
+    title = f"{' and '.join(Path(name).name for name in sources)} into {Path(recipe.target).name}"
     file.write_text(page(title, sections), encoding="utf-8")

@@ -57,6 +57,42 @@ def forgetting_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     return ("texts", "before", "after", "change", "95% interval"), rows
 
 
+def source_rows(manifest: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Makes header and rows of several sources: name, weight, the result without it, the gain due to it, a verdict."""
+    result = "adapted" if "adapted" in manifest["evaluation"] else "merged"
+    shares = (manifest.get("training") or {}).get(result, {}).get("source_shares") or {}
+    rows = []
+    for source, gain in manifest["gain_by_source"].items():
+        low, high = gain["ci95"]
+        verdict = "useful" if low > 0 else "harmful" if high < 0 else "no use"
+        rows.append(
+            (
+                source,
+                manifest["inputs"][source]["path"],
+                *([f"{shares.get(source, 0.0):.1%}"] if shares else []),
+                f"{manifest['evaluation'][result]['bits_per_byte'] + gain['bits_per_byte']:.4f}",
+                f"{gain['bits_per_byte']:+z.4f}",
+                f"[{low:+z.4f}, {high:+z.4f}]",
+                verdict,
+            )
+        )
+    weight = ("weight",) if shares else ()
+    return ("source", "checkpoint", *weight, "bits/byte without it", "gain due to it", "95% interval", ""), rows
+
+
+def source_sentences(manifest: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each of several sources to which nothing is due, or a loss."""
+    lines = []
+    for source, gain in (manifest.get("gain_by_source") or {}).items():
+        low, high = gain["ci95"]
+        name = f"{source} ({manifest['inputs'][source]['path']})"
+        if high < 0:
+            lines.append(f"{name} is harmful: the result is better without it; leave it out, or mix by prediction.")
+        elif low <= 0:
+            lines.append(f"{name} is of no use: the result without it is not distinguishable from that with it.")
+    return lines
+
+
 def gain_sentence(manifest: Mapping[str, Any]) -> str:
     """Returns the gain due to the source in one sentence."""
     gain = manifest.get("source_gain")
@@ -200,6 +236,8 @@ def scored_parts(manifest: Mapping[str, Any]) -> list[object]:
             gain_sentence(manifest),
             "",
         ]
+    if manifest.get("gain_by_source"):
+        parts += [rich_table("Sources", *source_rows(manifest)), *source_sentences(manifest), ""]
     if manifest.get("forgetting"):
         parts += [rich_table("Bits per byte on other texts", *forgetting_rows(manifest))]
     if manifest.get("lora"):

@@ -10,8 +10,9 @@ from rich.console import Group
 
 from tmjax.recipes.adapt import AdaptRecipe
 from tmjax.recipes.base import dump_recipe
+from tmjax.recipes.sources import SOURCE
 from tmjax.report.card_parts import Parents, licence_section, metadata_block, origin_section
-from tmjax.report.html import image, page, table
+from tmjax.report.html import image, page, source_section, table
 from tmjax.report.plots import new_figure, png_bytes
 from tmjax.report.tables import (
     Row,
@@ -23,6 +24,8 @@ from tmjax.report.tables import (
     markdown_table,
     rich_table,
     scored_parts,
+    source_rows,
+    source_sentences,
     stage_rows,
 )
 
@@ -100,6 +103,8 @@ def write_training_report(file: Path, run: Path, recipe: AdaptRecipe, manifest: 
             table("evaluation", *evaluation_rows(manifest)),
             f'<p class="gain" id="gain">{escape(gain_sentence(manifest))}</p>',
         ]
+    if manifest.get("gain_by_source"):
+        sections += source_section(manifest)
     if manifest.get("forgetting"):
         sections += ["<h2>Bits per byte on other texts</h2>", table("forgetting", *forgetting_rows(manifest))]
     if manifest.get("lora"):
@@ -118,7 +123,8 @@ def write_training_report(file: Path, run: Path, recipe: AdaptRecipe, manifest: 
 def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any], parents: Parents) -> str:
     """Makes the model card of an adapted checkpoint, with the metadata block that the Hugging Face hub reads."""
     given = manifest["inputs"]
-    source = f" and the source `{given['source']['path']}`" if "source" in given else ""
+    sources = [f"`{item['path']}`" for name, item in given.items() if name.split("-")[0] == SOURCE]
+    source = f" and the source{'s' * (len(sources) > 1)} {' and '.join(sources)}" if sources else ""
     parts = [
         metadata_block(parents),
         "# Adapted",
@@ -128,6 +134,8 @@ def adapted_card(recipe: AdaptRecipe, manifest: Mapping[str, Any], parents: Pare
     if manifest["evaluation"]:
         parts += [f"## Held-out text\n\nBits per byte on `{recipe.test}`:", markdown_table(*evaluation_rows(manifest))]
         parts.append(gain_sentence(manifest))
+    if manifest.get("gain_by_source"):
+        parts += ["## Sources", markdown_table(*source_rows(manifest)), *source_sentences(manifest)]
     if manifest.get("forgetting"):
         parts += ["## Other texts", markdown_table(*forgetting_rows(manifest))]
     parts += ["## Training", markdown_table(*training_rows(manifest))]

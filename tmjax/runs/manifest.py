@@ -19,6 +19,7 @@ from tmjax.runs.run_facts import (
     AlignmentFacts,
     BudgetFacts,
     Cell,
+    Change,
     CoefficientFacts,
     ControlFacts,
     EdgeFacts,
@@ -59,7 +60,8 @@ class Manifest(AlignmentFacts):
 
     `key` are the hashes of recipe and inputs, which identify a run; mesh, devices, processes and platform are
     those of the latest work. `commands` are the command lines that decided it, the output by its last name. The facts
-    of an alignment are the run's own; a sweep has several in `shared`.
+    of an alignment are the run's own; a sweep has several in `shared`. `gain_by_source` is the gain due to each of
+    several sources: bits per byte of the arm without it minus those of the result.
     """
 
     format: int = FORMAT
@@ -69,6 +71,7 @@ class Manifest(AlignmentFacts):
     notes: dict[str, list[str]] = Field(default_factory=dict)
     evaluation: dict[str, EvaluationFacts] = Field(default_factory=dict)
     source_gain: SourceGain | None = None
+    gain_by_source: Recorded[dict[str, Change]] = None
     update: UpdateTable = Field(default_factory=dict)
     alignment: dict[str, PlanFacts] = Field(default_factory=dict)
     mesh: dict[str, int]

@@ -209,6 +209,7 @@ class ScheduleFacts(Facts):
     """Facts of one training with one number of steps and one learning rate.
 
     `valid_history` are pairs of step and validation bits per byte, `shapes` the shapes [rows, tokens] of its batches.
+    `source_shares` are the mean weights of several sources in the teacher's probabilities.
     """
 
     lr: float
@@ -224,6 +225,7 @@ class ScheduleFacts(Facts):
     source_layers: Recorded[list[int]] = None
     explained_at_start: Recorded[list[float]] = None
     teacher_positions: Recorded[int] = None
+    source_shares: Recorded[dict[str, float]] = None
 
 
 class TrainingFacts(ScheduleFacts):

@@ -20,7 +20,7 @@ from tmjax.evaluate.bits import token_nll
 from tmjax.runs.run_facts import EdgeFacts
 from tmjax.sharding.hosts import to_host
 from tmjax.teacher.lines import Examples
-from tmjax.teacher.probabilities import Search, TeacherProbabilities
+from tmjax.teacher.probabilities import Search, TeacherProbabilities, next_tokens
 from tmjax.teacher.shared import read_shared
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import NONE_SHARED
@@ -114,10 +114,8 @@ def measure_edges(
         return {}
     chosen = [each[at_edge[each[:, 0]]] for each in shared.pairs]
     asked = shared._replace(pairs=chosen).asked(source, search)
-    label = np.asarray([documents[d][p + 1] for d, p in zip(asked.document, asked.position, strict=True)])
-    rest = np.clip(1 - asked.weight.sum(axis=1), 1e-6, 1.0) / target.spec.vocab
-    hit = np.sum(asked.weight * (asked.ids == label[:, None]), axis=1)
-    by_source = -np.log(np.maximum(hit, rest))
+    label = next_tokens(asked, documents)
+    by_source = -asked.log_probability(label, target.spec.vocab)
     by_target = _target_nll(target, documents, asked)
     result = {}
     for name, at_edge in zip(("first", "end"), _edges(asked.document, asked.position, documents), strict=True):

@@ -22,6 +22,8 @@ from tmjax.text.buckets import bucketed
 
 #: Tokens of a batch of texts, padding included.
 BATCH_TOKENS = 2048
+#: Least probability of all tokens together that are not listed.
+LEAST_REST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,21 @@ class TeacherProbabilities(NamedTuple):
         """Returns the same positions with the distributions of the rows `order` [N]."""
         return self._replace(ids=self.ids[order], weight=self.weight[order])
 
+    def log_probability(self, token_n: np.ndarray, vocab: int) -> np.ndarray:
+        """Computes the log-probability of one token per position.
+
+        Args:
+            token_n: The tokens, int [N].
+            vocab: Size of the vocabulary, over which the remainder of a position is spread evenly.
+
+        Returns:
+            Natural logarithms, float64 [N].
+        """
+        weight = self.weight.astype(np.float64)
+        listed = np.sum(weight * (self.ids == token_n[:, None]), axis=1)
+        rest = np.clip(1 - weight.sum(axis=1), LEAST_REST, 1.0) / vocab
+        return np.log(np.maximum(listed, rest))
+
     def save(self, path: Path) -> None:
         """Writes the arrays to an `.npz` file."""
         with path.open("wb") as stream:
@@ -77,6 +94,12 @@ class TeacherProbabilities(NamedTuple):
         """Reads a file written by `save`."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**{name: arrays[name] for name in cls._fields})
+
+
+def next_tokens(probabilities: TeacherProbabilities, documents: Sequence[Sequence[int]]) -> np.ndarray:
+    """Returns the token that follows each position in the documents' token ids, int [N]."""
+    at = zip(probabilities.document.tolist(), probabilities.position.tolist(), strict=True)
+    return np.asarray([documents[document][position + 1] for document, position in at])
 
 
 class _Nodes(NamedTuple):
@@ -126,8 +149,17 @@ def _read(
     return (about[kept], token[kept], mass[kept]), tuple(np.nonzero(follow))
 
 
-def _summed(settled: list[tuple[np.ndarray, ...]], positions: int, keep: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sums probabilities by position and token; returns the `keep` likeliest tokens and sums [positions, keep]."""
+def sum_by_token(settled: Sequence[tuple[np.ndarray, ...]], positions: int, keep: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums probabilities by position and token.
+
+    Args:
+        settled: Triples of arrays [n]: row of the result, token, probability.
+        positions: Rows of the result.
+        keep: Tokens that are kept per row.
+
+    Returns:
+        The likeliest tokens, int32 [positions, keep], and their sums, float32 of the same shape.
+    """
     about, token, mass = (np.concatenate(column) for column in zip(*settled, strict=True))
     span = 1 + int(token.max())
     key, inverse = np.unique(about.astype(np.int64) * span + token, return_inverse=True)
@@ -193,7 +225,7 @@ def probabilities_at(
             branches = Branches(reader, read, (batch.size, batch.tokens), search.steps - 1)
             nodes = _Nodes(row * batch.tokens + entry, np.arange(len(row)), [b""] * len(row), np.ones(len(row)))
             settled = _followed(crossing, branches, nodes, search)
-            result.ids[number], result.weight[number] = _summed(settled, len(row), search.keep)
+            result.ids[number], result.weight[number] = sum_by_token(settled, len(row), search.keep)
         done += len(batch.documents)
         progress(done, len(documents))
     return result

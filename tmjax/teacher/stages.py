@@ -8,6 +8,7 @@ from pathlib import Path
 from tmjax.activations import store
 from tmjax.activations.store import Activations
 from tmjax.errors import InputError
+from tmjax.recipes.sources import SOURCE
 from tmjax.runs.directory import RunDirectory
 from tmjax.runs.manifest import Manifest, Record
 from tmjax.runs.run_facts import GeneratedFacts, TeacherFacts
@@ -152,21 +153,25 @@ class TeacherStages:
         models: Callable[[], tuple[Teacher, Teacher]],
         examples: Examples,
         *,
+        name: str = SOURCE,
         max_tokens: int,
         search: Search | None = None,
     ) -> Edges:
-        """Runs the stage `edges`, which writes `teacher/edges.json`.
+        """Runs the stage `edges`, which writes `teacher/edges.json`; of further sources `edges:NAME`.
 
         Args:
             key: Input hash of the stage.
             models: Makes the source and the target.
             examples: The given texts; their `count` is wanted before prompts, None: as the source needs them.
+            name: The source.
             max_tokens: Most tokens of a text, in both vocabularies, prefix included.
             search: How far continuations are followed.
 
         Returns:
             The edges of texts at which the source's probabilities are used, and the examples.
         """
+
+        stage, lead = ("edges", "") if name == SOURCE else (f"edges:{name}", f"{name}: ")
 
         def work(partial: Path) -> Record:
             source, target = models()
@@ -183,24 +188,26 @@ class TeacherStages:
                 before = replace(examples, count=count)
                 used = measure_edges(source, target, examples.given, examples=before, **settings)
             for line in edge_notes(used, f"after {count} given texts " if lines else ""):
-                self.warn(line)
+                self.warn(f"{lead}{line}")
             if hosts.is_first():
                 save_edges(partial, used, count, lines=lines)
 
             def record(manifest: Manifest) -> None:
                 after = {f"{edge} after examples": item for edge, item in used.items()} if lines else {}
-                manifest.edges = facts | after
+                own = {f"{lead}{edge}": item for edge, item in (facts | after).items()}
+                others = {edge: item for edge, item in (manifest.edges or {}).items() if _is_of_another(edge, lead)}
+                manifest.edges = others | own
 
             return record
 
-        return Edges.load(self.run.stage("edges", key, "teacher/edges.json", work))
+        return Edges.load(self.run.stage(stage, key, f"teacher/{stage.replace(':', '-')}.json", work))
 
-    def warn_few_shared(self, name: str) -> None:
-        """Warns if the finished stage `teacher:NAME` has probabilities at few of the target's positions."""
+    def warn_few_shared(self, name: str, lead: str = "") -> None:
+        """Warns, in a line that begins with `lead`, if `teacher:NAME` has few of the target's positions."""
         facts = self.run.manifest.teacher[name]
         warning = few_shared(facts.positions, facts.of)
         if warning:
-            self.warn(warning)
+            self.warn(f"{lead}{warning}")
 
     def features(
         self,
@@ -228,6 +235,11 @@ class TeacherStages:
 
         key = key if layers is None else [key, list(layers)]
         return store.read(self.run.stage(stage, key, f"features/{name}", work))
+
+
+def _is_of_another(edge: str, lead: str) -> bool:
+    """Whether the entry of an edge belongs to another source than the one whose entries begin with `lead`."""
+    return not edge.startswith(lead) if lead else ": " in edge
 
 
 def _write_generated(path: Path, generated: GeneratedTexts) -> None:

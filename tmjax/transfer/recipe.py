@@ -9,6 +9,7 @@ from tmjax.recipes.base import checked, found_near, merged_values
 from tmjax.recipes.merge import Recipe
 from tmjax.recipes.old_keys import refuse_old_keys
 from tmjax.recipes.presets import DEFAULT_PRESET, PRESETS
+from tmjax.recipes.sources import first_as_source, require_different
 from tmjax.recipes.steps_recipe import refuse_steps
 from tmjax.transfer.operator import operators_of
 
@@ -28,6 +29,7 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
     """
     refuse_old_keys(values)
     refuse_steps(values)
+    values = first_as_source(values)
     preset = values.get("preset", DEFAULT_PRESET)
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")
@@ -38,6 +40,9 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
     if isinstance(alignment, dict) and isinstance(alignment.get("solver"), str):
         merged["alignment"] = alignment | {"solver": beside(alignment["solver"], base)}
     recipe = checked(Recipe, merged)
+    require_different({}, recipe.sources)
+    if len(recipe.sources) == 1:
+        recipe = recipe.model_copy(update={"sources": ()})
     names = [next(iter(entry)) for entry in recipe.operators]
     steps = operators_of(recipe)
     operators = tuple({name: step.options.model_dump(mode="json")} for name, step in zip(names, steps, strict=True))

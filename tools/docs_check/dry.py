@@ -170,7 +170,8 @@ def recipe_fault(text: str) -> str | None:
 
     try:
         given = {key: value for key, value in yaml.safe_load(text).items() if key != "include" and key[:2] != "x-"}
-        values = dict.fromkeys(("source", "target", "texts", "out"), "-") | given
+        required = ("target", "texts", "out", *(() if "sources" in given else ("source",)))
+        values = dict.fromkeys(required, "-") | given
         if has_steps(given):
             resolve_steps(build_steps_recipe(values))
         else:

@@ -33,6 +33,9 @@ class AdaptFlags:
 
     recipe: RecipeFile = None
     source: Source = None
+    mixing: Annotated[
+        str | None, typer.Option(help="Of several sources: weights (the default), or prediction of the text so far.")
+    ] = None
     target: Annotated[str | None, typer.Option(help="Target checkpoint, or a run of tmjax merge.")] = None
     texts: Annotated[
         str | None, typer.Option("--texts", help="Training texts: text, prompt and response, or messages.")

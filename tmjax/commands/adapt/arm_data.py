@@ -9,25 +9,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tmjax.activations.store import Activations
-from tmjax.checkpoints.model import Model
-from tmjax.commands.adapt.arms import RANDOM_MODEL, Arm, data_name
+from tmjax.commands.adapt.arms import Arm, data_name, texts_name
 from tmjax.commands.adapt.inputs import AdaptInputs
+from tmjax.commands.adapt.source_parts import SourceParts
 from tmjax.commands.adapt.start import Starts
-from tmjax.models.decoder import init_params
-from tmjax.teacher.edges import Edges
-from tmjax.teacher.generation import GeneratedTexts, Generation, TextFilter
-from tmjax.teacher.lines import Examples
-from tmjax.teacher.probabilities import Search, TeacherProbabilities
+from tmjax.teacher.probabilities import TeacherProbabilities
 from tmjax.teacher.span_features import by_depth, by_plan, read_out_metric
 from tmjax.teacher.stages import TeacherStages
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.text.documents import Texts
 from tmjax.text.rows import Rows, TokenisedDocument
 from tmjax.train.guidance import Moments, SourceFeatures, moments_of, start_maps
-from tmjax.train.modes import map_sharding, shardings_of
+from tmjax.train.modes import map_sharding
 from tmjax.train.texts import TrainingTexts
 from tmjax.transfer.controls import derangement
-from tmjax.typing import Array, Params
+from tmjax.typing import Array
 
 #: Source features, initial maps, statistics, and part of the variance that each map explains.
 _Start = tuple[SourceFeatures, dict[str, np.ndarray], dict[str, np.ndarray], list[float]]
@@ -59,21 +55,32 @@ class DataOfArms:
     """Makes the data of arms. Each part that a teacher makes is a stage of the run.
 
     Attributes:
-        stages: Stages of the run that run a teacher.
-        key: Input hash of the run.
-        inputs: Inputs of the adaptation.
+        parts: Texts and probabilities of the sources.
         starts: Initial arrays of the arms.
     """
 
-    stages: TeacherStages
-    key: object
-    inputs: AdaptInputs
+    parts: SourceParts
     starts: Starts
     # On the object: models and texts go when the run does.
-    _texts: dict[str | None, TrainingTexts] = field(default_factory=dict)
+    _texts: dict[str, TrainingTexts] = field(default_factory=dict)
     _moments: dict[str, Moments] = field(default_factory=dict)
     _started: dict[Arm, _Start] = field(default_factory=dict)
     _spans: dict[str | None, tuple[Rows, list[list[TokenisedDocument]]]] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> TeacherStages:
+        """Stages of the run that run a teacher."""
+        return self.parts.stages
+
+    @property
+    def key(self) -> object:
+        """Input hash of the run."""
+        return self.parts.key
+
+    @property
+    def inputs(self) -> AdaptInputs:
+        """Inputs of the adaptation."""
+        return self.parts.inputs
 
     def of(self, arm: Arm) -> ArmData:
         """Returns the data of an arm, in fresh arrays because training donates them."""
@@ -86,9 +93,13 @@ class DataOfArms:
             maps, statistics = ({path: self._fresh(x) for path, x in part.items()} for part in (maps, statistics))
             facts = {"source_layers": guidance.layers, "explained_at_start": explained}
         if "distillation" in arm.terms:
-            probabilities = self._probabilities(arm)
+            mixture = self.parts.probabilities(arm, self.texts(arm).texts.texts)
+            probabilities = mixture.probabilities
             facts["teacher_positions"] = len(probabilities.document)
-        return ArmData(self.texts(arm.texts_by), guidance, maps, statistics, probabilities, facts)
+            names = self.parts.names(arm.without)
+            if self.parts.several:
+                facts["source_shares"] = dict(zip(names, mixture.shares.tolist(), strict=True))
+        return ArmData(self.texts(arm), guidance, maps, statistics, probabilities, facts)
 
     def _start(self, arm: Arm) -> _Start:
         """Returns source features, initial maps and statistics (on the host) of an arm, and what the maps explain.
@@ -111,61 +122,25 @@ class DataOfArms:
         whole = NamedSharding(layout.mesh, PartitionSpec())
         return jax.device_put(value, map_sharding(layout, value.shape) if value.ndim == 3 else whole, may_alias=False)
 
-    def texts(self, texts_by: str | None) -> TrainingTexts:
-        """Returns the given texts, followed by texts that a model generates, if any."""
-        if texts_by not in self._texts:
-            given = self.inputs.texts
-            self._texts[texts_by] = given if texts_by is None else self._with_generated(given.texts, texts_by)
-        return self._texts[texts_by]
+    def texts(self, arm: Arm) -> TrainingTexts:
+        """Returns the given texts, followed by texts that the models of an arm generate, if any."""
+        if arm.texts_by is None:
+            return self.inputs.texts
+        name = texts_name(self.parts.named_like(arm))
+        if name not in self._texts:
+            self._texts[name] = self._with_generated(self.inputs.texts.texts, arm)
+        return self._texts[name]
 
-    def _with_generated(self, given: Texts, texts_by: str) -> TrainingTexts:
-        generated, repeat = self._generated(texts_by), self.inputs.recipe.generation.repeat
+    def _with_generated(self, given: Texts, arm: Arm) -> TrainingTexts:
+        generated, repeat = self.parts.generated(arm), self.inputs.recipe.generation.repeat
         ids = [f"{name}:{turn}" for turn in range(repeat) for name in given.ids]
         texts = Texts(given.path, (*ids, *generated.texts.ids), (*given.texts * repeat, *generated.texts.texts))
         return TrainingTexts(texts, ended=(*[True] * len(ids), *generated.ended))
 
-    def _generated(self, texts_by: str) -> GeneratedTexts:
-        """Texts that a model generates; of the source, those familiar to the target, of others at most as many."""
-        inputs, options = self.inputs, self.inputs.recipe.generation
-        by_source = texts_by == "source"
-        settings = TextFilter(
-            judge=self._bits_per_byte if by_source else None,
-            foreign=options.foreign,
-            max_texts=None if by_source else len(self._generated("source")),
-        )
-        return self.stages.generated_texts(
-            texts_by,
-            [self.key, texts_by, options.model_dump()],
-            lambda: self._teacher(texts_by),
-            inputs.texts.texts,
-            Generation.of(options, self._edges().examples),
-            seed=inputs.recipe.seed,
-            settings=settings,
-        )
-
-    def _bits_per_byte(self, texts: Texts) -> np.ndarray:
-        """Bits per byte of every text under the target [N]."""
-        inputs = self.inputs
-        scores = inputs.scorer(inputs.target, texts)(inputs.target.params)
-        return scores.nll / np.log(2) / scores.bytes
-
-    def _model(self, name: str) -> tuple[Model, Params]:
-        """Returns a model and its parameters: `target`, `source` or RANDOM_MODEL."""
-        inputs = self.inputs
-        model = inputs.target if name == "target" else inputs.source
-        if name != RANDOM_MODEL:
-            return model, model.params
-        places = shardings_of(inputs.layout, model.rows, model.spec)
-        return model, init_params(model.spec, jax.random.key(inputs.recipe.seed), places)
-
-    def _teacher(self, name: str) -> Teacher:
-        model, params = self._model(name)
-        return Teacher.of(model, params, dtype=self.inputs.dtype, layout=self.inputs.layout)
-
     def _spans_of(self, arm: Arm) -> tuple[Rows, list[list[TokenisedDocument]]]:
         """Returns the spans of an arm's texts that both models read, and the documents of target and source."""
         if arm.texts_by not in self._spans:
-            self._spans[arm.texts_by] = self.inputs.rows_of(self.texts(arm.texts_by).texts)
+            self._spans[arm.texts_by] = self.inputs.rows_of(self.texts(arm).texts)
         return self._spans[arm.texts_by]
 
     def _target_features(self, arm: Arm) -> Activations:
@@ -186,7 +161,7 @@ class DataOfArms:
 
         def features_of() -> tuple[Teacher, Rows, list[TokenisedDocument]]:
             rows, (_, documents) = self._spans_of(arm)
-            return self._teacher(arm.teacher), rows, documents
+            return self.parts.teacher(arm.teacher), rows, documents
 
         layers = by_depth(inputs.target.spec.layers, inputs.source.spec.layers)
         if options.layers == "plan":
@@ -196,7 +171,7 @@ class DataOfArms:
         stored = self.stages.features(data_name(arm.teacher, arm), key, features_of, used)
         metric = None
         if (arm.metric or options.metric) == "fisher":
-            model, params = self._model(arm.teacher)
+            model, params = self.parts.model(arm.teacher)
             metric = read_out_metric(model.spec, params, stored)
         name = data_name(arm.teacher, arm)
         if name not in self._moments:
@@ -205,43 +180,3 @@ class DataOfArms:
         features = SourceFeatures.of(stored, spans, layers, metric, moments=self._moments[name])
         features = replace(features, own_rows=inputs.layout.own_rows)
         return features.reordered(derangement(len(stored.rows), inputs.recipe.seed)) if arm.shuffled else features
-
-    def _probabilities(self, arm: Arm) -> TeacherProbabilities:
-        """Returns the teacher's probabilities on an arm's texts, or those of its control."""
-        recipe, name, edges = self.inputs.recipe, data_name(arm.teacher, arm), self._edges()
-        probabilities = self.stages.probabilities(
-            name,
-            [self.key, arm.teacher, arm.texts_by, recipe.distillation.model_dump()],
-            lambda: self._teacher(arm.teacher),
-            self.inputs.tokenizer,
-            self.texts(arm.texts_by).texts.texts,
-            max_tokens=recipe.max_tokens,
-            search=Search.of(recipe.distillation),
-            examples=replace(self._examples, count=edges.examples) if edges.lines else None,
-        )
-        if arm.teacher == "source":
-            self.stages.warn_few_shared(name)
-        tokenizer = self.inputs.tokenizer
-        texts = self.texts(arm.texts_by).texts.texts
-        probabilities = edges.of(
-            probabilities, [tokenizer.document(encoding.ids) for encoding in tokenizer.encode(texts)]
-        )
-        if not arm.shuffled:
-            return probabilities
-        return probabilities.reordered(derangement(len(probabilities.document), recipe.seed))
-
-    def _edges(self) -> Edges:
-        """The edges at which the true source follows the given texts; those of the controls are the same."""
-        recipe = self.inputs.recipe
-        return self.stages.edges(
-            [self.key, recipe.distillation.model_dump()],
-            lambda: (self._teacher("source"), self._teacher("target")),
-            self._examples,
-            max_tokens=recipe.max_tokens,
-            search=Search.of(recipe.distillation),
-        )
-
-    @property
-    def _examples(self) -> Examples:
-        recipe = self.inputs.recipe
-        return Examples(self.inputs.texts.texts.texts, recipe.generation.examples, recipe.seed)

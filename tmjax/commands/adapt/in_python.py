@@ -16,8 +16,8 @@ def adapt(*, overwrite: bool = False, **recipe: Any) -> tuple[Model, dict[str, A
 
     Args:
         overwrite: Whether another run in `out` is replaced.
-        **recipe: The keys of the recipe: at least `target`, `texts` and `out`, mostly `source`, `valid` and `mode`;
-            paths as on the command line.
+        **recipe: The keys of the recipe: at least `target`, `texts` and `out`, mostly `source` (or a list `sources`),
+            `valid` and `mode`; paths as on the command line.
 
     Returns:
         The adapted model and the run's manifest.
@@ -25,7 +25,7 @@ def adapt(*, overwrite: bool = False, **recipe: Any) -> tuple[Model, dict[str, A
     Raises:
         InputError: Keys or inputs are wrong.
     """
-    values = {name: str(x) if isinstance(x, Path) else x for name, x in recipe.items()}
+    values = {name: _plain(value) for name, value in recipe.items()}
     run = Adapt(
         build_adapt_recipe(values),
         overwrite=overwrite,
@@ -36,3 +36,10 @@ def adapt(*, overwrite: bool = False, **recipe: Any) -> tuple[Model, dict[str, A
     finally:
         run.run.close()
     return run.inputs.load(run.run.path / "merged"), manifest
+
+
+def _plain(value: Any) -> Any:
+    """Returns paths as text, those of lists too."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value

@@ -22,6 +22,7 @@ from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
 from tmjax.recipes.base import read_recipe
 from tmjax.recipes.forward_dtype import with_dtype
 from tmjax.recipes.merge import Recipe
+from tmjax.recipes.sources import SOURCE
 from tmjax.runs.hashes import sha256_checkpoint
 from tmjax.runs.manifest import load_manifest
 from tmjax.runs.run_files import RECIPE
@@ -50,6 +51,7 @@ class AdaptInputs:
     def __init__(self, recipe: AdaptRecipe) -> None:
         self.recipe = recipe
         self.held_out = HeldOut(recipe)
+        self._sources: dict[str, Model] = {}
         target = Path(recipe.place(recipe.target))
         self.run = target if load_manifest(target) is not None else None
         if self.run is not None and not (self.run / "alignment").is_dir():
@@ -64,23 +66,28 @@ class AdaptInputs:
     def names(self) -> dict[str, str | None]:
         """Names of source and target. A run stands for the models that it merged, unless the recipe names a source."""
         run, recipe = self.run_recipe, self.recipe
-        if run is None:
-            return {"source": recipe.source, "target": recipe.target}
-        return {"source": recipe.source or run.source, "target": run.target}
+        sources: dict[str, str | None] = {name: each.source for name, each in recipe.named_sources.items()}
+        if not sources:
+            sources = {SOURCE: None if run is None else run.source}
+        return sources | {"target": recipe.target if run is None else run.target}
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources that there are: `source`, and `source-2` and so on of several."""
+        return tuple(name for name, given in self.names.items() if name != "target" and given)
 
     @functools.cached_property
     def located(self) -> dict[str, str | None]:
         """Present paths of source and target."""
         own, run = self.recipe, self.run_recipe
-        of_run = {name for name in ("source", "target") if run and (name == "target" or not own.source)}
+        of_run = {name for name in (SOURCE, "target") if run and (name == "target" or not own.named_sources)}
         return {name: given and (run if name in of_run else own).place(given) for name, given in self.names.items()}
 
     @property
     def parents(self) -> dict[str, tuple[str, str]]:
-        """Name and present place of the target, and of the source where the result has something of it."""
-        used = {"target"} | ({"source"} if self.recipe.terms or self.recipe.merges else set())
-        places = {which: (name, self.located[which]) for which, name in self.names.items() if which in used and name}
-        return {which: (name, str(place)) for which, (name, place) in sorted(places.items(), reverse=True)}
+        """Name and present place of the target, and of every source where the result has something of it."""
+        used = ("target", *(self.source_names if self.recipe.terms or self.recipe.merges else ()))
+        return {which: (str(self.names[which]), str(self.located[which])) for which in used}
 
     def merge_recipe(self) -> Recipe:
         """Returns the recipe of the merge that this adaptation needs, in a folder of its run.
@@ -95,7 +102,7 @@ class AdaptInputs:
             given["activations"] = settings.get("activations", {}) | {"max_texts": own.max_texts}
         known = {} if self.run_recipe is None else self.run_recipe.places
         given["places"] = known | own.places
-        out = {"out": str(Path(own.out) / "merge"), "test": None, "controls": False}
+        out = {"out": str(Path(own.out) / "merge"), "test": None, "controls": False, "sources": []}
         return build_recipe(settings | given | self.names | out)
 
     @functools.cached_property
@@ -118,10 +125,16 @@ class AdaptInputs:
         """The target model."""
         return self.load(self.located["target"])
 
-    @functools.cached_property
+    @property
     def source(self) -> Model:
-        """The source model."""
-        return self.load(self.located["source"])
+        """The source model, or the first of several."""
+        return self.source_model(SOURCE)
+
+    def source_model(self, name: str) -> Model:
+        """Returns one of the sources."""
+        if name not in self._sources:
+            self._sources[name] = self.load(self.located[name])
+        return self._sources[name]
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -190,6 +203,7 @@ class AdaptInputs:
         training = recipe.training
         if (recipe.terms or recipe.mode in WITH_SOURCE) and not self.names["source"]:
             raise InputError(f"mode {recipe.mode} takes a source: give --source")
+        self._refuse_several()
         if recipe.merges and self.run is None and not self.names["source"]:
             raise InputError("init merged takes a source to merge: give --source, or a run of tmjax merge as --target")
         if recipe.guidance.layers == "plan" and "guidance" in recipe.terms and self.run is None:
@@ -200,6 +214,18 @@ class AdaptInputs:
             raise InputError("a budget is spent on what validation texts choose: give --valid FILE")
         for steps in training.steps:
             TrainConfig.of(training, steps, training.lr[0], self.dtype.name)
+
+    def _refuse_several(self) -> None:
+        """Raises InputError if there are several sources, and a term or a start that takes one alone."""
+        recipe = self.recipe
+        if recipe.sources and "guidance" in recipe.terms:
+            advice = "set combine: [distillation, generated]" if recipe.mode == "combined" else "mode combined"
+            raise InputError(f"guidance takes the features of one source: {advice}, or give one source")
+        if recipe.sources and recipe.merges:
+            raise InputError(
+                f"mode {recipe.mode} with init {recipe.start} merges one source: give one source, or mode combined "
+                "with init target"
+            )
 
     def check(self, warn: Warn) -> None:
         """Loads everything, so that faults are reported before anything is written; warns of leaks."""
@@ -223,7 +249,9 @@ class AdaptInputs:
         if "guidance" in recipe.terms:
             self.rows_of(self.texts.texts)
         if "distillation" in recipe.terms:
-            source = load_tokenizer(self.source.directory, self.source.spec.vocab)
-            advice = "adapt without them: mode guided"
-            require_shared(self.tokenizer, source, self.texts.texts.texts, otherwise=advice)
+            for name in self.source_names:
+                model, several = self.source_model(name), bool(recipe.sources)
+                source = load_tokenizer(model.directory, model.spec.vocab)
+                advice = f"leave {name} {self.names[name]} out" if several else "adapt without them: mode guided"
+                require_shared(self.tokenizer, source, self.texts.texts.texts, otherwise=advice)
         self.texts.documents(self.tokenizer)

@@ -13,6 +13,7 @@ from tmjax.commands.adapt.arm_data import DataOfArms
 from tmjax.commands.adapt.arms import ADAPTED, Arm, arms_of
 from tmjax.commands.adapt.budget_stage import plan_budget
 from tmjax.commands.adapt.inputs import AdaptInputs
+from tmjax.commands.adapt.source_parts import SourceParts
 from tmjax.commands.adapt.start import Show, Starts
 from tmjax.commands.adapt.training import ArmTrainer, Schedule
 from tmjax.commands.callbacks import Warn, silent, tell_notes
@@ -97,7 +98,8 @@ class Adapt:
         self.schedules = schedules or dict.fromkeys(self.arms, self.recipe.training.schedules)
 
     def _make_trainer(self) -> None:
-        data = DataOfArms(TeacherStages(self.run, self._step, self.warn), self._key, self.inputs, self.starts)
+        parts = SourceParts(TeacherStages(self.run, self._step, self.warn), self._key, self.inputs)
+        data = DataOfArms(parts, self.starts)
         self.trainer = ArmTrainer(self.inputs, self.starts, data, self.run.path / "training", self._key, self.show)
 
     def _step(self, stage: str) -> Callable[[int, int], None]:
@@ -110,6 +112,10 @@ class Adapt:
         values = self.recipe.model_dump(mode="json", exclude=without)
         if not self.recipe.training.average:  # runs of versions without the option stay the same runs
             del values["training"]["average"]
+        if self.recipe.sources:  # their content is hashed with the other inputs
+            values["sources"] = [entry.weight for entry in self.recipe.sources]
+        else:
+            del values["sources"], values["mixing"]
         key = {"recipe": digest(values)} | self.inputs.hashes
         if self.inputs.run is not None:
             key["run"] = digest(load_manifest(self.inputs.run).to_json({"outputs"})["outputs"])
@@ -234,8 +240,9 @@ class Adapt:
         def work(partial: Path) -> Record:
             scorer = inputs.scorer(inputs.target, inputs.held_out.test)
             scores = {"target": scorer(inputs.target.params)}
-            if inputs.names["source"]:
-                scores["source"] = inputs.scorer(inputs.source, inputs.held_out.test)(inputs.source.params)
+            for name in inputs.source_names:
+                model = inputs.source_model(name)
+                scores[name] = inputs.scorer(model, inputs.held_out.test)(model.params)
             for done, (arm, path) in enumerate(checkpoints.items()):
                 scores[arm] = scorer(inputs.load(path).params)
                 self.show("evaluate", done + 1, len(checkpoints), "")
@@ -244,7 +251,10 @@ class Adapt:
                     np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             note_hidden(scores, self.warn)
             options = self.recipe.evaluation
-            return evaluation_facts(scores, draws=options.draws, seed=self.recipe.seed, merged=ADAPTED).record
+            left_out = {arm.without: name for name, arm in self.arms.items() if arm.without and name in scores}
+            return evaluation_facts(
+                scores, draws=options.draws, seed=self.recipe.seed, merged=ADAPTED, left_out=left_out
+            ).record
 
         key = [self._key, list(checkpoints), self.recipe.evaluation.model_dump()]
         self.run.stage("evaluate", key, "scores.npz", work)
@@ -276,7 +286,7 @@ class Adapt:
             self.run,
             self.recipe,
             inputs.parents,
-            sections={"evaluation", "source_gain", "training", "forgetting", "lora"},
+            sections={"evaluation", "source_gain", "gain_by_source", "training", "forgetting", "lora"},
             card=adapted_card,
             report=report,
         )

@@ -14,7 +14,7 @@ from tmjax.checkpoints.load import require_plain
 from tmjax.commands.doctor.compatibility import attention_notes, differences, mapped, overlap, tokenizer_faults
 from tmjax.commands.doctor.estimate import Reading, memory, time
 from tmjax.commands.doctor.side import Side, describe_side, side_facts
-from tmjax.commands.merge.inputs import WITHOUT
+from tmjax.commands.merge.inputs import ONE_SOURCE, WITHOUT
 from tmjax.errors import InputError
 from tmjax.models.spec import ParamSpec
 from tmjax.ot import ShapeCheckingSolver
@@ -25,7 +25,7 @@ from tmjax.text.documents import read_texts
 from tmjax.text.rows import pair_rows
 from tmjax.text.tokenizer import TextTokenizer, load_tokenizer
 from tmjax.transfer.chain import aligns, chain_of, chain_projections, needs_of
-from tmjax.transfer.operator import Chain
+from tmjax.transfer.operator import Chain, operators_of
 
 #: Rows and tokens that are assumed where no texts are given.
 ASSUMED = Reading(rows=10_000, target_tokens=15_000, source_tokens=15_000, assumed=True)
@@ -35,8 +35,35 @@ def examine(recipe: Recipe, *, texts: bool = True) -> dict[str, Any]:
     """Reports on a recipe's source and target in plain values; with `texts`, its texts are read.
 
     Obstacles to a merge are listed in `problems`, not raised; `mergeable` is false then. Parts of the report that
-    depend on a failed part are None.
+    depend on a failed part are None. Of several sources the report is on the first, and the problems are those of all.
     """
+    alone = recipe.model_copy(update={"sources": ()})
+    report = _examined(alone, texts=texts)
+    if not recipe.sources:
+        return report
+    # Further sources are asked for their predictions alone.
+    asked = _tried(report["problems"], lambda: _asking(recipe))
+    for name, entry in recipe.further_sources.items() if asked else ():
+        other = _examined(alone.model_copy(update={"source": entry.source, "operators": asked}), texts=texts)
+        report["models"][name] = other["models"]["source"]
+        for part in ("problems", "notes"):
+            own = [line.replace("source", name, 1) if line.startswith("source") else line for line in other[part]]
+            report[part] += [line for line in own if line not in report[part]]
+    report["mergeable"] = not report["problems"]
+    return report
+
+
+def _asking(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], ...]:
+    """Returns the entries of operators that ask sources for predictions; raises InputError if there are none."""
+    steps = operators_of(recipe)
+    asked = tuple(e for e, step in zip(recipe.operators, steps, strict=True) if "teacher" in step.operator.needs)
+    if not asked:
+        raise InputError(ONE_SOURCE)
+    return asked
+
+
+def _examined(recipe: Recipe, *, texts: bool) -> dict[str, Any]:
+    """Reports on one source and the target."""
     problems: list[str] = []
     notes: list[str] = []
     sides = {

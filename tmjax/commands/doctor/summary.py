@@ -33,15 +33,15 @@ def _shown(value: object) -> str:
 
 
 def model_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Makes header and rows of the two models."""
+    """Makes header and rows of the models."""
     models = report["models"]
     keys = list(next(model for model in models.values() if model))
     rows = []
     for key in keys:
-        values = ["unknown" if model is None else model[key] for model in (models["target"], models["source"])]
+        values = ["unknown" if model is None else model[key] for model in models.values()]
         shown = [size(v) if key == "bytes" and isinstance(v, int) else _shown(v) for v in values]
         rows.append((key.replace("_", " "), *shown))
-    return ("", "target", "source"), rows
+    return ("", *models), rows
 
 
 def operator_rows(report: Mapping[str, Any]) -> tuple[Row, list[Row]]:

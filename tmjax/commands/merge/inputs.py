@@ -33,6 +33,8 @@ from tmjax.typing import Params
 
 #: Advice where the source's probabilities cannot be read as probabilities of the target's tokens.
 WITHOUT = "merge without the source's predictions: preset barycentric"
+#: Several sources, and operators that take one.
+ONE_SOURCE = "no operator of this recipe reads several sources: add predictions to operators, or give one source"
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,9 @@ class Inputs:
         """The device mesh; chosen over all devices unless the recipe says otherwise."""
         if self.like is not None:
             return self.like.layout
-        both = [self.recipe.place(name) for name in (self.recipe.source, self.recipe.target)]
-        return Layout(self.recipe.mesh or AUTO, [describe(config_directory(name)).spec.hidden for name in both])
+        further = [entry.source for entry in self.recipe.further_sources.values()]
+        every = [self.recipe.place(name) for name in (self.recipe.source, self.recipe.target, *further)]
+        return Layout(self.recipe.mesh or AUTO, [describe(config_directory(name)).spec.hidden for name in every])
 
     @functools.cached_property
     def dtype(self) -> jnp.dtype:
@@ -105,6 +108,14 @@ class Inputs:
     def target(self) -> Model:
         """The target model."""
         return self._same("target") or load_model(self.recipe.place(self.recipe.target), placement=self.layout.place)
+
+    @functools.cached_property
+    def further_sources(self) -> dict[str, Model]:
+        """The sources after the first, by their names in stages."""
+        if self.like is not None:
+            return self.like.further_sources
+        named = self.recipe.further_sources.items()
+        return {k: load_model(self.recipe.place(each.source), placement=self.layout.place) for k, each in named}
 
     @functools.cached_property
     def source_tokenizer(self) -> TextTokenizer:
@@ -165,22 +176,30 @@ class Inputs:
         names = list(dict.fromkeys(self.recipe.bases().values()))
         return {f"base-{number}" if len(names) > 1 else "base": name for number, name in enumerate(names, 1)}
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Names of source and target in the recipe; of several sources all."""
+        further = {name: entry.source for name, entry in self.recipe.further_sources.items()}
+        return {"source": self.recipe.source, "target": self.recipe.target} | further
+
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every input."""
         if self._same_activations:
             return self.like.hashes
-        named = {"source": self.recipe.source, "target": self.recipe.target} | self.bases
+        named = self.models | self.bases
         models = {name: sha256_checkpoint(resolve(self.recipe.place(path))) for name, path in named.items()}
         texts = {name: getattr(self, name) for name in ("texts", "valid", "test")}
         return models | {name: value.sha256 for name, value in texts.items() if value is not None}
 
     @functools.cached_property
     def notes(self) -> dict[str, list[str]]:
-        """Notes on the checkpoints of source and target; see `Model.notes`."""
-        return {
-            name: list(checkpoint_notes(self.recipe.place(getattr(self.recipe, name)))) for name in ("source", "target")
-        }
+        """Notes on the checkpoints of source and target; see `Model.notes`. Further sources say who reads them."""
+        notes = {name: list(checkpoint_notes(self.recipe.place(given))) for name, given in self.models.items()}
+        first = [step.operator.name for step in self.chain if step.operator.needs != {"teacher"}]
+        for name in self.recipe.further_sources if first else ():
+            notes[name].append(f"its predictions are mixed in; {' and '.join(first)} read the first source alone")
+        return notes
 
     def scorer(self, model: Model, tokenizer: TextTokenizer, texts: Texts) -> Scorer:
         """Makes the scorer of texts for models of an architecture."""
@@ -223,6 +242,8 @@ class Inputs:
         chosen = [step for step in self.chain if step.contributes or step.operator.chooses]
         if recipe.alpha is None and recipe.valid is None and chosen:
             raise InputError("alpha is chosen on validation texts: give --valid FILE, or fix it with --alpha X")
+        if recipe.sources and "teacher" not in needs_of(self.chain):
+            raise InputError(ONE_SOURCE)
         solver_of(recipe.located_alignment())
         if not recipe.activations.keep:
             require_streamable(recipe.located_alignment())
@@ -244,5 +265,9 @@ class Inputs:
             load_tokenizer(load_model(recipe.place(recipe.same_size_source)).directory)
         if "teacher" in needs:
             require_shared(self.target_tokenizer, self.source_tokenizer, self.texts.texts, otherwise=WITHOUT)
+            for name, model in self.further_sources.items():
+                tokenizer = load_tokenizer(model.directory, model.spec.vocab)
+                advice = f"leave {name} {recipe.further_sources[name].source} out"
+                require_shared(self.target_tokenizer, tokenizer, self.texts.texts, otherwise=advice)
         if aligns(self.chain):
             require_room(self.sites, len(self.rows[0]) if recipe.activations.keep else 0, recipe.located_alignment())

@@ -27,6 +27,7 @@ from tmjax.files.atomic import write_json
 from tmjax.files.jsonfile import read_json
 from tmjax.recipes.base import BESIDE_CHECKPOINT, read_recipe
 from tmjax.recipes.merge import Recipe
+from tmjax.recipes.sources import WITHOUT
 from tmjax.report.card import model_card
 from tmjax.report.html import write_report
 from tmjax.runs.manifest import Manifest, Record, find_manifest, read_manifest
@@ -34,6 +35,7 @@ from tmjax.runs.provenance import MERGED
 from tmjax.runs.run_facts import CoefficientFacts, ControlFacts
 from tmjax.runs.run_files import RECIPE
 from tmjax.sharding import hosts
+from tmjax.text.tokenizer import load_tokenizer
 from tmjax.transfer.chain import Merged, apply_chain, fit_facts, needs_of
 from tmjax.transfer.controls import CONTROLS, Control, Draw
 from tmjax.transfer.operator import code_hashes
@@ -152,19 +154,24 @@ class Merge:
 
             def score(arm: str, scorer: Scorer, params: Params) -> None:
                 scores[arm] = scorer(params)
-                session.progress("evaluate", len(scores), 2 + len(checkpoints))
+                session.progress("evaluate", len(scores), len(inputs.models) + len(checkpoints))
 
             scorer = inputs.scorer(inputs.target, inputs.target_tokenizer, inputs.test)
             score("target", scorer, inputs.target.params)
             own = inputs.scorer(inputs.source, inputs.source_tokenizer, inputs.test)
             score("source", own, inputs.source.params)
+            for name, model in inputs.further_sources.items():
+                tokenizer = load_tokenizer(model.directory, model.spec.vocab)
+                score(name, inputs.scorer(model, tokenizer, inputs.test), model.params)
             for arm, path in checkpoints.items():
                 score(arm, scorer, load_model(path, placement=inputs.layout.place).params)
             if hosts.is_first():
                 with partial.open("wb") as stream:
                     np.savez(stream, bytes=scorer.bytes, **{arm: value.nll for arm, value in scores.items()})
             note_hidden(scores, session.warn)
-            return evaluation_facts(scores, draws=self.recipe.evaluation.draws, seed=self.recipe.seed).record
+            left_out = {name: arm for name in inputs.models if (arm := f"{WITHOUT}{name}") in scores}
+            draws, seed = self.recipe.evaluation.draws, self.recipe.seed
+            return evaluation_facts(scores, draws=draws, seed=seed, left_out=left_out).record
 
         keys = [*(self.fuse_key(arm) for arm in checkpoints), *other_keys]
         options = self.recipe.evaluation.model_dump()
@@ -223,12 +230,13 @@ class Merge:
             manifest, texts = self.run.manifest.to_json(), read_json(samples)["samples"]
             write_report(partial, self.run.path, self.recipe, manifest, alignment, texts)
 
-        names = {"target": self.recipe.target, "source": self.recipe.source}
+        names = {"target": self.recipe.target} | self.inputs.models
+        sections = {"evaluation", "coefficients", "source_gain", "update", "operators", "forgetting", "lora"}
         write_result_pages(
             self.run,
             self.recipe,
             {which: (name, self.recipe.place(name)) for which, name in names.items()},
-            sections={"evaluation", "coefficients", "source_gain", "update", "operators", "forgetting", "lora"},
+            sections=sections | {"gain_by_source"},
             card=model_card,
             report=report,
         )
@@ -240,7 +248,8 @@ def fuse_key(source: SourceStages, arm: str) -> object:
     options = source.recipe.model_dump(mode="json", include=sections, exclude=BESIDE_CHECKPOINT)
     # Code outside the package alone, so that the keys of other runs stay the same.
     code = code_hashes(source.inputs.chain)
-    return [arm, source.alignment_key(), options, source.inputs.hashes.get("valid"), *([code] if code else [])]
+    key = [arm, source.alignment_key(), options, source.inputs.hashes.get("valid"), *([code] if code else [])]
+    return [*key, source.teacher.several_key()] if source.recipe.sources else key
 
 
 def open_run(path: Path, changes: Mapping[str, Any]) -> Recipe:

@@ -108,6 +108,10 @@ def _begin(
     hosts.require_same("inputs", hashes)
     excluded = dict.fromkeys(_WITHOUT_EFFECT | set(_INPUTS), True) | BESIDE_CHECKPOINT
     settings = recipe.model_dump(mode="json", exclude=excluded)
+    if recipe.sources:  # their content is hashed with the other inputs
+        settings["sources"] = [entry.weight for entry in recipe.sources]
+    else:
+        del settings["sources"], settings["mixing"]
     key = {"recipe": digest(settings)} | hashes | dict(extra_key)
     previous = find_manifest(path)
     if hosts.agree(previous is None or not is_current(previous) or previous.get("key") != key):
@@ -119,7 +123,7 @@ def _begin(
         tmjax=tmjax.__version__,
         seed=recipe.seed,
         inputs={
-            name: InputFacts(path=inputs.bases.get(name) or getattr(recipe, name), sha256=value)
+            name: InputFacts(path=(inputs.models | inputs.bases).get(name) or getattr(recipe, name), sha256=value)
             for name, value in hashes.items()
         },
         notes=inputs.notes,

@@ -117,7 +117,7 @@ class SourceStages:
             activations=functools.cache(lambda: self.paired(origin)),
             features=lambda sites: self.features(origin, tuple(sites)),
             token_map=functools.cache(self._token_map),
-            teacher=functools.cache(lambda: self.teacher.data(origin.model, model)),
+            teacher=functools.cache(lambda: self.teacher.data(origin.model, model, origin.seed)),
             reordered=lambda order, name: self._view(replace(origin, order=order, rows=name)),
             reinitialised=lambda seed, name: self._view(
                 Origin(name, lambda: self._fresh_weights(seed), seed, origin.order, origin.rows)

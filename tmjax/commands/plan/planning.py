@@ -77,6 +77,8 @@ def plan(question: Question, show: Callable[..., None] = lambda stage, done, tot
     Raises:
         InputError: The compiler is missing, or the recipe and its models cannot be planned.
     """
+    if getattr(question.recipe, "sources", ()):
+        raise InputError("plan reads one source; plan each alone with --source, the training step is the same")
     require_compiler(question.topology)
     listed = _answer(question, None)
     if "programs" not in listed:

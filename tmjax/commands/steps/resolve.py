@@ -9,6 +9,7 @@ from tmjax.errors import InputError
 from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe
 from tmjax.recipes.base import checked, merged_values
 from tmjax.recipes.merge import Recipe
+from tmjax.recipes.sources import SOURCE
 from tmjax.recipes.steps_recipe import (
     PLAIN_STEPS,
     REFERENCE,
@@ -25,6 +26,13 @@ from tmjax.transplant.initialisers import find_initialiser
 Settings: TypeAlias = Recipe | AdaptRecipe | VocabularyStep | ConvertStep | EvaluateStep
 #: Keys that name models, which may be those of earlier steps.
 MODELS = ("target", "source", "same_size_source", "tokenizer", "base")
+
+
+def names_model(key: str) -> bool:
+    """Whether an input of a recipe is a model, by its key; of several sources the second is `source-2`."""
+    return key in MODELS or key.startswith(f"{SOURCE}-") or key.endswith(".base")
+
+
 #: Keys of a step that are paths of its own, beside those of a merge.
 _PATHS = (*MODELS, "texts", "test", "tasks_dir")
 #: Keys that an error calls by their present names.
@@ -93,6 +101,10 @@ def resolve_steps(recipe: StepsRecipe, base: Path | None = None) -> tuple[tuple[
         steps.append(Step(number, kind, settings))
         for key, name in steps[-1].inputs().items():
             reference = REFERENCE.fullmatch(name)
+            if reference and getattr(settings, "sources", ()) and key != "target":
+                raise InputError(
+                    f"recipe: steps.{number}.{kind}.sources: {name} is no checkpoint, and several sources are"
+                )
             if reference and (key not in MODELS or int(reference[1]) >= number):
                 raise InputError(f"recipe: steps.{number}.{kind}.{key}: {name} is not the model of an earlier step")
     return tuple(steps), list(dict.fromkeys(missing))
@@ -100,7 +112,7 @@ def resolve_steps(recipe: StepsRecipe, base: Path | None = None) -> tuple[tuple[
 
 def _shared(recipe: StepsRecipe, kind: str, own: Mapping[str, Any], number: int) -> dict[str, Any]:
     """Returns the values of a step with those that it takes over from the recipe."""
-    shared = {key: getattr(recipe, key) for key in SHARED[kind]}
+    shared = {key: getattr(recipe, key) for key in SHARED[kind] if key != SOURCE or not own.get("sources")}
     shared["target"] = recipe.target if number == 1 else f"step:{number - 1}"
     init = own.get("init", "mean")
     if kind == "vocabulary" and find_initialiser(str(init)).needs_source:
@@ -111,7 +123,7 @@ def _shared(recipe: StepsRecipe, kind: str, own: Mapping[str, Any], number: int)
 def _required(kind: str, own: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the inputs without which there is no step; the recipe or flags may give them."""
     further = {
-        "merge": ("source", "texts"),
+        "merge": ("texts",) if own.get("sources") else ("source", "texts"),
         "adapt": ("texts",),
         "vocabulary": ("texts",) if own.get("add") is not None else (),
         "evaluate": () if own.get("tasks") else ("test",),

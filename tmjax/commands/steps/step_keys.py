@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tmjax.checkpoints.hub import COMPANIONS, resolve
-from tmjax.commands.steps.resolve import MODELS, Step
+from tmjax.commands.steps.resolve import Step, names_model
 from tmjax.errors import InputError
 from tmjax.recipes.steps_recipe import REFERENCE
 from tmjax.runs.hashes import digest, sha256_checkpoint, sha256_files
@@ -77,7 +77,7 @@ def _sha256(key: str, place: str) -> str:
     if key == "tokenizer":
         directory = resolve(place, weights=False)
         return sha256_files([directory / name for name in COMPANIONS if (directory / name).is_file()])
-    if key in MODELS or key.endswith(".base"):
+    if names_model(key):
         manifest = load_manifest(Path(place).expanduser())
         if manifest is not None:
             return digest(manifest.to_json({"outputs"})["outputs"])
