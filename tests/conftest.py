@@ -14,6 +14,9 @@ os.environ.setdefault(
     + ("" if "slow" in sys.argv else " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"),
 )
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# There are as many workers as cores: a second thread of PyTorch would find none, and OpenMP's threads wait busily.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Most of the time is XLA's: workers, files of tests and the processes that they start share what was compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"))

@@ -1,5 +1,6 @@
 """A job of two real processes with devices of their own, over loopback."""
 
+import itertools
 import json
 import os
 import re
@@ -52,10 +53,10 @@ class Job:
             for process in self.processes:
                 process.kill()
                 process.wait()
-        return [
-            (process.returncode, *map(_text, streams))
-            for process, streams in zip(self.processes, self._streams, strict=True)
-        ]
+        written = [tuple(map(_text, streams)) for streams in self._streams]
+        for stream in itertools.chain(*self._streams):
+            stream.close()
+        return [(process.returncode, *texts) for process, texts in zip(self.processes, written, strict=True)]
 
     def _stacks(self) -> str:
         """What both processes wrote, and the Python stacks of their threads."""

@@ -82,6 +82,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "barycentric": _merge(controls=True),
     "paper": ("merge", _SHORT | {"preset": "paper", "allow_negligible": True}),
     "fixed alpha": ("merge", _SHORT | {"alpha": 0.05}),
+    "one role": ("merge", _SHORT | {"alpha": 0.05, "operators": [{"transport": {"roles": ["o"]}}]}),
     "two devices": ("merge", _SHORT | {"alpha": 0.05, "mesh": "fsdp=2"}),
     "streaming": _merge(activations={"keep": False}, controls=True),
     "potentials": _merge(alignment={"feature_dtype": "float32", "memory_mib": 16, "layer_pairs": "coarse"}),

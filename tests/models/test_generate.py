@@ -24,15 +24,12 @@ transformers.utils.logging.disable_progress_bar()
 #: Prompts before, across and beyond every window and context length that a case rescales for; new tokens for each.
 PROMPTS = (3, 70, 118)
 NEW = 40
-#: Together: windows, soft caps, sinks, ALiBi, experts, two rotary embeddings, learned positions, parallel and post
-#: norms, and scalings.
+#: Together: windows, soft caps, sinks, ALiBi, experts, learned positions, post norms, and scalings.
 QUICK = (
     "llama-dynamic",
     "gemma2-capped",
-    "gemma3_text-linear",
     "gpt2-inverse",
     "phi3-long",
-    "cohere2-layer_types",
     "bloom-plain",
     "gpt_oss-mixed",
 )

@@ -136,7 +136,7 @@ def test_faulty_units(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(1, 10), (3, 30)])
+@pytest.mark.parametrize("shape", [(1, 10), pytest.param((3, 30), marks=pytest.mark.slow)])
 def test_one_unit_and_ten_times_more_units(name, shape):
     properties = ot.SOLVERS[name].properties
     problem = problem_of(*activations(*shape))

@@ -127,6 +127,34 @@ def test_evaluate_controls_and_moments_over_two_processes(flags, recipe_file, pl
 
 
 @pytest.mark.slow
+def test_tasks_over_two_processes(qwen2_dir, tmp_path) -> None:
+    """Log-likelihoods of choices and generated texts are those of one process."""
+    from tools.verse_tasks import write_choice_task, write_generation_task
+
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    write_choice_task(folder, 20)
+    write_generation_task(folder, 12)
+    command = ["evaluate", qwen2_dir, "--tasks", "verses_swahili,verses_written", "--tasks-dir", folder, "--limit", "6"]
+    job = Job([*command, "--mesh", "data=2,fsdp=2", "--out", tmp_path / "job", "--json"], devices=2)
+    (code, printed, error), (other, nothing, _) = job.end()
+    assert code == other == 0 and nothing == "", error
+    assert cli.run([*map(str, command), "--mesh", "data=1", "--out", str(tmp_path / "one")]) == 0
+    found, expected = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("job", "one"))
+    assert json.loads(printed)["tasks"] == {str(qwen2_dir): found["tasks"]} and found["tasks"] == expected["tasks"]
+    for task in ("verses_swahili", "verses_written"):
+        rows = [
+            [json.loads(line)["filtered_resps"] for line in file.read_text().splitlines()]
+            for file in (tmp_path / name / f"samples/{task}.jsonl" for name in ("job", "one"))
+        ]
+        assert len(rows[0]) == 6
+        if task == "verses_written":
+            assert rows[0] == rows[1]
+        else:
+            np.testing.assert_allclose(*(np.asarray(part, object)[..., 0].astype(float) for part in rows), rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_the_first_process_killed(flags, recipe_file, tmp_path) -> None:
     """It is the coordinator: the other one ends at once, with one line."""
     job = Job(["merge", recipe_file, *flags, "--out", tmp_path / "run", "--mesh", MESH])

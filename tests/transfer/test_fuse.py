@@ -162,7 +162,9 @@ def test_transport_is_the_formula(pair, kind: str, role: str) -> None:
         pytest.param({"solver": "greedy"}, "matches", marks=pytest.mark.slow),
         pytest.param({"solver": "ridge"}, "maps", marks=pytest.mark.slow),
         pytest.param({"solver": "unbalanced", "gain": True}, "dense", marks=pytest.mark.slow),
-        ({"solver": "lowrank", "epsilon": 0.03, "solver_options": {"rank": 3}}, "factors"),
+        pytest.param(
+            {"solver": "lowrank", "epsilon": 0.03, "solver_options": {"rank": 3}}, "factors", marks=pytest.mark.slow
+        ),
         ({"plan_top_k": 3}, "sparse"),
         pytest.param({"layer_top_k": 2}, "dense", marks=pytest.mark.slow),
         pytest.param({"layer_pairs": "coarse", "layer_mass": 0.6}, "dense", marks=pytest.mark.slow),

@@ -121,24 +121,24 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return code, printed.out, printed.err
 
 
-def merged(recipes, name: str, flags, capsys) -> dict:
+def merged(recipes, name: str, small_flags, capsys) -> dict:
     out = recipes / f"{name}-run"
     code, printed, error = run(
-        capsys, "merge", recipes / f"{name}.yaml", *flags, "--out", out, "--controls", "--json", "--overwrite"
+        capsys, "merge", recipes / f"{name}.yaml", *small_flags, "--out", out, "--controls", "--json", "--overwrite"
     )
     assert code == 0, error
     assert (out / "report.html").is_file()
     return json.loads(printed)
 
 
-def test_an_operator_of_a_file_is_everywhere(recipes, flags, capsys) -> None:
-    code, printed, error = run(capsys, "doctor", recipes / "noise.yaml", *flags[:6], "--json")
+def test_an_operator_of_a_file_is_everywhere(recipes, small_flags, capsys) -> None:
+    code, printed, error = run(capsys, "doctor", recipes / "noise.yaml", *small_flags[:6], "--json")
     assert code == 0, error
     report = json.loads(printed)
     assert code == 0 and [entry["name"] for entry in report["operators"]] == ["transport", "noise"]
     assert report["memory"]["stages"]["operator noise"] > 0
 
-    manifest = merged(recipes, "noise", flags, capsys)
+    manifest = merged(recipes, "noise", small_flags, capsys)
     assert set(CONTROLS) <= set(manifest["evaluation"]) and set(CONTROLS) == set(manifest["controls"])
     assert manifest["operators"]["noise"] == {"size": 0.02}
     noise = {name: row["noise"] for name, row in manifest["update"].items()}
@@ -150,16 +150,16 @@ def test_an_operator_of_a_file_is_everywhere(recipes, flags, capsys) -> None:
     assert "| noise |" in (recipes / "noise-run" / "merged" / "README.md").read_text()
 
     grid = ["--grid", "alpha=0.0,0.1", "--out", recipes / "sweep-noise"]
-    code, _, error = run(capsys, "sweep", recipes / "noise.yaml", *flags, *grid)
+    code, _, error = run(capsys, "sweep", recipes / "noise.yaml", *small_flags, *grid)
     lines = [line for line in error.splitlines() if line.startswith("tmjax: error:")]
     assert code == 2 and len(lines) == 1 and "leave the operator noise out" in lines[0]
 
 
-def test_an_operator_that_contributes_has_its_coefficients_chosen_and_swept(recipes, flags, capsys) -> None:
-    code, printed, _ = run(capsys, "doctor", recipes / "reversed.yaml", *flags[:6], "--json")
+def test_an_operator_that_contributes_has_its_coefficients_chosen_and_swept(recipes, small_flags, capsys) -> None:
+    code, printed, _ = run(capsys, "doctor", recipes / "reversed.yaml", *small_flags[:6], "--json")
     assert code == 0 and [entry["name"] for entry in json.loads(printed)["operators"]] == ["reversed"]
 
-    manifest = merged(recipes, "reversed", flags, capsys)
+    manifest = merged(recipes, "reversed", small_flags, capsys)
     assert set(manifest["coefficients"]["by_role"]) == {"down"} and len(manifest["coefficients"]["trials"]) == 4
     assert set(CONTROLS) == set(manifest["controls"])
     assert all(row["reversed"] == pytest.approx(1) for row in manifest["update"].values())
@@ -167,7 +167,7 @@ def test_an_operator_that_contributes_has_its_coefficients_chosen_and_swept(reci
     assert "<th>reversed</th>" in (recipes / "reversed-run" / "report.html").read_text()
 
     grid = ["--grid", "alpha=0.0,0.1", "--grid", "beta=0.0", "--out", recipes / "sweep-reversed"]
-    code, printed, error = run(capsys, "sweep", recipes / "reversed.yaml", *flags, *grid, "--json")
+    code, printed, error = run(capsys, "sweep", recipes / "reversed.yaml", *small_flags, *grid, "--json")
     assert code == 0, error
     sweep = json.loads(printed)["sweep"]
     assert sweep["settings"] == 2 and set(sweep["best"]["coefficients"]) == {"down"}

@@ -177,8 +177,12 @@ class AdaptRecipe(Placed):
     seed: Annotated[int, Field(ge=0, description="Seed of everything random.")] = 0
     mesh: Annotated[str | None, Field(description="Device mesh; chosen over all devices unless given.")] = None
     dtype: Annotated[
-        Literal["float32", "bfloat16"], Field(description="Dtype that forward and backward passes compute in.")
-    ] = "float32"
+        Literal["auto", "float32", "bfloat16"],
+        Field(
+            description="Dtype that forward and backward passes compute in; auto: bfloat16 on accelerators, float32 on "
+            "a CPU."
+        ),
+    ] = "auto"
     max_texts: Annotated[
         Positive | None, Field(description="Largest number of training texts that are read; all unless given.")
     ] = None

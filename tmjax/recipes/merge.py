@@ -252,9 +252,10 @@ class Recipe(Placed):
         ),
     ] = 0
     mesh: Annotated[str | None, Field(description="Device mesh; chosen over all devices unless given.")] = None
-    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="Dtype that forward passes compute in.")] = (
-        "float32"
-    )
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="Dtype that forward passes compute in; auto: bfloat16 on accelerators, float32 on a CPU."),
+    ] = "auto"
     screen_texts: Annotated[
         Positive | None,
         Field(

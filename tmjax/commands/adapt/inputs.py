@@ -20,6 +20,7 @@ from tmjax.errors import InputError, summarise
 from tmjax.evaluate.bits import Scorer
 from tmjax.recipes.adapt import WITH_SOURCE, AdaptRecipe
 from tmjax.recipes.base import read_recipe
+from tmjax.recipes.forward_dtype import with_dtype
 from tmjax.recipes.merge import Recipe
 from tmjax.recipes.sources import SOURCE
 from tmjax.runs.hashes import sha256_checkpoint
@@ -113,7 +114,7 @@ class AdaptInputs:
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype that forward passes compute in."""
-        return jnp.dtype(self.recipe.dtype)
+        return jnp.dtype(with_dtype(self.recipe).dtype)
 
     def load(self, path: str | Path) -> Model:
         """Loads a checkpoint onto the mesh."""
@@ -212,7 +213,7 @@ class AdaptInputs:
         if recipe.valid is None and recipe.budgeted:
             raise InputError("a budget is spent on what validation texts choose: give --valid FILE")
         for steps in training.steps:
-            TrainConfig.of(training, steps, training.lr[0], recipe.dtype)
+            TrainConfig.of(training, steps, training.lr[0], self.dtype.name)
 
     def _refuse_several(self) -> None:
         """Raises InputError if there are several sources, and a term or a start that takes one alone."""

@@ -27,6 +27,7 @@ from tmjax.files.atomic import atomic_directory, remove
 from tmjax.files.lock import OutputLock
 from tmjax.recipes.adapt import AdaptRecipe
 from tmjax.recipes.base import BESIDE_CHECKPOINT, dump_recipe
+from tmjax.recipes.forward_dtype import with_dtype
 from tmjax.report.training_page import adapted_card, write_training_report
 from tmjax.runs.command import given_command
 from tmjax.runs.directory import RunDirectory, resumes
@@ -70,7 +71,7 @@ class Adapt:
     ) -> None:
         for line in recipe.moved():
             warn(line)
-        recipe = recipe.placed()
+        recipe = with_dtype(recipe.placed())
         if recipe.tokens is not None:
             Budget.of(recipe.tokens)  # too few are refused before anything is written
         self.recipe, self.inputs = recipe, AdaptInputs(recipe)

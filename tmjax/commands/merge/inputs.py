@@ -19,6 +19,7 @@ from tmjax.commands.lora_stage import require_exportable
 from tmjax.errors import InputError
 from tmjax.evaluate.bits import Scorer
 from tmjax.models.spec import ParamSpec
+from tmjax.recipes.forward_dtype import with_dtype
 from tmjax.recipes.merge import Recipe
 from tmjax.runs.hashes import sha256_checkpoint
 from tmjax.sharding.mesh import AUTO, Layout
@@ -91,7 +92,7 @@ class Inputs:
     @functools.cached_property
     def dtype(self) -> jnp.dtype:
         """The dtype that forward passes compute in."""
-        return jnp.dtype(self.recipe.dtype)
+        return jnp.dtype(with_dtype(self.recipe).dtype)
 
     def shardings(self, model: Model) -> dict[str, jax.sharding.Sharding | None]:
         """Returns the sharding of every parameter of a model, by path."""

@@ -13,6 +13,7 @@ from tmjax.commands.notes import note_blank
 from tmjax.files.lock import OutputLock
 from tmjax.files.paths import refuse_overlap
 from tmjax.recipes.base import BESIDE_CHECKPOINT, Placed, dump_recipe
+from tmjax.recipes.forward_dtype import with_dtype
 from tmjax.recipes.merge import Recipe
 from tmjax.runs.command import given_command
 from tmjax.runs.directory import RunDirectory
@@ -82,7 +83,7 @@ def open_session(
     """
     for line in recipe.moved():
         warn(line)
-    recipe = recipe.placed()
+    recipe = with_dtype(recipe.placed())
     inputs, path = Inputs(recipe), Path(recipe.out)
     hosts.together(lambda: refuse_nested(recipe))
     lock = hosts.together(lambda: OutputLock(path) if hosts.is_first() else None)

@@ -20,6 +20,7 @@ from tmjax.commands.plan.merge_programs import merge_entries
 from tmjax.commands.plan.planned import Entry, Placement, Planned, Workload, device_bytes
 from tmjax.errors import TmjaxError
 from tmjax.recipes.adapt import AdaptRecipe, build_adapt_recipe
+from tmjax.recipes.forward_dtype import with_dtype
 from tmjax.recipes.merge import Recipe
 from tmjax.sharding.mesh import AUTO, Layout
 from tmjax.transfer.recipe import build_recipe
@@ -50,7 +51,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     topology = parse_topology(task["topology"])
     devices = topology.open()
     backend.compile_for(topology.machine)
-    recipe, work = recipe_of_values(task["recipe"], task["kind"]), Workload(**task["work"])
+    recipe, work = with_dtype(recipe_of_values(task["recipe"], task["kind"])), Workload(**task["work"])
     sides = read_models(recipe)
     widths = [side.spec.hidden for side in sides.values()]
     layout = Layout(task["mesh"] or recipe.mesh or AUTO, widths, devices=devices)

@@ -12,6 +12,7 @@ import yaml
 
 from tmjax.errors import InputError
 from tmjax.recipes.base import ALL_ROLES, ATTENTION_ROLES
+from tmjax.recipes.forward_dtype import with_dtype
 from tmjax.recipes.merge import Recipe
 from tmjax.transfer.operator import contributed_roles, operators_of
 from tmjax.transfer.recipe import build_recipe
@@ -196,7 +197,7 @@ def recipe_of(recipe: Recipe, setting: Mapping[str, Value]) -> Recipe:
         if not isinstance(place, dict) or (last not in place and parents != ["alignment", "solver_options"]):
             raise InputError(f"{name} is not a key of the recipe")
         place[last] = value
-    return build_recipe(values)
+    return with_dtype(build_recipe(values))
 
 
 def _section(values: dict[str, Any], parents: list[str]) -> Any:

@@ -25,6 +25,7 @@ from tmjax.commands.sweep.shared_stages import Variant, contributing
 from tmjax.errors import InputError
 from tmjax.evaluate.facts import evaluation_facts
 from tmjax.files.atomic import write_json
+from tmjax.recipes.forward_dtype import with_dtype
 from tmjax.recipes.merge import Recipe
 from tmjax.report.sweep_page import write_sweep_report
 from tmjax.runs.hashes import digest
@@ -57,6 +58,7 @@ class Sweep:
     ) -> None:
         if recipe.valid is None:
             raise InputError("settings are compared on validation texts: give --valid FILE")
+        recipe = with_dtype(recipe)
         if (
             recipe.mesh is None
         ):  # settings are split over data, so every device has whole models unless the recipe says otherwise
