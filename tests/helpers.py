@@ -19,6 +19,7 @@ import yaml
 from tmjax.checkpoints.formats.safetensors import SINGLE_NAME
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import CheckpointError
+from tmjax.models.blocks.low_rank import Latent
 from tmjax.models.decoder import bind
 from tmjax.models.experts.mixture import Experts
 from tmjax.models.spec import Alibi, DecoderSpec, Rotary
@@ -47,6 +48,9 @@ FORWARDS: dict[str, DecoderSpec] = {
     ),
     "experts": dataclasses.replace(
         SPEC, experts=Experts(6, 2, 12, choice_bias=True, shared_width=8, shared_gate=True, dense=(1,))
+    ),
+    "latent": dataclasses.replace(
+        SPEC, kv_heads=6, latent=Latent(10, 4, 6, 12, mscale=0.5), rotary=Rotary(fraction=0.5, interleaved=True)
     ),
     "caps, biases": dataclasses.replace(
         SPEC,
