@@ -138,10 +138,10 @@ def interrupted(pair: Path, alone: dict, out: Path, after: float) -> int:
 
 def test_an_interrupt_is_never_lost(pair, alone, tmp_path) -> None:
     generator = random.Random(0)
-    for number in range(3):
+    for number in range(2):
         interrupted(pair, alone, tmp_path / f"{number}", generator.uniform(0.3, 6))
-    assert cli.run(merge(pair, tmp_path / "2")) == 0
-    assert stored(tmp_path / "2/merged") == alone
+    assert cli.run(merge(pair, tmp_path / "1")) == 0
+    assert stored(tmp_path / "1/merged") == alone
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_compilations_do_not_grow_with_the_number_of_pairs(monkeypatch) -> None:
     ("mib", "rows", "log_domain"),
     [
         (28, 100, False),
-        (14, 100, False),
+        pytest.param(14, 100, False, marks=pytest.mark.slow),
         (5, 100, True),
         pytest.param(40, 600, False, marks=pytest.mark.slow),
         pytest.param(26, 600, False, marks=pytest.mark.slow),

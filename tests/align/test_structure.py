@@ -152,6 +152,7 @@ def test_a_trained_model_is_recovered(tiny, verses, tmp_path, name, kind):
     _recovers(tiny(name), kind, verses, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_bundled_target_is_recovered(qwen2_dir, verses, tmp_path):
     _recovers(_float32(qwen2_dir), "disguised", verses, tmp_path)
 
@@ -194,7 +195,11 @@ def test_projections_alone_are_recovered_with_plans_per_layer(tiny, verses, tmp_
     _assert_same(model, merged, noise, test)
 
 
-@pytest.mark.parametrize("options", [{"structure": "none"}, {"solver": "scaling", "epsilon": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"structure": "none"}, pytest.param({"solver": "scaling", "epsilon": 0.1}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_what_does_not_recover(tiny, verses, tmp_path, options):
     """The tests above can fail: without structure, or with soft plans, the function is lost."""
     model, (calibration, test) = tiny("gpt_neox"), verses

@@ -390,7 +390,12 @@ def large(tmp_path_factory) -> Path:
 
 @needs_linux
 @pytest.mark.parametrize(
-    ("kind", "dtype", "limit"), [("safetensors", "", 32), ("safetensors", "bfloat16", 64), ("bin", "", 64 + 34 + 100)]
+    ("kind", "dtype", "limit"),
+    [
+        ("safetensors", "", 32),
+        pytest.param("safetensors", "bfloat16", 64, marks=pytest.mark.slow),
+        ("bin", "", 64 + 34 + 100),
+    ],
 )
 def test_streaming_holds_a_shard_at_most(large, tmp_path, repo, kind, dtype, limit):
     """Blocks only, less than the largest tensor, less than a shard where they are cast, which the allocator keeps in

@@ -97,9 +97,13 @@ LIKE_MIXTURES = (
 )
 
 
+#: Dense families, each of which another one stands for: codegen gptj, arcee nemotron, olmo2 olmo3, glm glm4, and so on.
+LIKE_DENSE = {"arcee", "codegen", "ernie4_5", "gemma", "glm", "helium", "olmo2", "seed_oss"}
+
+
 def slow_case(name: str, *quick: str):
     """A case, which is slow unless it is the first of its family or one of `quick`."""
-    first = name in FIRST and not name.startswith(LIKE_MIXTURES)
+    first = name in FIRST and not name.startswith(LIKE_MIXTURES) and name.rpartition("-")[0] not in LIKE_DENSE
     return pytest.param(name, marks=() if first or name in quick else pytest.mark.slow)
 
 
@@ -618,7 +622,7 @@ def gathered_product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 #: Families that have most settings of the decoder between them; the wrong settings of others are slow tests.
-DIFFERENT = ("llama", "gemma2", "stablelm")
+DIFFERENT = ("llama", "stablelm")
 
 
 @pytest.mark.parametrize(
@@ -634,9 +638,10 @@ def test_every_wrong_setting_shows(pair, monkeypatch):
     assert count >= 15 or spec != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [name for name in FIRST if LIKE_OTHERS.get(CASES[name]["model_type"])], indirect=True)
 def test_wrong_settings_of_its_own_show(pair, monkeypatch):
-    """Of families of which the others are left to the slow tests."""
+    """Of families that have most settings in common with others."""
     own = LIKE_OTHERS[pair.model.family.model_type]
     assert require_shown(pair, monkeypatch, lambda what: what in own) >= len(own)
 

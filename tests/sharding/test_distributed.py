@@ -19,32 +19,45 @@ MESH = "data=2,fsdp=2,tensor=2"
 
 @pytest.fixture(scope="module")
 def merged(small_flags, recipe_file, tmp_path_factory) -> dict[str, object]:
-    """A merge whose second process is killed after the first stage, and the same command again."""
+    """A merge by one job."""
     out = tmp_path_factory.mktemp("job") / "run"
+    return {
+        "out": out,
+        "ended": Job(["merge", recipe_file, *small_flags, "--out", out, "--mesh", MESH, "--json"]).end(),
+    }
+
+
+def require_one_voice(ended: list[tuple[int, str, str]]) -> dict:
+    """Fails unless both processes ended well and the first one alone wrote; returns the manifest that it wrote."""
+    (code, printed, error), (other, nothing, silence) = ended
+    assert code == other == 0, error + silence
+    assert nothing == "" and silence == ""
+    manifest = json.loads(printed)
+    assert manifest["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert (manifest["devices"], manifest["processes"], manifest["platform"]) == (8, 2, "cpu")
+    return manifest
+
+
+def test_only_the_first_process_speaks(merged) -> None:
+    require_one_voice(merged["ended"])
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_with_a_clear_line_and_the_rerun_resumes(
+    small_flags, recipe_file, tmp_path
+) -> None:
+    """SIGKILL of the second process after the first stage, and the same command again."""
+    out = tmp_path / "run"
     command = ["merge", recipe_file, *small_flags, "--out", out, "--mesh", MESH, "--json"]
     job = Job(command)
     job.wait_for_stage(out, "activations:target")
     job.processes[1].send_signal(signal.SIGKILL)
-    killed = job.end(timeout=300)
-    left = sorted(path.name for path in out.iterdir())
-    return {"out": out, "killed": killed, "left": left, "ended": Job(command).end()}
-
-
-def test_a_killed_process_ends_the_job_with_a_clear_line(merged) -> None:
-    (code, printed, error), (other, *_) = merged["killed"]
+    (code, printed, error), (other, *_) = job.end(timeout=300)
     assert code == 1 and other == -signal.SIGKILL and printed == ""
     assert len(errors(error)) == 1 and "another process of this job" in error and "resumes" in error
-    assert "Traceback" not in error and "merged" not in merged["left"]
-
-
-def test_the_rerun_resumes_and_only_the_first_process_speaks(merged) -> None:
-    (code, printed, error), (other, nothing, silence) = merged["ended"]
-    assert code == other == 0, error + silence
-    manifest = json.loads(printed)
-    assert nothing == "" and silence == ""
-    assert manifest["stages"]["activations:target"]["reused"] and not manifest["stages"]["fuse"]["reused"]
-    assert manifest["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert (manifest["devices"], manifest["processes"], manifest["platform"]) == (8, 2, "cpu")
+    assert "Traceback" not in error and not (out / "merged").exists()
+    stages = require_one_voice(Job(command).end())["stages"]
+    assert stages["activations:target"]["reused"] and not stages["fuse"]["reused"]
 
 
 def test_two_processes_merge_as_one_device_does(merged, small) -> None:

@@ -150,7 +150,9 @@ def _assert_formula(alignment: Alignment, source: dict, role: str, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["paper", "barycentric"])
-@pytest.mark.parametrize("role", ["q", "o", "gate", "down"])
+@pytest.mark.parametrize(
+    "role", ["q", pytest.param("o", marks=pytest.mark.slow), pytest.param("gate", marks=pytest.mark.slow), "down"]
+)
 def test_transport_is_the_formula(pair, kind: str, role: str) -> None:
     _assert_formula(pair[0], pair[2], role, kind)
 
