@@ -9,7 +9,7 @@ from tmjax.recipes.base import checked, found_near, merged_values
 from tmjax.recipes.merge import Recipe
 from tmjax.recipes.old_keys import refuse_old_keys
 from tmjax.recipes.presets import DEFAULT_PRESET, PRESETS
-from tmjax.recipes.sources import first_as_source, require_different
+from tmjax.recipes.sources import first_as_source, require_different, with_mixing
 from tmjax.transfer.operator import operators_of
 
 
@@ -27,7 +27,7 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
         InputError: A key, value, preset or operator is wrong; all faults of a section in one line.
     """
     refuse_old_keys(values)
-    values = first_as_source(values)
+    values = with_mixing(first_as_source(values))
     preset = values.get("preset", DEFAULT_PRESET)
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")
