@@ -36,7 +36,7 @@ class AdaptFlags:
     mixing: Annotated[
         str | None,
         typer.Option(
-            help="Of several sources: prediction of the text so far, or weights (the default where the recipe has them)."
+            help="Of several sources: prediction of the text so far, or weights (the default if the recipe has them)."
         ),
     ] = None
     target: Annotated[str | None, typer.Option(help="Target checkpoint, or a run of tmjax merge.")] = None
