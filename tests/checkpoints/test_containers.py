@@ -84,9 +84,9 @@ def test_float8_without_a_word_in_the_config(model, qwen2_dir, tmp_path, capsys,
 def test_float8_of_a_family_that_is_not_supported(model, qwen2_dir, tmp_path, capsys):
     """Unpacking it would not help."""
     float8(model, "single")
-    edit_config(model, model_type="deepseek_v3", num_experts=128, quantization_config={"quant_method": "fp8"})
+    edit_config(model, model_type="deepseek_v4", num_experts=128, quantization_config={"quant_method": "fp8"})
     for line in every_refusal(model, qwen2_dir, tmp_path / "out", capsys):
-        assert "model_type 'deepseek_v3' is not supported: it has" in line
+        assert "model_type 'deepseek_v4' is not supported: it has" in line
         assert "a mixture of experts (num_experts 128)" in line
         assert "quantised" not in line and "dequantise" not in line
 

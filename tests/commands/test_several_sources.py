@@ -240,6 +240,15 @@ def test_sources_beside_a_recipe_and_an_included_file(tmp_path) -> None:
     assert recipe.inputs() | {"source-2": str(tmp_path / "two")} == recipe.inputs()
 
 
+@pytest.mark.parametrize("build", [build_recipe, build_adapt_recipe])
+def test_weights_are_used_where_they_are_given(build) -> None:
+    given = {"target": "t", "texts": "x", "out": "o"}
+    assert build(given | {"sources": ["a", "b"]}).mixing == "prediction"
+    assert build(given | {"sources": ["a", {"source": "b", "weight": 1}]}).mixing == "weights"
+    weighed = build(given | {"sources": ["a", {"source": "b", "weight": 3}], "mixing": "prediction"})
+    assert weighed.mixing == "prediction" and weighed.sources[1].weight == 3
+
+
 def test_a_source_without_use_is_said() -> None:
     def gains(low: float, high: float) -> dict:
         gain = {"bits_per_byte": (low + high) / 2, "ci95": [low, high]}
@@ -257,6 +266,7 @@ def test_a_source_without_use_is_said() -> None:
 MERGE = {
     "mesh": "data=1",
     "self_source": False,
+    "mixing": "weights",
     "activations": {"max_texts": 12, "max_tokens": 24},
     "operators": [{"predictions": {"rounds": 1, "generated_texts": 6, "tokens": 8}}],
     "evaluation": {"draws": 200},

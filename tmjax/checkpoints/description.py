@@ -13,7 +13,7 @@ from tmjax.checkpoints.formats.nvfp4 import Nvfp4
 from tmjax.checkpoints.formats.weights import Packing
 from tmjax.checkpoints.hub import adapter_base, is_adapter, read_config
 from tmjax.errors import InputError
-from tmjax.models.families import family_of
+from tmjax.models.families import ALIASES, family_of
 from tmjax.models.families.base import Family
 from tmjax.models.families.quantised import is_mxfp4, is_nvfp4, packed_settings, quantisation, without_quantisation
 from tmjax.models.families.wrappers import Wrapper, wrapper_of
@@ -79,5 +79,9 @@ def describe(directory: Path) -> CheckpointDescription:
     if wrapper is not None:
         config = {"architectures": [family.architecture], **config}
     readers = tuple(reader.note for reader in (wrapper, packing) if reader is not None)
+    if config.get("model_type") in ALIASES:
+        readers += (
+            f"model_type {config['model_type']} is read as {family.model_type}; transformers has no code for it",
+        )
     notes = (*notes, *container_notes(directory), *readers)
     return CheckpointDescription(directory, config, family, spec, notes, wrapper, packing)

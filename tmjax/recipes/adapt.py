@@ -26,7 +26,7 @@ from tmjax.recipes.objectives import (
     LoraOptions,
     ResidualOptions,
 )
-from tmjax.recipes.sources import SOURCE, Mixing, SourceEntry, by_key, require_different
+from tmjax.recipes.sources import SOURCE, Mixing, SourceEntry, by_key, require_different, with_mixing
 from tmjax.recipes.steps_recipe import refuse_steps
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -136,10 +136,10 @@ class AdaptRecipe(Placed):
     mixing: Annotated[
         Mixing,
         Field(
-            description="Probabilities of several sources are mixed with the `weights` of `sources`, or with weights "
-            "by `prediction`: how well each source predicts the text so far."
+            description="Probabilities of several sources are mixed by `prediction`: how well each source predicts the "
+            "text so far; or with the `weights` of `sources`, the default where one is given."
         ),
-    ] = "weights"
+    ] = "prediction"
     target: Annotated[
         str, Field(description="Target checkpoint, or a run of `tmjax merge` whose target and source are meant.")
     ]
@@ -291,7 +291,7 @@ def build_adapt_recipe(values: dict[str, Any], *, base: Path | None = None) -> A
         values = values | {"training": training | alone}
     if values.get("valid") is None and isinstance(values.get("training", {}), dict):
         values = values | {"training": WITHOUT_VALID | values.get("training", {})}
-    recipe = checked(AdaptRecipe, values, RENAMED)
+    recipe = checked(AdaptRecipe, with_mixing(values), RENAMED)
     require_different(values, recipe.sources)
     if len(recipe.sources) == 1:
         recipe = recipe.model_copy(update={"source": recipe.sources[0].source, "sources": ()})

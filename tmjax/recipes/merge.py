@@ -214,10 +214,10 @@ class Recipe(Placed):
     mixing: Annotated[
         Mixing,
         Field(
-            description="Probabilities of several sources are mixed with the `weights` of `sources`, or with weights "
-            "by `prediction`: how well each source predicts the text so far."
+            description="Probabilities of several sources are mixed by `prediction`: how well each source predicts the "
+            "text so far; or with the `weights` of `sources`, the default where one is given."
         ),
-    ] = "weights"
+    ] = "prediction"
     target: Annotated[str, Field(description="Target checkpoint, whose architecture is kept.")]
     texts: Annotated[str, Field(description="Calibration texts.")]
     valid: Annotated[str | None, Field(description="Texts on which coefficients and steps are chosen.")] = None

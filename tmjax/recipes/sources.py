@@ -39,6 +39,15 @@ def by_key(sources: tuple[SourceEntry, ...]) -> dict[str, SourceEntry]:
     return {source_key(number): entry for number, entry in enumerate(sources)}
 
 
+def with_mixing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns plain values with `mixing`: by `weights` where an entry of `sources` has one, else by `prediction`."""
+    entries = values.get("sources")
+    if values.get("mixing") is not None or not isinstance(entries, list | tuple):
+        return dict(values)
+    weighed = any(isinstance(entry, dict) and entry.get("weight") is not None for entry in entries)
+    return {**values, "mixing": "weights" if weighed else "prediction"}
+
+
 def first_as_source(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns plain values whose `source` is the first of `sources`, if there are any.
 

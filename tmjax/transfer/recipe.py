@@ -9,7 +9,7 @@ from tmjax.recipes.base import checked, found_near, merged_values
 from tmjax.recipes.merge import Recipe
 from tmjax.recipes.old_keys import refuse_old_keys
 from tmjax.recipes.presets import DEFAULT_PRESET, PRESETS
-from tmjax.recipes.sources import first_as_source, require_different
+from tmjax.recipes.sources import first_as_source, require_different, with_mixing
 from tmjax.recipes.steps_recipe import refuse_steps
 from tmjax.transfer.operator import operators_of
 
@@ -29,7 +29,7 @@ def build_recipe(values: dict[str, Any], *, base: Path | None = None) -> Recipe:
     """
     refuse_old_keys(values)
     refuse_steps(values)
-    values = first_as_source(values)
+    values = with_mixing(first_as_source(values))
     preset = values.get("preset", DEFAULT_PRESET)
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r} is not known; known are {', '.join(PRESETS)}")

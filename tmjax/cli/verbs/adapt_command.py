@@ -34,7 +34,10 @@ class AdaptFlags:
     recipe: RecipeFile = None
     source: Source = None
     mixing: Annotated[
-        str | None, typer.Option(help="Of several sources: weights (the default), or prediction of the text so far.")
+        str | None,
+        typer.Option(
+            help="Of several sources: prediction of the text so far, or weights (the default if the recipe has them)."
+        ),
     ] = None
     target: Annotated[str | None, typer.Option(help="Target checkpoint, or a run of tmjax merge.")] = None
     texts: Annotated[

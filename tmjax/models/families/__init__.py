@@ -20,7 +20,7 @@ _MODULES = [importlib.import_module(f"{__name__}.{entry.name}") for entry in pkg
 FAMILIES: Mapping[str, Family] = {
     module.FAMILY.model_type: module.FAMILY for module in _MODULES if "FAMILY" in vars(module)
 }
-#: Other names of families: checkpoints that came with code of their own, which computes as the family does.
+#: Other names of families: checkpoints that came with code of their own, which transformers does not have.
 ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3", "mimo": "qwen2"}
 
 
