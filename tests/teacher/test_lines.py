@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizer_kinds
 
 from tmjax.checkpoints.load import load_model
 from tmjax.errors import InputError
+from tmjax.models.decoder import init_params
 from tmjax.runs.directory import RunDirectory
 from tmjax.runs.manifest import Manifest
 from tmjax.teacher.edges import MARGIN, measure_edges
@@ -19,6 +22,7 @@ from tmjax.teacher.stages import TeacherStages
 from tmjax.teacher.teacher_model import Teacher
 from tmjax.teacher.vocabulary_map import Crossing
 from tmjax.text.tokenizer import load_tokenizer
+from tools.make_checkpoint import family_spec
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +153,24 @@ def test_a_source_with_another_convention_reads_examples_first(
     assert {f"{edge} after examples" for edge in after} == set(facts) - {"first", "end"}
     assert edges.end == after["end"].used == (after["end"].source <= after["end"].target + MARGIN)
     assert all(line.startswith(f"after {count} given texts the source") for line in warned)
+
+
+def test_a_source_is_not_read_beyond_the_positions_that_it_learned(llama_dir, qwen2_dir, verses) -> None:
+    """What a longer table holds behind them changes nothing, and no continuation needs it."""
+    spec = family_spec("gpt2", vocab=4096, hidden=32, layers=2, heads=4, mlp=64, max_positions=20)
+    tokenizers = load_tokenizer(llama_dir), load_tokenizer(qwen2_dir)
+    params = init_params(spec, jax.random.key(0))
+    beyond = 9 * jax.random.normal(jax.random.key(1), (60, spec.hidden))
+    longer = params | {"positions.weight": jnp.concatenate([params["positions.weight"], beyond])}
+    teachers = [
+        Teacher(each, held, tokenizers[0])
+        for each, held in ((spec, params), (dataclasses.replace(spec, max_positions=80), longer))
+    ]
+    short, whole = (
+        probabilities_of_texts(teacher, tokenizers[1], verses[:4], max_tokens=64)[0] for teacher in teachers
+    )
+    places = [list(zip(each.document.tolist(), each.position.tolist(), strict=True)) for each in (short, whole)]
+    assert len(places[0]) < len(places[1])
+    same = [places[1].index(place) for place in places[0]]
+    np.testing.assert_array_equal(short.ids[:, 0], whole.ids[same, 0])
+    np.testing.assert_allclose(short.weight, whole.weight[same], atol=1e-6)

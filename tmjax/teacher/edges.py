@@ -107,7 +107,9 @@ def measure_edges(
         Mean negative log-likelihoods (nats) of both models at `first` and `end`, and whether the source's
         probabilities are used there. An edge at which the two share no position has no entry.
     """
-    shared = read_shared(source, target.tokenizer, texts[:TEXTS], max_tokens=max_tokens, examples=examples)
+    shared = read_shared(
+        source, target.tokenizer, texts[:TEXTS], max_tokens=max_tokens, search=search, examples=examples
+    )
     documents = [target.tokenizer.document(ids) for ids in shared.target]
     at_edge = np.any(_edges(*shared.places.T, documents), axis=0)
     if not at_edge.any():

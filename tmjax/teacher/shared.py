@@ -42,6 +42,7 @@ def read_shared(
     texts: Sequence[str],
     *,
     max_tokens: int,
+    search: Search | None = None,
     examples: Examples | None = None,
 ) -> Shared:
     """Reads texts with both tokenizers.
@@ -50,7 +51,9 @@ def read_shared(
         teacher: The source.
         target: The target's tokenizer.
         texts: The texts.
-        max_tokens: Most tokens of a text, in both vocabularies, prefix included; with examples, of the source's rows.
+        max_tokens: Most tokens of a text, in both vocabularies, prefix included; with examples, of the source's rows. A
+            source that can read only so many positions reads fewer, so that continuations fit.
+        search: How far continuations are followed.
         examples: Texts that the source reads before others; a row is a text unless there are any.
 
     Raises:
@@ -60,19 +63,28 @@ def read_shared(
     crossing = Crossing(target, tokenizer, line_ends(tokenizer) if examples else ())
     encoded, readings = crossing.read(texts)
     ids = [encoding.ids for encoding in encoded[0]]
-    cut = [[reading.first(max_tokens - 1) for reading in each] for each in readings]
+    room = _room(teacher, max_tokens, search or Search())
+    cut = [
+        [reading.first(limit - 1) for reading in each] for each, limit in zip(readings, (max_tokens, room), strict=True)
+    ]
     if examples:
-        return Shared(crossing, ids, *read_lines(crossing, texts, cut[0], examples, max_tokens=max_tokens))
+        return Shared(crossing, ids, *read_lines(crossing, texts, cut[0], examples, max_tokens=room))
     shared = [crossing.shared_positions(*both) for both in zip(*cut, strict=True)]
     first = np.cumsum([0, *map(len, shared)])
     document = np.repeat(np.arange(len(shared), dtype=np.int32), np.diff(first))
     return Shared(
         crossing,
         ids,
-        [[tokenizer.prefix, *encoding.ids[: max_tokens - 1]] for encoding in encoded[1]],
+        [[tokenizer.prefix, *encoding.ids[: room - 1]] for encoding in encoded[1]],
         [np.stack([first[n] + np.arange(len(each)), each[:, 1]], axis=1) for n, each in enumerate(shared)],
         np.stack([document, np.concatenate([np.zeros(0, np.int32), *(each[:, 0] for each in shared)])], axis=1),
     )
+
+
+def _room(teacher: Teacher, max_tokens: int, search: Search) -> int:
+    """Returns the most tokens of a text after which the longest continuation still has positions."""
+    spec = teacher.spec
+    return max_tokens if spec.bound is None else min(max_tokens, spec.max_positions - (search.steps - 1))
 
 
 def probabilities_of_texts(
@@ -103,7 +115,7 @@ def probabilities_of_texts(
     Raises:
         InputError: The two tokenizers share no position.
     """
-    shared = read_shared(teacher, target, texts, max_tokens=max_tokens, examples=examples)
+    shared = read_shared(teacher, target, texts, max_tokens=max_tokens, search=search, examples=examples)
     result = shared.asked(teacher, search, progress=progress)
     tokens = sum(min(len(ids), max_tokens - 1) + 1 for ids in shared.target)
     mass = float(np.mean(result.weight.sum(axis=1)))
