@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from tmjax.errors import InputError
-from tmjax.models.families import deepseek_v3, latent
+from tmjax.models.families import deepseek_v3, latent, mixtures
 from tmjax.models.families.base import Family
 from tmjax.models.families.config_values import ConfigView
 from tmjax.models.families.layout import fields
@@ -30,14 +30,14 @@ def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     view.take("head_dim", 0)  # transformers takes the rotary part's size in its place
     if view.take("norm_topk_prob", False, bool):
         view.note("norm_topk_prob true has no effect, since transformers' deepseek_v2 does not read it either")
-    own = latent.read_experts(view, DEFAULTS, latent.leading(view, values["layers"], 0))
+    own = mixtures.read_experts(view, DEFAULTS, mixtures.leading(view, values["layers"], 0))
     own = replace(own, router="softmax", normalised=False, choice_bias=False, group_best=1)
     own = replace(own, groups=1, chosen_groups=1) if method == "greedy" else own
     return latent.read_attention(view, values, DEFAULTS) | {"experts": own}
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
-    experts = latent.write_experts(spec)
+    experts = mixtures.write_experts(spec)
     del experts["norm_topk_prob"]
     method = "group_limited_greedy" if spec.experts.groups > 1 else "greedy"
     own = {"topk_method": method, "first_k_dense_replace": len(spec.experts.dense)}

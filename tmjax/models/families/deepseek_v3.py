@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tmjax.models.families import latent
+from tmjax.models.families import latent, mixtures
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView
 from tmjax.models.families.layout import fields
@@ -27,15 +27,15 @@ DEFAULTS = {
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     for key in ("num_nextn_predict_layers", "num_mtp_layers"):
         view.take(key, 1, zero=True)  # read by transformers' generation alone
-    dense = latent.leading(view, values["layers"], 3)
+    dense = mixtures.leading(view, values["layers"], 3)
     settings = latent.read_attention(view, values, DEFAULTS, interleaved=view.take("rope_interleave", True, bool))
     latent.require_head_dim(view, settings["latent"].rotary_dim)
-    return settings | {"experts": latent.read_experts(view, DEFAULTS, dense)}
+    return settings | {"experts": mixtures.read_experts(view, DEFAULTS, dense)}
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
     own = {"rope_interleave": spec.rotary.interleaved, "first_k_dense_replace": len(spec.experts.dense)}
-    return latent.write_attention(spec) | latent.write_experts(spec) | own
+    return latent.write_attention(spec) | mixtures.write_experts(spec) | own
 
 
 FIELDS = fields(

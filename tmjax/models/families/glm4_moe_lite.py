@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tmjax.models.families import deepseek_v3, latent
+from tmjax.models.families import deepseek_v3, latent, mixtures
 from tmjax.models.families.base import Family, Field
 from tmjax.models.families.config_values import ConfigView
 from tmjax.models.families.layout import fields
@@ -24,12 +24,14 @@ DEFAULTS = deepseek_v3.DEFAULTS | {
 def _read(view: ConfigView, values: dict[str, Any]) -> dict[str, Any]:
     settings = latent.read_attention(view, values, DEFAULTS, interleaved=view.take("rope_interleave", True, bool))
     latent.require_head_dim(view, settings["latent"].rotary_dim)
-    return settings | {"experts": latent.read_experts(view, DEFAULTS, latent.read_kinds(view, values["layers"], (0,)))}
+    return settings | {
+        "experts": mixtures.read_experts(view, DEFAULTS, latent.read_kinds(view, values["layers"], (0,)))
+    }
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
     own = {"rope_interleave": spec.rotary.interleaved}
-    return latent.write_attention(spec) | latent.write_experts(spec) | latent.write_kinds(spec) | own
+    return latent.write_attention(spec) | mixtures.write_experts(spec) | latent.write_kinds(spec) | own
 
 
 FIELDS = fields(

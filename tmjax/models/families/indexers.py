@@ -6,7 +6,7 @@ from typing import Any
 
 from tmjax.errors import InputError
 from tmjax.models.blocks.low_rank import Indexer
-from tmjax.models.families import latent
+from tmjax.models.families import latent, mixtures
 from tmjax.models.families.config_values import ConfigView
 from tmjax.models.spec import DecoderSpec
 
@@ -45,12 +45,12 @@ def read(
         layers,
     )
     result = latent.read_attention(view, values, defaults)
-    dense = latent.read_kinds(view, values["layers"], latent.leading(view, values["layers"], 3))
+    dense = latent.read_kinds(view, values["layers"], mixtures.leading(view, values["layers"], 3))
     counts = dict(defaults) | {"n_routed_experts": view.take("num_experts", defaults["n_routed_experts"])}
     return result | {
         "latent": replace(result["latent"], indexer=indexer),
         "max_positions": min(values["max_positions"], chosen),
-        "experts": latent.read_experts(view, counts, dense),
+        "experts": mixtures.read_experts(view, counts, dense),
     }
 
 
@@ -59,4 +59,4 @@ def write(spec: DecoderSpec) -> dict[str, Any]:
     assert spec.latent is not None and spec.latent.indexer is not None
     indexer = spec.latent.indexer
     sizes = {"index_topk": indexer.chosen, "index_n_heads": indexer.heads, "index_head_dim": indexer.dim}
-    return latent.write_attention(spec) | latent.write_experts(spec) | latent.write_kinds(spec) | sizes
+    return latent.write_attention(spec) | mixtures.write_experts(spec) | latent.write_kinds(spec) | sizes

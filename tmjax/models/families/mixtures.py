@@ -1,5 +1,6 @@
 """Tables and settings that families of mixtures of experts share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,3 +107,43 @@ def write_qwen_experts(spec: DecoderSpec) -> dict[str, Any]:
         "norm_topk_prob": spec.experts.normalised,
         "mlp_only_layers": list(spec.experts.dense),
     }
+
+
+def read_experts(view: ConfigView, defaults: Mapping[str, Any], dense: tuple[int, ...]) -> Experts:
+    """Reads the settings of experts as DeepSeek names them; `dense` are the layers without any."""
+    ignore_training(view)
+    width = view.take("moe_intermediate_size", defaults["moe_intermediate_size"])
+    return Experts(
+        count=view.take("n_routed_experts", view.take("num_local_experts", defaults["n_routed_experts"])),
+        chosen=view.take("num_experts_per_tok", defaults["num_experts_per_tok"]),
+        width=width,
+        router="sigmoid",
+        normalised=view.take("norm_topk_prob", True, bool),
+        scale=float(view.take("routed_scaling_factor", defaults["routed_scaling_factor"], float)),
+        choice_bias=True,
+        groups=view.take("n_group", defaults["n_group"]),
+        chosen_groups=view.take("topk_group", defaults["topk_group"]),
+        shared_width=width * view.take("n_shared_experts", defaults["n_shared_experts"]),
+        dense=dense,
+    )
+
+
+def write_experts(spec: DecoderSpec) -> dict[str, Any]:
+    """Writes the settings that `read_experts` reads."""
+    experts = spec.experts
+    assert experts is not None
+    return {
+        "n_routed_experts": experts.count,
+        "num_experts_per_tok": experts.chosen,
+        "moe_intermediate_size": experts.width,
+        "norm_topk_prob": experts.normalised,
+        "routed_scaling_factor": experts.scale,
+        "n_group": experts.groups,
+        "topk_group": experts.chosen_groups,
+        "n_shared_experts": experts.shared_width // experts.width,
+    }
+
+
+def leading(view: ConfigView, layers: int, default: int) -> tuple[int, ...]:
+    """Reads how many layers at the beginning have no experts; returns their numbers."""
+    return tuple(range(min(layers, view.take("first_k_dense_replace", default, zero=True))))
