@@ -26,7 +26,7 @@ from tmjax.recipes.objectives import (
     LoraOptions,
     ResidualOptions,
 )
-from tmjax.recipes.sources import SOURCE, Mixing, SourceEntry, by_key, require_different, with_mixing
+from tmjax.recipes.sources import SOURCE, MixingKey, SourceEntry, by_key, require_different, with_mixing
 from tmjax.recipes.steps_recipe import refuse_steps
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -133,13 +133,7 @@ class AdaptRecipe(Placed):
         tuple[SourceEntry, ...],
         Field(description="Several sources in place of `source`: names, or entries `{source: NAME, weight: W}`."),
     ] = ()
-    mixing: Annotated[
-        Mixing,
-        Field(
-            description="Probabilities of several sources are mixed by `prediction`: how well each source predicts the "
-            "text so far; or with the `weights` of `sources`, the default where one is given."
-        ),
-    ] = "prediction"
+    mixing: MixingKey = "prediction"
     target: Annotated[
         str, Field(description="Target checkpoint, or a run of `tmjax merge` whose target and source are meant.")
     ]

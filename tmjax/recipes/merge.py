@@ -14,7 +14,7 @@ from tmjax.recipes.base import (
     PositiveFloat,
     Section,
 )
-from tmjax.recipes.sources import SOURCE, Mixing, SourceEntry, by_key
+from tmjax.recipes.sources import SOURCE, MixingKey, SourceEntry, by_key
 
 
 class ActivationOptions(Section):
@@ -211,13 +211,7 @@ class Recipe(Placed):
             "operator `predictions` mixes what they predict, all others take the first alone."
         ),
     ] = ()
-    mixing: Annotated[
-        Mixing,
-        Field(
-            description="Probabilities of several sources are mixed by `prediction`: how well each source predicts the "
-            "text so far; or with the `weights` of `sources`, the default where one is given."
-        ),
-    ] = "prediction"
+    mixing: MixingKey = "prediction"
     target: Annotated[str, Field(description="Target checkpoint, whose architecture is kept.")]
     texts: Annotated[str, Field(description="Calibration texts.")]
     valid: Annotated[str | None, Field(description="Texts on which coefficients and steps are chosen.")] = None

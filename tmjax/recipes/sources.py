@@ -15,6 +15,13 @@ SOURCE = "source"
 WITHOUT = "control:without_"
 #: How predictions of several sources are mixed.
 Mixing = Literal["weights", "prediction"]
+MixingKey = Annotated[
+    Mixing,
+    Field(
+        description="Probabilities of several sources are mixed by `prediction`: how well each source predicts the "
+        "text so far; or with the `weights` of `sources`, the default where one is given."
+    ),
+]
 
 
 class SourceEntry(Section):
